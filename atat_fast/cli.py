@@ -1,0 +1,102 @@
+"""What the command-line doors share: settings from presets, files and the command line, and errors in one sentence.
+
+Presets are laid over the defaults, a --config file over the preset, and dotted options over both:
+
+    --preset small --config my.yaml --model.length 512
+"""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from atat_fast.config import Config, preset_names, preset_settings, to_dict
+from atat_fast.errors import UsageError, nearest
+
+Settings = dict[str, Any]
+
+
+def run_door(door: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
+    """Run a door and leave: status 0, or 2 after one sentence on standard error where the user can put it right."""
+    try:
+        sys.exit(door(sys.argv[1:] if arguments is None else arguments))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        sys.exit(141)  # the reader of our output went away
+
+
+def make_parser(**options: Any) -> Any:
+    """A jsonargparse parser whose complaints are one sentence, with the nearest known option."""
+    import jsonargparse
+
+    class Parser(jsonargparse.ArgumentParser):
+        def error(self, message: str, ex: Exception | None = None) -> Any:
+            known = [name for action in self._actions for name in action.option_strings]
+            raise UsageError(_sentence(message, known)) from ex
+
+    return Parser(**options)
+
+
+def _sentence(message: str, known: list[str]) -> str:
+    text = re.sub(r"\x1b\[[0-9;]*m", "", message).strip()
+    unknown = re.search(r"[Uu]nrecognized arguments: (\S+)", text) or re.search(r"Option '([\w.]+)' is not accepted", text)
+    if unknown is None:
+        unknown = re.search(r"Key '([\w.]+)' is not expected", text)
+    if unknown is not None:
+        option = unknown.group(1).split("=")[0]
+        name = option if option.startswith("-") else f"--{option}"
+        if not name.startswith("--") and len(name) > 2:
+            return f"{option!r} is not an option; options begin with --"
+        return f"there is no setting {name}{nearest(name, known)}"
+    return " ".join(text.split())
+
+
+def parse_config(parser: Any, arguments: Sequence[str]) -> tuple[Config, Any]:
+    """Add every setting to `parser`, parse, and give the Config beside the parsed namespace.
+
+    The preset is --preset's, or with --resume the settings of the run named by --run.name where there is one.
+    """
+    preset = _early(arguments, "--preset")
+    root, name = _early(arguments, "--run.root") or "runs", _early(arguments, "--run.name")
+    base = preset_settings(preset or "demo")
+    if "--resume" in arguments and preset is None and name is not None and (Path(root) / name / "config.yaml").is_file():
+        from atat_fast.training.run_folder import read_settings
+
+        base = read_settings(Path(root) / name)
+    parser.add_argument("--preset", type=str, default="demo", help=f"Settings to begin with: {', '.join(preset_names())}.")
+    parser.add_argument("--config", action="config", help="A YAML file of settings, laid over the preset.")
+    groups = [group for group in to_dict(Config()) if group != "preset"]
+    fields = {f.name: f.default_factory for f in Config.__dataclass_fields__.values() if f.name in groups}
+    for group, kind in fields.items():
+        parser.add_class_arguments(kind, group)
+    parser.set_defaults(_flat(base))
+    parsed = parser.parse_args(list(arguments))
+    built = parser.instantiate_classes(parsed)
+    config = Config(preset=parsed.preset, **{group: _as(kind, built[group]) for group, kind in fields.items()})
+    return config, parsed
+
+
+def _as(kind: Any, value: Any) -> Any:
+    return value if isinstance(value, kind) else kind(**vars(value))
+
+
+def _early(arguments: Sequence[str], option: str) -> str | None:
+    """The value of an option that decides the others' defaults, read before they exist."""
+    for i, argument in enumerate(arguments):
+        if argument == option and i + 1 < len(arguments):
+            return arguments[i + 1]
+        if argument.startswith(f"{option}="):
+            return argument.split("=", 1)[1]
+    return None
+
+
+def _flat(settings: Settings, prefix: str = "") -> Settings:
+    flat: Settings = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat

@@ -1,0 +1,259 @@
+"""One typed tree of settings. Presets are YAML files in `presets/` laid over these defaults.
+
+The defaults are the seed run's (WikiText-103, GPT-2 tokens, a 12-layer DiT), so a preset only says where it differs.
+Nothing here imports jsonargparse: the doors parse, the rest of the package takes these objects.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass, field
+from importlib import resources
+from typing import Any, Literal
+
+import yaml
+
+from atat_fast.errors import UsageError, nearest
+
+
+@dataclass
+class ModelConfig:
+    """The DiT.
+
+    Args:
+        dim: Width D of the residual stream.
+        layers: Number of blocks.
+        heads: Attention heads; dim / heads must be an even number.
+        length: Sequence length L the model is trained at, and the longest it takes.
+        mlp_ratio: Width of the MLP over dim.
+        conditioning_dim: Width of the time embedding.
+        time_conditioning: Whether the model is told how much is hidden. Off, the conditioning is one row for all.
+        tie_embeddings: Whether the vocabulary head shares the token embedding's weight.
+        qk_norm: Whether queries and keys are normalised before the rotation.
+        activation: Nonlinearity of the MLP: tanh-GELU, or the square of ReLU.
+        dropout: Chance of dropping an element of a branch before it joins the residual stream.
+    """
+
+    dim: int = 768
+    layers: int = 12
+    heads: int = 12
+    length: int = 1024
+    mlp_ratio: int = 4
+    conditioning_dim: int = 128
+    time_conditioning: bool = False
+    tie_embeddings: bool = False
+    qk_norm: bool = False
+    activation: Literal["gelu", "relu2"] = "gelu"
+    dropout: float = 0.1
+
+
+@dataclass
+class DataConfig:
+    """What is read.
+
+    Args:
+        corpus: A known name (python-docs, wikitext2, wikitext103, openwebtext, lm1b, text8), a path to a .txt, .jsonl or
+            .parquet file or a folder of them, or any data set on the hub as hub:owner/name or hub:owner/name:configuration.
+        tokenizer: bytes, bpe-N (trained on the training split, N tokens in all), a path to a tokenizer.json, or a hub id.
+        valid: Path of the held-out text when corpus is a path; without it valid_fraction of the documents is held out.
+        valid_fraction: Share of documents held out where the corpus brings no validation split.
+        text_column: Column that holds the text in .jsonl, .parquet and hub data sets; found by itself where there is one.
+        max_documents: Read no more than this many documents of each split; 0 reads all.
+        cache_dir: Folder for token files; by default $ATAT_FAST_CACHE, else ~/.cache/atat_fast.
+        num_workers: Threads that tokenise; 0 means one for each core.
+    """
+
+    corpus: str = "wikitext103"
+    tokenizer: str = "gpt2"
+    valid: str | None = None
+    valid_fraction: float = 0.05
+    text_column: str | None = None
+    max_documents: int = 0
+    cache_dir: str | None = None
+    num_workers: int = 0
+
+
+@dataclass
+class DiffusionConfig:
+    """What is hidden and how the training loss weighs it. Reported likelihoods never depend on `weighting`.
+
+    Args:
+        masking: exact hides exactly k tokens, k uniform on 0..L; bernoulli hides each token with the log-linear schedule's
+            rate, as MDLM does.
+        pairing: antithetic draws counts in pairs (k, L-k), stratified over the whole global batch; independent draws each
+            on its own.
+        weighting: uniform is the bound's own weight, (L+1)/k; ce is the plain mean over hidden tokens (no time weight).
+        sigma_min: Least total noise of the log-linear schedule (bernoulli only).
+        sigma_max: Greatest total noise of the log-linear schedule (bernoulli only).
+    """
+
+    masking: Literal["exact", "bernoulli"] = "exact"
+    pairing: Literal["antithetic", "independent"] = "antithetic"
+    weighting: Literal["uniform", "ce"] = "uniform"
+    sigma_min: float = 1e-4
+    sigma_max: float = 20.0
+
+
+@dataclass
+class OptimConfig:
+    """The optimizer and its schedule: linear warm-up, flat, cosine to final_lr.
+
+    Args:
+        name: adamw (fused), or muon for the blocks' matrices with adamw for the rest.
+        lr: Peak learning rate; muon's updates are scaled to the size of adamw's, so one rate serves both.
+        final_lr: Learning rate at the last step.
+        warmup: Share of the run spent warming up.
+        decay_from: Share of the run after which the cosine begins.
+        beta1: Decay of adamw's first moment.
+        beta2: Decay of adamw's second moment.
+        weight_decay: Decoupled weight decay, on matrices only.
+        clip: Greatest global gradient norm; 0 leaves gradients as they are.
+        ema: Decay of the weight average that is evaluated and sampled; early steps use (1 + step) / (10 + step) if less.
+    """
+
+    name: Literal["adamw", "muon"] = "adamw"
+    lr: float = 1e-4
+    final_lr: float = 1e-6
+    warmup: float = 0.3
+    decay_from: float = 0.7
+    beta1: float = 0.9
+    beta2: float = 0.999
+    weight_decay: float = 0.01
+    clip: float = 1.0
+    ema: float = 0.9999
+
+
+@dataclass
+class TrainConfig:
+    """The loop.
+
+    Args:
+        max_steps: Optimizer steps.
+        global_batch: Sequences an optimizer step sees, over all accumulation.
+        micro_batch: Sequences in one forward pass; 0 chooses the largest divisor of global_batch up to 32.
+        seed: Seed of initial weights, data order, masks and dropout.
+        device: cuda, cpu, or auto for cuda where there is one.
+        dtype: bf16 (autocast, fp32 master weights), fp32, or auto: bf16 on GPUs and on CPUs with AMX.
+        compile: Whether torch.compile is used; auto means on a GPU only.
+        log_every: Steps between lines of metrics.jsonl.
+        checkpoint_every: Steps between `last` checkpoints; 0 saves with each evaluation only.
+    """
+
+    max_steps: int = 50_000
+    global_batch: int = 24
+    micro_batch: int = 0
+    seed: int = 1
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    dtype: Literal["auto", "bf16", "fp32"] = "auto"
+    compile: Literal["auto", "on", "off"] = "auto"
+    log_every: int = 50
+    checkpoint_every: int = 0
+
+
+@dataclass
+class EvalConfig:
+    """The held-out likelihood: a seeded set of sequences and masks, the same at every evaluation.
+
+    Args:
+        every: Steps between evaluations.
+        sequences: Held-out sequences read; 0 reads all of them.
+        draws: Masks drawn for each sequence.
+        batch: Sequences in one forward pass.
+        seed: Seed of the masks, and of the choice of sequences.
+    """
+
+    every: int = 5_000
+    sequences: int = 0
+    draws: int = 1
+    batch: int = 32
+    seed: int = 1234
+
+
+@dataclass
+class SampleConfig:
+    """Samples drawn at the end of a run.
+
+    Args:
+        num_samples: How many; 0 draws none.
+        steps: Denoising steps.
+        sampler: ddpm_cache or ancestral.
+        temperature: Divides the logits.
+    """
+
+    num_samples: int = 4
+    steps: int = 128
+    sampler: Literal["ddpm_cache", "ancestral"] = "ddpm_cache"
+    temperature: float = 1.0
+
+
+@dataclass
+class RunConfig:
+    """Where results go.
+
+    Args:
+        name: Folder under `root`. A folder that already holds a run is refused unless --resume is given. Without a name the
+            preset's is taken, or the next free one of NAME-2, NAME-3, ...
+        root: Folder of all runs.
+        tensorboard: Whether TensorBoard events are written too.
+    """
+
+    name: str | None = None
+    root: str = "runs"
+    tensorboard: bool = True
+
+
+@dataclass
+class Config:
+    """Everything a run depends on; saved as config.yaml in the run and inside each checkpoint."""
+
+    preset: str = "demo"
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    eval: EvalConfig = field(default_factory=EvalConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+
+def preset_names() -> list[str]:
+    """Names of the presets that ship with the package."""
+    folder = resources.files("atat_fast") / "presets"
+    return sorted(entry.name.removesuffix(".yaml") for entry in folder.iterdir() if entry.name.endswith(".yaml"))
+
+
+def preset_settings(name: str) -> dict[str, Any]:
+    """The preset's own settings, a nested dictionary. Raises UsageError for a name that is none."""
+    if name not in preset_names():
+        raise UsageError(f"there is no preset {name!r}{nearest(name, preset_names())}; presets are {', '.join(preset_names())}")
+    text = (resources.files("atat_fast") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
+    return dict(yaml.safe_load(text) or {}, preset=name)
+
+
+def load_preset(name: str) -> Config:
+    """The preset as a Config, with nothing laid over it. Raises UsageError for a name that is none."""
+    return from_dict(preset_settings(name))
+
+
+def from_dict(settings: dict[str, Any]) -> Config:
+    """A Config from a nested dictionary such as a run's config.yaml. Unknown names raise UsageError."""
+    config: Config = _build(Config, settings, "")
+    return config
+
+
+def to_dict(config: Config) -> dict[str, Any]:
+    """The whole tree as plain nested dictionaries."""
+    return dataclasses.asdict(config)
+
+
+def _build(kind: Any, settings: dict[str, Any], where: str) -> Any:
+    known = {f.name: f for f in dataclasses.fields(kind)}
+    values = {}
+    for name, value in settings.items():
+        if name not in known:
+            raise UsageError(f"there is no setting {where + name!r}{nearest(name, known)}")
+        default = known[name].default_factory
+        nested = default is not dataclasses.MISSING and dataclasses.is_dataclass(default)
+        values[name] = _build(default, value, f"{where}{name}.") if nested else value
+    return kind(**values)

@@ -1,0 +1,259 @@
+"""A corpus by name or path: the documents of its two splits, and where they came from.
+
+`python-docs` needs nothing, known names and hub:owner/name come through `datasets`, anything else is a local path. Where
+a corpus brings no held-out split, each document is held out or not by a hash of its text: the choice depends neither on
+the order of the documents nor on the machine, and a text that occurs twice is never on both sides.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import itertools
+import re
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from atat_fast.config import DataConfig
+from atat_fast.data import hub, local, python_docs
+from atat_fast.data.text import valid_unicode
+from atat_fast.errors import UsageError, nearest
+
+Split = Literal["train", "valid"]
+HELD_OUT_SEED = b"atat_fast held out 1"
+HUB = "hub:"
+VALID_NAMES = ("validation", "valid", "val", "dev")
+
+
+@dataclass(frozen=True)
+class HubSource:
+    """Where a known corpus lies on the hub. `valid` None holds documents out of `train`; `regroup` joins WikiText's lines."""
+
+    repository: str
+    configuration: str | None = None
+    revision: str | None = None
+    train: str = "train"
+    valid: str | None = "validation"
+    regroup: bool = False
+
+
+KNOWN = {
+    "wikitext2": HubSource("Salesforce/wikitext", "wikitext-2-raw-v1", regroup=True),
+    "wikitext103": HubSource("Salesforce/wikitext", "wikitext-103-raw-v1", regroup=True),
+    # It has no validation split; MDLM and its successors hold out the last 100,000 documents.
+    "openwebtext": HubSource("Skylion007/openwebtext", train="train[:-100000]", valid="train[-100000:]"),
+    # The repository itself is a loading script, which `datasets` no longer runs: this is the hub's own conversion of it.
+    "lm1b": HubSource("billion-word-benchmark/lm1b", revision="refs/convert/parquet", valid="test"),
+    "text8": HubSource("afmck/text8"),
+}
+NAMES = ("python-docs", *KNOWN)
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Documents of two splits.
+
+    Attributes:
+        name: As in DataConfig.corpus.
+        identity: Plain values that change when the text does, known without reading it.
+        provenance: Called once the text was read: where it came from, in plain values.
+    """
+
+    name: str
+    identity: dict[str, Any]
+    read: Callable[[Split], Iterable[str]]
+    provenance: Callable[[], dict[str, Any]]
+    max_documents: int = 0
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """Texts of `split` in a fixed order; blank ones are left out. Raises UsageError when the text cannot be read."""
+        texts = (valid_unicode(text) for text in self.read(split) if text and not text.isspace())
+        return itertools.islice(texts, self.max_documents or None)
+
+
+class HeldOut:
+    """Splits documents by a seeded hash of their text.
+
+    Args:
+        read: Starts reading all documents anew.
+        fraction: Expected share that is held out. However few documents there are, each side gets at least one.
+        remedy: What the user can do when there is only one document.
+    """
+
+    def __init__(self, read: Callable[[], Iterable[str]], fraction: float, name: str, remedy: str) -> None:
+        if not 0 < fraction < 1:
+            raise UsageError(f"data.valid_fraction is {fraction}; it must lie between 0 and 1, for example 0.05")
+        self._read, self._fraction, self._name, self._remedy = read, fraction, name, remedy
+        self._threshold: int | None = None
+
+    def documents(self, split: Split) -> Iterator[str]:
+        """The documents of `split`. The first call may read up to the first document of each side once more."""
+        if self._threshold is None:
+            self._threshold = self._choose()
+        for text in self._read():
+            if (_hash(text) < self._threshold) == (split == "valid"):
+                yield text
+
+    def _choose(self) -> int:
+        threshold = int(self._fraction * 2**64)
+        lowest, highest = 2**64, -1
+        for text in self._read():
+            if text and not text.isspace():
+                lowest, highest = min(lowest, _hash(text)), max(highest, _hash(text))
+                if lowest < threshold <= highest:
+                    return threshold
+        if highest < 0:
+            raise UsageError(f"corpus {self._name} holds no text")
+        if lowest == highest:
+            raise UsageError(f"corpus {self._name} is one document, so nothing can be held out: {self._remedy}")
+        return highest if highest < threshold else lowest + 1
+
+
+def open_corpus(config: DataConfig) -> Corpus:
+    """The corpus that `config` names; nothing is read yet. Raises UsageError for a name or path that does not exist."""
+    name = config.corpus
+    if config.max_documents < 0:
+        raise UsageError(f"data.max_documents is {config.max_documents}; give a positive number, or 0 for all")
+    if config.valid is not None and (name in NAMES or name.startswith(HUB)):
+        raise UsageError(f"data.valid goes with a corpus that is a path; {name} has its own held-out text, so leave it out")
+    if name == "python-docs":
+        held_out = HeldOut(python_docs.documents, config.valid_fraction, name, "this Python has no documentation; use a path")
+        known = python_docs.identity() | {"valid_fraction": config.valid_fraction}
+        return Corpus(name, known, held_out.documents, python_docs.provenance, config.max_documents)
+    if name in KNOWN or name.startswith(HUB):
+        return _HubCorpus(config).corpus()
+    return _local_corpus(config)
+
+
+def _local_corpus(config: DataConfig) -> Corpus:
+    name, column = config.corpus, config.text_column
+    try:
+        train = local.identity(name)
+    except UsageError:
+        looks_like_path = name.endswith(local.SUFFIXES) or name.startswith((".", "/", "~")) or local.exists(name)
+        if looks_like_path:
+            raise
+        if hub.is_repository(name) and "/" in name:
+            raise UsageError(f"there is no file or folder {name}; a data set of that name on the hub is hub:{name}") from None
+        raise UsageError(
+            f"there is no corpus {name!r}{nearest(name, NAMES)}; corpora are {', '.join(NAMES)}, hub:owner/name, or the path of "
+            "a .txt, .jsonl or .parquet file or of a folder of them"
+        ) from None
+    known: dict[str, Any] = {"train": train, "text_column": column}
+    source: dict[str, Any] = {"source": "local", "path": name, "bytes": sum(size for _, size, _ in train["files"])}
+    if config.valid is None:
+        remedy = f"give held-out text with data.valid, or put lines of {local.SEPARATOR} between documents"
+        held_out = HeldOut(lambda: local.documents(name, column), config.valid_fraction, name, remedy)
+        known["valid_fraction"] = source["valid_fraction"] = config.valid_fraction
+        return Corpus(name, known, held_out.documents, lambda: source, config.max_documents)
+    valid = local.identity(config.valid)
+    if valid["path"] == train["path"]:
+        raise UsageError(f"data.valid and data.corpus are both {name}: a model must be measured on text it did not see")
+    known["valid"], source["valid"] = valid, config.valid
+    paths = {"train": name, "valid": config.valid}
+    return Corpus(name, known, lambda split: local.documents(paths[split], column), lambda: source, config.max_documents)
+
+
+class _HubCorpus:
+    """A corpus that `datasets` loads, at the first document asked for.
+
+    Its identity is its name and revision: prepared tokens open without a network, and a data set that changed on the hub
+    is not noticed. The manifest records the fingerprint of what was read.
+    """
+
+    def __init__(self, config: DataConfig) -> None:
+        self.config = config
+        self.name = config.corpus
+        if self.name in KNOWN:
+            self.source = KNOWN[self.name]
+        else:
+            repository, _, configuration = self.name.removeprefix(HUB).partition(":")
+            if not hub.is_repository(repository):
+                raise UsageError(f"{self.name!r} names no data set; write hub:owner/name or hub:owner/name:configuration")
+            self.source = HubSource(repository, configuration or None)
+        self.held_out: HeldOut | None = None
+        self.tables: dict[str, Any] = {}
+
+    def corpus(self) -> Corpus:
+        source = self.source
+        known = {
+            "repository": source.repository,
+            "configuration": source.configuration,
+            "revision": source.revision,
+            "splits": [source.train, source.valid],
+            "regroup": source.regroup,
+            "text_column": self.config.text_column,
+            "valid_fraction": self.config.valid_fraction,
+        }
+        return Corpus(self.name, known, self.read, self.provenance, self.config.max_documents)
+
+    def read(self, split: Split) -> Iterable[str]:
+        if not self.tables:
+            self._load()
+        if self.held_out is not None:
+            return self.held_out.documents(split)
+        return self._texts(split)
+
+    def provenance(self) -> dict[str, Any]:
+        return {
+            "source": "hub",
+            "repository": self.source.repository,
+            "configuration": self.source.configuration,
+            "revision": self.source.revision,
+            "splits": {split: str(getattr(table, "split", split)) for split, table in self.tables.items()},
+            "dataset_fingerprints": {split: str(getattr(table, "_fingerprint", "")) for split, table in self.tables.items()},
+            "valid_fraction": self.config.valid_fraction if self.held_out is not None else None,
+        }
+
+    def _load(self) -> None:
+        source = self.source
+        if self.name in KNOWN:
+            asked = {"train": source.train, "valid": source.valid}
+            for split, expression in asked.items():
+                self.tables[split] = hub.load_dataset(
+                    source.repository, source.configuration, source.revision, expression, self.name
+                )
+            return
+        found = hub.load_dataset(source.repository, source.configuration, source.revision, None, self.name)
+        train = "train" if "train" in found else next(iter(found))
+        valid = next((split for split in VALID_NAMES if split in found and split != train), None)
+        self.tables["train"] = found[train]
+        if valid is not None:
+            self.tables["valid"] = found[valid]
+        else:
+            remedy = "use another data set"
+            self.held_out = HeldOut(lambda: self._texts("train"), self.config.valid_fraction, self.name, remedy)
+
+    def _texts(self, split: Split) -> Iterator[str]:
+        table = self.tables[split]
+        strings = [name for name, kind in table.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
+        where = f"data set {self.source.repository}"
+        column = local.choose_column(strings, list(table.features), self.config.text_column, where)
+        rows = (text or "" for batch in table.select_columns([column]).iter(local.ROWS_AT_ONCE) for text in batch[column])
+        return articles(rows) if self.source.regroup else rows
+
+
+_HEADING = re.compile(r" = (?!= ).+(?<! =) = ")
+
+
+def articles(rows: Iterable[str]) -> Iterator[str]:
+    """WikiText's lines joined into articles.
+
+    An article starts at a line ` = Title = ` between two blank lines; ` = = Section = = ` does not start one, and neither
+    does a formula that happens to look like a title, since text stands around it.
+    """
+    kept: list[str] = []
+    lines = itertools.chain((row.rstrip("\r\n") for row in rows), [""])
+    before, line = "", next(lines)
+    for after in lines:
+        if _HEADING.fullmatch(line) and not before.strip() and not after.strip() and any(kept):
+            yield "\n".join(kept).strip("\n")
+            kept = []
+        kept.append(line)
+        before, line = line, after
+    yield "\n".join(kept).strip("\n")
+
+
+def _hash(text: str) -> int:
+    digest = hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8, key=HELD_OUT_SEED)
+    return int.from_bytes(digest.digest(), "big")

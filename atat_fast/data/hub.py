@@ -1,0 +1,117 @@
+"""Everything that may touch the network: data sets and tokenizers of the hub, with one sentence when it is out of reach.
+
+The hub's clients retry for most of a minute without a network. Here the local cache is asked first; if the answer is not
+there, the hub gets one short knock, and where nobody opens the clients are put into offline mode for the call.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import re
+import threading
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from atat_fast.errors import UsageError
+
+KNOCK_SECONDS = 4.0
+_REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
+
+
+def is_repository(name: str) -> bool:
+    """Whether `name` could be a hub id: name or owner/name."""
+    return _REPOSITORY.fullmatch(name) is not None
+
+
+def load_dataset(repository: str, configuration: str | None, revision: str | None, split: str | None, corpus: str) -> Any:
+    """`datasets.load_dataset` for `corpus`, each failure a UsageError that names the corpus and the ways out."""
+    import datasets
+
+    offline = False
+    try:
+        # datasets checks its local cache only after the hub did not answer, so the knock comes first here.
+        offline = not reachable()
+        with offline_mode() if offline else contextlib.nullcontext():
+            return datasets.load_dataset(repository, configuration, revision=revision, split=split)
+    except Exception as error:
+        if offline:
+            raise UsageError(
+                f"corpus {corpus} needs the data set {repository}, which is not in the local cache, and the hub cannot be "
+                "reached; use corpus python-docs, the path of a local .txt, .jsonl or .parquet, or download the data set "
+                "where there is a network"
+            ) from error
+        raise UsageError(f"corpus {corpus}: data set {repository} cannot be loaded: {_first_line(error)}") from error
+
+
+def tokenizer_file(repository: str) -> Path:
+    """Path of the repository's tokenizer.json, downloaded where it is not cached yet. Raises UsageError."""
+    import huggingface_hub
+
+    name = "tokenizer.json"
+    try:
+        with contextlib.suppress(OSError):
+            return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=True))
+        if reachable():
+            return Path(huggingface_hub.hf_hub_download(repository, name))
+    except Exception as error:
+        raise UsageError(f"tokenizer {repository!r} is no hub id with a {name}: {_first_line(error)}") from error
+    raise UsageError(
+        f"tokenizer {repository!r} is not in the local cache and the hub cannot be reached; use tokenizer bytes or bpe-4096, "
+        f"or the path of a {name}"
+    )
+
+
+def reachable() -> bool:
+    """Whether the hub answers at all; asked once in a process. Never takes longer than KNOCK_SECONDS."""
+    import huggingface_hub
+
+    if huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
+        return False
+    return _answers(huggingface_hub.constants.ENDPOINT)
+
+
+@functools.lru_cache
+def _answers(address: str) -> bool:
+    heard = threading.Event()
+
+    def knock() -> None:
+        try:
+            # urllib follows the proxy settings of the environment, as the hub's client does.
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=KNOCK_SECONDS).close()
+        except urllib.error.HTTPError:
+            pass  # an answer, though not a welcome
+        except (OSError, ValueError):
+            return
+        heard.set()
+
+    # In a thread, because looking up a name can take long and knows no timeout.
+    thread = threading.Thread(target=knock, daemon=True)
+    thread.start()
+    thread.join(KNOCK_SECONDS)
+    return heard.is_set()
+
+
+@contextlib.contextmanager
+def offline_mode() -> Iterator[None]:
+    """The hub's clients answer from the local cache alone, inside the block."""
+    import datasets
+    import huggingface_hub
+
+    places: list[Any] = [huggingface_hub.constants, datasets.config]
+    before = [place.HF_HUB_OFFLINE for place in places]
+    for place in places:
+        place.HF_HUB_OFFLINE = True
+    try:
+        yield
+    finally:
+        for place, value in zip(places, before, strict=True):
+            place.HF_HUB_OFFLINE = value
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,0 +1,78 @@
+"""Batches as a function of the step: no state to save, nothing to restore.
+
+Sample s of a run (a running number: step · global_batch + its place in the batch) is sequence `permutation(epoch)[s mod n]`
+of epoch `s div n`. Every epoch has its own seeded permutation, so any process can produce any sample of any step.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+
+from atat_fast.data.packing import TokenSplit
+
+_GOLDEN = 0x9E3779B97F4A7C15
+_MIX1 = 0xBF58476D1CE4E5B9
+_MIX2 = 0x94D049BB133111EB
+_WORD = (1 << 64) - 1
+EPOCHS_KEPT = 2
+
+
+def mix(words: np.ndarray) -> np.ndarray:
+    """SplitMix64's output function, a bijection of 64-bit words. words: uint64 of any shape; returns the same shape.
+
+    Written out because the order of the data must not change with a version of NumPy. Source: Steele, Lea and Flood,
+    "Fast splittable pseudorandom number generators", 2014.
+    """
+    z = words + np.uint64(_GOLDEN)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(_MIX2)
+    return z ^ (z >> np.uint64(31))
+
+
+def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
+    """[n] int64: the order in which epoch `epoch` visits n sequences. The same on every machine, for ever."""
+    key = np.array([seed & _WORD], dtype=np.uint64)
+    key = mix(mix(key) ^ np.uint64(epoch & _WORD))
+    # Index times an odd constant, added to the key, through a bijection: no two words are equal, so no ties.
+    words = mix(key + np.arange(n, dtype=np.uint64) * np.uint64(_GOLDEN))
+    return np.argsort(words, kind="stable").astype(np.int64)
+
+
+class SequenceLoader:
+    """Sequences of a split in a seeded order.
+
+    Args:
+        split: Where they come from.
+        length: Tokens L of each.
+        seed: Seed of the order.
+
+    Raises UsageError when the split is shorter than one sequence.
+    """
+
+    def __init__(self, split: TokenSplit, length: int, seed: int) -> None:
+        split.require_sequences(length)
+        self.split = split
+        self.length = length
+        self.seed = seed
+        self.num_sequences = split.num_sequences(length)
+        self._orders: dict[int, np.ndarray] = {}
+
+    def batch(self, first_sample: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """Samples first_sample .. first_sample + count - 1.
+
+        Returns (tokens [count, L] int64, sample_ids [count] int64), the ids being the running numbers.
+        """
+        sample_ids = np.arange(first_sample, first_sample + count, dtype=np.int64)
+        tokens = np.empty((count, self.length), dtype=np.int64)
+        for row, sample in enumerate(sample_ids.tolist()):
+            epoch, place = divmod(sample, self.num_sequences)
+            tokens[row] = self.split.sequence(int(self._order(epoch)[place]), self.length)
+        return torch.from_numpy(tokens), torch.from_numpy(sample_ids)
+
+    def _order(self, epoch: int) -> np.ndarray:
+        if epoch not in self._orders:
+            while len(self._orders) >= EPOCHS_KEPT:  # a batch may straddle two epochs
+                del self._orders[next(iter(self._orders))]
+            self._orders[epoch] = permutation(self.num_sequences, self.seed, epoch)
+        return self._orders[epoch]

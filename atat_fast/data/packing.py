@@ -1,0 +1,324 @@
+"""Text to tokens once: a flat memory map for each split, and a manifest that says what it holds.
+
+A prepared folder holds train.bin and valid.bin (ids as little-endian uint16, or uint32 where the vocabulary needs it: each
+document followed by one end-of-document token), manifest.json and the tokenizer. It is written aside and renamed, so a
+folder is whole or not there; processes that prepare the same one at once wait for the first.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import errno
+import hashlib
+import json
+import logging
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, get_args
+
+import numpy as np
+from filelock import FileLock
+
+from atat_fast.data.corpora import Corpus, Split
+from atat_fast.data.text import pieces
+from atat_fast.data.tokenizers import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
+from atat_fast.errors import UsageError
+
+FORMAT = 1
+MANIFEST_FILE = "manifest.json"
+BATCH_CHARACTERS = 1 << 17
+HASHED_ON_OPEN = 256 << 20  # bytes; larger token files are checked by size alone, so that opening stays quick
+CHUNK = 1 << 22
+log = logging.getLogger("atat_fast.data")
+
+
+class TokenSplit:
+    """The tokens of one split, in a read-only memory map.
+
+    Attributes:
+        name: train or valid.
+        tokens: [num_tokens] uint16 or uint32, documents one after another, each closed by its end-of-document token.
+        num_tokens: Tokens, document ends included.
+        num_bytes: UTF-8 bytes of the text.
+        num_documents: Documents.
+        vocab_size: Ids a model of these tokens needs, the mask included.
+    """
+
+    def __init__(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
+        counts = manifest["splits"][name]
+        self.name = name
+        self.num_tokens: int = counts["tokens"]
+        self.num_bytes: int = counts["text_bytes"]
+        self.num_documents: int = counts["documents"]
+        self.vocab_size: int = manifest["tokenizer"]["model_vocab_size"]
+        dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
+        self.tokens: np.ndarray = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r", shape=(self.num_tokens,))
+
+    def num_sequences(self, length: int) -> int:
+        """How many whole windows of `length` tokens there are; a partial last one does not count."""
+        return self.num_tokens // length
+
+    def sequence(self, i: int, length: int) -> np.ndarray:
+        """Window i: tokens i·length to (i+1)·length, a view [length]. Raises IndexError outside 0..num_sequences."""
+        if not 0 <= i < self.num_sequences(length):
+            raise IndexError(f"sequence {i} of {self.num_sequences(length)} in the {self.name} split")
+        return self.tokens[i * length : (i + 1) * length]
+
+    def require_sequences(self, length: int) -> None:
+        """Raises UsageError when the split is shorter than one sequence."""
+        if self.num_sequences(length) < 1:
+            part = "training" if self.name == "train" else "held-out"
+            raise UsageError(
+                f"the {part} text is {self.num_tokens:,} tokens, shorter than one sequence of {length:,}; "
+                f"use model.length {self.num_tokens} or less, or more text"
+            )
+
+    def token_counts(self) -> np.ndarray:
+        """[vocab_size] int64: how often each id occurs."""
+        counts = np.zeros(self.vocab_size, dtype=np.int64)
+        for start in range(0, self.num_tokens, CHUNK):
+            counts += np.bincount(self.tokens[start : start + CHUNK], minlength=self.vocab_size)
+        return counts
+
+    def unigram_entropy(self) -> float:
+        """Empirical entropy of a token drawn from the split, in nats: what guessing by frequency alone would score."""
+        counts = self.token_counts()
+        share = counts[counts > 0] / self.num_tokens
+        return float(-(share * np.log(share)).sum())
+
+
+def open_split(folder: str | Path, name: Split) -> TokenSplit:
+    """A split of a prepared folder. Raises UsageError when the folder is damaged or not one."""
+    folder = Path(folder)
+    manifest, problem = read_manifest(folder)
+    if problem:
+        raise UsageError(f"{folder} is not a prepared corpus that can be read: {problem}; delete it and prepare it again")
+    return TokenSplit(folder, name, manifest)
+
+
+def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
+    """The folder's manifest, and what is wrong with the folder: '' when its files are what the manifest says."""
+    path = folder / MANIFEST_FILE
+    try:
+        manifest = json.loads(path.read_text(encoding="utf-8"))
+        if manifest["format"] != FORMAT:
+            return manifest, f"its format is {manifest['format']}, not {FORMAT}"
+        size = np.dtype(manifest["dtype"]).itemsize
+        for name in get_args(Split):
+            file, counts = folder / f"{name}.bin", manifest["splits"][name]
+            found = file.stat().st_size
+            if found != counts["tokens"] * size:
+                return manifest, f"{file.name} has {found:,} bytes instead of {counts['tokens'] * size:,}"
+            if found <= HASHED_ON_OPEN and _sha256(file) != counts["sha256"]:
+                return manifest, f"{file.name} is not what was written"
+        fingerprint = manifest["tokenizer"]["fingerprint"]  # of the tokenizer's content, which is what its file holds
+        if _sha256(folder / TOKENIZER_FILE) != fingerprint:
+            return manifest, f"{TOKENIZER_FILE} is not what was written"
+        if json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
+            return manifest, f"{SETTINGS_FILE} belongs to another tokenizer"
+    except OSError as error:
+        return {}, f"{Path(error.filename or path).name} cannot be read ({error.strerror})"
+    except (ValueError, KeyError, TypeError):
+        return {}, f"{MANIFEST_FILE} is damaged"
+    return manifest, ""
+
+
+def pack(
+    folder: Path,
+    corpus: Corpus,
+    make_tokenizer: Callable[[], Tokenizer],
+    settings: dict[str, Any],
+    *,
+    num_workers: int,
+    progress: bool,
+) -> None:
+    """Makes the prepared folder, unless another process made it in the meantime. A damaged one is replaced, with a notice.
+
+    Raises UsageError when the corpus has no text for a split, or the folder cannot be written.
+    """
+    parent = folder.parent
+    with _write_errors(parent):
+        parent.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(parent / f".{folder.name}.lock")
+        lock.acquire()
+    try:
+        if folder.exists():
+            problem = read_manifest(folder)[1]
+            if not problem:
+                return
+            log.warning("preparing %s anew: %s", folder, problem)
+        for left_over in parent.glob(f".{folder.name}.part-*"):  # of a process that was killed: nobody else holds the lock
+            shutil.rmtree(left_over, ignore_errors=True)
+        with _write_errors(parent):
+            aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=parent))
+        try:
+            tokenizer = make_tokenizer()
+            with _write_errors(parent):
+                _fill(aside, corpus, tokenizer, settings, num_workers, progress)
+                aside.chmod(0o755)
+                if folder.exists():
+                    damaged = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=parent))
+                    folder.rename(damaged)  # onto an empty folder, which a rename replaces
+                    shutil.rmtree(damaged, ignore_errors=True)
+                aside.rename(folder)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+    finally:
+        lock.release()
+
+
+def _fill(folder: Path, corpus: Corpus, tokenizer: Tokenizer, settings: dict[str, Any], num_workers: int, progress: bool) -> None:
+    dtype = "uint16" if tokenizer.model_vocab_size <= 1 << 16 else "uint32"
+    splits = {}
+    for name in get_args(Split):
+        with _progress_bar(progress, f"tokenising {corpus.name}, {name}") as advance:
+            splits[name] = _write_split(folder / f"{name}.bin", corpus.documents(name), tokenizer, dtype, num_workers, advance)
+        if not splits[name]["documents"]:
+            part = "for training" if name == "train" else "to hold out"
+            raise UsageError(f"corpus {corpus.name} has no text {part}; choose another corpus, or give data.valid")
+    tokenizer.save(folder)
+    manifest = {
+        "format": FORMAT,
+        "corpus": corpus.name,
+        "source": corpus.provenance(),
+        "settings": settings,
+        "settings_hash": settings_hash(settings),
+        "tokenizer": {
+            key: getattr(tokenizer, key) for key in ("name", "fingerprint", "vocab_size", "model_vocab_size", "mask_id", "eos_id")
+        },
+        "dtype": dtype,
+        "splits": splits,
+    }
+    (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+
+
+def settings_hash(settings: dict[str, Any]) -> str:
+    """Twelve hexadecimal digits that differ when any of the settings, or the format, does."""
+    return hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode()).hexdigest()[:12]
+
+
+def _write_split(
+    path: Path,
+    documents: Iterable[str],
+    tokenizer: Tokenizer,
+    dtype: str,
+    num_workers: int,
+    advance: Callable[[int, int], None],
+) -> dict[str, Any]:
+    """Writes the split's token file; returns its counts."""
+    counts = {"documents": 0, "tokens": 0, "text_bytes": 0}
+    digest = hashlib.sha256()
+    little = np.dtype(dtype).newbyteorder("<")
+
+    def encode(batch: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
+        ids: list[int] = []
+        for (_, ends), encoded in zip(batch, tokenizer.encode_batch([text for text, _ in batch]), strict=True):
+            ids += encoded
+            if ends:
+                ids.append(tokenizer.eos_id)
+        tokens = np.array(ids, dtype=little)
+        if (tokens == tokenizer.mask_id).any():
+            raise UsageError(f"tokenizer {tokenizer.name} turns plain text into its mask token; choose another tokenizer")
+        return tokens, sum(ends for _, ends in batch), sum(len(text.encode("utf-8")) for text, _ in batch)
+
+    with path.open("wb") as file:
+        for tokens, ended, size in _ordered_map(encode, _batches(documents, tokenizer), num_workers):
+            data = tokens.tobytes()
+            file.write(data)
+            digest.update(data)
+            counts["documents"] += ended
+            counts["tokens"] += len(tokens)
+            counts["text_bytes"] += size
+            advance(ended, size)
+        file.flush()
+        os.fsync(file.fileno())
+    return counts | {"sha256": digest.hexdigest()}
+
+
+def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[str, bool]]]:
+    """Lists of (text, whether a document ends after it) of about BATCH_CHARACTERS each."""
+    # Some tokenizers mark the start of a text (a space put before it, say): their documents must stay whole.
+    may_cut = tokenizer.encode("one two") == tokenizer.encode("one") + tokenizer.encode(" two")
+    batch: list[tuple[str, bool]] = []
+    characters = 0
+    for document in documents:
+        parts = list(pieces(document)) if may_cut else [document]
+        for i, part in enumerate(parts):
+            batch.append((part, i + 1 == len(parts)))
+            characters += len(part)
+            if characters >= BATCH_CHARACTERS:
+                yield batch
+                batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def _ordered_map(function: Callable[[Any], Any], items: Iterable[Any], num_workers: int) -> Iterator[Any]:
+    """map(function, items) on threads, results in order, never more than two items ahead for each thread.
+
+    Threads suffice: the tokenizers library works without Python's lock, and what is left under the lock (turning ids into
+    an array) is a sixtieth of the work. Its own threads are switched off, so that num_workers is the number that runs.
+    """
+    before = os.environ.get("TOKENIZERS_PARALLELISM")
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    waiting: collections.deque[Future[Any]] = collections.deque()
+    pool = ThreadPoolExecutor(num_workers)
+    try:
+        for item in items:
+            waiting.append(pool.submit(function, item))
+            if len(waiting) > 2 * num_workers:
+                yield waiting.popleft().result()
+        while waiting:
+            yield waiting.popleft().result()
+    finally:
+        pool.shutdown(cancel_futures=True)
+        if before is None:
+            del os.environ["TOKENIZERS_PARALLELISM"]
+        else:
+            os.environ["TOKENIZERS_PARALLELISM"] = before
+
+
+@contextlib.contextmanager
+def _progress_bar(wanted: bool, title: str) -> Iterator[Callable[[int, int], None]]:
+    if not (wanted and sys.stderr.isatty()):
+        yield lambda documents, size: None
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[done]}"), TimeElapsedColumn())
+    total = [0, 0]
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(title, total=None, done="")
+
+        def advance(documents: int, size: int) -> None:
+            total[0] += documents
+            total[1] += size
+            bars.update(task, done=f"{total[0]:,} documents, {total[1] / 1e6:.1f} MB")
+
+        yield advance
+
+
+@contextlib.contextmanager
+def _write_errors(folder: Path) -> Iterator[None]:
+    """Turns what the file system refuses into a sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, getattr(errno, "EDQUOT", errno.ENOSPC)):
+            raise UsageError(f"no space is left for token files in {folder}; free some, or set another data.cache_dir") from error
+        raise UsageError(
+            f"cannot write token files in {folder} ({error.strerror or error}); set data.cache_dir or $ATAT_FAST_CACHE to a "
+            "folder that can be written"
+        ) from error
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,279 @@
+"""Tokenizers behind one small interface: bytes, a byte-level BPE trained here, or any tokenizer.json.
+
+Every Tokenizer has one mask id and one end-of-document id. Where the vocabulary brings its own ([MASK] of BERT,
+<|endoftext|> of GPT-2) those are used, otherwise new ids are appended. Plain text never becomes a special token: the
+letters "[MASK]" in a corpus are encoded as letters (`encode`), and only a prompt (`encode_prompt`) means the mask by them.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import tokenizers as backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from atat_fast.data import hub
+from atat_fast.data.text import valid_unicode
+from atat_fast.errors import UsageError, nearest
+
+MASK = "[MASK]"
+END = "<|endoftext|>"
+MASK_NAMES = (MASK, "<mask>", "<|mask|>", "<|mdm_mask|>")
+END_NAMES = (END, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "[SEP]")
+NUM_BYTES = 256
+SMALLEST_BPE = NUM_BYTES + 3  # the bytes, both specials and at least one merge
+TOKENIZER_FILE = "tokenizer.json"
+SETTINGS_FILE = "tokenizer_config.json"
+KNOWN_VOCABULARIES = {"gpt2": (50_258, 50_257), "bert-base-uncased": (30_522, 103)}
+SAVED = ("vocab_size", "model_vocab_size", "mask_id", "eos_id", "fingerprint")
+
+
+class Tokenizer:
+    """A `tokenizers.Tokenizer` with a mask and an end of document.
+
+    Args:
+        backend_tokenizer: The tokenizer; the mask and the end-of-document token are appended to it where it has none.
+        name: What it is called in manifests: bytes, bpe-N, a path or a hub id.
+        saved: What `save` wrote, when this is such a tokenizer.
+
+    Attributes:
+        name: As given.
+        vocab_size: Ids of the vocabulary, [MASK] included only where the vocabulary brings its own.
+        model_vocab_size: Ids a model needs: the vocabulary and the mask.
+        mask_id: The mask's id; the vocabulary's own, else appended last.
+        eos_id: The id that ends each document; the vocabulary's own, else appended.
+        fingerprint: SHA-256 of the tokenizer's canonical content, mask and end of document included.
+    """
+
+    def __init__(self, backend_tokenizer: backend.Tokenizer, name: str, *, saved: dict[str, Any] | None = None) -> None:
+        self.name = name
+        self._backend = backend_tokenizer
+        self._backend.no_padding()
+        self._backend.no_truncation()
+        if saved is None:
+            self.eos_id = self._special(END_NAMES)
+            own_size = self._size()
+            self.mask_id = self._special(MASK_NAMES)
+            self.vocab_size = own_size if self.mask_id >= own_size else self._size()
+        else:  # an appended mask looks like the vocabulary's own in the file: what was saved is what holds
+            self.eos_id, self.mask_id, self.vocab_size = saved["eos_id"], saved["mask_id"], saved["vocab_size"]
+        self.model_vocab_size = self._size()
+        self._backend.encode_special_tokens = True  # not part of tokenizer.json: set on every load
+        self._mask_text: str = self._backend.id_to_token(self.mask_id) or MASK
+        self.fingerprint = hashlib.sha256(self._content().encode()).hexdigest()
+
+    def __repr__(self) -> str:
+        return f"Tokenizer({self.name}, vocab_size={self.vocab_size}, mask_id={self.mask_id}, eos_id={self.eos_id})"
+
+    def encode(self, text: str) -> list[int]:
+        """Ids of `text`, nothing added at either end. Lone surrogates become U+FFFD, being no Unicode text."""
+        return self.encode_batch([text])[0]
+
+    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        """Ids of each text. Runs on as many threads as the tokenizers library takes, without Python's lock."""
+        clean = [valid_unicode(text) for text in texts]
+        if self.name == "bytes":  # the same ids, without the library's string and offsets for every byte: 20 times faster
+            return [list(text.encode("utf-8")) for text in clean]
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(clean, add_special_tokens=False)]
+
+    def encode_prompt(self, text: str) -> list[int]:
+        """Ids of `text`, each literal [MASK] being the mask.
+
+        Where a word and the space before it are one token (GPT-2, bpe-N), one space before a [MASK] is taken to belong to
+        the hidden token, so that "the capital [MASK] France" hides the token " of".
+        """
+        parts = text.split(MASK)
+        if self._words_hold_spaces:
+            parts = [part.removesuffix(" ") for part in parts[:-1]] + parts[-1:]
+        ids: list[int] = []
+        for i, part in enumerate(parts):
+            ids += [self.mask_id] * (i > 0) + self.encode(part)
+        return ids
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of `ids`: the mask as [MASK], other specials by name, broken UTF-8 as U+FFFD.
+
+        Ids outside the vocabulary are left out.
+        """
+        kept = [int(i) for i in ids]
+        kept = [i for i in kept if 0 <= i < self.model_vocab_size]
+        text = self._backend.decode(kept, skip_special_tokens=False)
+        return text if self._mask_text == MASK else text.replace(self._mask_text, MASK)
+
+    def save(self, folder: str | Path) -> None:
+        """Writes tokenizer.json and tokenizer_config.json into `folder`, making it where needed."""
+        folder = Path(folder)
+        settings = {"name": self.name, **{key: getattr(self, key) for key in SAVED}}
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / TOKENIZER_FILE).write_text(self._content(), encoding="utf-8")
+            (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot write the tokenizer to {folder}: {error.strerror}") from error
+
+    @classmethod
+    def load(cls, folder: str | Path) -> Tokenizer:
+        """The tokenizer that `save` wrote. Raises UsageError when a file is missing, damaged or not the one saved."""
+        folder = Path(folder)
+        path = folder / SETTINGS_FILE
+        try:
+            saved = json.loads(path.read_text(encoding="utf-8"))
+            missing = [key for key in ("name", *SAVED) if key not in saved]
+        except (OSError, ValueError, TypeError) as error:
+            raise UsageError(f"{folder} holds no tokenizer saved by atat_fast: {path.name} cannot be read") from error
+        if missing:
+            raise UsageError(f"{path} was not saved by atat_fast: it has no {missing[0]}")
+        tokenizer = cls(_from_file(folder / TOKENIZER_FILE), saved["name"], saved=saved)
+        if any(getattr(tokenizer, key) != saved[key] for key in SAVED):
+            raise UsageError(f"{folder / TOKENIZER_FILE} is not the tokenizer that was saved there; restore the folder")
+        return tokenizer
+
+    @functools.cached_property
+    def _words_hold_spaces(self) -> bool:
+        """Whether the vocabulary has words that begin with a space, written as byte-level BPE or SentencePiece write it."""
+        return any(len(token) > 1 and token[0] in "\u0120\u2581" for token in self._backend.get_vocab())
+
+    def _special(self, names: Sequence[str]) -> int:
+        """Id of the first of `names` that is a special token of the vocabulary; without any, the first name is appended."""
+        added = {t.content: i for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
+        for name in names:
+            if name in added:
+                return added[name]
+        # A vocabulary may hold the name as an ordinary word, which text could produce: then the mask needs another name.
+        free = next(name for name in (*names, *(f"<|{names[0]}-{i}|>" for i in range(99))) if not self._has(name))
+        self._backend.add_special_tokens([backend.AddedToken(free, special=True, normalized=False)])
+        return self._backend.get_vocab(with_added_tokens=True)[free]
+
+    def _has(self, token: str) -> bool:
+        return self._backend.token_to_id(token) is not None
+
+    def _size(self) -> int:
+        return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
+
+    def _content(self) -> str:
+        return json.dumps(json.loads(self._backend.to_str()), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+
+
+def make_tokenizer(setting: str, documents: Iterable[str] | None = None) -> Tokenizer:
+    """The tokenizer that DataConfig.tokenizer names.
+
+    Args:
+        setting: bytes, bpe-N, a path to a tokenizer.json (or the folder that holds it), or a hub id.
+        documents: Text that bpe-N is trained on.
+
+    Raises UsageError when there is no such tokenizer, N does not do, or the hub cannot be reached.
+    """
+    check_setting(setting)
+    if setting == "bytes":
+        return _bytes()
+    if _is_bpe(setting):
+        return _train(int(setting.removeprefix("bpe-")), documents if documents is not None else ())
+    path = Path(setting).expanduser()
+    if path.is_dir():
+        path = path / TOKENIZER_FILE
+    if not path.is_file():
+        path = hub.tokenizer_file(setting)
+    return Tokenizer(_from_file(path), setting)
+
+
+def vocabulary(setting: str) -> tuple[int, int]:
+    """(model_vocab_size, mask_id) of the tokenizer that DataConfig.tokenizer names, without training or fetching it.
+
+    Raises UsageError as `make_tokenizer` does; a hub id that is not one of the two usual ones has to be fetched.
+    """
+    if setting in KNOWN_VOCABULARIES and not Path(setting).exists():
+        return KNOWN_VOCABULARIES[setting]
+    check_setting(setting)
+    if _is_bpe(setting):
+        size = int(setting.removeprefix("bpe-"))
+        return size, size - 1
+    tokenizer = make_tokenizer(setting)
+    return tokenizer.model_vocab_size, tokenizer.mask_id
+
+
+def check_setting(setting: str) -> None:
+    """Raises UsageError for a tokenizer setting that cannot work, before anything is read."""
+    if _is_bpe(setting):
+        size = setting.removeprefix("bpe-")
+        if not (size.isascii() and size.isdigit()):
+            raise UsageError(f"{size!r} in tokenizer {setting!r} is not a number; write for example bpe-4096")
+        if int(size) < SMALLEST_BPE:
+            raise UsageError(
+                f"tokenizer {setting} is too small: {NUM_BYTES} bytes, the end of document and the mask come first; "
+                f"use at least bpe-{SMALLEST_BPE}"
+            )
+    elif setting != "bytes":
+        path = Path(setting).expanduser()
+        if path.is_dir() and not (path / TOKENIZER_FILE).is_file():
+            raise UsageError(f"folder {setting} holds no {TOKENIZER_FILE}")
+        looks_local = setting.endswith(".json") or setting.startswith((".", "/", "~")) or setting.count("/") > 1
+        if not path.exists() and (looks_local or not hub.is_repository(setting)):
+            raise UsageError(f"there is no tokenizer file {setting}; give a tokenizer.json, a hub id, bytes or bpe-N")
+        close = nearest(setting, ["bytes", "bpe-4096"])
+        if not path.exists() and (setting.lower().startswith(("bpe", "byte")) and "/" not in setting):
+            raise UsageError(f"there is no tokenizer {setting!r}{close}; use bytes, bpe-N, a tokenizer.json or a hub id")
+
+
+def _is_bpe(setting: str) -> bool:
+    return setting.startswith("bpe-") and not setting.endswith(".json")
+
+
+def setting_identity(setting: str) -> str:
+    """What tells one tokenizer setting from another: its name, and for a file its content."""
+    path = Path(setting).expanduser()
+    path = path / TOKENIZER_FILE if path.is_dir() else path
+    if setting == "bytes" or _is_bpe(setting) or not path.is_file():
+        return setting
+    return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def _byte_level(vocab: dict[str, int]) -> backend.Tokenizer:
+    tokenizer = backend.Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def _bytes() -> Tokenizer:
+    return Tokenizer(_with_specials(_byte_level({letter: byte for byte, letter in enumerate(_byte_letters())})), "bytes")
+
+
+def _train(size: int, documents: Iterable[str]) -> Tokenizer:
+    tokenizer = _byte_level({})
+    trainer: Any = trainers.BpeTrainer(
+        vocab_size=size - 2,
+        min_frequency=2,
+        show_progress=False,
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+    )
+    tokenizer.train_from_iterator(map(valid_unicode, documents), trainer)
+    found = tokenizer.get_vocab_size() + 2
+    if found < size:
+        raise UsageError(f"the training text gives only {found:,} tokens, not the {size:,} asked for; use bpe-{found} or less")
+    return Tokenizer(_with_specials(tokenizer), f"bpe-{size}")
+
+
+def _with_specials(tokenizer: backend.Tokenizer) -> backend.Tokenizer:
+    tokenizer.add_special_tokens([backend.AddedToken(name, special=True, normalized=False) for name in (END, MASK)])
+    return tokenizer
+
+
+def _byte_letters() -> list[str]:
+    """The letter by which byte-level BPE writes each byte: itself where it prints, else the next code point from 256 on."""
+    printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    rest = iter(range(256, 512))
+    return [chr(byte) if byte in printing else chr(next(rest)) for byte in range(NUM_BYTES)]
+
+
+def _from_file(path: Path) -> backend.Tokenizer:
+    try:
+        return backend.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UsageError(f"cannot read tokenizer {path}: {error.strerror}") from error
+    except Exception as error:  # the library raises bare Exception for a file that is no tokenizer
+        raise UsageError(f"{path} is not a tokenizer.json that the tokenizers library can read") from error

@@ -1,0 +1,87 @@
+"""What is hidden: a masked batch from clean tokens, by exact counts or by MDLM's Bernoulli process."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atat_fast.config import DiffusionConfig
+from atat_fast.diffusion.noise import LogLinear, mask_counts, stratified_uniforms
+from atat_fast.ops.masking import mask_tokens
+from atat_fast.ops.philox import STREAM_MASK, random_words
+
+
+@dataclass
+class MaskedBatch:
+    """What the model sees and what it must say.
+
+    noisy [B, L]; rows [R] flat indices of hidden tokens; target [R] their true ids; weights [R] fp32; hidden_share [B] fp32,
+    the share of each sequence that is hidden (what a time-conditioned model is told); tokens: B * L, what the loss divides by.
+    """
+
+    noisy: Tensor
+    rows: Tensor
+    target: Tensor
+    weights: Tensor
+    hidden_share: Tensor
+    tokens: int
+
+
+def hide(
+    tokens: Tensor,
+    counts: Tensor,
+    *,
+    mask_id: int,
+    sample_ids: Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
+    weighting: str = "uniform",
+) -> MaskedBatch:
+    """Hide exactly counts[b] (CPU int64) tokens of sequence b. A loss is sum(weights * nll) / batch.tokens, nats a token."""
+    device = tokens.device
+    noisy, rows, weights = mask_tokens(
+        tokens,
+        counts.to(device, non_blocking=True),
+        num_rows=int(counts.sum()),
+        mask_id=mask_id,
+        sample_ids=sample_ids,
+        seed=seed,
+        step=step,
+        weighting=weighting,
+    )
+    share = (counts / max(1, tokens.shape[1])).to(device, torch.float32)
+    return MaskedBatch(noisy, rows, tokens.flatten()[rows], weights, share, tokens.numel())
+
+
+def hide_for_training(
+    tokens: Tensor, config: DiffusionConfig, *, first: int, total: int, mask_id: int, sample_ids: Tensor, seed: int, step: int
+) -> MaskedBatch:
+    """Mask slots first .. first + B - 1 of a global batch of `total` sequences as `config` says."""
+    batch, length = tokens.shape
+    if config.masking == "exact":
+        counts = mask_counts(length, first, batch, total, seed=seed, step=step, pairing=config.pairing)
+        return hide(tokens, counts, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step, weighting=config.weighting)
+    return _hide_bernoulli(tokens, config, first, total, mask_id, sample_ids, seed, step)
+
+
+def _hide_bernoulli(
+    tokens: Tensor, config: DiffusionConfig, first: int, total: int, mask_id: int, sample_ids: Tensor, seed: int, step: int
+) -> MaskedBatch:
+    """Each token hides when its word falls under the rate. The k smallest words are those k tokens, so mask_tokens with that
+    count hides the same set; the count has to be read back, which is one reason why exact counts are the default.
+    """
+    batch, length = tokens.shape
+    schedule = LogLinear(config.sigma_min, config.sigma_max)
+    t = stratified_uniforms(first, batch, total, seed=seed, step=step, pairing=config.pairing)
+    index = sample_ids[:, None] * length + torch.arange(length, device=tokens.device)
+    word = random_words(index, seed, step, STREAM_MASK)[0]
+    threshold = (schedule.rate(t) * 2.0**32).round().long().to(tokens.device)
+    counts = (word < threshold[:, None]).sum(1).cpu()
+    masked = hide(tokens, counts, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step, weighting=config.weighting)
+    if config.weighting == "uniform":
+        weights = schedule.weight(t).to(tokens.device, torch.float32)
+        masked.weights = weights.repeat_interleave(counts.to(tokens.device), output_size=len(masked.rows))
+    masked.hidden_share = schedule.rate(t).to(tokens.device, torch.float32)
+    return masked

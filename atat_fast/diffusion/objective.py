@@ -1,0 +1,113 @@
+"""What the loss weighs, and the likelihood bound that is reported.
+
+For a fixed count k the bound of a sequence x of L tokens is
+
+    NELBO(x) = E_{k ~ U{0..L}}  (L + 1) / k  *  sum over the k hidden tokens of -log p(x_i | visible)        (0 at k = 0)
+             = E_{k ~ U{1..L}}  L / k        *  the same sum,
+
+which integrates the time of MDLM's continuous bound out exactly (the integral of t^(k-1) (1-t)^(L-k) C(L, k) is 1 / k).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atat_fast.diffusion.masking import MaskedBatch, hide
+from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
+
+NllFunction = Callable[[MaskedBatch], Tensor]
+"""A model for the bound: gives -log p of each hidden token, [R] fp32, in nats."""
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean in nats a token with its standard error, over `sequences` sequences of `length` tokens."""
+
+    nll: float
+    se: float
+    sequences: int
+    length: int
+
+    @property
+    def perplexity(self) -> float:
+        """exp(nll), or inf where that is beyond a float."""
+        return math.exp(self.nll) if self.nll < 700 else math.inf
+
+    def bits_per_token(self) -> float:
+        """nll in bits."""
+        return self.nll / math.log(2)
+
+    def bits_per_byte(self, bytes_per_token: float) -> float:
+        """nll in bits over the bytes a token stands for."""
+        return self.bits_per_token() / bytes_per_token
+
+
+def evaluation_strata(sequences: int, draws: int, *, seed: int) -> Tensor:
+    """Which of the sequences * draws equal strata of 1..L each draw of each sequence falls in: int64 [sequences, draws].
+
+    Every stratum is used once. A seeded permutation of the sequences decides; draw d is the same permutation turned by d
+    parts of a circle of `draws` parts, so that the draws of one sequence are spread over the whole range.
+    """
+    index = torch.arange(sequences, dtype=torch.int64)
+    order = torch.argsort(random_words(index, seed, 0, STREAM_COUNT)[1], stable=True)
+    rank = torch.empty_like(order).scatter_(0, order, index)
+    turned = [(rank + draw * sequences // draws) % max(1, sequences) * draws + draw for draw in range(draws)]
+    return torch.stack(turned, dim=1)
+
+
+def estimate_nll(
+    nll: NllFunction, tokens: Callable[[int, int], Tensor], sequences: int, *, mask_id: int, draws: int, batch: int, seed: int
+) -> Estimate:
+    """The bound over `sequences` sequences; tokens(first, count) gives [count, L] on the model's device.
+
+    Counts are stratified over 1..L; masks and counts depend on (seed, draw, sequence, position) alone, so two models are
+    compared on the same masks. The standard error covers the choice of sequences and of masks. With one draw it is that of
+    stratified sampling with neighbouring strata collapsed in pairs (each pair's difference is its own estimate of noise,
+    slightly generous); with several it is the spread of the sequences' own means.
+    """
+    strata = evaluation_strata(sequences, draws, seed=seed)
+    values = torch.zeros(sequences, draws, dtype=torch.float64)
+    length = 0
+    for draw in range(draws):
+        for first in range(0, sequences, batch):
+            count = min(batch, sequences - first)
+            x = tokens(first, count)
+            length = x.shape[1]
+            ids = torch.arange(first, first + count, dtype=torch.int64)
+            jitter = uniform(random_words(ids, seed, draw, STREAM_COUNT)[0])
+            share = (strata[first : first + count, draw] + jitter) / (sequences * draws)
+            k = 1 + (share * length).long().clamp_(max=length - 1)
+            masked = hide(x, k, mask_id=mask_id, sample_ids=ids.to(x.device), seed=seed, step=draw)
+            values[first : first + count, draw] = _per_sequence(nll(masked), k, length)
+    se = collapsed_standard_error(values[:, 0], strata[:, 0]) if draws == 1 else _plain_standard_error(values.mean(1))
+    return Estimate(float(values.mean()), se, sequences, length)
+
+
+def _per_sequence(nll: Tensor, k: Tensor, length: int) -> Tensor:
+    """Each sequence's draw of the bound in nats a token: (L / k) * sum / L = the mean over its hidden tokens."""
+    owner = torch.repeat_interleave(torch.arange(len(k)), k)
+    sums = torch.zeros(len(k), dtype=torch.float64).index_add_(0, owner, nll.double().cpu())
+    return sums / k
+
+
+def collapsed_standard_error(values: Tensor, strata: Tensor) -> float:
+    """Standard error of the mean of one value a stratum: neighbours are paired (the last three together where the number is
+    odd) and each group's own variance counts (Cochran, Sampling Techniques, 5A.12). inf for a single value.
+    """
+    n = len(values)
+    if n < 2:
+        return math.inf
+    ordered = values[torch.argsort(strata)]
+    pairs = ordered[: n - n % 2].view(-1, 2)
+    groups = [pairs] if n % 2 == 0 else [pairs[:-1], ordered[n - 3 :].view(1, 3)]
+    total = sum(float(g.shape[1] * g.var(dim=1).sum()) for g in groups if g.numel())
+    return math.sqrt(total) / n
+
+
+def _plain_standard_error(values: Tensor) -> float:
+    return float(values.std() / math.sqrt(len(values))) if len(values) > 1 else math.inf

@@ -1,0 +1,75 @@
+"""The held-out likelihood bound of a model on a split of a corpus, and the unigram entropy that stands beside it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from atat_fast.config import EvalConfig
+from atat_fast.data import TokenSplit
+from atat_fast.diffusion.objective import Estimate, estimate_nll
+from atat_fast.errors import UsageError
+from atat_fast.models.dit import DiT
+
+
+def evaluate(model: DiT, split: TokenSplit, config: EvalConfig, autocast: AbstractContextManager[Any]) -> Estimate:
+    """The exact-count bound over `config.sequences` sequences of the split, in nats a token with its standard error.
+
+    The sequences are spread evenly over the split, and neither they nor the masks depend on the model, so that two models, or
+    two steps of one run, are compared on the same masked tokens. Dropout is off.
+    """
+    length = model.config.length
+    split.require_sequences(length)
+    available = split.num_sequences(length)
+    wanted = min(config.sequences or available, available)
+    if config.draws < 1 or config.batch < 1:
+        raise UsageError(f"eval.draws and eval.batch must be at least 1, got {config.draws} and {config.batch}")
+    device = model.cos.device
+
+    def tokens(first: int, count: int) -> Tensor:
+        which = [i * available // wanted for i in range(first, first + count)]
+        rows = np.stack([split.sequence(i, length) for i in which]).astype(np.int64)
+        return torch.from_numpy(rows).to(device)
+
+    with torch.no_grad(), autocast, evaluating(model):
+        return estimate_nll(
+            lambda masked: model.nll(masked.noisy, masked.rows, masked.target, masked.hidden_share),
+            tokens,
+            wanted,
+            mask_id=model.mask_id,
+            draws=config.draws,
+            batch=config.batch,
+            seed=config.seed,
+        )
+
+
+@contextmanager
+def evaluating(model: torch.nn.Module) -> Iterator[None]:
+    """The model in evaluation mode, put back after."""
+    before = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(before)
+
+
+def report(estimate: Estimate, split: TokenSplit) -> dict[str, Any]:
+    """The numbers people ask for, as a row of metrics.jsonl or a JSON file."""
+    bytes_per_token = split.num_bytes / max(1, split.num_tokens)
+    return {
+        "nll": estimate.nll,
+        "nll_se": estimate.se,
+        "perplexity": estimate.perplexity,
+        "bits_per_token": estimate.bits_per_token(),
+        "bits_per_byte": estimate.bits_per_byte(bytes_per_token),
+        "unigram_entropy": split.unigram_entropy(),
+        "bytes_per_token": bytes_per_token,
+        "sequences": estimate.sequences,
+        "length": estimate.length,
+    }

@@ -1,0 +1,5 @@
+"""The backbone."""
+
+from atat_fast.models.dit import DiT
+
+__all__ = ["DiT"]

@@ -1,0 +1,262 @@
+"""DiT: the transformer of MDLM, an encoder that is told (or not) how much of its input is hidden.
+
+Notable features, all of MDLM's so that its published weights fit:
+- pre-norm blocks whose LayerNorms have a weight and no bias; shift, scale and gate of every branch come from the time
+  embedding (adaLN), zero at the start, so each block begins as the identity;
+- without time conditioning (the default) that embedding is one row for everyone, and modulation is free;
+- rotary positions, halves paired, base 10,000; qkv and output projections without bias; MLP 4 x D, tanh-GELU, with bias;
+- embeddings untied by default; the head has a bias and starts at zero.
+The residual stream is carried from one gated sum to the next norm by one op, so a block's forward is: attend, add-and-norm,
+MLP, add-and-norm. Options beyond MDLM: tied embeddings, QK-norm, ReLU squared.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from huggingface_hub import PyTorchModelHubMixin
+from torch import Tensor, nn
+
+from atat_fast.config import ModelConfig
+from atat_fast.errors import UsageError
+from atat_fast.ops.adaptive_norm import adaptive_layer_norm, gated_residual_norm
+from atat_fast.ops.attention import self_attention
+from atat_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_cost
+from atat_fast.ops.registry import Cost
+from atat_fast.ops.rotary import rotary_table
+
+TIME_FREQUENCIES = 256
+LEAST_VISIBLE = 2e-9  # the hidden share a model is told stays below 1 - e^-20, the log-linear schedule's last rate
+
+
+class Randomness:
+    """Where a forward pass draws dropout from: seed and step (integers or 0-d int64 tensors), and each sequence's number."""
+
+    def __init__(self, seed: int | Tensor, step: int | Tensor, sample_ids: Tensor) -> None:
+        self.seed, self.step, self.sample_ids = seed, step, sample_ids
+
+
+class TimeEmbedding(nn.Module):
+    """sigma [B] to [B, C]: cosines and sines of 256 frequencies, then two linear layers with SiLU after each."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.inner = nn.Linear(TIME_FREQUENCIES, width)
+        self.outer = nn.Linear(width, width)
+
+    def forward(self, sigma: Tensor) -> Tensor:
+        """[B] fp32 to [B, C]."""
+        half = TIME_FREQUENCIES // 2
+        frequency = torch.exp(torch.arange(half, device=sigma.device, dtype=torch.float32) * (-math.log(10_000) / half))
+        angle = sigma[:, None].float() * frequency
+        waves = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        return F.silu(self.outer(F.silu(self.inner(waves))))
+
+
+class Block(nn.Module):
+    """Parameters of one block and its two branches; the residual stream is the DiT's business."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        width, inner = config.dim, config.mlp_ratio * config.dim
+        self.heads, self.qk_norm, self.activation = config.heads, config.qk_norm, config.activation
+        self.norm1 = nn.Parameter(torch.ones(width))
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm2 = nn.Parameter(torch.ones(width))
+        self.up = nn.Linear(width, inner)
+        self.down = nn.Linear(inner, width)
+        self.modulation = nn.Linear(config.conditioning_dim, 6 * width)
+
+    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """The attention branch of a normalised x [B, L, D]."""
+        return self_attention(x, self.qkv.weight, self.out.weight, cos, sin, heads=self.heads, qk_norm=self.qk_norm)
+
+    def mlp(self, x: Tensor) -> Tensor:
+        """The MLP branch of a normalised x [B, L, D]."""
+        inner = self.up(x)
+        inner = F.gelu(inner, approximate="tanh") if self.activation == "gelu" else F.relu(inner).square()
+        return cast(Tensor, self.down(inner))
+
+
+class DiT(
+    nn.Module,
+    PyTorchModelHubMixin,
+    library_name="atat_fast",
+    tags=["masked-diffusion", "text-generation"],
+    license="apache-2.0",
+):
+    """A masked-diffusion language model: which token was here?
+
+    Args:
+        vocab_size: Number of ids, the mask token's included.
+        mask_id: The mask token, which the model never predicts.
+        The rest: the fields of `ModelConfig`.
+
+    `forward` gives the training loss, so that one call is one compiled graph; `features` and `logits` are the two halves that
+    samplers use. `save_pretrained` and `from_pretrained` (safetensors) are the hub's own.
+    """
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, vocab_size: int, mask_id: int, **settings: Any) -> None:
+        super().__init__()
+        config = ModelConfig(**settings)
+        check_model(config)
+        if not 0 <= mask_id < vocab_size:
+            raise UsageError(f"mask_id {mask_id} is outside the vocabulary of {vocab_size}")
+        self.config, self.vocab_size, self.mask_id = config, vocab_size, mask_id
+        self.time_conditioning = config.time_conditioning
+        self.embedding = nn.Embedding(vocab_size, config.dim)
+        self.time = TimeEmbedding(config.conditioning_dim)
+        layers = [Block(config) for _ in range(config.layers)]
+        self.blocks = nn.ModuleList(layers)
+        self.final_norm = nn.Parameter(torch.ones(config.dim))
+        self.final_modulation = nn.Linear(config.conditioning_dim, 2 * config.dim)
+        self.head = nn.Linear(config.dim, vocab_size)
+        if config.tie_embeddings:
+            self.head.weight = self.embedding.weight
+        cos, sin = rotary_table(config.length, config.dim // config.heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+        self._initialise(layers)
+
+    def _initialise(self, blocks: list[Block]) -> None:
+        """MDLM's start: Kaiming embeddings, PyTorch's linear layers, normal(0.02) time layers, zero modulation and head."""
+        nn.init.kaiming_uniform_(self.embedding.weight, a=math.sqrt(5))
+        for layer in (self.time.inner, self.time.outer):
+            nn.init.normal_(layer.weight, std=0.02)
+        for layer in (self.final_modulation, *(block.modulation for block in blocks)):
+            nn.init.zeros_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.head.bias)
+        if not self.config.tie_embeddings:
+            nn.init.zeros_(self.head.weight)
+
+    def conditioning(self, hidden_share: Tensor | None) -> Tensor:
+        """The time embedding, [B, C], or [1, C] for a model that is not told the time (sigma is 0 for everyone then)."""
+        if not self.time_conditioning:
+            return cast(Tensor, self.time(torch.zeros(1, device=self.cos.device)))
+        if hidden_share is None:
+            raise ValueError("this model is told the time: pass hidden_share, the share of each sequence that is hidden")
+        return cast(Tensor, self.time(-torch.log((1 - hidden_share.float()).clamp(min=LEAST_VISIBLE))))
+
+    def features(self, tokens: Tensor, hidden_share: Tensor | None = None, randomness: Randomness | None = None) -> Tensor:
+        """Rows the head reads.
+
+        tokens [B, L] ids; hidden_share [B] in [0, 1], read only with time conditioning; randomness turns dropout on.
+        Returns [B * L, D] in the compute dtype. Raises ValueError for sequences longer than the model's length.
+        """
+        batch, length = tokens.shape
+        if length > self.config.length:
+            raise ValueError(f"the sequence has {length} tokens, but this model takes at most {self.config.length}")
+        cos, sin = self.cos[:length], self.sin[:length]
+        c = self.conditioning(hidden_share)
+        blocks = cast("list[Block]", list(self.blocks))
+        modulations = [block.modulation(c).chunk(6, dim=-1) for block in blocks]
+        final_shift, final_scale = self.final_modulation(c).chunk(2, dim=-1)
+
+        x = self.embedding(tokens)
+        y = adaptive_layer_norm(x, modulations[0][0], modulations[0][1], blocks[0].norm1)
+        for i, block in enumerate(blocks):
+            _, _, gate1, shift2, scale2, gate2 = modulations[i]
+            last = i + 1 == len(blocks)
+            shift, scale = (final_shift, final_scale) if last else modulations[i + 1][:2]
+            weight = self.final_norm if last else blocks[i + 1].norm1
+            x, y = self._join(x, block.attend(y, cos, sin), gate1, shift2, scale2, block.norm2, randomness, 2 * i)
+            x, y = self._join(x, block.mlp(y), gate2, shift, scale, weight, randomness, 2 * i + 1)
+        return y.view(batch * length, -1)
+
+    def _join(
+        self, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
+        randomness: Randomness | None, layer: int,
+    ) -> tuple[Tensor, Tensor]:  # fmt: skip
+        if randomness is None or self.config.dropout == 0:
+            return gated_residual_norm(x, branch, gate, shift, scale, weight)
+        return gated_residual_norm(
+            x, branch, gate, shift, scale, weight, dropout=self.config.dropout, layer=layer,
+            seed=randomness.seed, step=randomness.step, sample_ids=randomness.sample_ids,
+        )  # fmt: skip
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[R, D] rows of `features` to [R, V] logits with -inf at the mask token (SUBS)."""
+        logits: Tensor = self.head(features).float()
+        logits[:, self.mask_id] = -torch.inf
+        return logits
+
+    def nll(self, noisy: Tensor, rows: Tensor, target: Tensor, hidden_share: Tensor | None = None) -> Tensor:
+        """-log p of the hidden tokens, [R] fp32 in nats: what the likelihood bound is made of."""
+        return linear_cross_entropy(  # type: ignore[no-any-return]
+            self.features(noisy, hidden_share), self.head.weight, target, bias=self.head.bias, rows=rows,
+            forbidden=self.mask_id, reduction="none",
+        )  # fmt: skip
+
+    def forward(
+        self,
+        noisy: Tensor,
+        rows: Tensor,
+        target: Tensor,
+        weights: Tensor,
+        hidden_share: Tensor | None = None,
+        randomness: Randomness | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        """The weighted loss of the hidden tokens.
+
+        noisy [B, L] ids; rows [R], target [R], weights [R] as in `MaskedBatch`; randomness turns dropout on.
+        Returns the fp32 scalar sum of weights * nll, and nll [R] detached, both in nats.
+        """
+        features = self.features(noisy, hidden_share, randomness)
+        return linear_cross_entropy(  # type: ignore[no-any-return]
+            features, self.head.weight, target, bias=self.head.bias, token_weight=weights, rows=rows, forbidden=self.mask_id,
+            return_nll=True,
+        )  # fmt: skip
+
+    def parameter_counts(self) -> dict[str, int]:
+        """Parameters by part, each counted once, and their total."""
+        size = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())  # noqa: E731
+        tables = [cast(Block, block).modulation for block in self.blocks]
+        modulation = size(self.final_modulation, *tables)
+        counts = {
+            "embedding": size(self.embedding),
+            "blocks": size(self.blocks) - size(*tables),
+            "conditioning": modulation + size(self.time),
+            "head": self.final_norm.numel() + (self.head.bias.numel() if self.config.tie_embeddings else size(self.head)),
+        }
+        counts["total"] = sum(counts.values())
+        return counts
+
+
+def check_model(config: ModelConfig) -> None:
+    """Raise UsageError where sizes do not fit together."""
+    for name in ("dim", "layers", "heads", "length", "mlp_ratio", "conditioning_dim"):
+        if getattr(config, name) < 1:
+            raise UsageError(f"model.{name} must be at least 1, got {getattr(config, name)}")
+    if config.dim % config.heads or config.dim // config.heads % 2:
+        raise UsageError(
+            f"model.dim {config.dim} does not divide into {config.heads} heads of an even size; "
+            f"try model.heads {_heads_for(config.dim)}"
+        )
+    if not 0 <= config.dropout < 1:
+        raise UsageError(f"model.dropout must be in [0, 1), got {config.dropout}")
+
+
+def _heads_for(dim: int) -> int:
+    fitting = [h for h in range(1, dim + 1) if dim % h == 0 and dim // h % 2 == 0]
+    return min(fitting, key=lambda h: abs(dim / h - 64), default=1)
+
+
+def step_cost(config: ModelConfig, vocab_size: int, batch: int, hidden_rows: int, *, backward: bool = True) -> Cost:
+    """Floating-point operations and bytes of one pass over `batch` sequences whose head sees `hidden_rows` rows.
+
+    Matrix products and attention only: what a model-FLOPs utilisation counts. Bytes are those of the head.
+    """
+    rows, width = batch * config.length, config.dim
+    per_row = (4 + 2 * config.mlp_ratio) * width * width  # qkv and out, MLP up and down
+    matmul = 2 * per_row * rows * config.layers
+    attention = 2 * 2 * batch * config.length**2 * width * config.layers
+    body = (matmul + attention) * (3 if backward else 1)
+    return Cost(body, 0) + linear_cross_entropy_cost(hidden_rows, width, vocab_size, backward=backward)

@@ -1,0 +1,47 @@
+"""Fused ops for masked-diffusion models, each with plain PyTorch semantics. See each function's docstring.
+
+Each op is one file here: its contract, its specification (`*_reference`), its registration as `torch.ops.atat_fast.*`, and
+its cost in bytes and floating-point operations (`*_cost`).
+"""
+
+from atat_fast.ops.adaptive_norm import (
+    adaptive_layer_norm,
+    adaptive_layer_norm_cost,
+    adaptive_layer_norm_reference,
+    gated_residual_norm,
+    gated_residual_norm_cost,
+    gated_residual_norm_reference,
+)
+from atat_fast.ops.attention import adaptive_attention, attention, attention_cost, attention_reference, self_attention
+from atat_fast.ops.linear_cross_entropy import (
+    linear_cross_entropy,
+    linear_cross_entropy_cost,
+    linear_cross_entropy_reference,
+)
+from atat_fast.ops.masking import mask_tokens, mask_tokens_cost
+from atat_fast.ops.registry import Cost
+from atat_fast.ops.rotary import rotary, rotary_cost, rotary_reference, rotary_table
+
+__all__ = [
+    "Cost",
+    "adaptive_attention",
+    "adaptive_layer_norm",
+    "adaptive_layer_norm_cost",
+    "adaptive_layer_norm_reference",
+    "attention",
+    "attention_cost",
+    "attention_reference",
+    "gated_residual_norm",
+    "gated_residual_norm_cost",
+    "gated_residual_norm_reference",
+    "linear_cross_entropy",
+    "linear_cross_entropy_cost",
+    "linear_cross_entropy_reference",
+    "mask_tokens",
+    "mask_tokens_cost",
+    "rotary",
+    "rotary_cost",
+    "rotary_reference",
+    "rotary_table",
+    "self_attention",
+]

@@ -1,0 +1,321 @@
+"""adaptive_layer_norm and gated_residual_norm: the memory-bound chain between the matrix products of a DiT block.
+
+    adaptive_layer_norm:   y = LN(x) * weight * (1 + scale) + shift
+    gated_residual_norm:   r = residual + gate * dropout(branch),   y = LN(r) * weight * (1 + scale) + shift
+
+Conditioning (shift, scale, gate) is [B, D], one row a sample, or [1, D] where time is not told to the model. Then the
+modulation is a LayerNorm with weight * (1 + scale) for its weight and shift for its bias, and costs nothing more.
+Statistics are fp32 (fp64 for fp64 inputs) whatever the residual stream's dtype.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atat_fast.ops.philox import STREAM_DROPOUT, random_words
+from atat_fast.ops.registry import Cost, autocast_dtype, choose_backend, register, scalar
+
+AVAILABLE = ("torch",)
+EPS = 1e-5
+
+
+def adaptive_layer_norm(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None = None, *, eps: float = EPS, backend: str | None = None
+) -> Tensor:
+    """LayerNorm without bias over the last dimension, then modulation.
+
+    x: [B, L, D] fp32, bf16 or fp64.   shift, scale: [B, D] or [1, D].   weight: [D] or None for ones.
+    Returns [B, L, D], in autocast's dtype where autocast is on and in x's otherwise. Differentiable in every tensor, once.
+    Raises ValueError when shapes disagree.
+    """
+    choose_backend("adaptive_layer_norm", AVAILABLE, backend)
+    _check(x, {"shift": shift, "scale": scale}, weight)
+    return torch.ops.atat_fast.adaptive_layer_norm(x, shift, scale, weight, eps, autocast_dtype(x))[0]  # type: ignore[no-any-return]
+
+
+def gated_residual_norm(
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    *,
+    dropout: float = 0.0,
+    seed: int | Tensor = 0,
+    step: int | Tensor = 0,
+    sample_ids: Tensor | None = None,
+    layer: int = 0,
+    eps: float = EPS,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Add a gated branch to the residual stream and normalise the sum for the next branch.
+
+    residual: [B, L, D] fp32, bf16 or fp64.   branch: [B, L, D], any of these.   gate, shift, scale: [B, D] or [1, D].
+    dropout:  chance in [0, 1) of dropping an element of branch; the mask is a function of (seed, step, sample_ids [B],
+              position, element, layer) and is never stored.
+    Returns (residual' in residual's dtype, y in autocast's dtype or residual's). Differentiable in every tensor, once.
+    Raises ValueError when shapes disagree, dropout is out of range, or it has no sample_ids to draw from.
+    """
+    choose_backend("gated_residual_norm", AVAILABLE, backend)
+    _check(residual, {"gate": gate, "shift": shift, "scale": scale}, weight)
+    if branch.shape != residual.shape:
+        raise ValueError(f"branch must have residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
+    if not 0.0 <= dropout < 1.0:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")
+    if dropout and sample_ids is None:
+        raise ValueError("dropout needs sample_ids, the number of each sequence in the run, to draw its mask from")
+    on = dropout > 0
+    return torch.ops.atat_fast.gated_residual_norm(  # type: ignore[no-any-return]
+        residual, branch, gate, shift, scale, weight, dropout, scalar(seed, residual) if on else None,
+        scalar(step, residual) if on else None, sample_ids if on else None, layer, eps, autocast_dtype(residual),
+    )[:2]  # fmt: skip
+
+
+def _check(x: Tensor, conditioning: dict[str, Tensor], weight: Tensor | None) -> None:
+    if x.dim() != 3:
+        raise ValueError(f"the residual stream must be [batch, length, width], got shape {tuple(x.shape)}")
+    batch, _, width = x.shape
+    for name, c in conditioning.items():
+        if c.dim() != 2 or c.shape[1] != width or c.shape[0] not in (1, batch):
+            raise ValueError(f"{name} must be [{batch}, {width}] or [1, {width}], got shape {tuple(c.shape)}")
+    if len({c.shape[0] for c in conditioning.values()}) > 1:
+        shapes = ", ".join(f"{name} {tuple(c.shape)}" for name, c in conditioning.items())
+        raise ValueError(f"conditioning must have one number of rows, 1 or {batch}; got {shapes}")
+    if weight is not None and tuple(weight.shape) != (width,):
+        raise ValueError(f"weight must have shape ({width},), got {tuple(weight.shape)}")
+
+
+def adaptive_layer_norm_reference(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None = None, eps: float = EPS
+) -> Tensor:
+    """The specification, differentiable as often as wanted."""
+    mean = x.mean(-1, keepdim=True)
+    normed = (x - mean) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + eps)
+    return normed * (1 if weight is None else weight) * (1 + scale[:, None]) + shift[:, None]
+
+
+def gated_residual_norm_reference(
+    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None = None,
+    keep: Tensor | None = None, eps: float = EPS,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The specification; keep [B, L, D] holds 0 or 1 / (1 - dropout) for each element."""
+    residual = residual + gate[:, None] * (branch if keep is None else branch * keep)
+    return residual, adaptive_layer_norm_reference(residual, shift, scale, weight, eps)
+
+
+def dropout_scale(shape: torch.Size, dropout: float, seed: Tensor, step: Tensor, sample_ids: Tensor, layer: int) -> Tensor:
+    """[B, L, D] fp32: 0 where an element is dropped, 1 / (1 - dropout) elsewhere.
+
+    Four neighbouring elements share one Philox counter: its index is (sample * L + position) * ceil(D / 4) + element // 4.
+    """
+    batch, length, width = shape
+    groups = -(-width // 4)
+    position = torch.arange(length, device=sample_ids.device)
+    index = (sample_ids[:, None] * length + position)[..., None] * groups + torch.arange(groups, device=sample_ids.device)
+    words = torch.stack(random_words(index, seed, step, STREAM_DROPOUT + (layer << 8)), dim=-1)
+    kept = words.view(batch, length, groups * 4)[..., :width] >= round(dropout * 2**32)
+    return kept.to(torch.float32) / (1.0 - dropout)
+
+
+def _statistics_dtype(x: Tensor) -> torch.dtype:
+    return torch.float64 if x.dtype is torch.float64 else torch.float32
+
+
+def _norm(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    wide = _statistics_dtype(x)
+    x, shift, gain = x.to(wide), shift.to(wide), 1 + scale.to(wide)
+    gain = gain if weight is None else gain * weight.to(wide)
+    if shift.shape[0] == 1:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], gain[0], shift[0], eps)
+    else:
+        y, mean, rstd = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+        y = torch.addcmul(shift[:, None], y, gain[:, None])
+    return y.to(out_dtype), mean, rstd
+
+
+def _norm_fake(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    batch, length, width = x.shape
+    statistic = x.new_empty((batch, length, 1), dtype=_statistics_dtype(x))
+    return x.new_empty((batch, length, width), dtype=out_dtype), statistic, torch.empty_like(statistic)
+
+
+def _norm_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dx in fp32, and per conditioning row dshift and d(1 + scale) before the weight: [B or 1, D] each; and dweight [D]."""
+    wide = _statistics_dtype(x)
+    dy, x, gain = dy.to(wide), x.to(wide), 1 + scale.to(wide)
+    full = gain if weight is None else gain * weight.to(wide)
+    shape = x.shape[-1:]
+    if scale.shape[0] == 1:
+        # The bias is not read by the backward; it only says that its gradient is wanted.
+        dx, dfull, dshift = torch.ops.aten.native_layer_norm_backward(
+            dy, x, shape, mean, rstd, full[0], torch.empty_like(full[0]), [True, True, True]
+        )
+        dfull, dshift = dfull[None], dshift[None]
+    else:
+        dx = torch.ops.aten.native_layer_norm_backward(
+            dy * full[:, None], x, shape, mean, rstd, None, None, [True, False, False]
+        )[0]
+        dshift = dy.sum(1)
+        dfull = (dy * ((x - mean) * rstd)).sum(1)
+    dweight = (dfull * gain).sum(0) if weight is not None else dfull.new_empty(0)
+    dscale = dfull if weight is None else dfull * weight.to(wide)
+    return dx, dshift, dscale, dweight
+
+
+def _norm_backward_fake(
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = _statistics_dtype(x)
+    row = x.new_empty(scale.shape, dtype=wide)
+    return (
+        x.new_empty(x.shape, dtype=wide),
+        row,
+        torch.empty_like(row),
+        x.new_empty(0 if weight is None else weight.shape[0], dtype=wide),
+    )
+
+
+def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    x, shift, scale, weight, *_ = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(x, scale, weight, *output[1:])
+    ctx.shift_dtype = shift.dtype
+
+
+def _norm_autograd(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if dy is None:
+        return (None,) * 6
+    x, scale, weight, mean, rstd = ctx.saved_tensors
+    dx, dshift, dscale, dweight = torch.ops.atat_fast.adaptive_layer_norm_backward(dy, x, scale, weight, mean, rstd)
+    dweight = None if weight is None else dweight.to(weight.dtype)
+    return dx.to(x.dtype), dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), dweight, None, None
+
+
+def _gated(
+    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, dropout: float,
+    seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int, eps: float, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    wide = _statistics_dtype(residual)
+    addend = branch.to(wide)
+    if dropout:
+        assert seed is not None and step is not None and sample_ids is not None
+        addend = addend * dropout_scale(branch.shape, dropout, seed, step, sample_ids, layer).to(wide)
+    total = torch.addcmul(residual.to(wide), gate.to(wide)[:, None], addend)
+    y, mean, rstd = _norm(total, shift, scale, weight, eps, out_dtype)  # of the sum before a bf16 stream rounds it
+    return total.to(residual.dtype), y, mean, rstd
+
+
+def _gated_fake(
+    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, dropout: float,
+    seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int, eps: float, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    return (residual.new_empty(residual.shape), *_norm_fake(residual, shift, scale, weight, eps, out_dtype))
+
+
+def _gated_backward(
+    dtotal: Tensor | None, dy: Tensor | None, total: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, weight: Tensor | None,
+    mean: Tensor, rstd: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """dresidual, dbranch, dgate, dshift, dscale, dweight; the last four in the statistics' dtype."""
+    wide = _statistics_dtype(total)
+    dy = torch.zeros_like(total) if dy is None else dy
+    dr, dshift, dscale, dweight = _norm_backward(dy, total, scale, weight, mean, rstd)
+    if dtotal is not None:
+        dr = dr + dtotal.to(wide)
+    dadd = dr * gate.to(wide)[:, None]
+    addend = branch.to(wide)
+    if dropout:
+        assert seed is not None and step is not None and sample_ids is not None
+        keep = dropout_scale(branch.shape, dropout, seed, step, sample_ids, layer).to(wide)
+        dadd, addend = dadd * keep, addend * keep
+    dgate = (dr * addend).sum(1)
+    if gate.shape[0] == 1:
+        dgate = dgate.sum(0, keepdim=True)
+    return dr.to(total.dtype, copy=True), dadd.to(branch.dtype), dgate, dshift, dscale, dweight
+
+
+def _gated_backward_fake(
+    dtotal: Tensor | None, dy: Tensor | None, total: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, weight: Tensor | None,
+    mean: Tensor, rstd: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    _, dshift, dscale, dweight = _norm_backward_fake(total, total, scale, weight, mean, rstd)
+    return total.new_empty(total.shape), branch.new_empty(branch.shape), torch.empty_like(dshift), dshift, dscale, dweight
+
+
+def _gated_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    _, branch, gate, shift, scale, weight, dropout, seed, step, sample_ids, layer, *_ = inputs
+    total, _, mean, rstd = output
+    ctx.mark_non_differentiable(mean, rstd)
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(total, branch, gate, scale, weight, mean, rstd, seed, step, sample_ids)
+    ctx.dropout, ctx.layer, ctx.shift_dtype = dropout, layer, shift.dtype
+
+
+def _gated_autograd(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if dtotal is None and dy is None:
+        return (None,) * 13
+    total, branch, gate, scale, weight, mean, rstd, seed, step, sample_ids = ctx.saved_tensors
+    dr, db, dgate, dshift, dscale, dweight = torch.ops.atat_fast.gated_residual_norm_backward(
+        dtotal, dy, total, branch, gate, scale, weight, mean, rstd, ctx.dropout, seed, step, sample_ids, ctx.layer
+    )
+    dweight = None if weight is None else dweight.to(weight.dtype)
+    return (dr, db, dgate.to(gate.dtype), dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), dweight, *(None,) * 7)
+
+
+register(
+    "adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, Tensor? weight, float eps, ScalarType out_dtype) "
+    "-> (Tensor y, Tensor mean, Tensor rstd)",
+    _norm,
+    _norm_fake,
+    backward=_norm_autograd,
+    setup=_norm_setup,
+)
+register(
+    "adaptive_layer_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor? weight, Tensor mean, Tensor rstd) "
+    "-> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight)",
+    _norm_backward,
+    _norm_backward_fake,
+)
+register(
+    "gated_residual_norm(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? weight, float dropout, "
+    "Tensor? seed, Tensor? step, Tensor? sample_ids, int layer, float eps, ScalarType out_dtype) "
+    "-> (Tensor total, Tensor y, Tensor mean, Tensor rstd)",
+    _gated,
+    _gated_fake,
+    backward=_gated_autograd,
+    setup=_gated_setup,
+)
+register(
+    "gated_residual_norm_backward(Tensor? dtotal, Tensor? dy, Tensor total, Tensor branch, Tensor gate, Tensor scale, "
+    "Tensor? weight, Tensor mean, Tensor rstd, float dropout, Tensor? seed, Tensor? step, Tensor? sample_ids, int layer) "
+    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    _gated_backward,
+    _gated_backward_fake,
+)
+
+
+def adaptive_layer_norm_cost(
+    rows: int, width: int, *, residual_bytes: int = 4, branch_bytes: int = 2, backward: bool = False
+) -> Cost:
+    """Forward reads x and writes y; backward reads dy and x and writes dx."""
+    moved = 2 * residual_bytes + branch_bytes if backward else residual_bytes + branch_bytes
+    return Cost(flops=(16 if backward else 8) * rows * width, bytes=rows * width * moved)
+
+
+def gated_residual_norm_cost(
+    rows: int, width: int, *, residual_bytes: int = 4, branch_bytes: int = 2, backward: bool = False
+) -> Cost:
+    """Forward reads residual and branch and writes both sums; backward reads dy, dr', r' and branch and writes dr and dbranch."""
+    moved = 3 * residual_bytes + 3 * branch_bytes if backward else 2 * residual_bytes + 2 * branch_bytes
+    return Cost(flops=(20 if backward else 10) * rows * width, bytes=rows * width * moved)

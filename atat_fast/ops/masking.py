@@ -1,0 +1,184 @@
+"""mask_tokens: hide exactly k tokens of each sequence, and say which rows the loss will want.
+
+Reveal key of token i (DESIGN: the tilted Gumbel key):   kappa_i = -tilt * score_i + G_i,   G_i standard Gumbel.
+The k smallest keys are hidden, ties going to the lower position. Without scores the key is the random word itself, an
+integer, so that masks are the same bits on every backend; a Gumbel grows with its word, so tilt 0 hides the same tokens.
+Revealing from the largest key down is Plackett-Luce: the chance that i is next is softmax over hidden tokens of -tilt * score.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from atat_fast.errors import nearest
+from atat_fast.ops.philox import STREAM_MASK, random_words, uniform
+from atat_fast.ops.registry import Cost, choose_backend, register, scalar
+
+WEIGHTINGS = ("uniform", "order", "importance", "ce")
+AVAILABLE = ("torch",)
+
+
+def mask_tokens(
+    tokens: Tensor,
+    num_masked: Tensor | Sequence[int],
+    *,
+    mask_id: int,
+    seed: int | Tensor,
+    step: int | Tensor,
+    sample_ids: Tensor,
+    num_rows: int | None = None,
+    scores: Tensor | None = None,
+    tilt: float = 0.0,
+    focus: float = 0.0,
+    eligible: Tensor | None = None,
+    frozen: Tensor | None = None,
+    weighting: str = "uniform",
+    stream: int = STREAM_MASK,
+    backend: str | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Hide exactly num_masked[b] tokens of sequence b.
+
+    tokens:      [B, L] int32 or int64.
+    num_masked:  [B] integers, k of each sequence, at most the number of tokens that may be hidden there.
+    mask_id:     the id written over hidden tokens.
+    seed, step:  integers, or 0-d int64 tensors on tokens' device (a captured CUDA graph then draws anew on each replay).
+    sample_ids:  [B] int64, the number of each sequence in the run. Masks depend on (seed, step, sample, position) only.
+    num_rows:    length of the row outputs; sum(num_masked) where the caller does not say. Needed when num_masked is on a
+                 GPU (reading it would wait for the device). Rows past the sum are padding: row 0 with weight 0.
+    scores:      [B, L] importance in [0, 1], or None for uniform masks;   tilt: beta. Above 0 hard tokens stay hidden longer.
+    eligible:    [B, L] bool: only these may be hidden now (they were hidden by an earlier, uniform call).
+    frozen:      [B, L] bool: never hidden and not counted (prompt, padding).
+    weighting:   with n tokens not frozen and k hidden in a sequence,
+                 uniform      (n + 1) / k, the weight of the likelihood bound;
+                 order        (n + 1) * softmax over hidden of -tilt * score, the chance of being revealed next;
+                 importance   uniform * exp(focus * score), the exponential normalised to mean 1 over the hidden tokens;
+                 ce           one number for the batch that makes the loss a plain mean over hidden tokens.
+                 A loss is sum(weight * nll) / (tokens not frozen in the batch), in nats a token.
+
+    Returns noisy [B, L] (dtype of tokens); rows [num_rows] int64, flat indices b * L + i of hidden tokens, grouped by
+    sequence in position order; weights [num_rows] fp32. Nothing is differentiable here.
+    Raises ValueError for shapes that disagree, k out of range (CPU counts only), or an unknown weighting.
+    """
+    choose_backend("mask_tokens", AVAILABLE, backend)
+    if tokens.dim() != 2:
+        raise ValueError(f"tokens must be [batch, length], got shape {tuple(tokens.shape)}")
+    batch, length = tokens.shape
+    counts = torch.as_tensor(num_masked, dtype=torch.int64)
+    for name, tensor, shape in (
+        ("num_masked", counts, (batch,)),
+        ("sample_ids", sample_ids, (batch,)),
+        ("scores", scores, (batch, length)),
+        ("eligible", eligible, (batch, length)),
+        ("frozen", frozen, (batch, length)),
+    ):
+        if tensor is not None and tuple(tensor.shape) != shape:
+            raise ValueError(f"{name} must have shape {shape} for tokens of shape {(batch, length)}, got {tuple(tensor.shape)}")
+    if weighting not in WEIGHTINGS:
+        raise ValueError(f"weighting {weighting!r} is unknown{nearest(weighting, WEIGHTINGS)}; choose {', '.join(WEIGHTINGS)}")
+    if scores is None and (weighting in ("order", "importance") or tilt):
+        raise ValueError(f"weighting {weighting!r} with tilt {tilt} needs scores")
+    if counts.device.type == "cpu" and not torch.compiler.is_compiling():
+        num_rows = _check_counts(counts, num_rows, length, eligible, frozen)
+    elif num_rows is None:
+        raise ValueError("num_rows is needed when num_masked is on a GPU: reading the counts back would wait for the device")
+    scores = None if scores is None else scores.detach()
+    return torch.ops.atat_fast.mask_tokens(  # type: ignore[no-any-return]
+        tokens, counts.to(tokens.device), num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting,
+        scalar(seed, tokens), scalar(step, tokens), sample_ids, stream,
+    )  # fmt: skip
+
+
+def _check_counts(counts: Tensor, num_rows: int | None, length: int, eligible: Tensor | None, frozen: Tensor | None) -> int:
+    may_hide = _may_hide(eligible, frozen)
+    on_cpu = may_hide is not None and may_hide.device.type == "cpu"
+    limits = may_hide.sum(1) if may_hide is not None and on_cpu else torch.full_like(counts, length)
+    bad = ((counts < 0) | (counts > limits)).nonzero()
+    if len(bad):
+        b = int(bad[0])
+        raise ValueError(f"num_masked[{b}] is {int(counts[b])}, but sequence {b} has {int(limits[b])} tokens that may be hidden")
+    total = int(counts.sum())
+    if num_rows is not None and num_rows < total:
+        raise ValueError(f"num_rows is {num_rows}, but num_masked adds up to {total}")
+    return total if num_rows is None else num_rows
+
+
+def _may_hide(eligible: Tensor | None, frozen: Tensor | None) -> Tensor | None:
+    if frozen is None:
+        return eligible
+    return ~frozen if eligible is None else eligible & ~frozen
+
+
+def reveal_keys(word: Tensor, scores: Tensor | None, tilt: float) -> Tensor:
+    """Sort keys from random words [B, L]: the word itself, or the tilted Gumbel in fp64. Small keys are hidden first."""
+    if scores is None:
+        return word
+    return -torch.log(-torch.log(uniform(word))) - tilt * scores.to(torch.float64)
+
+
+def mask_tokens_reference(
+    tokens: Tensor, num_masked: Tensor, num_rows: int, mask_id: int, scores: Tensor | None, tilt: float, focus: float,
+    eligible: Tensor | None, frozen: Tensor | None, weighting: str, seed: Tensor, step: Tensor, sample_ids: Tensor, stream: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The specification of mask_tokens, in plain PyTorch. No step waits for the device."""
+    length = tokens.shape[1]
+    position = torch.arange(length, device=tokens.device)
+    word = random_words(sample_ids[:, None] * length + position, seed, step, stream)[0]
+
+    keys = reveal_keys(word, scores, tilt)
+    may_hide = _may_hide(eligible, frozen)
+    if may_hide is not None:
+        keys = torch.where(may_hide, keys, 2**32 if scores is None else torch.inf)
+    order = torch.argsort(keys, dim=1, stable=True)  # stable: equal keys go by position
+    hidden = torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, order, position < num_masked[:, None])
+
+    noisy = torch.where(hidden, mask_id, tokens).to(tokens.dtype)
+    rows = torch.nonzero_static(hidden.flatten(), size=num_rows, fill_value=0).flatten()
+    weights = _weights(rows, num_masked, hidden, scores, tilt, focus, frozen, weighting)
+    return noisy, rows, weights
+
+
+def _weights(
+    rows: Tensor, num_masked: Tensor, hidden: Tensor, scores: Tensor | None, tilt: float, focus: float, frozen: Tensor | None,
+    weighting: str,
+) -> Tensor:  # fmt: skip
+    batch, length = hidden.shape
+    free = torch.full_like(num_masked, length) if frozen is None else (~frozen).sum(1)
+    total = num_masked.sum()
+    if weighting == "ce":
+        dense = (free.sum() / total.clamp(min=1)).expand(batch, length)
+    else:
+        dense = ((free + 1) / num_masked.clamp(min=1))[:, None].expand(batch, length)
+    if weighting in ("order", "importance"):
+        assert scores is not None
+        exponent = scores.to(torch.float64) * (-tilt if weighting == "order" else focus)
+        share = torch.softmax(exponent.masked_fill(~hidden, -torch.inf), dim=1)  # NaN where nothing is hidden: never gathered
+        dense = dense * share * num_masked[:, None]
+    weights = dense.flatten()[rows] if batch and length else rows.to(torch.float32)
+    padding = torch.arange(len(rows), device=rows.device) >= total
+    return weights.to(torch.float32).masked_fill(padding, 0.0)
+
+
+def _fake(tokens: Tensor, num_masked: Tensor, num_rows: int, *rest: object) -> tuple[Tensor, Tensor, Tensor]:
+    return (
+        torch.empty_like(tokens, memory_format=torch.contiguous_format),
+        tokens.new_empty(num_rows, dtype=torch.int64),
+        tokens.new_empty(num_rows, dtype=torch.float32),
+    )
+
+
+register(
+    "mask_tokens(Tensor tokens, Tensor num_masked, SymInt num_rows, SymInt mask_id, Tensor? scores, float tilt, float focus, "
+    "Tensor? eligible, Tensor? frozen, str weighting, Tensor seed, Tensor step, Tensor sample_ids, int stream) "
+    "-> (Tensor noisy, Tensor rows, Tensor weights)",
+    mask_tokens_reference,
+    _fake,
+)
+
+
+def mask_tokens_cost(batch: int, length: int, num_rows: int, *, id_bytes: int = 8, scored: bool = False) -> Cost:
+    """Bytes: ids in and out, scores in, rows (8) and weights (4) out. The random words are integer work, not FLOPs."""
+    tokens = batch * length
+    return Cost(flops=0, bytes=tokens * (2 * id_bytes + 4 * scored) + num_rows * 12)

@@ -1,0 +1,74 @@
+"""Random numbers as a function: Philox4x32-10 (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011).
+
+    key     = (seed bits 0..31, seed bits 32..63)
+    counter = (index bits 0..31, index bits 32..63, step, stream)
+    output  = four 32-bit words
+
+`index` names the thing the number belongs to (sample * length + position for tokens), so noise depends on nothing else:
+not on the rank, the batch it came in, or what was drawn before. This file is the specification; words are int64 tensors
+holding 0 .. 2^32 - 1. Ten rounds rather than seven: seven pass the published tests, ten leave a margin, and on a GPU the
+work hides under memory traffic either way.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+ROUNDS = 10
+MULTIPLIER_0, MULTIPLIER_1 = 0xD2511F53, 0xCD9E8D57
+WEYL_0, WEYL_1 = 0x9E3779B9, 0xBB67AE85
+WORD = 0xFFFFFFFF
+
+STREAM_MASK = 0
+"""Which tokens are hidden."""
+STREAM_REVEAL = 1
+"""Which of the tokens already hidden are shown again, where importance scores what can be seen."""
+STREAM_DROPOUT = 2
+"""Dropout; the layer is in the stream's bits 8 and up."""
+STREAM_SAMPLE = 3
+"""Which tokens a sampler reveals (word 0) and what they become (words of the vocabulary's own stream)."""
+STREAM_COUNT = 4
+"""How many tokens are hidden."""
+
+
+def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
+    """High and low words of the 64-bit product. Wrapping int64 arithmetic has the same bits as unsigned."""
+    wide = b * a
+    return (wide >> 32) & WORD, wide & WORD
+
+
+def philox4x32(
+    counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words for each counter. All arguments are int64 tensors of words that broadcast together."""
+    c0, c1, c2, c3 = counter
+    k0, k1 = key
+    for _ in range(ROUNDS):
+        high0, low0 = _product(MULTIPLIER_0, c0)
+        high1, low1 = _product(MULTIPLIER_1, c2)
+        c0, c1, c2, c3 = high1 ^ c1 ^ k0, low1, high0 ^ c3 ^ k1, low0
+        k0, k1 = (k0 + WEYL_0) & WORD, (k1 + WEYL_1) & WORD
+    return c0, c1, c2, c3
+
+
+def random_words(index: Tensor, seed: int | Tensor, step: int | Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words for every element of `index` (int64, any shape) at this seed (64 bits), step and stream (32 bits each)."""
+
+    def word(value: int | Tensor) -> Tensor:
+        return torch.as_tensor(value, dtype=torch.int64, device=index.device)
+
+    seed, step = word(seed), word(step)
+    counter = (index & WORD, (index >> 32) & WORD, step & WORD, word(stream) & WORD)
+    words = philox4x32(counter, (seed & WORD, (seed >> 32) & WORD))
+    return tuple(torch.broadcast_to(w, index.shape) for w in words)  # type: ignore[return-value]
+
+
+def uniform(word: Tensor) -> Tensor:
+    """A word as fp64 in the open interval (0, 1), symmetric about a half: (word + 0.5) / 2^32."""
+    return (word.to(torch.float64) + 0.5) * 2.0**-32
+
+
+def uniform64(high: Tensor, low: Tensor) -> Tensor:
+    """Two words as fp64 in (0, 1] with 2^-53 steps at worst and the exact tail near 0: what a rare draw needs."""
+    return (high.to(torch.float64) * 2.0**32 + low.to(torch.float64) + 0.5) * 2.0**-64

@@ -1,0 +1,443 @@
+"""The report of a run: one self-contained page with its numbers, curves, samples and settings, and the pictures beside it.
+
+    python -m atat_fast.report --run runs/demo [--out FOLDER]
+
+Reads config.yaml, run.json and metrics.jsonl of a run folder, of a finished run or of one still going. Same input, same bytes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import html
+import json
+import math
+import os
+import re
+import statistics
+import sys
+import unicodedata
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atat_fast.config import Config, to_dict
+from atat_fast.errors import UsageError, nearest
+from atat_fast.training.figures import DARK, Curves, compact, duration, loss_png, measured, overview_png, throughput_png
+
+Row = dict[str, Any]
+
+FACTS = {
+    "data": "data", "vocabulary": "vocabulary", "sequence_length": "sequence length", "tokens_per_step": "tokens per step",
+    "bytes_per_token": "bytes per token", "device": "device", "dtype": "precision", "compile": "torch.compile",
+    "cpu_threads": "CPU threads", "version": "atat_fast", "commit": "commit", "torch": "torch", "triton": "triton",
+    "python": "python", "started": "started",
+}  # fmt: skip
+NUMBERS = ("loss", "tokens", "tokens_per_second", "seconds", "nll", "nll_se", "bits_per_byte", "unigram_entropy", "sequences")
+BOUND = (
+    "<b>val/nll</b> is the exact-count bound (NELBO) on the negative log-likelihood of held-out text, in nats per token: a "
+    "count k is drawn, exactly k tokens are hidden, and their cross-entropies weigh (L + 1) / k each. It is computed with the "
+    "EMA weights; no training weight or curriculum enters it. The number after ± is its standard error over sequences and masks. "
+    "Perplexity and bits follow from it, so they are upper bounds too."
+)
+STYLE = """
+:root { color-scheme: light dark;
+  --paper: #fff; --ink: #1f2226; --faint: #646a73; --line: #e2e5e9; --wash: #f6f7f8; --accent: #0072b2 }
+@media (prefers-color-scheme: dark) { :root {
+  --paper: #16181c; --ink: #dfe2e6; --faint: #9aa0a9; --line: #2c3036; --wash: #1d2025; --accent: #56b4e9 } }
+* { box-sizing: border-box }
+body { max-width: 46rem; margin: 0 auto; padding: clamp(1.25rem, 5vw, 3.5rem) clamp(1rem, 4vw, 2rem); background: var(--paper);
+  color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere }
+h1 { margin: 0; font-size: 1.75rem; line-height: 1.2; letter-spacing: -.01em }
+h2 { margin: 2.75rem 0 .75rem; font-size: 1.05rem }
+.faint, figcaption, dt, .headline small, th { color: var(--faint); font-size: .875rem; font-weight: 400 }
+.headline { display: grid; grid-template-columns: repeat(auto-fill, minmax(9.5rem, 1fr)); gap: 1.25rem 1.5rem; margin: 2rem 0;
+  padding: 1.5rem 0; border-block: 1px solid var(--line) }
+.headline div:first-child { grid-column: 1 / -1 }
+.headline dd { margin: 0; font-size: 1.3rem; line-height: 1.35; font-variant-numeric: tabular-nums }
+.headline div:first-child dd { font-size: 2.5rem; letter-spacing: -.02em; color: var(--accent) }
+.headline small { display: block; line-height: 1.4; letter-spacing: 0; color: var(--faint) }
+figure { margin: 1.25rem 0 } img { display: block; width: 100%; height: auto }
+.note { margin: .4rem 0; padding-left: .75rem; border-left: 3px solid var(--line); color: var(--faint); font-size: .925rem }
+.scroll { overflow-x: auto }
+table { width: 100%; border-collapse: collapse; font-size: .925rem; font-variant-numeric: tabular-nums }
+th, td { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line); text-align: left; vertical-align: top }
+th { white-space: nowrap } .numbers th + th, .numbers td { text-align: right; white-space: nowrap; padding: .35rem 0 .35rem 1rem }
+.best td, .best th { font-weight: 600; color: var(--ink) }
+.sample, pre { margin: .35rem 0 0; padding: 1rem 1.25rem; background: var(--wash); border-radius: .4rem; white-space: pre-wrap }
+.sample { max-height: 26rem; overflow: auto; unicode-bidi: isolate;
+  font: 1.02rem/1.65 Charter, "Bitstream Charter", Cambria, Georgia, serif }
+.share { display: block; height: 3px; margin-top: .3rem; background: var(--accent); border-radius: 2px; min-width: 1px }
+summary { cursor: pointer; color: var(--faint); padding: .35rem 0 }
+pre { font: .85rem/1.55 ui-monospace, Menlo, Consolas, monospace }
+"""
+
+
+@dataclass(frozen=True)
+class Run:
+    """A run folder, read: rows in the order of their steps, and `notes`, sentences about what was left out."""
+
+    name: str
+    settings: Row
+    settings_text: str
+    facts: Row
+    train: list[Row]
+    evals: list[Row]
+    samples: list[Row]
+    notes: list[str]
+
+
+def write_report(run: Path, out: Path | None = None) -> Path:
+    """Writes report.html, loss.png, throughput.png and overview.png into `out` (by default the run folder).
+
+    Returns the path of report.html. Raises UsageError when the run cannot be read or the folder not be written; the files
+    of an earlier report are replaced only once all of the new ones are complete.
+    """
+    found = read_run(Path(run))
+    curves = curves_of(found)
+    pictures = {"loss.png": loss_png(curves), "throughput.png": throughput_png(curves), "overview.png": overview_png(curves)}
+    dark = {"loss.png": loss_png(curves, DARK), "throughput.png": throughput_png(curves, DARK)}
+    page = _page(found, curves, pictures, dark)
+    folder = Path(run if out is None else out)
+    _write_all(folder, {**pictures, "report.html": page.encode()})
+    return folder / "report.html"
+
+
+def read_run(folder: Path) -> Run:
+    """Reads a run folder. config.yaml and run.json may be missing; metrics.jsonl may not. Raises UsageError."""
+    if not folder.is_dir():
+        known = [path.parent.name for path in sorted(folder.parent.glob("*/metrics.jsonl"))]
+        have = f"; {folder.parent} has {', '.join(known[:8])}" if known else "; give --run the folder a training run wrote"
+        raise UsageError(f"there is no run folder {folder}{nearest(folder.name, known)}{have}")
+    if not (folder / "metrics.jsonl").is_file():
+        raise UsageError(f"{folder} holds no metrics.jsonl, so it is no run folder; give --run the folder a training run wrote")
+    notes: list[str] = []
+    rows = _read_metrics(folder / "metrics.jsonl", notes)
+    text = _read(folder / "config.yaml", notes)
+    try:
+        settings = yaml.safe_load(text) or {}
+    except (yaml.YAMLError, ValueError) as error:
+        why = " ".join(str(error).split())
+        raise UsageError(f"{folder / 'config.yaml'} is not YAML ({why}); repair it or move it away") from None
+    try:
+        facts = json.loads(_read(folder / "run.json", notes) or "{}")
+    except ValueError as error:
+        raise UsageError(f"{folder / 'run.json'} is not JSON ({error}); repair it or move it away") from None
+    for name, value in (("config.yaml", settings), ("run.json", facts)):
+        if not isinstance(value, dict):
+            raise UsageError(f"{folder / name} holds a {type(value).__name__}, not names with values; repair it or move it away")
+    own = settings.get("run")
+    name = (own.get("name") if isinstance(own, dict) else None) or folder.resolve().name
+    return Run(str(name), settings, text, facts, rows["train"], rows["eval"], rows["sample"], notes)
+
+
+def _read(path: Path, notes: list[str] | None = None) -> str:
+    if notes is not None and not path.exists():
+        notes.append(f"There is no {path.name} in this run, so what it would say is missing here.")
+        return ""
+    try:
+        return path.read_bytes().decode()
+    except (OSError, UnicodeDecodeError) as error:
+        raise UsageError(f"{path} cannot be read ({error}); check its permissions, and that it is UTF-8 text") from None
+
+
+def _read_metrics(path: Path, notes: list[str]) -> dict[str, list[Row]]:
+    """Rows by kind. A step written twice (a resumed run repeats some) counts once, as written last."""
+    try:
+        *lines, tail = path.read_bytes().split(b"\n")
+    except OSError as error:
+        raise UsageError(f"{path} cannot be read ({error}); check its permissions") from None
+    rows: dict[str, dict[Any, Row]] = {"train": {}, "eval": {}, "sample": {}}
+    for number, line in enumerate([*lines, tail], 1):
+        if not line.strip():
+            continue
+        try:
+            row = json.loads(line.decode())
+        except ValueError as error:
+            if number > len(lines):  # only a line without its line end can have been cut off
+                notes.append("The last line of metrics.jsonl was cut off and is left out.")
+                continue
+            raise UsageError(f"line {number} of {path} is not JSON ({error}); repair or delete that line") from None
+        wrong = _wrong(row)
+        if wrong:
+            raise UsageError(f"line {number} of {path} {wrong}; repair or delete that line")
+        if row["kind"] in rows:
+            key = (row["step"], *(str(row.get(name)) for name in ("sampler", "steps") if row["kind"] == "sample"))
+            rows[row["kind"]][key] = row
+    return {kind: sorted(by_step.values(), key=lambda row: row["step"]) for kind, by_step in rows.items()}
+
+
+def _wrong(row: Any) -> str:
+    """What is wrong with a row of metrics.jsonl, or ''. Kinds and fields this version does not know pass."""
+    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
+        return "is no row with a kind"
+    if row["kind"] not in ("train", "eval", "sample"):
+        return ""
+    if type(row.get("step")) is not int or row["step"] < 0:
+        return f"has step {row.get('step')!r}, not a whole number"
+    if row["kind"] == "sample":
+        texts = row.get("texts")
+        return "" if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else "has no list of texts"
+    odd = [name for name in NUMBERS if type(row.get(name)) not in (int, float, type(None))]
+    return f"has {odd[0]} {row[odd[0]]!r}, not a number" if odd else ""
+
+
+def curves_of(run: Run) -> Curves:
+    """The series of the pictures. Tokens come from the rows or from tokens_per_step; without either, x counts steps."""
+    import numpy as np
+
+    def column(rows: list[Row], name: str) -> Any:
+        return np.array([_number(row, name) for row in rows], dtype=float)
+
+    per_step = _number(run.facts, "tokens_per_step")
+    if not per_step > 0 and run.train and run.train[-1]["step"]:
+        per_step = _number(run.train[-1], "tokens") / run.train[-1]["step"]
+    known = math.isfinite(per_step) and per_step > 0
+    scale = per_step if known else 1.0
+    seen = column(run.train, "tokens")
+    train_x = np.where(np.isfinite(seen) & known, seen, column(run.train, "step") * scale)
+    unigram = _unigram(run)
+    return Curves(
+        train_x=train_x,
+        loss=column(run.train, "loss"),
+        throughput=column(run.train, "tokens_per_second"),
+        eval_x=column(run.evals, "step") * scale,
+        nll=column(run.evals, "nll"),
+        nll_se=column(run.evals, "nll_se"),
+        unigram=unigram if math.isfinite(unigram) else None,
+        tokens_per_step=scale if known else None,
+    )
+
+
+def _number(row: Row, name: str) -> float:
+    value = row.get(name)
+    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+
+
+def _unigram(run: Run) -> float:
+    return next((u for row in [*reversed(run.evals), run.facts] if math.isfinite(u := _number(row, "unigram_entropy"))), math.nan)
+
+
+def visible(text: str) -> str:
+    """Text with every control, direction and surrogate character made visible, so that no sample rearranges the page."""
+
+    def shown(match: re.Match[str]) -> str:
+        code = ord(match[0])
+        if unicodedata.category(match[0]) == "Cc" and code < 128:
+            return "\u2421" if code == 127 else chr(0x2400 + code)
+        return f"⟨U+{code:04X}⟩"
+
+    controls = "[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u202a-\u202e\u2066-\u2069\ud800-\udfff\ufeff\ufffe\uffff]"
+    return re.sub(controls, shown, text.replace("\r\n", "\n"))
+
+
+def _text(value: Any) -> str:
+    return html.escape(visible(str(value)))
+
+
+def _perplexity(nll: float) -> str:
+    return "not finite" if not nll < 700 else f"{math.exp(nll):.2f}" if nll < 4.6 else compact(math.exp(nll))
+
+
+def _bits_per_byte(run: Run, row: Row) -> float:
+    given = _number(row, "bits_per_byte")
+    per_token = _number(run.facts, "bytes_per_token")
+    return given if math.isfinite(given) or not per_token > 0 else _number(row, "nll") / math.log(2) / per_token
+
+
+def _headline(run: Run, curves: Curves) -> str:
+    cards: list[tuple[str, str, str]] = []
+    unigram = _unigram(run)
+    nll = _number(run.evals[-1], "nll") if run.evals else math.nan
+    if run.evals:
+        last = run.evals[-1]
+        cards.append(("val/nll", measured(nll, _number(last, "nll_se")), f"nats per token, at step {last['step']:,}"))
+        cards.append(("perplexity", _perplexity(nll), "per token, exp(val/nll)"))
+        if math.isfinite(_bits_per_byte(run, last)):
+            cards.append(("bits per byte", f"{_bits_per_byte(run, last):.3f}", "of held-out text"))
+    else:
+        cards.append(("val/nll", "none yet", "no evaluation has been made"))
+    if math.isfinite(unigram):
+        gain = unigram - nll
+        words = f"val/nll is {abs(gain):.2f} {'below' if gain >= 0 else 'above'} it" if math.isfinite(gain) else "nats per token"
+        cards.append(("unigram entropy", f"{unigram:.3f}", words))
+    rates = [r for r in map(float, curves.throughput) if math.isfinite(r)]
+    if rates:
+        cards.append(("throughput", compact(statistics.median(rates)), "tokens per second, median"))
+    if run.train:
+        step = run.train[-1]["step"]
+        cards.append(("training time", duration(_number(run.train[-1], "seconds")), ""))
+        if curves.tokens_per_step is not None:
+            cards.append(("tokens seen", compact(float(curves.train_x[-1])), f"{step:,} steps"))
+    items = (f"<div><dt>{a}</dt><dd>{b}<small>{c}</small></dd></div>" for a, b, c in cards)
+    return f'<dl class="headline">{"".join(items)}</dl>'
+
+
+def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "", best: int | None = None) -> str:
+    """A table of cells that are HTML already; the first cell of a row is its heading."""
+    top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
+    body = ""
+    for index, (first, *rest) in enumerate(rows):
+        cells = "".join(f"<td>{cell}</td>" for cell in rest)
+        body += f'<tr{" class=best" if index == best else ""}><th scope="row">{first}</th>{cells}</tr>\n'
+    head_row = f"<thead><tr>{top}</tr></thead>" if top else ""
+    return f'<div class="scroll"><table class="{kind}">{head_row}<tbody>{body}</tbody></table></div>'
+
+
+def _evaluations(run: Run, curves: Curves) -> str:
+    if not run.evals:
+        return "<p>None yet.</p>"
+    head = ["step", "tokens", "val/nll", "perplexity", "bits/token", "bits/byte", "sequences", "time"]
+    rows, finite = [], []
+    for index, row in enumerate(run.evals):
+        nll, sequences, bpb = _number(row, "nll"), _number(row, "sequences"), _bits_per_byte(run, row)
+        finite += [(nll, index)] if math.isfinite(nll) else []
+        tokens = compact(float(curves.eval_x[index])) if curves.tokens_per_step is not None else "-"
+        rows.append([
+            f"{row['step']:,}", tokens, measured(nll, _number(row, "nll_se")), _perplexity(nll),
+            f"{nll / math.log(2):.3f}" if math.isfinite(nll) else "-", f"{bpb:.3f}" if math.isfinite(bpb) else "-",
+            compact(sequences) if math.isfinite(sequences) else "-", duration(_number(row, "seconds")),
+        ])  # fmt: skip
+    table = _table(head, rows, "numbers", min(finite)[1] if len(finite) > 1 else None)
+    recent = 12
+    if len(rows) > recent:
+        everything = f"<details><summary>All {len(rows)} evaluations</summary>{table}</details>"
+        table = _table(head, rows[-recent:], "numbers") + everything
+    return table
+
+
+def _samples(run: Run) -> str:
+    """The latest samples in full, earlier ones folded."""
+    blocks: dict[bool, str] = {True: "", False: ""}
+    for row in reversed(run.samples):
+        for text in row["texts"]:
+            how = ", ".join([str(row["sampler"])] * ("sampler" in row) + [f"{row['steps']} steps"] * ("steps" in row))
+            caption = _text(f"step {row['step']:,}" + (f", drawn by {how}" if how else ""))
+            block = f'<div class="sample" dir="auto" tabindex="0">{_text(text)}</div>'
+            blocks[row["step"] == run.samples[-1]["step"]] += f"<figure><figcaption>{caption}</figcaption>{block}</figure>\n"
+    earlier = f"<details><summary>Earlier samples</summary>{blocks[False]}</details>" if blocks[False] else ""
+    return (blocks[True] or "<p>None yet.</p>") + earlier
+
+
+def _flat(tree: Row, where: str = "") -> Row:
+    flat: Row = {}
+    for name, value in tree.items():
+        flat |= _flat(value, f"{where}{name}.") if isinstance(value, dict) and value else {f"{where}{name}": value}
+    return flat
+
+
+def _settings(run: Run) -> str:
+    if not run.settings:
+        return "<p>Not recorded.</p>"
+    usual = _flat(to_dict(Config()))
+    rows = []
+    for name, value in _flat(run.settings).items():
+        if isinstance(usual.get(name), float) and isinstance(value, str):  # YAML reads 1e-4, without a dot, as text
+            value = float(value) if re.fullmatch(r"[-+\d.eE]*\d", value) else value
+        if name not in ("preset", "run.name") and (name not in usual or value != usual[name]):
+            rows.append([_text(name), _text(value), _text(usual.get(name, "-"))])
+    changed = _table(["setting", "this run", "default"], rows) if rows else "<p>Every setting is at its default.</p>"
+    return f"{changed}<details><summary>All settings (config.yaml)</summary><pre>{_text(run.settings_text)}</pre></details>"
+
+
+def _facts(run: Run) -> str:
+    facts = dict(run.facts)
+    parts = facts.pop("parameters", None)
+    facts.pop("unigram_entropy", None)
+    named = {label: facts.pop(name) for name, label in FACTS.items() if facts.get(name) is not None}
+    rows = []
+    for label, value in [*named.items(), *_flat(facts).items()]:
+        shown = f"{value:,}" if type(value) is int else f"{value:.4g}" if type(value) is float else value
+        shown = {True: "on", False: "off"}[value] if isinstance(value, bool) else shown
+        rows.append([_text(label), _text(shown)])
+    result = _table([], rows) if rows else "<p>Not recorded.</p>"
+    if isinstance(parts, dict):
+        counts = {name: n for name in parts if math.isfinite(n := _number(parts, name))}
+        total = counts.pop("total", 0) or sum(counts.values()) or 1
+        rows = []
+        for name, count in counts.items():
+            bar = f'<span class="share" style="width:{min(100.0, 100 * count / total):.1f}%"></span>'
+            rows.append([_text(name), f"{count:,.0f}{bar}"])
+        result += f"<h2>Parameters</h2>{_table([], [*rows, ['total', f'{total:,.0f} ({compact(total)})']])}"
+    return result
+
+
+def _figure(name: str, alt: str, caption: str, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
+    day, night = (f"data:image/png;base64,{base64.b64encode(pictures[name]).decode()}" for pictures in (light, dark))
+    source = f'<source media="(prefers-color-scheme: dark)" srcset="{night}">'
+    words = f"<figcaption>{_text(caption)}</figcaption>" if caption else ""
+    return f'<figure><picture>{source}<img alt="{_text(alt)}" src="{day}"></picture>{words}</figure>'
+
+
+def _page(run: Run, curves: Curves, light: dict[str, bytes], dark: dict[str, bytes]) -> str:
+    flat = _flat(run.settings)
+    step, goal = max((row["step"] for row in [*run.train, *run.evals]), default=0), flat.get("train.max_steps")
+    progress = f"step {step:,}" + (f" of {goal:,}" if type(goal) is int else "")
+    about = [f"preset {flat['preset']}" if flat.get("preset") else "", progress, str(run.facts.get("device") or "")]
+    lost = sum(not math.isfinite(value) for value in curves.loss)
+    notes = list(run.notes)
+    if lost:
+        notes.append(f"The loss is not finite in {lost:,} of {len(curves.loss):,} training rows; crosses mark them below.")
+    caption = "Dots are training steps as logged. "
+    if flat.get("diffusion.weighting") == "ce":
+        caption += "The training loss is the plain mean over hidden tokens, another quantity than val/nll."
+    else:
+        caption += "The training loss is the bound on a few sequences with fresh masks, hence the scatter."
+    sections = [
+        _headline(run, curves),
+        *(f'<p class="note">{_text(note)}</p>' for note in notes),
+        _figure("loss.png", "Training loss and val/nll against tokens seen, with the unigram entropy", caption, light, dark),
+        _figure("throughput.png", "Training tokens per second against tokens seen", "", light, dark),
+        "<h2>Samples</h2>", _samples(run), "<h2>Evaluations</h2>", _evaluations(run, curves), f'<p class="faint">{BOUND}</p>',
+        "<h2>Settings that differ from the defaults</h2>", _settings(run), "<h2>Facts</h2>", _facts(run),
+    ]  # fmt: skip
+    # The policy is a second lock: should text ever slip past the escaping, it could still load and run nothing.
+    policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
+    return f"""<!DOCTYPE html>
+<html lang="en"><head><meta charset="utf-8"><title>{_text(run.name)}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1"><meta name="color-scheme" content="light dark">
+<meta http-equiv="Content-Security-Policy" content="{policy}"><style>{STYLE}</style></head>
+<body><header><h1>{_text(run.name)}</h1><span class="faint">{_text(" · ".join(filter(None, about)))}</span></header>
+<main>
+{chr(10).join(sections)}
+</main></body></html>
+"""
+
+
+def _write_all(folder: Path, files: dict[str, bytes]) -> None:
+    """Writes every file aside, then renames them all: a failure before the end leaves the earlier files as they were."""
+    aside = {folder / f".{name}.{os.getpid()}.tmp": folder / name for name in files}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for temporary, target in aside.items():
+            temporary.write_bytes(files[target.name])
+        for temporary, target in aside.items():
+            os.replace(temporary, target)
+    except OSError as error:
+        why = error.strerror or error
+        raise UsageError(f"the report cannot be written to {folder} ({why}); give --out a folder you can write to") from None
+    finally:
+        for temporary in aside:
+            if folder.is_dir():
+                temporary.unlink(missing_ok=True)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The command-line door. Prints where the report is; returns 2 after `error: sentence` on stderr for bad input."""
+    parser = argparse.ArgumentParser(prog="python -m atat_fast.report", description="Writes the report of a training run.")
+    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="run folder, such as runs/demo")
+    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the report goes; by default the run folder")
+    options = parser.parse_args(arguments)
+    try:
+        print(write_report(options.run, options.out))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""Checkpoints: folders of safetensors and JSON, complete or not there at all.
+
+    checkpoints/step-00000120/  manifest.json  weights.safetensors  ema.safetensors  optimizer.safetensors  tokenizer/
+    checkpoints/last -> step-00000120         checkpoints/best -> step-00000090
+
+A checkpoint is written under another name, flushed to disk and renamed; the links are replaced in one step, so `last` and
+`best` always lead to something whole. Nothing is ever unpickled. The manifest holds the step, the settings, and the size and
+SHA-256 of every file, which are checked before a byte is used.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from atat_fast.config import Config, from_dict, to_dict
+from atat_fast.data.tokenizers import Tokenizer
+from atat_fast.errors import UsageError
+from atat_fast.models.dit import DiT
+
+FORMAT = 1
+FOLDER = "checkpoints"
+MANIFEST = "manifest.json"
+WEIGHTS, EMA, OPTIMIZER = "weights.safetensors", "ema.safetensors", "optimizer.safetensors"
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint folder whose manifest has been read and whose files are the ones it lists."""
+
+    path: Path
+    manifest: dict[str, Any]
+
+    @property
+    def step(self) -> int:
+        """Optimizer steps taken."""
+        return int(self.manifest["step"])
+
+    @property
+    def config(self) -> Config:
+        """The settings of the run."""
+        return from_dict(self.manifest["config"])
+
+    def tensors(self, name: str) -> dict[str, Tensor]:
+        """The tensors of one file, on the CPU."""
+        try:
+            return load_file(self.path / name)
+        except (OSError, SafetensorError) as error:
+            raise UsageError(f"{self.path / name} cannot be read: {_first_line(error)}") from error
+
+    def tokenizer(self) -> Tokenizer:
+        """The tokenizer the model was trained with."""
+        return Tokenizer.load(self.path / "tokenizer")
+
+
+def save(
+    folder: Path, step: int, config: Config, tensors: dict[str, dict[str, Tensor]], tokenizer: Tokenizer, facts: dict[str, Any]
+) -> Path:
+    """Write checkpoints/step-N under the run folder and point `last` at it. Returns its path.
+
+    tensors: file name to named tensors. facts: what else the manifest should say (tokens seen, likelihood, ...).
+    Raises UsageError where the disk refuses; what was there before is untouched.
+    """
+    root = folder / FOLDER
+    final, aside = root / f"step-{step:08d}", root / f".step-{step:08d}.{os.getpid()}"
+    with disk_errors(root):
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir(parents=True)
+        try:
+            for name, named in tensors.items():
+                save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, aside / name)
+            tokenizer.save(aside / "tokenizer")
+            files = {str(f.relative_to(aside)): _fingerprint(f) for f in sorted(aside.rglob("*")) if f.is_file()}
+            manifest = {"format": FORMAT, "step": step, "config": to_dict(config), "files": files, **facts}
+            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+            for f in aside.rglob("*"):
+                _flush(f)
+            _flush(aside)
+            if final.exists():  # the same step again, after a resume: the same content
+                shutil.rmtree(final)
+            aside.rename(final)
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
+        point(folder, "last", final)
+    return final
+
+
+def point(folder: Path, link: str, target: Path) -> None:
+    """Make checkpoints/<link> lead to `target` in one step, and drop checkpoints that no link leads to."""
+    root = folder / FOLDER
+    with disk_errors(root):
+        aside = root / f".{link}.{os.getpid()}"
+        aside.unlink(missing_ok=True)
+        aside.symlink_to(target.name)
+        aside.replace(root / link)
+        _flush(root)
+        kept = {path.resolve() for path in root.iterdir() if path.is_symlink()}
+        for path in root.glob("step-*"):
+            if path.resolve() not in kept:
+                shutil.rmtree(path, ignore_errors=True)
+
+
+def find(run: Path, which: str = "last") -> Checkpoint:
+    """The `last` or `best` checkpoint of a run folder, or a checkpoint folder itself. Raises UsageError where there is none."""
+    if (run / MANIFEST).is_file():
+        return open_checkpoint(run)
+    if not run.is_dir():
+        raise UsageError(f"there is no run folder {run}; give the folder a training run wrote, such as runs/demo")
+    for name in dict.fromkeys((which, "last")):
+        if (run / FOLDER / name / MANIFEST).is_file():
+            return open_checkpoint((run / FOLDER / name).resolve())
+    raise UsageError(f"{run} holds no checkpoint: it has no {FOLDER}/{which}/{MANIFEST}")
+
+
+def open_checkpoint(path: Path) -> Checkpoint:
+    """Read the manifest and check every file against it. Raises UsageError for a foreign, truncated or damaged checkpoint."""
+    try:
+        manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
+        files, version = manifest["files"], manifest["format"]
+        int(manifest["step"]), from_dict(manifest["config"])
+    except UsageError as error:
+        raise UsageError(f"{path / MANIFEST} was written by another version of atat_fast: {error}") from error
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UsageError(f"{path / MANIFEST} is not an atat_fast checkpoint's manifest") from error
+    if version != FORMAT:
+        raise UsageError(f"{path} has checkpoint format {version}; this version of atat_fast reads format {FORMAT}")
+    for name, saved in files.items():
+        file = path / name
+        if not file.is_file():
+            raise UsageError(f"{path} is damaged: {name} is missing; use another checkpoint")
+        if file.stat().st_size != saved["bytes"]:
+            raise UsageError(
+                f"{path} is damaged: {name} has {file.stat().st_size} bytes instead of {saved['bytes']}; use another"
+            )
+        if _fingerprint(file)["sha256"] != saved["sha256"]:
+            raise UsageError(f"{path} is damaged: {name} is not what was saved (its SHA-256 differs); use another checkpoint")
+    return Checkpoint(path, manifest)
+
+
+def load_model(checkpoint: Checkpoint, *, average: bool = True) -> tuple[DiT, Tokenizer]:
+    """The model and tokenizer of a checkpoint, on the CPU: the averaged weights, or the last step's."""
+    tokenizer = checkpoint.tokenizer()
+    model = DiT(tokenizer.model_vocab_size, tokenizer.mask_id, **to_dict(checkpoint.config)["model"])
+    load_weights(model, checkpoint, EMA if average else WEIGHTS)
+    return model, tokenizer
+
+
+def load_weights(model: DiT, checkpoint: Checkpoint, name: str) -> None:
+    """Copy one file's tensors into the model's parameters. Raises UsageError naming the first that does not fit."""
+    tensors = checkpoint.tensors(name)
+    parameters = dict(model.named_parameters())
+    for key in parameters.keys() | tensors.keys():
+        have = tuple(tensors[key].shape) if key in tensors else "missing"
+        need = tuple(parameters[key].shape) if key in parameters else "not part of this model"
+        if have != need:
+            raise UsageError(f"{checkpoint.path / name} does not fit the model: {key} is {have} there, and here {need}")
+    for key, p in parameters.items():
+        p.data.copy_(tensors[key])
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """Turn a disk's refusal into a UsageError that says where and why."""
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
+        raise UsageError(f"cannot write to {folder}: {reason}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def _fingerprint(file: Path) -> dict[str, Any]:
+    with file.open("rb") as stream:
+        return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
+
+
+def _flush(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

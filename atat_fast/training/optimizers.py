@@ -1,0 +1,132 @@
+"""What moves the weights: AdamW or Muon, their schedule, and the running average that is evaluated."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor, nn
+
+from atat_fast.config import OptimConfig
+from atat_fast.errors import UsageError
+
+State = dict[str, Tensor]
+
+
+def check_optim(config: OptimConfig) -> None:
+    """Raise UsageError for settings that make no sense."""
+    if not config.lr > 0:
+        raise UsageError(f"optim.lr must be above 0, got {config.lr}")
+    if not 0 <= config.warmup <= config.decay_from <= 1:
+        raise UsageError(f"optim.warmup {config.warmup} and optim.decay_from {config.decay_from} must be ordered within 0 to 1")
+    for name in ("beta1", "beta2", "ema"):
+        if not 0 <= getattr(config, name) < 1:
+            raise UsageError(f"optim.{name} must be in [0, 1), got {getattr(config, name)}")
+
+
+def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
+    """Rate of step 0 .. max_steps - 1: linear warm-up, flat, then a cosine that reaches final_lr at the last step."""
+    warmup = round(config.warmup * max_steps)
+    if step < warmup:
+        return config.lr * (step + 1) / warmup
+    start = round(config.decay_from * max_steps)
+    if step < start:
+        return config.lr
+    progress = (step + 1 - start) / max(1, max_steps - start)
+    return config.final_lr + (config.lr - config.final_lr) * 0.5 * (1 + math.cos(math.pi * progress))
+
+
+class Optimizers:
+    """One or two torch optimizers stepped as one, with state that is saved by parameter name.
+
+    adamw: fused, weight decay on matrices only. muon: torch.optim.Muon for the matrices inside the blocks, its updates scaled
+    to AdamW's root-mean-square so that one learning rate serves both, and AdamW for the rest.
+    """
+
+    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
+        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+        named = [(name, p) for p, name in self.names.items() if p.requires_grad]
+        blocks = [p for name, p in named if config.name == "muon" and _inner_matrix(name, p)]
+        inside = set(blocks)
+        rest = [p for _, p in named if p not in inside]
+        groups = [
+            {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
+            {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
+        ]
+        self.parts: list[torch.optim.Optimizer] = [
+            torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
+        ]
+        if blocks:
+            self.parts.append(
+                torch.optim.Muon(blocks, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
+            )
+
+    def step(self, lr: float) -> None:
+        """Move every parameter and drop the gradients."""
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = lr
+            part.step()
+            part.zero_grad(set_to_none=True)
+
+    def state(self) -> State:
+        """Every state tensor as '<parameter>/<kind>'."""
+        return {
+            f"{self.names[p]}/{kind}": value
+            for part in self.parts
+            for p, kinds in part.state.items()
+            for kind, value in kinds.items()
+            if isinstance(value, Tensor)
+        }
+
+    def load(self, state: State) -> None:
+        """Take back what `state` gave."""
+        by_name = {name: p for p, name in self.names.items()}
+        owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
+        for key, value in state.items():
+            name, kind = key.rsplit("/", 1)
+            p = by_name[name]
+            owner[p].state[p][kind] = value.clone() if kind == "step" else value.to(p.device)
+
+
+def _inner_matrix(name: str, p: Tensor) -> bool:
+    return p.ndim == 2 and name.startswith("blocks.") and "modulation" not in name
+
+
+class Average:
+    """Moving average of a model's parameters, in fp32; its decay is (1 + step) / (10 + step) until that exceeds `decay`."""
+
+    def __init__(self, model: nn.Module, decay: float) -> None:
+        self.parameters = dict(model.named_parameters())
+        self.decay = decay
+        self.values: State = {name: p.detach().clone() for name, p in self.parameters.items()}
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Move the average towards the parameters as they are after step `step`."""
+        decay = min(self.decay, (1 + step) / (10 + step))
+        torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+
+    @torch.no_grad()
+    def load(self, values: State) -> None:
+        """Take back saved values."""
+        for name, value in values.items():
+            self.values[name].copy_(value)
+
+    @contextlib.contextmanager
+    def applied(self) -> Iterator[None]:
+        """Within, the model holds the average; after, exactly what it held before. Storage is not replaced."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for name, p in self.parameters.items():
+            held = p.detach().clone()
+            p.copy_(self.values[name])
+            self.values[name].copy_(held)

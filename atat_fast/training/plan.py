@@ -1,0 +1,126 @@
+"""What a run would be, before it is one: batch arithmetic, parameters by part, and an estimate of memory."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+from atat_fast.config import Config
+from atat_fast.errors import UsageError
+from atat_fast.models.dit import DiT, check_model, step_cost
+from atat_fast.ops.linear_cross_entropy import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU
+from atat_fast.training.device import Compute
+from atat_fast.training.optimizers import check_optim
+
+LARGEST_MICRO_BATCH = 32
+
+
+@dataclass(frozen=True)
+class Batches:
+    """How a global batch is made: `accumulation` forward passes of `micro_batch` sequences."""
+
+    global_batch: int
+    micro_batch: int
+    accumulation: int
+
+
+def batches(config: Config) -> Batches:
+    """Micro-batch and accumulation for the stated global batch. Raises UsageError where it does not divide."""
+    total, micro = config.train.global_batch, config.train.micro_batch
+    if total < 1 or micro < 0:
+        raise UsageError(f"train.global_batch must be at least 1 and train.micro_batch at least 0, got {total} and {micro}")
+    if micro == 0:
+        micro = max(d for d in range(1, min(total, LARGEST_MICRO_BATCH) + 1) if total % d == 0)
+    if total % micro:
+        near = sorted({max(1, total // micro) * micro, -(-total // micro) * micro})
+        raise UsageError(
+            f"train.global_batch {total} does not divide into micro-batches of {micro}; try {' or '.join(str(n) for n in near)}"
+        )
+    return Batches(total, micro, total // micro)
+
+
+def check(config: Config) -> Batches:
+    """Raise UsageError for settings no run can have; give the batch plan otherwise."""
+    check_model(config.model)
+    check_optim(config.optim)
+    for name in ("max_steps", "log_every"):
+        if getattr(config.train, name) < 1:
+            raise UsageError(f"train.{name} must be at least 1, got {getattr(config.train, name)}")
+    if config.eval.every < 1 or config.eval.draws < 1 or config.eval.batch < 1 or config.eval.sequences < 0:
+        raise UsageError("eval.every, eval.draws and eval.batch must be at least 1, and eval.sequences at least 0")
+    if config.train.checkpoint_every < 0 or config.sample.num_samples < 0:
+        raise UsageError("train.checkpoint_every and sample.num_samples must be at least 0")
+    if not 0 < config.diffusion.sigma_min < config.diffusion.sigma_max:
+        raise UsageError(
+            f"diffusion.sigma_min {config.diffusion.sigma_min} must be above 0 and below sigma_max {config.diffusion.sigma_max}"
+        )
+    return batches(config)
+
+
+def empty_model(config: Config, vocab_size: int, mask_id: int) -> DiT:
+    """The model with shapes and no memory."""
+    with torch.device("meta"):
+        return DiT(vocab_size, mask_id, **vars(config.model))
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes a training step holds at once, by what holds them. An estimate: see `estimate_memory`."""
+
+    weights: int
+    gradients: int
+    optimizer: int
+    average: int
+    activations: int
+    head: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(vars(self).values())
+
+
+def estimate_memory(config: Config, parameters: int, vocab_size: int, micro_batch: int, compute: Compute) -> Memory:
+    """fp32 weights, gradients and two moments (one where Muon holds most), the average, and what backward keeps.
+
+    Kept for one row of one block, in elements of width D: two residual sums (fp32), and in the compute dtype two norms'
+    outputs, q, k, v before and after rotation, attention's output, two branches, and the MLP's inside before and after its
+    activation. The head keeps its rows, one slab of logits and the gradient of its weight.
+    """
+    rows, width, small = micro_batch * config.model.length, config.model.dim, compute.dtype.itemsize
+    per_row = 2 * 4 * width + (2 + 6 + 1 + 2 + 2 * config.model.mlp_ratio) * small * width
+    slab = CHUNK_BYTES_GPU if compute.device.type == "cuda" else CHUNK_BYTES_CPU
+    moments = 4 if config.optim.name == "muon" else 8
+    return Memory(
+        weights=4 * parameters,
+        gradients=4 * parameters,
+        optimizer=moments * parameters,
+        average=4 * parameters,
+        activations=rows * (per_row * config.model.layers + 2 * small * width),
+        head=slab + 4 * vocab_size * width + rows // 2 * width * small,
+    )
+
+
+def describe(config: Config, vocab_size: int, mask_id: int, compute: Compute) -> list[str]:
+    """The plan in lines: parameters by part, tokens, work and memory of a step."""
+    plan, model = check(config), empty_model(config, vocab_size, mask_id)
+    counts = model.parameter_counts()
+    m, length = config.model, config.model.length
+    head = "tied to the embedding" if m.tie_embeddings else "untied"
+    tokens = plan.global_batch * length
+    cost = step_cost(m, vocab_size, plan.global_batch, plan.global_batch * length // 2)
+    memory = estimate_memory(config, counts["total"], vocab_size, plan.micro_batch, compute)
+    parts = "  ".join(f"{name} {counts[name]:,}" for name in ("embedding", "blocks", "conditioning", "head"))
+    gib = 1 << 30
+    held = "  ".join(f"{name} {size / gib:.2f}" for name, size in vars(memory).items())
+    return [
+        f"model        {m.layers} layers, width {m.dim}, {m.heads} heads, length {length}, vocabulary {vocab_size:,}, head {head}",
+        f"parameters   {counts['total']:,}",
+        f"             {parts}",
+        f"batch        {plan.global_batch} sequences = {tokens:,} tokens a step ({plan.accumulation} x {plan.micro_batch})",
+        f"run          {config.train.max_steps:,} steps = {config.train.max_steps * tokens:,} tokens",
+        f"work         {cost.flops / 1e12:,.2f} TFLOP a step (half of the rows through the head)",
+        f"memory       about {memory.total / gib:.2f} GiB (estimate): {held}",
+        f"compute      {compute.describe()}",
+    ]

@@ -1,0 +1,127 @@
+"""A run's folder: its name, its settings, its facts, and metrics.jsonl."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from atat_fast.config import Config, from_dict, to_dict
+from atat_fast.errors import UsageError
+from atat_fast.training.checkpoint import FOLDER, disk_errors
+
+SETTINGS, FACTS, METRICS = "config.yaml", "run.json", "metrics.jsonl"
+
+MAY_DIFFER = ("run.", "sample.", "train.log_every", "train.checkpoint_every", "train.micro_batch", "train.compile", "preset")
+"""Settings a resumed run may change: they do not change what is learned (a micro-batch only how sums are rounded)."""
+
+
+def holds_run(folder: Path) -> bool:
+    """Whether a training run has written here."""
+    return any((folder / name).exists() for name in (METRICS, SETTINGS, FOLDER))
+
+
+def choose_folder(config: Config, *, resume: bool) -> Path:
+    """The run's folder, not yet made.
+
+    A named folder that holds a run is refused unless it is resumed. Without a name the preset's is taken: the next free one of
+    demo, demo-2, ... for a new run, the last taken one to resume.
+    """
+    root = Path(config.run.root)
+    if config.run.name is not None:
+        folder = root / config.run.name
+        if Path(config.run.name).name != config.run.name or config.run.name in ("", ".", ".."):
+            raise UsageError(f"run.name {config.run.name!r} is not a folder name; use --run.root for the folder of all runs")
+        if resume and not holds_run(folder):
+            raise UsageError(f"there is no run {folder} to resume")
+        if not resume and holds_run(folder):
+            raise UsageError(f"{folder} already holds a run; add --resume to continue it, or choose another --run.name")
+        return folder
+    names = [config.preset]
+    while holds_run(root / names[-1]):
+        names.append(f"{config.preset}-{len(names) + 1}")
+    if not resume:
+        return root / names[-1]
+    if len(names) == 1:
+        raise UsageError(f"there is no run {root / names[0]} to resume")
+    return root / names[-2]
+
+
+def read_settings(folder: Path) -> dict[str, Any]:
+    """The settings a run was started with, as nested dictionaries."""
+    try:
+        settings = yaml.safe_load((folder / SETTINGS).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UsageError(f"{folder / SETTINGS} cannot be read, so {folder} cannot be resumed") from error
+    if not isinstance(settings, dict):
+        raise UsageError(f"{folder / SETTINGS} holds no settings")
+    return settings
+
+
+def check_same_settings(config: Config, folder: Path) -> None:
+    """Raise UsageError where a resumed run would learn something else than it began."""
+    before, now = _flat(to_dict(from_dict(read_settings(folder)))), _flat(to_dict(config))
+    for name, value in now.items():
+        if before.get(name) != value and not name.startswith(MAY_DIFFER):
+            raise UsageError(
+                f"{folder} was started with {name} {before.get(name)}, but this is {value}; "
+                "resume it with its own settings or start a new run"
+            )
+
+
+def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for name, value in settings.items():
+        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return flat
+
+
+def open_folder(folder: Path, config: Config, facts: dict[str, Any]) -> None:
+    """Make the folder and write its settings and facts; the facts of an earlier start are kept beside them."""
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        named = dataclasses.replace(config, run=dataclasses.replace(config.run, name=folder.name))
+        write_aside(folder / SETTINGS, yaml.safe_dump(to_dict(named), sort_keys=False))
+        write_aside(folder / FACTS, json.dumps(facts, indent=1) + "\n")
+
+
+def write_aside(path: Path, text: str) -> None:
+    """Write under another name, then rename: a reader sees the old file or the new one."""
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text, encoding="utf-8")
+    aside.replace(path)
+
+
+class Metrics:
+    """metrics.jsonl, one JSON object a line, flushed as it is written."""
+
+    def __init__(self, folder: Path, *, after: int | None) -> None:
+        """Opens the file; with `after`, what an interrupted run wrote past that step is taken back first."""
+        path = folder / METRICS
+        with disk_errors(folder):
+            if after is not None and path.exists():
+                write_aside(
+                    path, "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if _until(line, after))
+                )
+            self._file = path.open("a", encoding="utf-8")
+        self._folder = folder
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Append a row."""
+        with disk_errors(self._folder):
+            self._file.write(json.dumps(row) + "\n")
+            self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+def _until(line: str, step: int) -> bool:
+    try:
+        return line.endswith("\n") and int(json.loads(line)["step"]) <= step
+    except (ValueError, KeyError, TypeError):
+        return False  # cut short when the writer died

@@ -1,0 +1,325 @@
+"""The trainer: one loop, readable top to bottom.
+
+Where a step's data and noise come from is a function of the step, so there is no loader or generator state: a run stopped
+after any step and resumed goes on as if it had not been. Nothing in the loop waits for the device except at a log line, an
+evaluation or a checkpoint.
+"""
+
+from __future__ import annotations
+
+import math
+import signal
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from types import FrameType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atat_fast.config import Config
+from atat_fast.data import Dataset, SequenceLoader, Tokenizer, prepare
+from atat_fast.diffusion.masking import hide_for_training
+from atat_fast.diffusion.samplers import sample
+from atat_fast.errors import UsageError
+from atat_fast.evaluation.likelihood import evaluate, evaluating, report
+from atat_fast.models.dit import DiT, Randomness, step_cost
+from atat_fast.training import checkpoint, run_folder
+from atat_fast.training.device import Compute, environment, peak_flops, resolve
+from atat_fast.training.optimizers import Average, Optimizers, learning_rate
+from atat_fast.training.plan import Batches, check
+from atat_fast.training.telemetry import Telemetry
+
+
+class Diverged(RuntimeError):
+    """The loss or a gradient is no longer finite. Its text names the step and the last good checkpoint."""
+
+
+class Interrupted(Exception):
+    """SIGINT or SIGTERM: the run was saved. `code` is the exit status, 128 + the signal's number, which a launcher restarts."""
+
+    def __init__(self, code: int, text: str) -> None:
+        super().__init__(text)
+        self.code = code
+
+
+class Trainer:
+    """Everything a run holds. `train` runs it to the end."""
+
+    def __init__(self, config: Config, *, resume: bool = False, show_progress: bool = True) -> None:
+        self.config = config
+        self.plan: Batches = check(config)
+        self.compute: Compute = resolve(config.train)
+        self.folder: Path = run_folder.choose_folder(config, resume=resume)
+        saved = checkpoint.find(self.folder) if resume else None
+        if saved is not None:
+            run_folder.check_same_settings(config, self.folder)
+
+        tokenizer = saved.tokenizer() if saved is not None else None
+        self.data: Dataset = prepare(config.data, progress=show_progress, tokenizer=tokenizer)
+        self.tokenizer: Tokenizer = self.data.tokenizer
+        self.loader = SequenceLoader(self.data.train, config.model.length, config.train.seed)
+        self.data.valid.require_sequences(config.model.length)
+        if saved is not None and saved.manifest["data"] != self._data_identity():
+            raise UsageError(f"the tokens of {config.data.corpus} are not those {self.folder} was started with; start a new run")
+
+        torch.manual_seed(config.train.seed)
+        self.model = DiT(self.tokenizer.model_vocab_size, self.tokenizer.mask_id, **vars(config.model)).to(self.compute.device)
+        self.optimizers = Optimizers(self.model, config.optim)
+        self.step = 0
+        self.seconds = 0.0
+        self.best = math.inf
+        if saved is not None:
+            checkpoint.load_weights(self.model, saved, checkpoint.WEIGHTS)
+        self.average = Average(self.model, config.optim.ema)
+        if saved is not None:
+            self.average.load(saved.tensors(checkpoint.EMA))
+            self.optimizers.load(saved.tensors(checkpoint.OPTIMIZER))
+            self.step, self.seconds, self.best = saved.step, saved.manifest["seconds"], saved.manifest["best"]
+        self.forward: Any = torch.compile(self.model) if self.compute.compile else self.model
+        self.saved_step = self.step if saved is not None else None
+        self._start_window()
+        if saved is not None:  # a stop may fall between two log lines; what was summed until then belongs to the next one
+            window = saved.manifest["window"]
+            self._window_step = window["step"]
+            for name in ("loss", "norm"):
+                self._window[name].fill_(window[name])
+
+        self.facts = environment(self.compute) | {
+            "parameters": self.model.parameter_counts(),
+            "data": self.data.describe(),
+            "tokens_per_step": self.plan.global_batch * config.model.length,
+            "unigram_entropy": self.data.valid.unigram_entropy(),
+            "bytes_per_token": self.data.valid.num_bytes / max(1, self.data.valid.num_tokens),
+            "vocabulary": self.tokenizer.model_vocab_size,
+            "sequence_length": config.model.length,
+            "resumed_from": self.step if saved is not None else None,
+        }
+        run_folder.open_folder(self.folder, config, self.facts)
+        self.show = Telemetry(
+            self.folder,
+            max_steps=config.train.max_steps,
+            first_step=self.step,
+            resumed=resume,
+            tensorboard=config.run.tensorboard,
+        )
+
+    def train(self) -> dict[str, Any]:
+        """Run to max_steps, evaluating and saving on the way. Returns the last evaluation's row.
+
+        Raises Diverged, Interrupted (after saving) or UsageError (a full disk).
+        """
+        config, last = self.config, None
+        try:
+            with catch_signals() as caught:
+                for sentence in self.introduction():
+                    self.show.say(sentence)
+                self._window_start = time.perf_counter()
+                while self.step < config.train.max_steps:
+                    self._train_step()
+                    self.show.advance(self.step)
+                    final = self.step == config.train.max_steps
+                    if final or self.step % config.train.log_every == 0:
+                        self._log()
+                    if final or self.step % config.eval.every == 0:
+                        last = self._evaluate()
+                    elif config.train.checkpoint_every and self.step % config.train.checkpoint_every == 0:
+                        self.save()
+                    if caught and not final:
+                        self._check_finite()
+                        self.save()
+                        number = caught[0]
+                        text = (
+                            f"{signal.Signals(number).name}: saved {self.folder} at step {self.step:,}; add --resume to continue"
+                        )
+                        raise Interrupted(128 + number, text)
+            if last is None:  # resumed at its very end
+                last = self._evaluate()
+            if config.sample.num_samples:
+                self._sample()
+        finally:
+            self.show.close()
+        return last
+
+    def introduction(self) -> list[str]:
+        """What is about to be trained, on what, where."""
+        begin = f"resuming {self.folder} at step {self.step:,}" if self.step else f"training into {self.folder}"
+        total = self.facts["parameters"]["total"]
+        return [
+            f"{begin}: {total:,} parameters, {self.facts['tokens_per_step']:,} tokens a step, {self.compute.describe()}",
+            self.data.describe(),
+        ]
+
+    def _train_step(self) -> None:
+        """One optimizer step: accumulate, clip, move, average."""
+        config, plan, device = self.config, self.plan, self.compute.device
+        for micro in range(plan.accumulation):
+            slot = micro * plan.micro_batch
+            tokens, ids = self.loader.batch(self.step * plan.global_batch + slot, plan.micro_batch)
+            tokens, ids = self._to_device(tokens), self._to_device(ids)
+            batch = hide_for_training(
+                tokens,
+                config.diffusion,
+                first=slot,
+                total=plan.global_batch,
+                mask_id=self.tokenizer.mask_id,
+                sample_ids=ids,
+                seed=config.train.seed,
+                step=self.step,
+            )
+            randomness = Randomness(config.train.seed, torch.full((), self.step, device=device), ids)
+            with self.compute.autocast():
+                loss, _ = self.forward(batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share, randomness)
+            loss = loss / (plan.global_batch * config.model.length)
+            loss.backward()
+            self._window["loss"] += loss.detach()
+        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip or math.inf)
+        self.optimizers.step(learning_rate(config.optim, self.step, config.train.max_steps))
+        self.average.update(self.step)
+        self.step += 1
+        self._window["norm"] += norm.detach()
+        bad = ~(torch.isfinite(norm) & torch.isfinite(self._window["loss"]))
+        self._window["bad"] = torch.where(bad & (self._window["bad"] < 0), self.step, self._window["bad"])
+
+    def _to_device(self, tensor: Tensor) -> Tensor:
+        if self.compute.device.type == "cpu":
+            return tensor
+        return tensor.pin_memory().to(self.compute.device, non_blocking=True)
+
+    def _start_window(self) -> None:
+        """Begin summing for the next log line; the sums stay on the device until it is written."""
+        zero = torch.zeros((), device=self.compute.device)
+        self._window = {"loss": zero.clone(), "norm": zero.clone(), "bad": torch.full_like(zero, -1, dtype=torch.int64)}
+        self._window_step = self._timed_from = self.step
+        self._window_start = time.perf_counter()
+
+    def _check_finite(self) -> None:
+        """Raise Diverged with the first step since the last log line that was not finite."""
+        step = int(self._window["bad"])
+        if step >= 0:
+            good = f"the last good checkpoint is {self.folder / checkpoint.FOLDER / 'last'} (step {self.saved_step:,})"
+            none = "there is no checkpoint yet"
+            raise Diverged(
+                f"the loss or its gradient is not finite at step {step:,} (rank 0); {none if self.saved_step is None else good}; "
+                "try a lower optim.lr"
+            )
+
+    def _log(self) -> None:
+        """Write what happened since the last line."""
+        self._check_finite()
+        steps, elapsed = self.step - self._window_step, time.perf_counter() - self._window_start
+        self.seconds += elapsed
+        tokens = self.facts["tokens_per_step"]
+        row = {
+            "step": self.step,
+            "loss": float(self._window["loss"]) / steps,
+            "lr": learning_rate(self.config.optim, self.step - 1, self.config.train.max_steps),
+            "grad_norm": float(self._window["norm"]) / steps,
+            "tokens": self.step * tokens,
+            "tokens_per_second": (self.step - self._timed_from) * tokens / elapsed,
+            "seconds": round(self.seconds, 3),
+        }
+        peak = peak_flops(self.compute.device)
+        if peak is not None:
+            half = self.plan.global_batch * self.config.model.length // 2
+            work = step_cost(self.config.model, self.tokenizer.model_vocab_size, self.plan.global_batch, half).flops
+            row["mfu"] = (self.step - self._timed_from) * work / elapsed / peak
+            row["memory_gib"] = torch.cuda.max_memory_allocated(self.compute.device) / (1 << 30)
+        self.show.train(row)
+        self._start_window()
+
+    @contextmanager
+    def _paused(self) -> Iterator[None]:
+        """Keep what happens inside out of the training time."""
+        begin = time.perf_counter()
+        yield
+        self._window_start += time.perf_counter() - begin
+
+    def _evaluate(self) -> dict[str, Any]:
+        """The held-out bound on averaged weights; saves `last`, and `best` where it is."""
+        self._check_finite()
+        begin = time.perf_counter()
+        with self._paused():
+            with self.average.applied():
+                estimate = evaluate(self.model, self.data.valid, self.config.eval, self.compute.autocast())
+            seconds = round(time.perf_counter() - begin, 3)
+            row = {"step": self.step} | report(estimate, self.data.valid) | {"seconds": seconds}
+            better = estimate.nll < self.best
+            self.best = min(self.best, estimate.nll)
+            self.show.evaluation(row)
+            path = self.save(row)
+            if better:
+                checkpoint.point(self.folder, "best", path)
+        return row
+
+    def save(self, evaluation: dict[str, Any] | None = None) -> Path:
+        """Write the `last` checkpoint."""
+        with self._paused():
+            pending = time.perf_counter() - self._window_start
+            path = checkpoint.save(
+                self.folder,
+                self.step,
+                self.config,
+                {
+                    checkpoint.WEIGHTS: dict(self.model.named_parameters()),
+                    checkpoint.EMA: self.average.values,
+                    checkpoint.OPTIMIZER: self.optimizers.state(),
+                },
+                self.tokenizer,
+                {
+                    "seconds": self.seconds + max(0.0, pending),
+                    "tokens": self.step * self.facts["tokens_per_step"],
+                    "best": self.best,
+                    "evaluation": evaluation,
+                    "vocabulary": self.tokenizer.model_vocab_size,
+                    "data": self._data_identity(),
+                    "window": {
+                        "step": self._window_step,
+                        "loss": float(self._window["loss"]),
+                        "norm": float(self._window["norm"]),
+                    },
+                },
+            )
+        self.saved_step = self.step
+        return path
+
+    def _data_identity(self) -> dict[str, Any]:
+        """What must be the same for a resumed run to see the same tokens."""
+        return {name: self.data.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
+
+    def _sample(self) -> None:
+        """Draw the run's samples with the averaged weights."""
+        settings, device = self.config.sample, self.compute.device
+        start = torch.full((settings.num_samples, self.config.model.length), self.tokenizer.mask_id, device=device)
+        sampler = "ancestral" if self.model.time_conditioning else settings.sampler
+        with self.average.applied(), evaluating(self.model), self.compute.autocast():
+            drawn = sample(
+                self.model,
+                start,
+                steps=settings.steps,
+                sampler=sampler,
+                temperature=settings.temperature,
+                seed=self.config.train.seed,
+            )
+        texts = [self.tokenizer.decode(ids) for ids in drawn.tolist()]
+        self.show.samples({"step": self.step, "sampler": sampler, "steps": settings.steps, "texts": texts})
+
+
+@contextmanager
+def catch_signals() -> Iterator[list[int]]:
+    """Within, SIGINT and SIGTERM are noted in the list instead of ending the process; a second one ends it."""
+    caught: list[int] = []
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if caught:
+            raise KeyboardInterrupt
+        caught.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield caught
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -1,0 +1,32 @@
+// Schemas and registration of the one shared library, libatat_fast.so. It speaks torch's stable ABI only and knows
+// nothing of Python, so one build serves every supported torch. Fake and autograd implementations live in atat_fast/ops.
+
+#include <torch/csrc/stable/library.h>
+
+#include <cstdint>
+
+namespace {
+
+// Keep in step with CPU_OPS and CUDA_KERNELS in atat_fast/ops/library.py.
+constexpr int64_t kCpuOps = 1 << 0;
+constexpr int64_t kCudaKernels = 1 << 1;
+
+// What was compiled in; says nothing about the machine it runs on.
+int64_t build_flags() {
+#ifdef USE_CUDA
+  return kCpuOps | kCudaKernels;
+#else
+  return kCpuOps;
+#endif
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY(atat_fast_c, m) {
+  m.def("build_flags() -> int");
+}
+
+// An op without a tensor argument has no device to dispatch on.
+STABLE_TORCH_LIBRARY_IMPL(atat_fast_c, CompositeExplicitAutograd, m) {
+  m.impl("build_flags", TORCH_BOX(&build_flags));
+}

@@ -1,0 +1,158 @@
+"""Real wheels of a copy of this tree: what is in them, how they are tagged, and that the library loads."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+COPIED = ("pyproject.toml", "setup.py", "MANIFEST.in", "LICENSE", "README.md", "csrc", "kernels", "atat_fast")
+NVCC = shutil.which("nvcc")
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the library is built on Linux only"),
+]
+
+# Prints the bits of the library that was loaded from the folder on PYTHONPATH, and where the kernels came from.
+PROBE = """
+import atat_fast, atat_fast.kernels
+from atat_fast.ops import library
+print(atat_fast.__file__, atat_fast.kernels.__file__, library.build_flags(), library.load(), library.problem(), sep="\\n")
+"""
+
+
+@dataclass
+class Build:
+    """One finished `pip wheel`."""
+
+    status: int
+    output: str
+    wheels: list[Path]
+
+    @property
+    def wheel(self) -> Path:
+        assert self.status == 0, self.output
+        (wheel,) = self.wheels
+        return wheel
+
+    @property
+    def names(self) -> set[str]:
+        return set(zipfile.ZipFile(self.wheel).namelist())
+
+
+def copy_tree(folder: Path) -> Path:
+    tree = folder / "tree"
+    tree.mkdir()
+    for name in COPIED:
+        source = ROOT / name
+        if source.is_dir():
+            ignored = shutil.ignore_patterns("__pycache__", "*.so")
+            shutil.copytree(source, tree / name, symlinks=True, ignore=ignored)
+        elif source.is_file():
+            shutil.copy2(source, tree / name)
+    return tree
+
+
+def build_wheel(tree: Path, **settings: str) -> Build:
+    out = tree.parent / "wheels"
+    environment = {k: v for k, v in os.environ.items() if k not in ("ATAT_FAST_NO_CUDA", "ATAT_FAST_NO_EXT", "CUDA_HOME", "CXX")}
+    command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(out), "."]
+    done = subprocess.run(
+        command, cwd=tree, env=environment | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
+    )
+    return Build(done.returncode, done.stdout, sorted(out.glob("*.whl")))
+
+
+def unpack_and_probe(wheel: Path, folder: Path) -> list[str]:
+    """The lines of PROBE, run in a fresh interpreter that finds the unpacked wheel before any installed copy."""
+    zipfile.ZipFile(wheel).extractall(folder)
+    environment = os.environ | {"PYTHONPATH": str(folder)}
+    done = subprocess.run([sys.executable, "-c", PROBE], cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [str(folder / "atat_fast" / "__init__.py"), str(folder / "atat_fast" / "kernels" / "__init__.py")]
+    return lines[2:]
+
+
+def assert_complete(names: set[str], *, library: bool) -> None:
+    """Every module, kernel and data file of the tree is there once, and nothing is installed beside atat_fast."""
+    assert {name.split("/")[0] for name in names if ".dist-info/" not in name} == {"atat_fast"}
+    assert {name for name in names if name.endswith(".so")} == ({"atat_fast/libatat_fast.so"} if library else set())
+    kernels = {f"atat_fast/{path.relative_to(ROOT)}" for path in (ROOT / "kernels").rglob("*.py")}
+    data = [path for pattern in ("presets/*.yaml", "*.html", "py.typed") for path in (ROOT / "atat_fast").rglob(pattern)]
+    missing = (kernels | {str(path.relative_to(ROOT)) for path in data}) - names
+    assert not missing
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+def test_nvcc_wheel_loads_on_any_torch(tmp_path: Path) -> None:
+    build = build_wheel(copy_tree(tmp_path))
+    assert build.wheel.name.endswith("-py3-none-linux_" + os.uname().machine + ".whl")
+    assert "atat_fast: compiled library with CPU ops and CUDA kernels" in build.output
+    assert_complete(build.names, library=True)
+    assert unpack_and_probe(build.wheel, tmp_path / "site") == ["3", "True", "None"]
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
+def test_host_compiler_wheel_has_cpu_ops(tmp_path: Path) -> None:
+    build = build_wheel(copy_tree(tmp_path), ATAT_FAST_NO_CUDA="1")
+    assert build.wheel.name.endswith("-py3-none-linux_" + os.uname().machine + ".whl")
+    assert "atat_fast: compiled library with CPU ops, by g++" in build.output
+    assert_complete(build.names, library=True)
+    assert unpack_and_probe(build.wheel, tmp_path / "site") == ["1", "True", "None"]
+
+
+def test_pure_wheel_on_request(tmp_path: Path) -> None:
+    build = build_wheel(copy_tree(tmp_path), ATAT_FAST_NO_EXT="1")
+    assert build.wheel.name.endswith("-py3-none-any.whl")
+    assert_complete(build.names, library=False)
+    flags, loaded, problem = unpack_and_probe(build.wheel, tmp_path / "site")
+    assert (flags, loaded) == ("0", "False")
+    assert "was not built" in problem
+
+
+def test_a_library_left_in_the_tree_stays_out_of_a_pure_wheel(tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path)
+    (tree / "atat_fast" / "libatat_fast.so").write_bytes(b"left by an editable install")
+    build = build_wheel(tree, ATAT_FAST_NO_EXT="1")
+    assert_complete(build.names, library=False)
+
+
+def test_without_compilers_the_wheel_is_pure_and_says_so(tmp_path: Path) -> None:
+    (tmp_path / "empty").mkdir()
+    build = build_wheel(copy_tree(tmp_path), PATH=str(tmp_path / "empty"))
+    assert build.wheel.name.endswith("-py3-none-any.whl")
+    said = [line.strip() for line in build.output.splitlines() if line.strip().startswith("atat_fast: ")]
+    reason = "neither nvcc nor g++ is on PATH; install one of them and install this package again"
+    assert said == [f"atat_fast: no compiled library, because {reason}"]
+    assert_complete(build.names, library=False)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
+def test_a_source_that_does_not_compile_fails_the_install(tmp_path: Path) -> None:
+    tree = copy_tree(tmp_path)
+    (tree / "csrc" / "broken.cpp").write_text("int broken( { return 0; }\n")
+    build = build_wheel(tree, ATAT_FAST_NO_CUDA="1")
+    assert build.status != 0
+    assert not build.wheels
+    assert "broken.cpp:1" in build.output
+    assert "g++ ended with status 1; its messages are above" in build.output
+
+
+def test_a_library_that_does_not_load_is_told_in_one_sentence(tmp_path: Path) -> None:
+    build = build_wheel(copy_tree(tmp_path), ATAT_FAST_NO_EXT="1")
+    site = tmp_path / "site"
+    (site / "atat_fast").mkdir(parents=True)
+    (site / "atat_fast" / "libatat_fast.so").write_bytes(b"no library")
+    flags, loaded, problem = unpack_and_probe(build.wheel, site)
+    assert (flags, loaded) == ("0", "False")
+    assert problem.startswith(f"{site / 'atat_fast' / 'libatat_fast.so'} does not load with torch ")
+    assert "rebuild it with" in problem

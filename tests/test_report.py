@@ -1,0 +1,335 @@
+"""The run report: what it says, that it is one safe page, and that bad input ends in one sentence."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+import atat_fast.report as report
+from atat_fast.config import Config, to_dict
+from atat_fast.errors import UsageError
+from atat_fast.training.figures import compact, duration, loss_png, measured, overview_png, smooth
+
+PICTURES = ("loss.png", "throughput.png", "overview.png")
+FACTS = {
+    "version": "0.1.0", "commit": "3f2a9c1", "device": "a device", "torch": "2.9.0", "triton": None, "python": "3.12.4",
+    "cpu_threads": 8, "dtype": "fp32", "compile": False, "started": "2025-01-02T03:04:05", "data": "some <b>text</b>",
+    "parameters": {"embedding": 700_000, "blocks": 2_000_000, "conditioning": 100_000, "head": 700_000, "total": 3_500_000},
+    "tokens_per_step": 4096, "unigram_entropy": 6.12, "bytes_per_token": 3.4, "vocabulary": 4096, "sequence_length": 128,
+}  # fmt: skip
+
+
+def train(step: int, loss: float | None = None) -> dict[str, Any]:
+    loss = 3 + 6 * math.exp(-step / 100) if loss is None else loss
+    return {
+        "kind": "train", "step": step, "loss": loss, "lr": 1e-3, "grad_norm": 0.5, "tokens": 4096 * step,
+        "tokens_per_second": 12_345.0 + step % 7, "seconds": step / 2,
+    }  # fmt: skip
+
+
+def evaluation(step: int, nll: float, se: float = 0.0123) -> dict[str, Any]:
+    bits = nll / math.log(2)
+    return {
+        "kind": "eval", "step": step, "nll": nll, "nll_se": se, "bits_per_token": bits, "bits_per_byte": bits / 3.4,
+        "unigram_entropy": 6.12, "sequences": 256, "seconds": 3.0,
+    }  # fmt: skip
+
+
+def sample(step: int, *texts: str) -> dict[str, Any]:
+    return {"kind": "sample", "step": step, "sampler": "ddpm_cache", "steps": 128, "texts": list(texts)}
+
+
+FULL = [*(train(step) for step in range(10, 501, 10)), evaluation(250, 4.5), evaluation(500, 4.1234), sample(500, "Plain words.")]
+
+
+def make_run(folder: Path, rows: list[dict[str, Any]], facts: dict[str, Any] | None = None, tail: str = "") -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    config = Config()
+    config.model.dim, config.train.max_steps, config.run.name = 192, 500, folder.name
+    (folder / "config.yaml").write_text(yaml.safe_dump(to_dict(config), sort_keys=False), encoding="utf-8")
+    (folder / "run.json").write_text(json.dumps(FACTS if facts is None else facts), encoding="utf-8")
+    (folder / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows) + tail, encoding="utf-8")
+    return folder
+
+
+class Page(HTMLParser):
+    """Tags, attributes and text of a page; fails on a tag that is closed out of order."""
+
+    def __init__(self, source: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str]] = []
+        self.text = ""
+        self.open: list[str] = []
+        self.feed(source)
+        assert self.open == []
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(name, value or "") for name, value in attrs]
+        if tag not in ("meta", "img", "source"):
+            self.open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data if "style" not in self.open[-1:] else ""
+
+
+def write(run: Path) -> Page:
+    path = report.write_report(run)
+    assert path == run / "report.html"
+    for name in PICTURES:
+        assert (run / name).read_bytes().startswith(b"\x89PNG")
+    assert not list(run.glob(".*"))  # nothing written aside is left
+    return Page(path.read_text(encoding="utf-8"))
+
+
+@pytest.fixture(scope="module")
+def full(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Page]:
+    run = make_run(tmp_path_factory.mktemp("runs") / "demo", FULL)
+    return run, write(run)
+
+
+@pytest.fixture
+def undrawn(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Replaces the pictures where drawing them is beside the point: it is most of a report's time."""
+    for picture in ("loss_png", "throughput_png", "overview_png"):
+        monkeypatch.setattr(report, picture, lambda *_: b"\x89PNG")
+
+
+def test_numbers_of_a_full_run(full: tuple[Path, Page]) -> None:
+    text = full[1].text
+    for expected in (
+        "4.123 ± 0.012", "nats per token, at step 500", "61.77", f"{4.1234 / math.log(2) / 3.4:.3f}", "6.120",
+        "val/nll is 2.00 below it", "12.3 k", "4 min 10 s", "2.05 M", "500 steps", "Plain words.", "step 500 of 500", "a device",
+        "4.500 ± 0.012", "2,000,000", "3,500,000 (3.5 M)", "drawn by ddpm_cache, 128 steps", "NELBO", "EMA", "standard error",
+    ):  # fmt: skip
+        assert expected in text, expected
+    assert text.startswith("demo") or "\ndemo" in text
+
+
+def test_settings_that_differ_come_first_and_alone(full: tuple[Path, Page]) -> None:
+    text = full[1].text
+    table, folded = text.split("Settings that differ from the defaults")[1].split("All settings (config.yaml)")
+    assert "model.dim" in table and "192" in table and "768" in table and "train.max_steps" in table
+    assert "layers" not in table and "run.name" not in table and "layers: 12" in folded
+
+
+def test_page_stands_alone(full: tuple[Path, Page]) -> None:
+    run, page = full
+    source = (run / "report.html").read_text(encoding="utf-8")
+    assert "script" not in page.tags and "link" not in page.tags and "iframe" not in page.tags
+    assert "http://" not in source and "https://" not in source and "@import" not in source and "url(" not in source
+    links = [value for name, value in page.attributes if name in ("src", "srcset", "href")]
+    assert len(links) == 4 and all(value.startswith("data:image/png;base64,") for value in links)
+    assert not [name for name, _ in page.attributes if name.startswith("on")]
+    assert "viewport" in source and "prefers-color-scheme: dark" in source
+
+
+def test_same_run_same_bytes(full: tuple[Path, Page], tmp_path: Path) -> None:
+    run, _ = full
+    report.write_report(run, tmp_path / "new" / "folder")
+    for name in (*PICTURES, "report.html"):
+        assert (tmp_path / "new" / "folder" / name).read_bytes() == (run / name).read_bytes()
+
+
+def test_overview_is_1200_pixels_wide(full: tuple[Path, Page]) -> None:
+    header = (full[0] / "overview.png").read_bytes()[16:24]
+    assert int.from_bytes(header[:4], "big") == 1200
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_text_is_escaped_and_made_visible(tmp_path: Path) -> None:
+    text = "<script>alert(1)</script> &amp; \x00\x1b[31m \u202eabc \ud800 \"'</div>\r\nnext"
+    facts = dict(FACTS, device="<img src=x onerror=alert(2)>", **{"<i>odd": "</main>"})
+    page = write(make_run(tmp_path / "a<b>&", [train(10), sample(10, text)], facts))
+    assert "script" not in page.tags and "i" not in page.tags and page.tags.count("img") == 2
+    assert "<script>alert(1)</script> &amp; ␀␛[31m ⟨U+202E⟩abc ⟨U+D800⟩ \"'</div>\nnext" in page.text
+    assert "a<b>&" in page.text and "some <b>text</b>" in page.text and "onerror=alert(2)>" in page.text
+
+
+DEGENERATE: dict[str, list[dict[str, Any]]] = {
+    "nothing at all": [],
+    "one row": [train(10)],
+    "step zero": [train(0)],
+    "two rows": [train(10), train(20)],
+    "no evaluation": [train(step) for step in range(10, 101, 10)],
+    "evaluation alone": [evaluation(0, 8.3)],
+    "all NaN": [train(10, math.nan), train(20, math.inf), evaluation(20, math.nan, math.nan)],
+    "some NaN": [train(10), train(20, math.nan), train(30), evaluation(30, 5.0, 0.0)],
+    "outlier": [*(train(step) for step in range(1, 400)), train(400, 1e6)],
+    "bare rows": [{"kind": "train", "step": 10, "loss": None}, {"kind": "eval", "step": 10}, sample(10), sample(10, "")],
+    "diverged": [train(10), evaluation(10, 1e4, 3e3)],
+}
+
+
+@pytest.mark.parametrize("name", DEGENERATE)
+@pytest.mark.parametrize("facts", [FACTS, {}], ids=["facts", "no facts"])
+@pytest.mark.filterwarnings("error")
+def test_degenerate_runs(tmp_path: Path, name: str, facts: dict[str, Any]) -> None:
+    run = make_run(tmp_path / "run", DEGENERATE[name], facts)
+    # One picture has both panels, and what facts change in it shows in any case: enough here, and quick.
+    curves = report.curves_of(report.read_run(run))
+    if facts or name in ("nothing at all", "some NaN"):
+        assert overview_png(curves).startswith(b"\x89PNG")
+    pictures = dict.fromkeys(PICTURES, b"")
+    text = Page(report._page(report.read_run(run), curves, pictures, pictures)).text
+    assert not re.search(r"\b(nan|inf|None(?! yet))\b", text.split("All settings")[0])
+    if "evaluation" not in name and "eval" not in str(DEGENERATE[name]):
+        assert "none yet" in text
+    if name == "some NaN":
+        assert "The loss is not finite in 1 of 3 training rows" in text
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_other_files_may_be_missing(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", FULL)
+    (run / "config.yaml").unlink()
+    (run / "run.json").unlink()
+    text = write(run).text
+    assert "There is no config.yaml in this run" in text and "There is no run.json" in text and "4.123 ± 0.012" in text
+
+
+def test_cut_last_line_is_left_out_with_a_note(tmp_path: Path) -> None:
+    run = make_run(tmp_path / "run", [train(10), evaluation(10, 5.0)], tail='{"kind": "eval", "step": 20, "nl')
+    found = report.read_run(run)
+    assert found.notes == ["The last line of metrics.jsonl was cut off and is left out."] and len(found.evals) == 1
+    (run / "metrics.jsonl").write_bytes(b'{"kind": "train", "step": 1}\n{"kind": "sample", "texts": ["\xe2\x80')
+    assert len(report.read_run(run).notes) == 1
+    (run / "metrics.jsonl").write_bytes(b'{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}')
+    assert report.read_run(run).notes == [] and len(report.read_run(run).train) == 2
+
+
+def test_repeated_steps_count_once_as_written_last(tmp_path: Path) -> None:
+    rows = [train(10), train(20, 9.0), train(30, 9.0), {"kind": "later", "what": 1}, train(20, 4.0), train(30, 3.0)]
+    found = report.read_run(make_run(tmp_path / "run", rows))
+    assert [(row["step"], row["loss"]) for row in found.train] == [(10, rows[0]["loss"]), (20, 4.0), (30, 3.0)]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("metrics.jsonl", b'{"kind": "train", "step": 1}\nnonsense\n{"kind": "train", "step": 2}\n', "line 2 of .* is not JSON"),
+        ("metrics.jsonl", b'{"kind": "train", "step": 1}\n\xff\xfe\n', "line 2 of .* is not JSON"),
+        ("metrics.jsonl", b"[1, 2]\n", "line 1 of .* is no row with a kind"),
+        ("metrics.jsonl", b'{"kind": "train"}\n', "line 1 of .* has step None, not a whole number"),
+        ("metrics.jsonl", b'\n{"kind": "eval", "step": 1, "nll": "low"}\n', "line 2 of .* has nll 'low', not a number"),
+        ("metrics.jsonl", b'{"kind": "sample", "step": 1, "texts": [3]}\n', "line 1 of .* has no list of texts"),
+        ("config.yaml", b"model: [1\n", "config.yaml is not YAML"),
+        ("config.yaml", b"- 1\n", "config.yaml holds a list"),
+        ("config.yaml", b"\xff\n", "config.yaml cannot be read"),
+        ("run.json", b"{", "run.json is not JSON"),
+        ("run.json", b"3", "run.json holds a int"),
+    ],
+)
+def test_malformed_files_are_named_and_nothing_is_overwritten(tmp_path: Path, name: str, content: bytes, words: str) -> None:
+    run = make_run(tmp_path / "run", [train(10)])
+    (run / name).write_bytes(content)
+    (run / "report.html").write_text("a good report", encoding="utf-8")
+    before = sorted(path.name for path in run.iterdir())
+    with pytest.raises(UsageError, match=words) as caught:
+        report.write_report(run)
+    assert "\n" not in str(caught.value)
+    assert sorted(path.name for path in run.iterdir()) == before
+    assert (run / "report.html").read_text(encoding="utf-8") == "a good report"
+
+
+def test_failed_write_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    earlier = {name: b"earlier " + name.encode() for name in (*PICTURES, "report.html")}
+    for name, content in earlier.items():
+        (tmp_path / name).write_bytes(content)
+    whole = Path.write_bytes
+
+    def disk_full(path: Path, data: bytes) -> int:
+        if "report.html" in path.name:
+            whole(path, data[: len(data) // 2])
+            raise OSError(28, "No space left on device")
+        return whole(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", disk_full)
+    with pytest.raises(UsageError, match="No space left on device"):
+        report._write_all(tmp_path, dict.fromkeys(earlier, b"new and longer"))
+    assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == earlier
+
+
+def door(cwd: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    root = str(Path(report.__file__).parents[1])
+    environment = dict(os.environ, PYTHONPATH=os.pathsep.join([root, os.environ.get("PYTHONPATH", "")]).rstrip(os.pathsep))
+    command = [sys.executable, "-m", "atat_fast.report", *arguments]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=60, check=False)
+
+
+def test_door_from_a_fresh_folder(tmp_path: Path) -> None:
+    make_run(tmp_path / "runs" / "demo", FULL)
+    done = door(tmp_path, "--run", "runs/demo", "--out", "page")
+    assert (done.returncode, done.stdout.strip(), done.stderr) == (0, str(Path("page/report.html")), "")
+    assert (tmp_path / "page" / "report.html").is_file() and not (tmp_path / "runs" / "demo" / "report.html").exists()
+    done = door(tmp_path, "--run", "runs/dmeo")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "error: there is no run folder runs/dmeo (did you mean demo?); runs has demo\n"
+
+
+@pytest.mark.usefixtures("undrawn")
+def test_door_refuses_with_a_sentence_and_status_2(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = make_run(tmp_path / "runs" / "demo", [train(10)])
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "file").write_text("", encoding="utf-8")
+    cases = {
+        ("--run", "nowhere/run"): "there is no run folder nowhere/run; give --run",
+        ("--run", str(tmp_path / "empty")): "holds no metrics.jsonl",
+        ("--run", str(tmp_path / "file")): "there is no run folder",
+        ("--run", str(run), "--out", str(tmp_path / "file")): "the report cannot be written to",
+        ("--run", str(run), "--out", str(tmp_path / "file" / "deeper")): "the report cannot be written to",
+    }
+    for arguments, words in cases.items():
+        assert report.main(list(arguments)) == 2
+        output = capsys.readouterr()
+        assert output.out == "" and output.err.startswith("error: ") and words in output.err and output.err.count("\n") == 1
+    with pytest.raises(SystemExit) as stopped:
+        report.main([])
+    assert stopped.value.code == 2
+
+
+def test_import_leaves_matplotlib_alone() -> None:
+    root = str(Path(report.__file__).parents[1])
+    code = f"import sys; sys.path.insert(0, {root!r}); import atat_fast.report; sys.exit('matplotlib' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], check=False, timeout=60).returncode == 0
+
+
+def test_drawing_leaves_matplotlib_settings_alone(full: tuple[Path, Page]) -> None:
+    import matplotlib
+
+    before = dict(matplotlib.rcParams)
+    loss_png(report.curves_of(report.read_run(full[0])))
+    assert dict(matplotlib.rcParams) == before
+
+
+def test_numbers_for_people() -> None:
+    counts = {0: "0", 950: "950", 9_876: "9,876", 9_999.7: "10 k", 12_345: "12.3 k", 999_999: "1 M", 1.5e9: "1.5 B", 2e12: "2 T"}
+    assert {value: compact(value) for value in counts} == counts and compact(1_000, 1_000) == "1 k"
+    times = {0.42: "0.42 s", 42: "42 s", 59.7: "1 min", 250: "4 min 10 s", 11_100: "3 h 5 min", 187_200: "2 d 4 h"}
+    assert {value: duration(value) for value in times} == times and duration(math.nan) == "not known"
+    assert measured(4.12345, 0.0123) == "4.123 ± 0.012" and measured(1e4, 3e3) == "10,000 ± 3,000"
+    assert measured(4.12345) == "4.123" and measured(math.nan, 1.0) == "not finite"
+
+
+def test_smooth_follows_and_stays_within() -> None:
+    import numpy as np
+
+    x = np.arange(5000, dtype=np.float64)
+    noise = np.random.default_rng(0).standard_normal(5000, dtype=np.float64)
+    where, line = smooth(x, noise + 5)
+    assert len(where) == len(line) == 1000 and float(np.abs(line[50:] - 5).max()) < 0.5
+    assert np.allclose(smooth(x[:7], np.full(7, 2.0, dtype=np.float64))[1], 2.0)
