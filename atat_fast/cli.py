@@ -76,7 +76,7 @@ def parse_config(parser: Any, arguments: Sequence[str]) -> tuple[Config, Any]:
         parser.add_class_arguments(kind, group)
     parser.set_defaults(_flat(base))
     parsed = parser.parse_args(list(arguments))
-    built = parser.instantiate_classes(parsed)
+    built = parser.instantiate(parsed)
     config = Config(preset=parsed.preset, **{group: _as(kind, built[group]) for group, kind in fields.items()})
     return config, parsed
 

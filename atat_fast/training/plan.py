@@ -111,11 +111,12 @@ def describe(config: Config, vocab_size: int, mask_id: int, compute: Compute) ->
     tokens = plan.global_batch * length
     cost = step_cost(m, vocab_size, plan.global_batch, plan.global_batch * length // 2)
     memory = estimate_memory(config, counts["total"], vocab_size, plan.micro_batch, compute)
+    sizes = f"{m.layers} layers, width {m.dim}, {m.heads} heads, length {length}"
     parts = "  ".join(f"{name} {counts[name]:,}" for name in ("embedding", "blocks", "conditioning", "head"))
     gib = 1 << 30
     held = "  ".join(f"{name} {size / gib:.2f}" for name, size in vars(memory).items())
     return [
-        f"model        {m.layers} layers, width {m.dim}, {m.heads} heads, length {length}, vocabulary {vocab_size:,}, head {head}",
+        f"model        {sizes}, vocabulary {vocab_size:,}, head {head}",
         f"parameters   {counts['total']:,}",
         f"             {parts}",
         f"batch        {plan.global_batch} sequences = {tokens:,} tokens a step ({plan.accumulation} x {plan.micro_batch})",

@@ -128,7 +128,6 @@ class Trainer:
                     elif config.train.checkpoint_every and self.step % config.train.checkpoint_every == 0:
                         self.save()
                     if caught and not final:
-                        self._check_finite()
                         self.save()
                         number = caught[0]
                         text = (
@@ -199,12 +198,13 @@ class Trainer:
         """Raise Diverged with the first step since the last log line that was not finite."""
         step = int(self._window["bad"])
         if step >= 0:
+            raise self._diverged(f"the loss or its gradient is not finite at step {step:,}")
+
+    def _diverged(self, what: str) -> Diverged:
+        good = "there is no checkpoint yet"
+        if self.saved_step is not None:
             good = f"the last good checkpoint is {self.folder / checkpoint.FOLDER / 'last'} (step {self.saved_step:,})"
-            none = "there is no checkpoint yet"
-            raise Diverged(
-                f"the loss or its gradient is not finite at step {step:,} (rank 0); {none if self.saved_step is None else good}; "
-                "try a lower optim.lr"
-            )
+        return Diverged(f"{what} (rank 0); {good}; try a lower optim.lr")
 
     def _log(self) -> None:
         """Write what happened since the last line."""
@@ -239,7 +239,6 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         """The held-out bound on averaged weights; saves `last`, and `best` where it is."""
-        self._check_finite()
         begin = time.perf_counter()
         with self._paused():
             with self.average.applied():
@@ -255,7 +254,11 @@ class Trainer:
         return row
 
     def save(self, evaluation: dict[str, Any] | None = None) -> Path:
-        """Write the `last` checkpoint."""
+        """Write the `last` checkpoint, unless what would be saved is not finite (then Diverged is raised)."""
+        self._check_finite()
+        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        if not bool(torch.stack(norms).isfinite().all()):
+            raise self._diverged(f"the weights are not finite after step {self.step:,}")
         with self._paused():
             pending = time.perf_counter() - self._window_start
             path = checkpoint.save(

@@ -1,0 +1,212 @@
+"""The DiT: its size, its start, its two halves, and the ways it is saved and compiled."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from atat_fast.config import ModelConfig, load_preset, preset_names
+from atat_fast.errors import UsageError
+from atat_fast.models import DiT
+from atat_fast.models.dit import Randomness, step_cost
+
+SMALL = {"dim": 16, "layers": 2, "heads": 2, "length": 12, "conditioning_dim": 8, "dropout": 0.0}
+OPTIONS = [
+    {},
+    {"time_conditioning": True},
+    {"tie_embeddings": True},
+    {"qk_norm": True, "activation": "relu2"},
+    {"layers": 1, "time_conditioning": True},
+]
+
+
+def model(**options):
+    built = DiT(11, 10, **(SMALL | options))
+    with torch.no_grad():  # away from the all-zero start, where half of the model has no gradient
+        for p in built.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    return built
+
+
+def plain_logits(m, tokens, share):
+    """The same network written out with PyTorch's own modules and no ops of ours: MDLM's DiT."""
+    c = m.config
+    sigma = -torch.log1p(-share) if c.time_conditioning else torch.zeros(1)
+    frequency = torch.exp(-math.log(10_000) * torch.arange(128) / 128)
+    angle = sigma[:, None] * frequency
+    t = F.silu(m.time.outer(F.silu(m.time.inner(torch.cat([angle.cos(), angle.sin()], -1)))))
+    x = m.embedding(tokens)
+    batch, length, width = x.shape
+    size = width // c.heads
+    inverse = 1.0 / 10_000 ** (torch.arange(0, size, 2).float() / size)
+    turn = torch.outer(torch.arange(length).float(), inverse)
+    cos, sin = (torch.cat([f, f], -1)[None, :, None] for f in (turn.cos(), turn.sin()))
+
+    def rotate(v):
+        half = torch.cat([-v[..., size // 2 :], v[..., : size // 2]], -1)
+        return v * cos + half * sin
+
+    def norm(v, weight, shift, scale):
+        return F.layer_norm(v, (width,), weight) * (1 + scale[:, None]) + shift[:, None]
+
+    for b in m.blocks:
+        s1, c1, g1, s2, c2, g2 = b.modulation(t).chunk(6, -1)
+        q, k, v = b.qkv(norm(x, b.norm1, s1, c1)).view(batch, length, 3, c.heads, size).unbind(2)
+        if c.qk_norm:
+            q, k = (u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + torch.finfo(u.dtype).eps) for u in (q, k))
+        scores = torch.einsum("blhe,bmhe->bhlm", rotate(q), rotate(k)) / size**0.5
+        a = torch.einsum("bhlm,bmhe->blhe", scores.softmax(-1), v).reshape(batch, length, width)
+        x = x + g1[:, None] * b.out(a)
+        inner = b.up(norm(x, b.norm2, s2, c2))
+        inner = F.gelu(inner, approximate="tanh") if c.activation == "gelu" else F.relu(inner) ** 2
+        x = x + g2[:, None] * b.down(inner)
+    shift, scale = m.final_modulation(t).chunk(2, -1)
+    logits = m.head(norm(x, m.final_norm, shift, scale))
+    logits[..., m.mask_id] = -torch.inf
+    return logits
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_it_is_mdlms_network(options):
+    m, tokens, share = model(**options), torch.randint(0, 11, (3, 9)), torch.tensor([0.2, 0.5, 1 / 3])
+    got = m.logits(m.features(tokens, share)).view(3, 9, 11)
+    want = plain_logits(m, tokens, share)
+    torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
+    assert (got[..., 10] == -torch.inf).all()
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_loss_and_its_gradients_are_those_of_the_plain_network(options):
+    m, tokens, share = model(**options), torch.randint(0, 10, (3, 9)), torch.tensor([0.2, 0.5, 1 / 3])
+    rows = torch.tensor([0, 4, 9, 10, 26])
+    noisy = tokens.flatten().index_fill(0, rows, 10).view(3, 9)
+    target, weights = tokens.flatten()[rows], torch.rand(5)
+    loss, nll = m(noisy, rows, target, weights, share)
+    ours = torch.autograd.grad(loss, list(m.parameters()), allow_unused=True)
+    plain = -torch.log_softmax(plain_logits(m, noisy, share).view(27, 11)[rows], -1)[range(5), target]
+    theirs = torch.autograd.grad((weights * plain).sum(), list(m.parameters()), allow_unused=True)
+    torch.testing.assert_close(nll, plain.detach(), rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(m.nll(noisy, rows, target, share), plain, rtol=1e-4, atol=1e-5)
+    for (name, _), a, b in zip(m.named_parameters(), ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=2e-3, atol=1e-5, msg=name)
+
+
+def test_it_starts_by_knowing_nothing():
+    m = DiT(11, 10, **SMALL)
+    logits = m.logits(m.features(torch.randint(0, 10, (2, 12))))
+    assert (logits[:, :10] == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("vocabulary", "preset", "changes", "total"),
+    [
+        (50_258, "small", {}, 169_627_218),
+        (30_522, "small", {}, 139_292_986),
+        (50_258, "medium", {}, 424_477_010),
+        (50_258, "small", {"tie_embeddings": True}, 169_627_218 - 38_598_144),
+    ],
+)
+def test_parameter_counts(vocabulary, preset, changes, total):
+    with torch.device("meta"):
+        m = DiT(vocabulary, vocabulary - 1, **(vars(load_preset(preset).model) | changes))
+    counts = m.parameter_counts()
+    assert counts["total"] == total == sum(p.numel() for p in m.parameters())
+    assert sum(v for k, v in counts.items() if k != "total") == total
+
+
+def test_every_preset_builds():
+    for name in preset_names():
+        with torch.device("meta"):
+            DiT(50_258, 50_257, **vars(load_preset(name).model))
+    large = load_preset("large")
+    with torch.device("meta"):
+        assert 1.2e9 < DiT(50_258, 50_257, **vars(large.model)).parameter_counts()["total"] < 1.4e9
+
+
+@pytest.mark.parametrize("options", OPTIONS[:3])
+def test_it_goes_to_a_folder_and_back(tmp_path, options):
+    m, tokens, share = model(**options), torch.randint(0, 11, (2, 12)), torch.tensor([0.2, 0.5])
+    m.save_pretrained(tmp_path / "model")
+    assert not list((tmp_path / "model").glob("*.bin")) and (tmp_path / "model" / "model.safetensors").is_file()
+    back = DiT.from_pretrained(tmp_path / "model")
+    assert back.config == m.config and back.mask_id == 10
+    assert torch.equal(back.features(tokens, share), m.features(tokens, share))
+    if options.get("tie_embeddings"):
+        assert back.head.weight is back.embedding.weight
+
+
+def test_dropout_is_on_only_where_randomness_is_given():
+    m, tokens = model(dropout=0.5), torch.randint(0, 11, (2, 12))
+    ids = torch.tensor([7, 8])
+    plain = m.features(tokens)
+    assert torch.equal(plain, m.features(tokens))
+    one = m.features(tokens, randomness=Randomness(1, 5, ids))
+    assert torch.equal(one, m.features(tokens, randomness=Randomness(1, torch.tensor(5), ids)))
+    assert not torch.equal(one, plain) and not torch.equal(one, m.features(tokens, randomness=Randomness(1, 6, ids)))
+    swapped = m.features(tokens.flip(0), randomness=Randomness(1, 5, ids.flip(0)))
+    torch.testing.assert_close(swapped.view(2, 12, -1).flip(0), one.view(2, 12, -1))
+
+
+@pytest.mark.parametrize("options", OPTIONS[:2])
+def test_it_compiles_into_one_graph_that_serves_every_step(options):
+    graphs = []
+
+    def counting(graph, inputs):
+        graphs.append(graph)
+        return graph
+
+    m = model(**options)
+    compiled = torch.compile(m, fullgraph=True, backend=counting)
+    for step in range(3):
+        noisy, rows = torch.randint(0, 11, (2, 12)), torch.randperm(24)[:12].sort().values
+        args = (noisy, rows, torch.randint(0, 10, (12,)), torch.rand(12), torch.rand(2) * 0.9)
+        randomness = Randomness(1, torch.tensor(step), torch.tensor([0, 1]))
+        got, want = compiled(*args, randomness), m(*args, randomness)
+        torch.testing.assert_close(got, want)
+    assert len(graphs) == 1
+
+
+def test_bf16_autocast_keeps_the_stream_and_gives_bf16_rows():
+    m, tokens = model(), torch.randint(0, 11, (2, 12))
+    with torch.autocast("cpu", torch.bfloat16):
+        low = m.features(tokens)
+    assert low.dtype is torch.bfloat16
+    torch.testing.assert_close(low.float(), m.features(tokens), rtol=0.1, atol=0.1)
+
+
+def test_shorter_sequences_are_taken_and_longer_ones_refused():
+    m = model()
+    assert m.features(torch.zeros(1, 5, dtype=torch.int64)).shape == (5, 16)
+    with pytest.raises(ValueError, match="has 13 tokens, but this model takes at most 12"):
+        m.features(torch.zeros(1, 13, dtype=torch.int64))
+
+
+def test_time_conditioning_needs_the_time_and_survives_everything_hidden():
+    m = model(time_conditioning=True)
+    with pytest.raises(ValueError, match="pass hidden_share"):
+        m.features(torch.zeros(1, 5, dtype=torch.int64))
+    assert m.features(torch.zeros(2, 5, dtype=torch.int64), torch.tensor([1.0, 0.0])).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"dim": 15}, "model.dim 15 does not divide into 2 heads of an even size; try model.heads"),
+        ({"heads": 0}, "model.heads must be at least 1"),
+        ({"dropout": 1.0}, "model.dropout must be in"),
+    ],
+)
+def test_bad_sizes(change, message):
+    with pytest.raises(UsageError, match=message):
+        DiT(11, 10, **(SMALL | change))
+    with pytest.raises(UsageError, match="mask_id 11 is outside the vocabulary of 11"):
+        DiT(11, 11, **SMALL)
+
+
+def test_the_cost_of_a_step_is_what_the_papers_count():
+    """854 MFLOP a token forward and backward with every row through the head, at small and GPT-2's vocabulary."""
+    cost = step_cost(ModelConfig(), 50_258, 1, 1024)
+    assert cost.flops / 1024 == pytest.approx(854e6, rel=0.01)

@@ -1,0 +1,179 @@
+"""The command-line doors as a user meets them: settings, help, and one sentence for whatever can be put right."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from atat_fast import evaluate, sample, train
+from atat_fast.cli import make_parser, parse_config, run_door
+from atat_fast.config import Config, load_preset, preset_names, to_dict
+from atat_fast.errors import UsageError
+
+
+def door(*arguments, module="train", cwd):
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    return subprocess.run(
+        [sys.executable, "-m", f"atat_fast.{module}", *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+def settings(*arguments) -> Config:
+    parser = make_parser()
+    for flag in ("--resume", "--dry_run"):
+        parser.add_argument(flag, action="store_true")
+    return parse_config(parser, arguments)[0]
+
+
+def test_every_preset_is_its_file_over_the_defaults():
+    assert set(preset_names()) == {"demo", "tiny", "small", "medium", "large", "wikitext103", "openwebtext"}
+    for name in preset_names():
+        assert settings("--preset", name) == load_preset(name)
+    assert settings() == load_preset("demo")
+
+
+def test_the_seeds_two_runs():
+    first, second = load_preset("wikitext103"), load_preset("openwebtext")
+    for config in (first, second):
+        assert (config.model.dim, config.model.layers, config.model.heads, config.model.length) == (768, 12, 12, 1024)
+        assert (config.optim.lr, config.optim.ema, config.optim.weight_decay) == (1e-4, 0.9999, 0.01)
+        assert config.train.global_batch == 24 and config.model.dropout == 0.1
+    assert (first.train.max_steps, first.eval.every) == (50_000, 5_000)
+    assert (second.train.max_steps, second.eval.every) == (500_000, 10_000)
+
+
+def test_files_lie_over_presets_and_options_over_files(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text("model: {length: 512}\ntrain: {seed: 9, max_steps: 7}\n")
+    got = settings("--preset", "small", "--config", str(file), "--train.max_steps", "11", "--model.time_conditioning", "true")
+    assert (got.model.dim, got.model.length, got.train.seed, got.train.max_steps) == (768, 512, 9, 11)
+    assert got.model.time_conditioning is True
+
+
+def test_print_config_is_a_config_file(tmp_path):
+    printed = door("--preset", "tiny", "--train.seed", "5", "--print_config", cwd=tmp_path)
+    assert printed.returncode == 0, printed.stderr
+    file = tmp_path / "all.yaml"
+    file.write_text(printed.stdout)
+    assert settings("--config", str(file)) == settings("--preset", "tiny", "--train.seed", "5")
+    groups = {k: v for k, v in yaml.safe_load(printed.stdout).items() if k in to_dict(Config())}
+    assert groups == to_dict(settings("--preset", "tiny", "--train.seed", "5"))
+
+
+def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
+    done = door("--preset", "small", "--dry_run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "parameters   169,627,218" in done.stdout and "24 sequences = 24,576 tokens a step" in done.stdout
+    assert "memory       about" in done.stdout and "(estimate)" in done.stdout
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_setting(tmp_path):
+    done = door("--help", cwd=tmp_path)
+    assert done.returncode == 0
+    for option in ("--preset", "--resume", "--dry_run", "--model.dim", "--optim.warmup", "--run.name", "--print_config"):
+        assert option in done.stdout
+    assert "Width D of the residual stream" in done.stdout
+
+
+BAD = [
+    (["--preset", "smal"], "there is no preset 'smal' (did you mean small?)"),
+    (["--modle.dim", "3"], "there is no setting --modle.dim (did you mean --model.dim?)"),
+    (["--model.dimm", "3"], "there is no setting --model.dimm (did you mean --model.dim?)"),
+    (["--model.dim", "three"], "model.dim"),
+    (["--optim.name", "adam"], "adamw"),
+    (["--train.global_batch", "24", "--train.micro_batch", "5"], "train.global_batch 24 does not divide into micro-batches of 5"),
+    (["--train.max_steps", "0"], "train.max_steps must be at least 1"),
+    (["--config", "nowhere.yaml"], "nowhere.yaml"),
+    (["--data.corpus", "wikitext13"], "did you mean wikitext103"),
+    (["--data.corpus", "wikitext2", "--data.tokenizer", "bytes"], "wikitext2"),
+    (["--data.corpus", "nowhere.txt"], "nowhere.txt"),
+    (["--data.tokenizer", "bpe-10"], "bpe-10"),
+    (["--run.name", "a/b"], "is not a folder name"),
+    (["--resume"], "to resume"),
+    (["--train.device", "cuda"], "torch sees no CUDA device"),
+    (["--run.root", "file/inside"], "cannot write to file/inside"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ATAT_FAST_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "file").write_text("")
+    if "cuda" in arguments:
+        import torch
+
+        if torch.cuda.is_available():
+            pytest.skip("this machine has a CUDA device")
+    with pytest.raises(SystemExit) as left:
+        run_door(train.main, arguments)
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("", "holds no text"),
+        ("One document only, and not much of it.", "document"),
+        ("a\n<|endoftext|>\nb\n<|endoftext|>\nc", "tokens"),
+        (b"\xff\xfe broken", "UTF-8"),
+    ],
+)
+def test_corpora_that_cannot_be_used(text, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    file = tmp_path / "text.txt"
+    file.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(UsageError, match=message):
+        train.main(["--data.corpus", str(file), "--data.cache_dir", str(tmp_path / "cache")])
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_named_folder_that_holds_a_run_is_refused(tmp_path, monkeypatch):
+    folder = tmp_path / "runs" / "mine"
+    folder.mkdir(parents=True)
+    (folder / "metrics.jsonl").write_text("kept\n")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UsageError, match="already holds a run; add --resume"):
+        train.main(["--run.name", "mine"])
+    assert (folder / "metrics.jsonl").read_text() == "kept\n" and len(list(folder.iterdir())) == 1
+
+
+@pytest.mark.parametrize("main", [evaluate.main, sample.main])
+def test_runs_that_are_not_there(main, tmp_path):
+    with pytest.raises(UsageError, match="there is no run folder"):
+        main(["--run", str(tmp_path / "nothing")])
+    with pytest.raises(UsageError, match="holds no checkpoint"):
+        main(["--run", str(tmp_path)])
+
+
+def test_the_doors_leave_with_status_2_from_a_fresh_directory(tmp_path):
+    for module, arguments in (
+        ("train", ["--preset", "smal"]),
+        ("evaluate", ["--run", "nothing"]),
+        ("sample", ["--run", "nothing"]),
+        ("evaluate", []),
+    ):
+        done = door(*arguments, module=module, cwd=tmp_path)
+        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+        assert done.stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_several_processes_are_refused_in_a_sentence(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="this version trains on one process, and 2 were started"):
+        train.main([])
+
+
+def test_nothing_heavy_is_imported_by_asking_for_help():
+    code = "import sys, atat_fast.cli, atat_fast.train; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path.home()).returncode == 0

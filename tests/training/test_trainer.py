@@ -1,0 +1,241 @@
+"""The trainer through its door: a run, its stop and resumption, and what it refuses."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from atat_fast import cli, evaluate, sample, train
+from atat_fast.errors import UsageError
+from atat_fast.training import checkpoint
+from atat_fast.training.trainer import Diverged, Trainer
+
+
+def run(arguments, resume=False):
+    """A Trainer from the door's arguments."""
+    parser = cli.make_parser()
+    parser.add_argument("--resume", action="store_true")
+    config, parsed = cli.parse_config(parser, [*arguments, *(["--resume"] if resume else [])])
+    return Trainer(config, resume=parsed.resume, show_progress=False)
+
+
+def rows(folder: Path, kind: str):
+    return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
+
+
+def losses(folder: Path):
+    numbers = ("step", "loss", "grad_norm", "lr", "tokens")
+    evals = ("step", "nll", "nll_se")
+    return [[row[n] for n in numbers] for row in rows(folder, "train")], [[row[n] for n in evals] for row in rows(folder, "eval")]
+
+
+def test_a_run_leaves_what_it_should(small, tmp_path, capsys):
+    assert train.main(small) == 0
+    folder = tmp_path / "runs" / "demo"
+    assert {p.name for p in folder.iterdir()} >= {
+        "metrics.jsonl", "config.yaml", "run.json", "report.html", "loss.png", "throughput.png", "overview.png", "checkpoints",
+    }  # fmt: skip
+    assert [row["step"] for row in rows(folder, "train")] == [5, 10, 12]
+    assert [row["step"] for row in rows(folder, "eval")] == [6, 12]
+    assert (folder / "checkpoints" / "last").resolve().name == "step-00000012"
+    best = min(rows(folder, "eval"), key=lambda row: row["nll"])["step"]
+    assert (folder / "checkpoints" / "best").resolve().name == f"step-{best:08d}"
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-3].startswith("unigram entropy ") and lines[-2].startswith("val/nll ") and "±" in lines[-2]
+    assert lines[-1] == f"report {folder / 'report.html'}"
+    facts = json.loads((folder / "run.json").read_text())
+    assert facts["parameters"]["total"] > 0 and facts["tokens_per_step"] == 64
+    (samples,) = rows(folder, "sample")
+    assert "[MASK]" not in samples["texts"][0]
+
+    assert train.main(small) == 0  # without a name the next free folder is taken
+    assert losses(tmp_path / "runs" / "demo-2") == losses(folder)
+
+    assert evaluate.main(["--run", str(folder), "--json", str(tmp_path / "out.json"), "--checkpoint", "last"]) == 0
+    written = json.loads((tmp_path / "out.json").read_text())
+    assert written["step"] == 12 and written["nll_se"] > 0 and written["unigram_entropy"] > 0
+    printed = capsys.readouterr().out
+    for name in ("nll", "perplexity", "bits per token", "bits per byte", "unigram entropy"):
+        assert f"\n{name} " in printed
+    assert sample.main(["--run", str(folder), "--num_samples", "2", "--prompt", "The list", "--steps", "3"]) == 0
+    printed = capsys.readouterr().out
+    assert printed.count("The list") == 2 and "[MASK]" not in printed
+    assert sample.main(["--run", str(folder), "--infill", "a [MASK][MASK]b", "--steps", "3"]) == 0
+    filled = capsys.readouterr().out
+    assert filled.startswith("a ") and "[MASK]" not in filled
+
+
+def test_evaluation_repeats_the_runs_own_number(small, tmp_path, capsys):
+    run([*small, "--eval.sequences", "0"]).train()
+    folder = tmp_path / "runs" / "demo"
+    evaluate.main(["--run", str(folder), "--json", str(tmp_path / "out.json"), "--checkpoint", "last"])
+    again = json.loads((tmp_path / "out.json").read_text())
+    assert again["nll"] == pytest.approx(rows(folder, "eval")[-1]["nll"], rel=1e-6)
+    assert again["nll_se"] == pytest.approx(rows(folder, "eval")[-1]["nll_se"], rel=1e-5)
+
+
+def test_accumulation_changes_nothing_but_rounding(small):
+    whole, parts = run(small), run([*small, "--train.micro_batch", "1"])
+    assert whole.plan.accumulation == 1 and parts.plan.accumulation == 4
+    whole.train()
+    parts.train()
+    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", [[], ["--optim.name", "muon"], ["--diffusion.masking", "bernoulli"]])
+def test_a_resumed_run_is_the_uninterrupted_one(small, tmp_path, options):
+    """Stopped between two log lines, after an evaluation, with dropout on: every number is the same bit for bit."""
+    arguments = [*small, *options]
+    run([*arguments, "--run.name", "whole"]).train()
+    stopped = run([*arguments, "--run.name", "parts"])
+    original, stops = stopped._train_step, iter([3, 7])
+    stop_at = [next(stops)]
+
+    def step_and_stop():
+        original()
+        if stopped.step == stop_at[0]:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    stopped._train_step = step_and_stop
+    with pytest.raises(Exception, match="SIGTERM: saved") as caught:
+        stopped.train()
+    assert caught.value.code == 143
+    with (tmp_path / "runs" / "parts" / "metrics.jsonl").open("a") as file:
+        file.write('{"kind": "train", "step": 4, "loss": 1')  # a line cut short
+    run([*arguments, "--run.name", "parts"], resume=True).train()
+    assert losses(tmp_path / "runs" / "whole") == losses(tmp_path / "runs" / "parts")
+    ends = [checkpoint.find(tmp_path / "runs" / name) for name in ("whole", "parts")]
+    for name in (checkpoint.WEIGHTS, checkpoint.EMA, checkpoint.OPTIMIZER):
+        a, b = (end.tensors(name) for end in ends)
+        assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_process_saves_and_the_door_resumes(small, tmp_path):
+    """As a scheduler does it: from a fresh directory, in a process of its own."""
+    folder = tmp_path / "runs" / "named"
+    long = [*small, "--train.max_steps", "400", "--eval.every", "150", "--sample.num_samples", "0"]
+    command = [sys.executable, "-m", "atat_fast.train", *long, "--run.name"]
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+    whole = subprocess.run([*command, "whole"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert whole.returncode == 0, whole.stderr
+    process = subprocess.Popen(
+        [*command, "named"], cwd=tmp_path, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not ((folder / "metrics.jsonl").exists() and rows(folder, "train")):
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 143 and "add --resume to continue" in stderr
+    again = subprocess.run([*command, "named", "--resume"], cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert again.returncode == 0, again.stderr
+    assert losses(folder) == losses(tmp_path / "runs" / "whole")
+
+
+def test_a_run_that_diverges_says_so_and_keeps_the_last_good_checkpoint(small, tmp_path, capsys):
+    trainer = run([*small, "--train.checkpoint_every", "2"])
+    original = trainer._train_step
+
+    def poison():
+        original()
+        if trainer.step == 7:
+            with torch.no_grad():
+                trainer.model.head.weight.fill_(torch.nan)
+
+    trainer._train_step = poison
+    with pytest.raises(Diverged, match=r"not finite at step 8 \(rank 0\); the last good checkpoint is .*last \(step 6\)"):
+        trainer.train()
+    saved = checkpoint.find(tmp_path / "runs" / "demo")
+    assert saved.step == 6 and all(t.isfinite().all() for t in saved.tensors(checkpoint.WEIGHTS).values())
+    assert train.main([*small, "--optim.lr", "1e30", "--optim.clip", "0", "--run.name", "hot"]) == 1
+    error = capsys.readouterr().err
+    assert "not finite" in error and "there is no checkpoint yet" in error and error.count("\n") == 1
+
+
+def test_a_full_disk_is_one_sentence_and_loses_nothing(small, tmp_path, monkeypatch):
+    trainer = run([*small, "--run.name", "full"])
+    real, calls = checkpoint.save_file, []
+
+    def full(tensors, path):
+        calls.append(path)
+        if len(calls) > 3:  # the second checkpoint
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        real(tensors, path)
+
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    with pytest.raises(UsageError, match="cannot write to .*checkpoints: No space left on device"):
+        trainer.train()
+    assert checkpoint.find(tmp_path / "runs" / "full").step == 6
+    assert not [p for p in (tmp_path / "runs" / "full" / "checkpoints").iterdir() if p.name.startswith(".")]
+
+
+def test_checkpoints_that_nothing_points_to_are_dropped(small, tmp_path):
+    run([*small, "--train.checkpoint_every", "1"]).train()
+    root = tmp_path / "runs" / "demo" / "checkpoints"
+    kept = {p.name for p in root.iterdir()}
+    assert kept == {"last", "best", (root / "last").resolve().name, (root / "best").resolve().name}
+
+
+def damage(path: Path, how: str) -> None:
+    weights = path / checkpoint.EMA
+    if how == "truncated":
+        weights.write_bytes(weights.read_bytes()[:-10])
+    elif how == "changed":
+        content = bytearray(weights.read_bytes())
+        content[-1] ^= 1
+        weights.write_bytes(content)
+    elif how == "missing":
+        weights.unlink()
+    elif how == "foreign":
+        (path / checkpoint.MANIFEST).write_text('{"hello": 1}')
+    elif how == "newer":
+        manifest = json.loads((path / checkpoint.MANIFEST).read_text())
+        (path / checkpoint.MANIFEST).write_text(json.dumps(manifest | {"format": 99}))
+    elif how == "no json":
+        (path / checkpoint.MANIFEST).write_text("\x80PK")
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        ("truncated", "is damaged: ema.safetensors has .* bytes instead of"),
+        ("changed", "its SHA-256 differs"),
+        ("missing", "ema.safetensors is missing"),
+        ("foreign", "is not an atat_fast checkpoint"),
+        ("newer", "has checkpoint format 99; this version of atat_fast reads format 1"),
+        ("no json", "is not an atat_fast checkpoint"),
+    ],
+)
+def test_damaged_and_foreign_checkpoints(small, tmp_path, how, message):
+    run(small).train()
+    folder = tmp_path / "runs" / "demo"
+    for link in ("last", "best"):
+        damage((folder / "checkpoints" / link).resolve(), how)
+        if (folder / "checkpoints" / "last").resolve() == (folder / "checkpoints" / "best").resolve():
+            break
+    for door in (evaluate.main, sample.main):
+        with pytest.raises(UsageError, match=message):
+            door(["--run", str(folder)])
+    before = (folder / "metrics.jsonl").read_bytes()
+    with pytest.raises(UsageError, match=message):
+        run(small, resume=True)
+    assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_checkpoint_of_another_model_does_not_fit(small, tmp_path):
+    run(small).train()
+    saved = checkpoint.find(tmp_path / "runs" / "demo")
+    other = checkpoint.load_model(saved)[0].__class__(300, 257, **(vars(saved.config.model)))
+    with pytest.raises(UsageError, match=r"does not fit the model: .* is \(258,.* there, and here \(300,"):
+        checkpoint.load_weights(other, saved, checkpoint.EMA)
