@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import base64
 import html
-import json
 import math
 import os
 import re
@@ -18,17 +17,13 @@ import statistics
 import sys
 import unicodedata
 from collections.abc import Iterable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from atat_fast.config import Config, to_dict
-from atat_fast.errors import UsageError, nearest
+from atat_fast.errors import UsageError
 from atat_fast.training.figures import DARK, Curves, compact, duration, loss_png, measured, overview_png, throughput_png
-
-Row = dict[str, Any]
+from atat_fast.training.run_reader import Row, Run, curves_of, number_in, read_run, unigram_entropy
 
 FACTS = {
     "data": "data", "vocabulary": "vocabulary", "sequence_length": "sequence length", "tokens_per_step": "tokens per step",
@@ -36,7 +31,6 @@ FACTS = {
     "cpu_threads": "CPU threads", "version": "atat_fast", "commit": "commit", "torch": "torch", "triton": "triton",
     "python": "python", "started": "started",
 }  # fmt: skip
-NUMBERS = ("loss", "tokens", "tokens_per_second", "seconds", "nll", "nll_se", "bits_per_byte", "unigram_entropy", "sequences")
 BOUND = (
     "<b>val/nll</b> is the exact-count bound (NELBO) on the negative log-likelihood of held-out text, in nats per token: a "
     "count k is drawn, exactly k tokens are hidden, and their cross-entropies weigh (L + 1) / k each. It is computed with the "
@@ -76,20 +70,6 @@ pre { font: .85rem/1.55 ui-monospace, Menlo, Consolas, monospace }
 """
 
 
-@dataclass(frozen=True)
-class Run:
-    """A run folder, read: rows in the order of their steps, and `notes`, sentences about what was left out."""
-
-    name: str
-    settings: Row
-    settings_text: str
-    facts: Row
-    train: list[Row]
-    evals: list[Row]
-    samples: list[Row]
-    notes: list[str]
-
-
 def write_report(run: Path, out: Path | None = None) -> Path:
     """Writes report.html, loss.png, throughput.png and overview.png into `out` (by default the run folder).
 
@@ -104,121 +84,6 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     folder = Path(run if out is None else out)
     _write_all(folder, {**pictures, "report.html": page.encode()})
     return folder / "report.html"
-
-
-def read_run(folder: Path) -> Run:
-    """Reads a run folder. config.yaml and run.json may be missing; metrics.jsonl may not. Raises UsageError."""
-    if not folder.is_dir():
-        known = [path.parent.name for path in sorted(folder.parent.glob("*/metrics.jsonl"))]
-        have = f"; {folder.parent} has {', '.join(known[:8])}" if known else "; give --run the folder a training run wrote"
-        raise UsageError(f"there is no run folder {folder}{nearest(folder.name, known)}{have}")
-    if not (folder / "metrics.jsonl").is_file():
-        raise UsageError(f"{folder} holds no metrics.jsonl, so it is no run folder; give --run the folder a training run wrote")
-    notes: list[str] = []
-    rows = _read_metrics(folder / "metrics.jsonl", notes)
-    text = _read(folder / "config.yaml", notes)
-    try:
-        settings = yaml.safe_load(text) or {}
-    except (yaml.YAMLError, ValueError) as error:
-        why = " ".join(str(error).split())
-        raise UsageError(f"{folder / 'config.yaml'} is not YAML ({why}); repair it or move it away") from None
-    try:
-        facts = json.loads(_read(folder / "run.json", notes) or "{}")
-    except ValueError as error:
-        raise UsageError(f"{folder / 'run.json'} is not JSON ({error}); repair it or move it away") from None
-    for name, value in (("config.yaml", settings), ("run.json", facts)):
-        if not isinstance(value, dict):
-            raise UsageError(f"{folder / name} holds a {type(value).__name__}, not names with values; repair it or move it away")
-    own = settings.get("run")
-    name = (own.get("name") if isinstance(own, dict) else None) or folder.resolve().name
-    return Run(str(name), settings, text, facts, rows["train"], rows["eval"], rows["sample"], notes)
-
-
-def _read(path: Path, notes: list[str] | None = None) -> str:
-    if notes is not None and not path.exists():
-        notes.append(f"There is no {path.name} in this run, so what it would say is missing here.")
-        return ""
-    try:
-        return path.read_bytes().decode()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} cannot be read ({error}); check its permissions, and that it is UTF-8 text") from None
-
-
-def _read_metrics(path: Path, notes: list[str]) -> dict[str, list[Row]]:
-    """Rows by kind. A step written twice (a resumed run repeats some) counts once, as written last."""
-    try:
-        *lines, tail = path.read_bytes().split(b"\n")
-    except OSError as error:
-        raise UsageError(f"{path} cannot be read ({error}); check its permissions") from None
-    rows: dict[str, dict[Any, Row]] = {"train": {}, "eval": {}, "sample": {}}
-    for number, line in enumerate([*lines, tail], 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line.decode())
-        except ValueError as error:
-            if number > len(lines):  # only a line without its line end can have been cut off
-                notes.append("The last line of metrics.jsonl was cut off and is left out.")
-                continue
-            raise UsageError(f"line {number} of {path} is not JSON ({error}); repair or delete that line") from None
-        wrong = _wrong(row)
-        if wrong:
-            raise UsageError(f"line {number} of {path} {wrong}; repair or delete that line")
-        if row["kind"] in rows:
-            key = (row["step"], *(str(row.get(name)) for name in ("sampler", "steps") if row["kind"] == "sample"))
-            rows[row["kind"]][key] = row
-    return {kind: sorted(by_step.values(), key=lambda row: row["step"]) for kind, by_step in rows.items()}
-
-
-def _wrong(row: Any) -> str:
-    """What is wrong with a row of metrics.jsonl, or ''. Kinds and fields this version does not know pass."""
-    if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
-        return "is no row with a kind"
-    if row["kind"] not in ("train", "eval", "sample"):
-        return ""
-    if type(row.get("step")) is not int or row["step"] < 0:
-        return f"has step {row.get('step')!r}, not a whole number"
-    if row["kind"] == "sample":
-        texts = row.get("texts")
-        return "" if isinstance(texts, list) and all(isinstance(text, str) for text in texts) else "has no list of texts"
-    odd = [name for name in NUMBERS if type(row.get(name)) not in (int, float, type(None))]
-    return f"has {odd[0]} {row[odd[0]]!r}, not a number" if odd else ""
-
-
-def curves_of(run: Run) -> Curves:
-    """The series of the pictures. Tokens come from the rows or from tokens_per_step; without either, x counts steps."""
-    import numpy as np
-
-    def column(rows: list[Row], name: str) -> Any:
-        return np.array([_number(row, name) for row in rows], dtype=float)
-
-    per_step = _number(run.facts, "tokens_per_step")
-    if not per_step > 0 and run.train and run.train[-1]["step"]:
-        per_step = _number(run.train[-1], "tokens") / run.train[-1]["step"]
-    known = math.isfinite(per_step) and per_step > 0
-    scale = per_step if known else 1.0
-    seen = column(run.train, "tokens")
-    train_x = np.where(np.isfinite(seen) & known, seen, column(run.train, "step") * scale)
-    unigram = _unigram(run)
-    return Curves(
-        train_x=train_x,
-        loss=column(run.train, "loss"),
-        throughput=column(run.train, "tokens_per_second"),
-        eval_x=column(run.evals, "step") * scale,
-        nll=column(run.evals, "nll"),
-        nll_se=column(run.evals, "nll_se"),
-        unigram=unigram if math.isfinite(unigram) else None,
-        tokens_per_step=scale if known else None,
-    )
-
-
-def _number(row: Row, name: str) -> float:
-    value = row.get(name)
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-
-
-def _unigram(run: Run) -> float:
-    return next((u for row in [*reversed(run.evals), run.facts] if math.isfinite(u := _number(row, "unigram_entropy"))), math.nan)
 
 
 def visible(text: str) -> str:
@@ -243,18 +108,18 @@ def _perplexity(nll: float) -> str:
 
 
 def _bits_per_byte(run: Run, row: Row) -> float:
-    given = _number(row, "bits_per_byte")
-    per_token = _number(run.facts, "bytes_per_token")
-    return given if math.isfinite(given) or not per_token > 0 else _number(row, "nll") / math.log(2) / per_token
+    given = number_in(row, "bits_per_byte")
+    per_token = number_in(run.facts, "bytes_per_token")
+    return given if math.isfinite(given) or not per_token > 0 else number_in(row, "nll") / math.log(2) / per_token
 
 
 def _headline(run: Run, curves: Curves) -> str:
     cards: list[tuple[str, str, str]] = []
-    unigram = _unigram(run)
-    nll = _number(run.evals[-1], "nll") if run.evals else math.nan
+    unigram = unigram_entropy(run)
+    nll = number_in(run.evals[-1], "nll") if run.evals else math.nan
     if run.evals:
         last = run.evals[-1]
-        cards.append(("val/nll", measured(nll, _number(last, "nll_se")), f"nats per token, at step {last['step']:,}"))
+        cards.append(("val/nll", measured(nll, number_in(last, "nll_se")), f"nats per token, at step {last['step']:,}"))
         cards.append(("perplexity", _perplexity(nll), "per token, exp(val/nll)"))
         if math.isfinite(_bits_per_byte(run, last)):
             cards.append(("bits per byte", f"{_bits_per_byte(run, last):.3f}", "of held-out text"))
@@ -269,7 +134,7 @@ def _headline(run: Run, curves: Curves) -> str:
         cards.append(("throughput", compact(statistics.median(rates)), "tokens per second, median"))
     if run.train:
         step = run.train[-1]["step"]
-        cards.append(("training time", duration(_number(run.train[-1], "seconds")), ""))
+        cards.append(("training time", duration(number_in(run.train[-1], "seconds")), ""))
         if curves.tokens_per_step is not None:
             cards.append(("tokens seen", compact(float(curves.train_x[-1])), f"{step:,} steps"))
     items = (f"<div><dt>{a}</dt><dd>{b}<small>{c}</small></dd></div>" for a, b, c in cards)
@@ -293,13 +158,13 @@ def _evaluations(run: Run, curves: Curves) -> str:
     head = ["step", "tokens", "val/nll", "perplexity", "bits/token", "bits/byte", "sequences", "time"]
     rows, finite = [], []
     for index, row in enumerate(run.evals):
-        nll, sequences, bpb = _number(row, "nll"), _number(row, "sequences"), _bits_per_byte(run, row)
+        nll, sequences, bpb = number_in(row, "nll"), number_in(row, "sequences"), _bits_per_byte(run, row)
         finite += [(nll, index)] if math.isfinite(nll) else []
         tokens = compact(float(curves.eval_x[index])) if curves.tokens_per_step is not None else "-"
         rows.append([
-            f"{row['step']:,}", tokens, measured(nll, _number(row, "nll_se")), _perplexity(nll),
+            f"{row['step']:,}", tokens, measured(nll, number_in(row, "nll_se")), _perplexity(nll),
             f"{nll / math.log(2):.3f}" if math.isfinite(nll) else "-", f"{bpb:.3f}" if math.isfinite(bpb) else "-",
-            compact(sequences) if math.isfinite(sequences) else "-", duration(_number(row, "seconds")),
+            compact(sequences) if math.isfinite(sequences) else "-", duration(number_in(row, "seconds")),
         ])  # fmt: skip
     table = _table(head, rows, "numbers", min(finite)[1] if len(finite) > 1 else None)
     recent = 12
@@ -355,7 +220,7 @@ def _facts(run: Run) -> str:
         rows.append([_text(label), _text(shown)])
     result = _table([], rows) if rows else "<p>Not recorded.</p>"
     if isinstance(parts, dict):
-        counts = {name: n for name in parts if math.isfinite(n := _number(parts, name))}
+        counts = {name: n for name in parts if math.isfinite(n := number_in(parts, name))}
         total = counts.pop("total", 0) or sum(counts.values()) or 1
         rows = []
         for name, count in counts.items():

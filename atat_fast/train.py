@@ -39,7 +39,8 @@ def main(arguments: Sequence[str]) -> int:
         return stop.code
     page = write_report(trainer.folder)
     gain = last["unigram_entropy"] - last["nll"]
-    print(f"unigram entropy {last['unigram_entropy']:.4f} nats a token (held-out text; the model is {gain:.4f} below it)")
+    side = "below" if gain >= 0 else "above"
+    print(f"unigram entropy {last['unigram_entropy']:.4f} nats a token (held-out text; the model is {abs(gain):.4f} {side} it)")
     print(f"val/nll {last['nll']:.4f} ± {last['nll_se']:.4f} nats a token, {last['bits_per_byte']:.4f} bits per byte")
     print(f"report {page}")
     return 0

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-WORDS = "the a of to list dict value key returns raises object file path open read write close item".split()
+WORDS = ("the", "a", "of", "to", "list", "dict", "value", "key", "returns", "raises", "file", "path", "open", "read", "close")
 
 
 @pytest.fixture(scope="session")

@@ -174,7 +174,7 @@ def test_a_full_disk_is_one_sentence_and_loses_nothing(small, tmp_path, monkeypa
         real(tensors, path)
 
     monkeypatch.setattr(checkpoint, "save_file", full)
-    with pytest.raises(UsageError, match="cannot write to .*checkpoints: No space left on device"):
+    with pytest.raises(UsageError, match=r"cannot write to .*checkpoints: No space left on device"):
         trainer.train()
     assert checkpoint.find(tmp_path / "runs" / "full").step == 6
     assert not [p for p in (tmp_path / "runs" / "full" / "checkpoints").iterdir() if p.name.startswith(".")]

@@ -1,0 +1,118 @@
+"""Redraw what the README says from the files in bench/results.
+
+    python bench/report.py                      rewrite the tables and pictures
+    python bench/report.py --check              exit 1 where README's tables are not what the files give
+    python bench/report.py --record runs/demo   first keep a run's settings, facts and metrics under bench/results
+
+Tables stand between <!-- NAME --> and <!-- /NAME --> in README.md. A table for a device appears when its files do.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from atat_fast.errors import UsageError
+from atat_fast.training.figures import compact, duration, overview_png
+from atat_fast.training.run_reader import Run, curves_of, read_run
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS, README, IMAGES = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs" / "images"
+RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl")
+
+
+def throughput_table(results: Path) -> str:
+    """Tokens a second of every recorded throughput run."""
+    lines = [
+        "| device | model | variant | tokens/s (quartiles) | against plain MDLM | memory of a step |",
+        "|---|---|---|---|---|---|",
+    ]
+    for path in sorted(results.glob("*/throughput-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        facts, s = record["environment"], record["settings"]
+        device = f"{facts['device']}, {facts['dtype']}"
+        model = f"{s['preset']}, V={s['vocabulary']:,}, {s['micro_batch']} x {s['length']}"
+        for name, r in record["results"].items():
+            rate = f"{r['tokens_per_second']:,.0f} ({r['low']:,.0f} to {r['high']:,.0f})"
+            memory = "unknown" if r["step_memory_bytes"] is None else f"{r['step_memory_bytes'] / (1 << 20):,.0f} MiB"
+            lines.append(f"| {device} | {model} | {name} | {rate} | {r['ratio']:.2f}x | {memory} |")
+            device = model = ""
+    return "\n".join(lines)
+
+
+def demo_table(run: Run) -> str:
+    """What `make train` ended with."""
+    last, facts = run.evals[-1], run.facts
+    gain = last["unigram_entropy"] - last["nll"]
+    rows = {
+        "held-out bound (val/nll)": f"**{last['nll']:.3f} ± {last['nll_se']:.3f}** nats a token",
+        "unigram entropy of that text": f"{last['unigram_entropy']:.3f} nats a token ({gain:.2f} above the bound)",
+        "bits per byte": f"{last['bits_per_byte']:.3f}",
+        "seen in training": f"{compact(run.train[-1]['tokens'])} tokens in {duration(run.train[-1]['seconds'])}",
+        "model": f"{facts['parameters']['total']:,} parameters",
+        "on": f"{facts['device']}, {facts['cpu_threads']} threads, {facts['dtype']}",
+    }
+    return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def tables() -> dict[str, str]:
+    """Every generated table by its name in the README."""
+    found: dict[str, str] = {"throughput": throughput_table(RESULTS)}
+    if (RESULTS / "cpu" / "demo" / "metrics.jsonl").is_file():
+        found["demo"] = demo_table(read_run(RESULTS / "cpu" / "demo"))
+    return found
+
+
+def rewrite(text: str, generated: dict[str, str]) -> str:
+    """`text` with each generated table in its place. Raises UsageError where a place is missing."""
+    for name, table in generated.items():
+        text, count = re.subn(
+            rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m, t=table: m[1] + t + m[2], text, count=1, flags=re.DOTALL
+        )
+        if not count:
+            raise UsageError(f"README.md has no <!-- {name} --> ... <!-- /{name} --> to write the table into")
+    return text
+
+
+def record(folder: Path) -> None:
+    """Keep what a run's pictures and tables are made from; home folders and the like are not part of it."""
+    read_run(folder)
+    kept = RESULTS / "cpu" / "demo"
+    kept.mkdir(parents=True, exist_ok=True)
+    for name in RUN_FILES:
+        shutil.copyfile(folder / name, kept / name)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The script."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md is out of step")
+    parser.add_argument("--record", type=Path, help="a run folder of the demo preset to keep")
+    args: Any = parser.parse_args(arguments)
+    try:
+        if args.record:
+            record(args.record)
+        before = README.read_text(encoding="utf-8")
+        after = rewrite(before, tables())
+        if args.check:
+            if before != after:
+                print("README.md is out of step with bench/results; run python bench/report.py", file=sys.stderr)
+            return int(before != after)
+        README.write_text(after, encoding="utf-8")
+        demo = RESULTS / "cpu" / "demo"
+        if demo.is_dir():
+            IMAGES.mkdir(parents=True, exist_ok=True)
+            (IMAGES / "demo.png").write_bytes(overview_png(curves_of(read_run(demo))))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
