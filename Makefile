@@ -23,11 +23,12 @@ train: install ## train the demo model, then write its report
 test: install ## run all tests that need no GPU, slow ones too
 	$(VENV)/bin/pytest -m "not gpu"
 
-check: install ## lint, formatting, types, and the order of imports
+check: install ## lint, formatting, types, the order of imports, and README's figures
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/python bench/report.py --check
 
 bench: install ## measure training throughput on this machine
 	$(VENV)/bin/python bench/throughput.py

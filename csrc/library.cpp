@@ -24,6 +24,11 @@ int64_t build_flags() {
 
 STABLE_TORCH_LIBRARY(atat_fast_c, m) {
   m.def("build_flags() -> int");
+  m.def("philox(Tensor index, Tensor seed, Tensor step, int stream) -> Tensor");
+  m.def(
+      "mask_tokens(Tensor tokens, Tensor num_masked, int num_rows, int mask_id, Tensor? scores, float tilt, float focus, "
+      "Tensor? eligible, Tensor? frozen, int weighting, Tensor seed, Tensor step, Tensor sample_ids, int stream) "
+      "-> (Tensor noisy, Tensor rows, Tensor weights)");
 }
 
 // An op without a tensor argument has no device to dispatch on.

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from atat_fast.ops.philox import STREAM_DROPOUT, random_words
-from atat_fast.ops.registry import Cost, autocast_dtype, choose_backend, register, scalar
+from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, register, scalar
 
-AVAILABLE = ("torch",)
 EPS = 1e-5
 
 
@@ -31,7 +30,7 @@ def adaptive_layer_norm(
     Returns [B, L, D], in autocast's dtype where autocast is on and in x's otherwise. Differentiable in every tensor, once.
     Raises ValueError when shapes disagree.
     """
-    choose_backend("adaptive_layer_norm", AVAILABLE, backend)
+    choose_backend("adaptive_layer_norm", x.device, backend)
     _check(x, {"shift": shift, "scale": scale}, weight)
     return torch.ops.atat_fast.adaptive_layer_norm(x, shift, scale, weight, eps, autocast_dtype(x))[0]  # type: ignore[no-any-return]
 
@@ -60,7 +59,7 @@ def gated_residual_norm(
     Returns (residual' in residual's dtype, y in autocast's dtype or residual's). Differentiable in every tensor, once.
     Raises ValueError when shapes disagree, dropout is out of range, or it has no sample_ids to draw from.
     """
-    choose_backend("gated_residual_norm", AVAILABLE, backend)
+    choose_backend("gated_residual_norm", residual.device, backend)
     _check(residual, {"gate": gate, "shift": shift, "scale": scale}, weight)
     if branch.shape != residual.shape:
         raise ValueError(f"branch must have residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
@@ -273,6 +272,8 @@ def _gated_autograd(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, *_: Any)
     return (dr, db, dgate.to(gate.dtype), dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), dweight, *(None,) * 7)
 
 
+backends("adaptive_layer_norm", torch=_norm)
+backends("gated_residual_norm", torch=_gated)
 register(
     "adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, Tensor? weight, float eps, ScalarType out_dtype) "
     "-> (Tensor y, Tensor mean, Tensor rstd)",

@@ -11,10 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atat_fast.ops.adaptive_norm import EPS, adaptive_layer_norm
-from atat_fast.ops.registry import Cost, choose_backend, register_composite
+from atat_fast.ops.registry import Cost, backends, choose_backend, register_composite
 from atat_fast.ops.rotary import rotary
-
-AVAILABLE = ("torch",)
 
 
 def attention(qkv: Tensor, *, backend: str | None = None) -> Tensor:
@@ -22,7 +20,7 @@ def attention(qkv: Tensor, *, backend: str | None = None) -> Tensor:
 
     qkv: [B, L, 3, H, E].   Returns [B, L, H * E] in qkv's dtype.   Differentiable.
     """
-    choose_backend("attention", AVAILABLE, backend)
+    choose_backend("attention", qkv.device, backend)
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be [batch, length, 3, heads, head dimension], got shape {tuple(qkv.shape)}")
     return torch.ops.atat_fast.attention(qkv)  # type: ignore[no-any-return]
@@ -93,6 +91,7 @@ def _self_attention(
     return F.linear(attention(rotary(qkv, cos, sin)), out_weight)
 
 
+backends("attention", torch=_attention)
 register_composite("attention(Tensor qkv) -> Tensor", _attention)
 register_composite(
     "self_attention(Tensor x, Tensor qkv_weight, Tensor out_weight, Tensor cos, Tensor sin, int heads, bool qk_norm) -> Tensor",

@@ -16,9 +16,8 @@ import torch
 from torch import Tensor
 
 from atat_fast.errors import nearest
-from atat_fast.ops.registry import Cost, autocast_dtype, choose_backend, register
+from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, register
 
-AVAILABLE = ("torch",)
 REDUCTIONS = ("sum", "none")
 CHUNK_BYTES_GPU = 256 << 20
 CHUNK_BYTES_CPU = 16 << 20  # a slab that stays near the last-level cache
@@ -52,7 +51,7 @@ def linear_cross_entropy(
     Differentiable in hidden, weight, bias and token_weight, once. A row of weight 0 gives exact zeros whatever its logits.
     Raises ValueError when shapes disagree, or (on CPU) a target is outside [0, V) or forbidden.
     """
-    choose_backend("linear_cross_entropy", AVAILABLE, backend)
+    choose_backend("linear_cross_entropy", hidden.device, backend)
     _check(hidden, weight, target, bias, token_weight, rows, forbidden, reduction)
     hidden = hidden.to(autocast_dtype(hidden))
     if chunk_bytes is None:
@@ -294,6 +293,7 @@ def _rows_grad_fake(
     )
 
 
+backends("linear_cross_entropy", torch=_sum)
 register(
     "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? rows, "
     "int? forbidden, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias) "

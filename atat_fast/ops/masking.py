@@ -1,24 +1,29 @@
 """mask_tokens: hide exactly k tokens of each sequence, and say which rows the loss will want.
 
 Reveal key of token i (DESIGN: the tilted Gumbel key):   kappa_i = -tilt * score_i + G_i,   G_i standard Gumbel.
-The k smallest keys are hidden, ties going to the lower position. Without scores the key is the random word itself, an
-integer, so that masks are the same bits on every backend; a Gumbel grows with its word, so tilt 0 hides the same tokens.
+The k smallest keys are hidden, ties going to the lower position. Without a tilt the key is the random word itself, an
+integer, so that masks are the same bits on every backend; a Gumbel grows with its word, so the tokens are the same.
 Revealing from the largest key down is Plackett-Luce: the chance that i is next is softmax over hidden tokens of -tilt * score.
+
+Tilted keys are fp64 here and fp32 in the kernels, which therefore swap tokens whose keys are within 1e-6 of each other.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from atat_fast.errors import nearest
 from atat_fast.ops.philox import STREAM_MASK, random_words, uniform
-from atat_fast.ops.registry import Cost, choose_backend, register, scalar
+from atat_fast.ops.registry import Cost, backends, choose_backend, dispatch, register, scalar
 
 WEIGHTINGS = ("uniform", "order", "importance", "ce")
-AVAILABLE = ("torch",)
+"""Kernels know a weighting by its place here."""
+LONGEST = 16_384
+"""Tokens a sequence may have on a GPU: its keys stay in one multiprocessor's shared memory or registers."""
 
 
 def mask_tokens(
@@ -41,14 +46,15 @@ def mask_tokens(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Hide exactly num_masked[b] tokens of sequence b.
 
-    tokens:      [B, L] int32 or int64.
+    tokens:      [B, L] int32 or int64, on a CPU or a GPU; L at most 16,384 for the GPU kernels.
     num_masked:  [B] integers, k of each sequence, at most the number of tokens that may be hidden there.
     mask_id:     the id written over hidden tokens.
     seed, step:  integers, or 0-d int64 tensors on tokens' device (a captured CUDA graph then draws anew on each replay).
     sample_ids:  [B] int64, the number of each sequence in the run. Masks depend on (seed, step, sample, position) only.
     num_rows:    length of the row outputs; sum(num_masked) where the caller does not say. Needed when num_masked is on a
                  GPU (reading it would wait for the device). Rows past the sum are padding: row 0 with weight 0.
-    scores:      [B, L] importance in [0, 1], or None for uniform masks;   tilt: beta. Above 0 hard tokens stay hidden longer.
+    scores:      [B, L] importance in [0, 1], or None for uniform masks;   tilt: beta. Above 0 hard tokens stay hidden longer,
+                 and at 0 masks are uniform.
     eligible:    [B, L] bool: only these may be hidden now (they were hidden by an earlier, uniform call).
     frozen:      [B, L] bool: never hidden and not counted (prompt, padding).
     weighting:   with n tokens not frozen and k hidden in a sequence,
@@ -57,14 +63,16 @@ def mask_tokens(
                  importance   uniform * exp(focus * score), the exponential normalised to mean 1 over the hidden tokens;
                  ce           one number for the batch that makes the loss a plain mean over hidden tokens.
                  A loss is sum(weight * nll) / (tokens not frozen in the batch), in nats a token.
+    backend:     "cuda", "triton", "cpp" or "torch"; the fastest that can run where the caller does not say.
 
     Returns noisy [B, L] (dtype of tokens); rows [num_rows] int64, flat indices b * L + i of hidden tokens, grouped by
     sequence in position order; weights [num_rows] fp32. Nothing is differentiable here.
-    Raises ValueError for shapes that disagree, k out of range (CPU counts only), or an unknown weighting.
+    Raises ValueError for shapes, dtypes or devices that disagree, an unknown weighting, a backend that cannot run, and, where
+    they are on a CPU, k out of range or scores that are not numbers. A GPU is not asked: there k is clamped to what may be
+    hidden, and rows left over are padding.
     """
-    choose_backend("mask_tokens", AVAILABLE, backend)
-    if tokens.dim() != 2:
-        raise ValueError(f"tokens must be [batch, length], got shape {tuple(tokens.shape)}")
+    if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
+        raise ValueError(f"tokens must be [batch, length] of int32 or int64, got shape {tuple(tokens.shape)} of {tokens.dtype}")
     batch, length = tokens.shape
     counts = torch.as_tensor(num_masked, dtype=torch.int64)
     for name, tensor, shape in (
@@ -84,11 +92,35 @@ def mask_tokens(
         num_rows = _check_counts(counts, num_rows, length, eligible, frozen)
     elif num_rows is None:
         raise ValueError("num_rows is needed when num_masked is on a GPU: reading the counts back would wait for the device")
-    scores = None if scores is None else scores.detach()
+    seed, step = scalar(seed, tokens), scalar(step, tokens)
+    for name, tensor in (("seed", seed), ("step", step), ("sample_ids", sample_ids)):
+        if tensor.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64, got {tensor.dtype}")
+    _check_inputs(tokens.device, seed=seed, step=step, sample_ids=sample_ids, scores=scores, eligible=eligible, frozen=frozen)
+    if scores is not None:
+        scores = scores.detach()
+        if scores.device.type == "cpu" and not torch.compiler.is_compiling() and scores.isnan().any():
+            raise ValueError("scores hold NaN; the network that made them has diverged")
+    without = _TOO_LONG if length > LONGEST else ()
     return torch.ops.atat_fast.mask_tokens(  # type: ignore[no-any-return]
         tokens, counts.to(tokens.device), num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting,
-        scalar(seed, tokens), scalar(step, tokens), sample_ids, stream,
+        seed, step, sample_ids, stream, choose_backend("mask_tokens", tokens.device, backend, without),
     )  # fmt: skip
+
+
+_TOO_LONG = tuple((name, f"a sequence has more than {LONGEST:,} tokens") for name in ("cuda", "triton"))
+
+
+def _check_inputs(device: torch.device, **inputs: Tensor | None) -> None:
+    for name, tensor in inputs.items():
+        if tensor is None:
+            continue
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device} and tokens on {device}; move one of them")
+        if name in ("seed", "step") and tensor.numel() != 1:
+            raise ValueError(f"{name} must be one number, got shape {tuple(tensor.shape)}")
+        if name in ("eligible", "frozen") and tensor.dtype != torch.bool:
+            raise ValueError(f"{name} must be bool, got {tensor.dtype}")
 
 
 def _check_counts(counts: Tensor, num_rows: int | None, length: int, eligible: Tensor | None, frozen: Tensor | None) -> int:
@@ -113,9 +145,10 @@ def _may_hide(eligible: Tensor | None, frozen: Tensor | None) -> Tensor | None:
 
 def reveal_keys(word: Tensor, scores: Tensor | None, tilt: float) -> Tensor:
     """Sort keys from random words [B, L]: the word itself, or the tilted Gumbel in fp64. Small keys are hidden first."""
-    if scores is None:
+    if scores is None or tilt == 0:
         return word
-    return -torch.log(-torch.log(uniform(word))) - tilt * scores.to(torch.float64)
+    keys = -torch.log(-torch.log(uniform(word))) - tilt * scores.to(torch.float64)
+    return keys.nan_to_num(nan=torch.finfo(torch.float64).max)  # finite: what may not be hidden sorts after every key
 
 
 def mask_tokens_reference(
@@ -129,8 +162,10 @@ def mask_tokens_reference(
 
     keys = reveal_keys(word, scores, tilt)
     may_hide = _may_hide(eligible, frozen)
+    num_masked = num_masked.clamp(0, length)
     if may_hide is not None:
-        keys = torch.where(may_hide, keys, 2**32 if scores is None else torch.inf)
+        keys = torch.where(may_hide, keys, torch.inf if keys.is_floating_point() else 2**32)
+        num_masked = num_masked.minimum(may_hide.sum(1))
     order = torch.argsort(keys, dim=1, stable=True)  # stable: equal keys go by position
     hidden = torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, order, position < num_masked[:, None])
 
@@ -169,11 +204,21 @@ def _fake(tokens: Tensor, num_masked: Tensor, num_rows: int, *rest: object) -> t
     )
 
 
+def _compiled(*arguments: Any) -> Any:
+    """csrc/masking.cpp and csrc/masking.cu, by the device of the tokens."""
+    tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting, *rest = arguments
+    scores = None if scores is None else scores.to(torch.float32)
+    return torch.ops.atat_fast_c.mask_tokens(
+        tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, WEIGHTINGS.index(weighting), *rest
+    )
+
+
+backends("mask_tokens", cpp=_compiled, torch=mask_tokens_reference)
 register(
     "mask_tokens(Tensor tokens, Tensor num_masked, SymInt num_rows, SymInt mask_id, Tensor? scores, float tilt, float focus, "
-    "Tensor? eligible, Tensor? frozen, str weighting, Tensor seed, Tensor step, Tensor sample_ids, int stream) "
+    "Tensor? eligible, Tensor? frozen, str weighting, Tensor seed, Tensor step, Tensor sample_ids, int stream, str backend) "
     "-> (Tensor noisy, Tensor rows, Tensor weights)",
-    mask_tokens_reference,
+    dispatch("mask_tokens"),
     _fake,
 )
 

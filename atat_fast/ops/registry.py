@@ -1,4 +1,8 @@
-"""How an op becomes `torch.ops.atat_fast.*`, how its backend is chosen, and what it is said to cost.
+"""How an op becomes `torch.ops.atat_fast.*`, which backends it has, which of them runs, and what it is said to cost.
+
+An op states its backends once, with `backends(op, torch=..., cpp=...)`. Its front door asks `choose_backend` for a name, which
+is a constant of a compiled graph, and passes it on as the last argument of the schema, `str backend`; `dispatch(op)` is the
+implementation that looks the name up. `python -m atat_fast.ops` prints what `explain` says of every op.
 
 Ops are declared with `Library.define` and `Library.impl`, which add about 1.5 microseconds a call; the `custom_op`
 decorator adds about 7, more than some of these kernels take on a GPU.
@@ -6,6 +10,8 @@ decorator adds about 7, more than some of these kernels take on a GPU.
 
 from __future__ import annotations
 
+import functools
+import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,11 +20,18 @@ from typing import Any
 import torch
 
 from atat_fast.errors import nearest
+from atat_fast.ops import library as compiled
 
 library = torch.library.Library("atat_fast", "FRAGMENT")
 
-BACKENDS = ("cuda", "triton", "torch")
-"""Every backend's name, fastest first. An op lists those it has."""
+BACKENDS = ("cuda", "triton", "cpp", "torch")
+"""Every backend's name: compiled CUDA kernels, Triton kernels, the compiled CPU loop, PyTorch (the specification)."""
+
+PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch", "triton")}
+"""Fastest first, by the kind of device the tensors are on. Triton comes last on a CPU, where it runs in an interpreter."""
+
+OLDEST_CAPABILITY = (8, 9)
+"""What setup.py compiles for: sm_89, sm_90, and PTX that newer devices translate."""
 
 
 @dataclass(frozen=True)
@@ -70,18 +83,85 @@ def _refuse_second_derivative(name: str) -> Callable[..., Any]:
     return backward
 
 
-def choose_backend(op: str, available: tuple[str, ...], asked: str | None = None) -> str:
-    """The backend `op` uses: `asked`, else $ATAT_FAST_BACKEND where the op has it, else its fastest.
+_table: dict[str, dict[str, Callable[..., Any]]] = {}
 
-    Raises ValueError where `asked` is a backend the op does not have: a name given by the user is never replaced.
+
+def backends(op: str, **implementations: Callable[..., Any]) -> None:
+    """State what runs `op` on each backend it has. Implementations of one op take the same arguments."""
+    unknown = set(implementations) - set(BACKENDS)
+    assert not unknown and "torch" in implementations, f"{op} needs its specification as `torch`, and knows no {unknown}"
+    _table[op] = implementations
+
+
+def dispatch(op: str) -> Callable[..., Any]:
+    """The implementation of a schema whose last argument is `str backend`."""
+
+    def run(*arguments: Any) -> Any:
+        return _table[op][arguments[-1]](*arguments[:-1])
+
+    return run
+
+
+def missing(backend: str, device: torch.device) -> str | None:
+    """Why `backend` cannot run on tensors of `device` here, or None where it can. The answer holds for every op that has it."""
+    if backend == "cuda":
+        if device.type != "cuda":
+            return "it runs on CUDA tensors"
+        if not compiled.build_flags() & compiled.CUDA_KERNELS:
+            return compiled.problem() or "the compiled library was built without nvcc"
+        if not torch.cuda.is_available():
+            return "torch finds no CUDA device"
+        capability = torch.cuda.get_device_capability(device)
+        if torch.version.hip or capability < OLDEST_CAPABILITY:
+            return f"the kernels are compiled for capability {OLDEST_CAPABILITY} and newer, and this device has {capability}"
+    if backend == "triton":
+        if importlib.util.find_spec("triton") is None:
+            return "triton is not installed"
+        if device.type != "cuda" and os.environ.get("TRITON_INTERPRET") != "1":
+            return "on CPU tensors it runs in Triton's interpreter only, with TRITON_INTERPRET=1"
+    if backend == "cpp":
+        if device.type != "cpu":
+            return "it runs on CPU tensors"
+        return compiled.problem()
+    return None
+
+
+def explain(op: str, device: torch.device) -> dict[str, str | None]:
+    """For each backend of `op`, fastest on this device first: why it cannot run, or None where it can."""
+    preferred = PREFERENCE.get(device.type, ("torch",))
+    names = [*preferred, *(name for name in BACKENDS if name not in preferred)]
+    return {name: missing(name, device) for name in names if name in _table[op]}
+
+
+def ops() -> tuple[str, ...]:
+    """Every op that has stated its backends; a backward runs where its forward does."""
+    return tuple(name for name in _table if not name.endswith("_backward"))
+
+
+@torch.compiler.assume_constant_result
+def choose_backend(op: str, device: torch.device, asked: str | None = None, without: tuple[tuple[str, str], ...] = ()) -> str:
+    """The backend `op` uses for tensors on `device`: `asked`, else $ATAT_FAST_BACKEND where it can run, else the fastest that can.
+
+    `without` names backends that cannot take these shapes, each with its reason. A compiled graph keeps its first answer.
+    Raises ValueError where `asked` cannot run: a backend asked for by name is never replaced by another.
     """
+    return _choose(op, device, asked, without, os.environ.get("ATAT_FAST_BACKEND", ""), os.environ.get("TRITON_INTERPRET", ""))
+
+
+@functools.cache
+def _choose(
+    op: str, device: torch.device, asked: str | None, without: tuple[tuple[str, str], ...], wanted: str, interpret: str
+) -> str:
+    reasons = explain(op, device) | dict(without)
+    ready = [name for name, reason in reasons.items() if reason is None]
     if asked is None:
-        wanted = os.environ.get("ATAT_FAST_BACKEND", "")
         if wanted and wanted not in BACKENDS:
             raise ValueError(f"ATAT_FAST_BACKEND is {wanted!r}{nearest(wanted, BACKENDS)}; backends are {', '.join(BACKENDS)}")
-        return wanted if wanted in available else available[0]
-    if asked not in available:
-        raise ValueError(f"{op} has no backend {asked!r} here{nearest(asked, available)}; it has {', '.join(available)}")
+        return wanted if wanted in ready else ready[0]
+    if asked not in reasons:
+        raise ValueError(f"{op} has no backend {asked!r}{nearest(asked, reasons)}; it has {', '.join(reasons)}")
+    if reasons[asked] is not None:
+        raise ValueError(f"{op} cannot use backend {asked!r} here: {reasons[asked]}; what can run is {', '.join(ready)}")
     return asked
 
 

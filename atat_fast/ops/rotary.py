@@ -10,9 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atat_fast.ops.registry import Cost, choose_backend, register
-
-AVAILABLE = ("torch",)
+from atat_fast.ops.registry import Cost, backends, choose_backend, register
 
 
 def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = False, backend: str | None = None) -> Tensor:
@@ -23,7 +21,7 @@ def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = False, back
     Returns the packed tensor. Differentiable in qkv (the backward is the rotation by the opposite angle).
     Raises ValueError when shapes disagree.
     """
-    choose_backend("rotary", AVAILABLE, backend)
+    choose_backend("rotary", qkv.device, backend)
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[-1] % 2:
         raise ValueError(f"qkv must be [batch, length, 3, heads, even head dimension], got shape {tuple(qkv.shape)}")
     table = (qkv.shape[1], qkv.shape[-1] // 2)
@@ -84,6 +82,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.atat_fast.rotary(grad, cos, sin, not ctx.inverse), None, None, None
 
 
+backends("rotary", torch=_rotary)
 register("rotary(Tensor qkv, Tensor cos, Tensor sin, bool inverse) -> Tensor", _rotary, _fake, backward=_backward, setup=_setup)
 
 

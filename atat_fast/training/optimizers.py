@@ -88,7 +88,7 @@ class Optimizers:
         for key, value in state.items():
             name, kind = key.rsplit("/", 1)
             p = by_name[name]
-            owner[p].state[p][kind] = value.clone() if kind == "step" else value.to(p.device)
+            owner[p].state[p][kind] = value.to(p.device)  # fused AdamW keeps its step count on the parameter's device too
 
 
 def _inner_matrix(name: str, p: Tensor) -> bool:

@@ -165,7 +165,7 @@ def test_opcheck():
     for scores, weighting in ((None, "uniform"), (torch.rand(3, 7), "order")):
         torch.library.opcheck(
             torch.ops.atat_fast.mask_tokens.default,
-            (*tensors, 12, MASK, scores, 1.0 if scores is not None else 0.0, 0.0, None, None, weighting, seed, step, ids, 0),
+            (*tensors, 12, MASK, scores, 1.0 if scores is not None else 0.0, 0.0, None, None, weighting, seed, step, ids, 0, "torch"),
         )
 
 

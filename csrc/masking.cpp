@@ -1,0 +1,173 @@
+// mask_tokens on the CPU. A sequence takes three passes over its tokens: words (vectorised), the threshold (radix select) and the
+// outputs. Its keys stay in the first-level cache, and sequences go to threads.
+
+#include "masking.h"
+
+#include "masking_op.h"
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include <torch/csrc/stable/ops.h>
+
+// One function body for two instruction sets, chosen when the library loads. Philox is ten rounds of two 32 x 32 -> 64 products,
+// and AVX2 does four of those at a time.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define ATAT_FAST_VECTORISED __attribute__((target_clones("avx2", "default")))
+#else
+#define ATAT_FAST_VECTORISED
+#endif
+
+namespace atat_fast {
+namespace {
+
+// Sequences are handed to a thread together until they hold this many tokens.
+constexpr int64_t kTokensPerTask = 8192;
+
+ATAT_FAST_VECTORISED void fill_words(uint32_t* words, int64_t length, uint64_t first, uint64_t seed, uint32_t step,
+                                     uint32_t stream) {
+  for (int64_t i = 0; i < length; ++i) {
+    words[i] = random_words(first + static_cast<uint64_t>(i), seed, step, stream).word[0];
+  }
+}
+
+template <typename Id>
+ATAT_FAST_VECTORISED void fill_noisy(Id* noisy, const Id* tokens, const uint8_t* hidden, int64_t length, Id mask_id) {
+  for (int64_t i = 0; i < length; ++i) noisy[i] = hidden[i] ? mask_id : tokens[i];
+}
+
+// Working memory of one thread.
+struct Scratch {
+  explicit Scratch(int64_t length) : keys(length), may_hide(length), hidden(length), positions(length + 1) {}
+  std::vector<uint32_t> keys;
+  std::vector<uint8_t> may_hide, hidden;
+  std::vector<int32_t> positions;  // one longer: the loop that fills it stores before it knows whether to keep
+};
+
+// Marks hidden tokens and lists their positions. Returns how many there are.
+int32_t hide_under(Threshold threshold, const uint8_t* may_hide, int64_t length, Scratch& scratch) {
+  int32_t found = 0, ties = threshold.ties;
+  for (int64_t i = 0; i < length; ++i) {
+    const uint32_t key = scratch.keys[i];
+    const bool may = may_hide == nullptr || may_hide[i];
+    const bool tie = may & (key == threshold.key);
+    const bool hide = (may & (key < threshold.key)) | (tie & (ties > 0));
+    ties -= tie;
+    scratch.hidden[i] = hide;
+    scratch.positions[found] = static_cast<int32_t>(i);
+    found += hide;
+  }
+  return found;
+}
+
+// Weights of one sequence's hidden tokens; the softmax is fp64, as in the specification.
+void fill_weights(float* weights, int32_t count, const MaskArguments& a, const float* scores, const Scratch& scratch, double free) {
+  if (a.weighting == kUniform) {
+    for (int32_t j = 0; j < count; ++j) weights[j] = static_cast<float>((free + 1) / count);
+    return;
+  }
+  double largest = -INFINITY, total = 0;
+  const auto exponent = [&](int32_t j) {
+    return static_cast<double>(a.weighting == kOrder ? -a.tilt : a.focus) * scores[scratch.positions[j]];
+  };
+  for (int32_t j = 0; j < count; ++j) largest = std::fmax(largest, exponent(j));
+  for (int32_t j = 0; j < count; ++j) total += std::exp(exponent(j) - largest);
+  for (int32_t j = 0; j < count; ++j) weights[j] = static_cast<float>((free + 1) * (std::exp(exponent(j) - largest) / total));
+}
+
+int64_t count_free(const uint8_t* frozen, int64_t tokens) {
+  int64_t free = tokens;
+  for (int64_t i = 0; frozen != nullptr && i < tokens; ++i) free -= frozen[i];
+  return free;
+}
+
+template <typename Id>
+void mask_sequence(const MaskArguments& a, int64_t b, int64_t offset, float ce_weight, Scratch& scratch) {
+  const int64_t start = b * a.length;
+  const float* scores = a.scores == nullptr ? nullptr : a.scores + start;
+  const uint8_t* frozen = a.frozen == nullptr ? nullptr : a.frozen + start;
+  const uint8_t* eligible = a.eligible == nullptr ? nullptr : a.eligible + start;
+
+  const uint8_t* may_hide = eligible;
+  int64_t limit = a.length;
+  if (frozen != nullptr) {
+    for (int64_t i = 0; i < a.length; ++i) scratch.may_hide[i] = !frozen[i] && (eligible == nullptr || eligible[i]);
+    may_hide = scratch.may_hide.data();
+  }
+  if (may_hide != nullptr) {
+    limit = 0;
+    for (int64_t i = 0; i < a.length; ++i) limit += may_hide[i];
+  }
+  const int32_t wanted = clamp_count(a.num_masked[b], limit);
+
+  Threshold threshold = wanted == 0 ? hide_none() : hide_all();
+  if (wanted > 0 && wanted < limit) {
+    const uint64_t first = static_cast<uint64_t>(a.sample_ids[b]) * static_cast<uint64_t>(a.length);
+    fill_words(scratch.keys.data(), a.length, first, static_cast<uint64_t>(*a.seed), static_cast<uint32_t>(*a.step), a.stream);
+    if (a.tilted()) {
+      for (int64_t i = 0; i < a.length; ++i) scratch.keys[i] = tilted_key(scratch.keys[i], scores[i], a.tilt);
+    }
+    threshold = select_threshold(scratch.keys.data(), may_hide, a.length, wanted);
+  }
+  const int32_t count = hide_under(threshold, may_hide, a.length, scratch);
+
+  fill_noisy(static_cast<Id*>(a.noisy) + start, static_cast<const Id*>(a.tokens) + start, scratch.hidden.data(), a.length,
+             static_cast<Id>(a.mask_id));
+  // Slots beyond num_rows exist only for counts that no caller may pass; those beyond `count` likewise, and weigh nothing.
+  const int64_t slots = std::min<int64_t>(clamp_count(a.num_masked[b], a.length), a.num_rows - offset);
+  if (slots <= 0) return;
+  const auto kept = static_cast<int32_t>(std::min<int64_t>(count, slots));
+  for (int32_t j = 0; j < kept; ++j) a.rows[offset + j] = start + scratch.positions[j];
+  if (a.weighting == kCrossEntropy) {
+    std::fill_n(a.weights + offset, kept, ce_weight);
+  } else if (kept == count) {
+    fill_weights(a.weights + offset, count, a, scores, scratch, static_cast<double>(count_free(frozen, a.length)));
+  } else {
+    std::fill_n(a.weights + offset, kept, 0.0f);
+  }
+  std::fill_n(a.rows + offset + kept, slots - kept, 0);
+  std::fill_n(a.weights + offset + kept, slots - kept, 0.0f);
+}
+
+void mask_tokens_cpu(const MaskArguments& a) {
+  std::vector<int64_t> offsets(a.batch + 1, 0);
+  for (int64_t b = 0; b < a.batch; ++b) offsets[b + 1] = offsets[b] + clamp_count(a.num_masked[b], a.length);
+  const int64_t total = offsets[a.batch];
+  if (total < a.num_rows) {
+    std::fill_n(a.rows + total, a.num_rows - total, 0);
+    std::fill_n(a.weights + total, a.num_rows - total, 0.0f);
+  }
+  if (a.batch == 0 || a.length == 0) return;
+  float ce_weight = 0;
+  if (a.weighting == kCrossEntropy) {
+    ce_weight = static_cast<float>(count_free(a.frozen, a.batch * a.length)) / static_cast<float>(std::max<int64_t>(total, 1));
+  }
+  const int64_t grain = std::max<int64_t>(1, kTokensPerTask / a.length);
+  torch::stable::parallel_for(0, a.batch, grain, [&](int64_t begin, int64_t end) {
+    Scratch scratch(a.length);
+    for (int64_t b = begin; b < end; ++b) {
+      if (a.wide_ids) {
+        mask_sequence<int64_t>(a, b, offsets[b], ce_weight, scratch);
+      } else {
+        mask_sequence<int32_t>(a, b, offsets[b], ce_weight, scratch);
+      }
+    }
+  });
+}
+
+MaskedTensors mask_tokens(Tensor tokens, Tensor num_masked, int64_t num_rows, int64_t mask_id, std::optional<Tensor> scores,
+                          double tilt, double focus, std::optional<Tensor> eligible, std::optional<Tensor> frozen,
+                          int64_t weighting, Tensor seed, Tensor step, Tensor sample_ids, int64_t stream) {
+  MaskCall call(tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting, seed, step, sample_ids,
+                stream);
+  mask_tokens_cpu(call.arguments);
+  return call.outputs();
+}
+
+}  // namespace
+}  // namespace atat_fast
+
+STABLE_TORCH_LIBRARY_IMPL(atat_fast_c, CPU, m) {
+  m.impl("mask_tokens", TORCH_BOX(&atat_fast::mask_tokens));
+}

@@ -1,0 +1,58 @@
+// The random-number contract of docs/philox.md: Philox4x32-10, for the host and for the device. Plain C++; nvcc adds the device.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#ifdef __CUDACC__
+#define ATAT_FAST_INLINE __host__ __device__ __forceinline__
+#else
+#define ATAT_FAST_INLINE inline __attribute__((always_inline))
+#endif
+
+namespace atat_fast {
+
+struct PhiloxWords {
+  uint32_t word[4];
+};
+
+ATAT_FAST_INLINE uint32_t product_high(uint32_t a, uint32_t b) {
+#ifdef __CUDA_ARCH__
+  return __umulhi(a, b);
+#else
+  return static_cast<uint32_t>((static_cast<uint64_t>(a) * b) >> 32);
+#endif
+}
+
+ATAT_FAST_INLINE PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
+#ifdef __CUDACC__
+#pragma unroll
+#endif
+  for (int round = 0; round < 10; ++round) {
+    const uint32_t high0 = product_high(0xD2511F53u, c0), low0 = 0xD2511F53u * c0;
+    const uint32_t high1 = product_high(0xCD9E8D57u, c2), low1 = 0xCD9E8D57u * c2;
+    c0 = high1 ^ c1 ^ k0;
+    c1 = low1;
+    c2 = high0 ^ c3 ^ k1;
+    c3 = low0;
+    k0 += 0x9E3779B9u;
+    k1 += 0xBB67AE85u;
+  }
+  return {{c0, c1, c2, c3}};
+}
+
+// The four words of the thing numbered `index` (sample * length + position for a token).
+ATAT_FAST_INLINE PhiloxWords random_words(uint64_t index, uint64_t seed, uint32_t step, uint32_t stream) {
+  return philox4x32(static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), step, stream, static_cast<uint32_t>(seed),
+                    static_cast<uint32_t>(seed >> 32));
+}
+
+// Standard Gumbel -log(E), E = -log(u), of u = (word + 0.5) / 2^32. In fp32 both tails keep their relative precision: small u is
+// taken as it is, and from u = 1/2 upwards 1 - u is formed from the integer, where nothing is lost, and goes through log1p.
+ATAT_FAST_INLINE float gumbel(uint32_t word) {
+  const bool low = word < 0x80000000u;
+  const float small = (static_cast<float>(low ? word : ~word) + 0.5f) * 0x1p-32f;
+  return -logf(low ? -logf(small) : -log1pf(-small));
+}
+
+}  // namespace atat_fast

@@ -1,0 +1,64 @@
+"""The scripts in bench/: they run, they check before they time, and the README says what their files say."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+ENV = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+
+
+def script(name, *arguments, root=ROOT, cwd=None):
+    command = [sys.executable, str(root / "bench" / name), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=ENV, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_throughput_checks_then_times_and_writes(tmp_path):
+    small = ["--vocabulary", 4096, "--length", 16, "--micro_batch", 2, "--rounds", 2, "--out", tmp_path / "out"]
+    done = script("throughput.py", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "losses and gradients agree to" in done.stdout
+    record = json.loads((tmp_path / "out" / "throughput-tiny-4096.json").read_text())
+    assert record["agreement"] < 1e-3 and record["environment"]["torch"]
+    for name in ("mdlm", "atat_fast"):
+        r = record["results"][name]
+        assert r["tokens_per_second"] > 0 and r["low"] <= r["tokens_per_second"] <= r["high"] and r["step_memory_bytes"] > 0
+    assert record["results"]["mdlm"]["ratio"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [(["--rounds", 0], "must be at least 1"), (["--preset", "tny"], "did you mean tiny"), (["--vocabulary", 100], "is below")],
+)
+def test_throughput_refuses_in_a_sentence(arguments, message, tmp_path):
+    done = script("throughput.py", *arguments, "--out", tmp_path, cwd=tmp_path)
+    assert done.returncode == 2 and message in done.stderr and done.stderr.count("\n") == 1
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_readme_says_what_the_files_say():
+    done = script("report.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+def test_report_notices_a_figure_that_no_file_gives(tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("README.md", "bench"):
+        source = ROOT / name
+        shutil.copytree(source, copy / name) if source.is_dir() else shutil.copyfile(source, copy / name)
+    readme = copy / "README.md"
+    honest = readme.read_text()
+    start = honest.index("<!-- throughput -->")
+    readme.write_text(honest[:start] + honest[start:].replace("x |", "9x |", 1))
+    assert script("report.py", "--check", root=copy).returncode == 1
+    assert script("report.py", root=copy).returncode == 0
+    assert readme.read_text() == honest and (copy / "docs" / "images" / "demo.png").stat().st_size > 10_000
