@@ -7,6 +7,7 @@ Presets are laid over the defaults, a --config file over the preset, and dotted 
 
 from __future__ import annotations
 
+import os
 import re
 import sys
 from collections.abc import Callable, Sequence
@@ -20,7 +21,12 @@ Settings = dict[str, Any]
 
 
 def run_door(door: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
-    """Run a door and leave: status 0, or 2 after one sentence on standard error where the user can put it right."""
+    """Run a door and leave: status 0, or 2 after one sentence on standard error where the user can put it right.
+
+    OpenMP's threads are told to sleep while they wait, unless the user says otherwise. By default they spin, and as soon as
+    another process wants a core, training on a CPU is 5 to 10 times slower (docs/notes/cpu.md). torch reads this when it loads.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     try:
         sys.exit(door(sys.argv[1:] if arguments is None else arguments))
     except UsageError as error:

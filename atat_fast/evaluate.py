@@ -55,6 +55,9 @@ def main(arguments: Sequence[str]) -> int:
     row = report(estimate, split)
     print(f"{saved.path}  step {saved.step:,}  {args.weights} weights")
     print(dataset.describe())
+    hashes = {name: dataset.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
+    if args.corpus is None and hashes != saved.manifest["data"]:
+        print(f"note: the tokens of {data.corpus} are not those this run was trained with, which may differ between machines")
     print(f"sequences        {row['sequences']:,} of {row['length']:,} tokens, {args.draws} mask(s) each")
     print(f"nll              {row['nll']:.4f} ± {row['nll_se']:.4f} nats a token (upper bound)")
     print(f"perplexity       {row['perplexity']:.3f}")

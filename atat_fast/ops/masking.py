@@ -213,7 +213,23 @@ def _compiled(*arguments: Any) -> Any:
     )
 
 
-backends("mask_tokens", cpp=_compiled, torch=mask_tokens_reference)
+def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """kernels/masking.py."""
+    from atat_fast.kernels import masking  # triton takes a second to import
+
+    tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting, seed, step, sample_ids, stream = (
+        a.contiguous() if isinstance(a, Tensor) else a for a in arguments
+    )
+    scores = None if scores is None else scores.to(torch.float32)
+    outputs = _fake(tokens, num_masked, num_rows)
+    masking.mask_tokens(
+        tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, WEIGHTINGS.index(weighting),
+        seed, step, sample_ids, stream, *outputs,
+    )  # fmt: skip
+    return outputs
+
+
+backends("mask_tokens", triton=_triton, cpp=_compiled, torch=mask_tokens_reference)
 register(
     "mask_tokens(Tensor tokens, Tensor num_masked, SymInt num_rows, SymInt mask_id, Tensor? scores, float tilt, float focus, "
     "Tensor? eligible, Tensor? frozen, str weighting, Tensor seed, Tensor step, Tensor sample_ids, int stream, str backend) "

@@ -240,17 +240,15 @@ class Trainer:
     def _evaluate(self) -> dict[str, Any]:
         """The held-out bound on averaged weights; saves `last`, and `best` where it is."""
         begin = time.perf_counter()
-        with self._paused():
-            with self.average.applied():
-                estimate = evaluate(self.model, self.data.valid, self.config.eval, self.compute.autocast())
-            seconds = round(time.perf_counter() - begin, 3)
-            row = {"step": self.step} | report(estimate, self.data.valid) | {"seconds": seconds}
-            better = estimate.nll < self.best
-            self.best = min(self.best, estimate.nll)
-            self.show.evaluation(row)
-            path = self.save(row)
-            if better:
-                checkpoint.point(self.folder, "best", path)
+        with self._paused(), self.average.applied():
+            estimate = evaluate(self.model, self.data.valid, self.config.eval, self.compute.autocast())
+        row = {"step": self.step} | report(estimate, self.data.valid) | {"seconds": round(time.perf_counter() - begin, 3)}
+        better = estimate.nll < self.best
+        self.best = min(self.best, estimate.nll)
+        self.show.evaluation(row)
+        path = self.save(row)
+        if better:
+            checkpoint.point(self.folder, "best", path)
         return row
 
     def save(self, evaluation: dict[str, Any] | None = None) -> Path:
@@ -259,8 +257,8 @@ class Trainer:
         norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
         if not bool(torch.stack(norms).isfinite().all()):
             raise self._diverged(f"the weights are not finite after step {self.step:,}")
+        pending = time.perf_counter() - self._window_start
         with self._paused():
-            pending = time.perf_counter() - self._window_start
             path = checkpoint.save(
                 self.folder,
                 self.step,
@@ -272,7 +270,7 @@ class Trainer:
                 },
                 self.tokenizer,
                 {
-                    "seconds": self.seconds + max(0.0, pending),
+                    "seconds": self.seconds + pending,
                     "tokens": self.step * self.facts["tokens_per_step"],
                     "best": self.best,
                     "evaluation": evaluation,

@@ -187,6 +187,29 @@ def test_checkpoints_that_nothing_points_to_are_dropped(small, tmp_path):
     assert kept == {"last", "best", (root / "last").resolve().name, (root / "best").resolve().name}
 
 
+def test_evaluations_and_checkpoints_are_no_training_time(small, tmp_path, monkeypatch):
+    from atat_fast.training import trainer as module
+
+    trainer = run([*small, "--train.checkpoint_every", "4", "--sample.num_samples", "0"])
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+
+    def costs(function, seconds):
+        def slowed(*args, **options):
+            now[0] += seconds
+            return function(*args, **options)
+
+        return slowed
+
+    trainer._train_step = costs(trainer._train_step, 1.0)
+    monkeypatch.setattr(module, "evaluate", costs(module.evaluate, 100.0))
+    monkeypatch.setattr(checkpoint, "save", costs(checkpoint.save, 1000.0))
+    trainer.train()
+    found = rows(tmp_path / "runs" / "demo", "train")
+    assert [row["seconds"] for row in found] == [5.0, 10.0, 12.0]
+    assert all(row["tokens_per_second"] == 64.0 for row in found)
+
+
 def damage(path: Path, how: str) -> None:
     weights = path / checkpoint.EMA
     if how == "truncated":
