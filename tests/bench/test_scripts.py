@@ -22,15 +22,17 @@ def script(name, *arguments, root=ROOT, cwd=None):
 
 @pytest.mark.slow
 def test_throughput_checks_then_times_and_writes(tmp_path):
-    small = ["--vocabulary", 4096, "--length", 16, "--micro_batch", 2, "--rounds", 2, "--out", tmp_path / "out"]
+    small = ["--vocabulary", 30522, "--length", 128, "--micro_batch", 2, "--rounds", 2, "--out", tmp_path / "out"]
     done = script("throughput.py", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "losses and gradients agree to" in done.stdout
-    record = json.loads((tmp_path / "out" / "throughput-tiny-4096.json").read_text())
+    record = json.loads((tmp_path / "out" / "throughput-tiny-30522.json").read_text())
     assert record["agreement"] < 1e-3 and record["environment"]["torch"]
     for name in ("mdlm", "atat_fast"):
         r = record["results"][name]
         assert r["tokens_per_second"] > 0 and r["low"] <= r["tokens_per_second"] <= r["high"] and r["step_memory_bytes"] > 0
+    memory = [record["results"][name]["step_memory_bytes"] for name in ("mdlm", "atat_fast")]
+    assert memory[0] > memory[1] > 1 << 20  # the logits of every token, and some of those of a slab
     assert record["results"]["mdlm"]["ratio"] == 1.0
 
 
