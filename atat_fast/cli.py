@@ -23,10 +23,11 @@ Settings = dict[str, Any]
 def run_door(door: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
     """Run a door and leave: status 0, or 2 after one sentence on standard error where the user can put it right.
 
-    OpenMP's threads are told to sleep while they wait, unless the user says otherwise. By default they spin, and as soon as
-    another process wants a core, training on a CPU is 5 to 10 times slower (docs/notes/cpu.md). torch reads this when it loads.
+    GNU OpenMP's threads spin only briefly while they wait, unless the user says otherwise: by default they spin so long that
+    training on a CPU gets several times slower as soon as another process wants a core (docs/notes/cpu.md). torch reads this
+    when it loads.
     """
-    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
+    os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     try:
         sys.exit(door(sys.argv[1:] if arguments is None else arguments))
     except UsageError as error:

@@ -6,7 +6,7 @@ import os
 from collections.abc import Iterator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # threads that wait do not spin: a busy machine stays quick
+os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait do not spin: a busy machine stays quick
 
 import pytest
 import torch
