@@ -71,9 +71,8 @@ def tables() -> dict[str, str]:
 def rewrite(text: str, generated: dict[str, str]) -> str:
     """`text` with each generated table in its place. Raises UsageError where a place is missing."""
     for name, table in generated.items():
-        text, count = re.subn(
-            rf"(<!-- {name} -->\n).*?(\n<!-- /{name} -->)", lambda m, t=table: m[1] + t + m[2], text, count=1, flags=re.DOTALL
-        )
+        place = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
+        text, count = re.subn(place, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, count=1, flags=re.DOTALL)
         if not count:
             raise UsageError(f"README.md has no <!-- {name} --> ... <!-- /{name} --> to write the table into")
     return text
