@@ -16,13 +16,14 @@ from typing import Any
 import pytest
 import torch
 
+from atat_fast.config import TrainConfig
 from atat_fast.ops import mask_tokens, mask_tokens_cost, registry
 from atat_fast.training.device import environment, resolve
 
 SHAPES = ((8, 1024), (32, 1024), (32, 4096))
 MASK_ID = 50_257
 ROUNDS = 200
-COMPUTE = resolve()
+COMPUTE = resolve(TrainConfig())
 DEVICE = COMPUTE.device
 BACKENDS = [name for name, reason in registry.explain("mask_tokens", DEVICE).items() if reason is None]
 RESULTS = Path(__file__).resolve().parent / "results"

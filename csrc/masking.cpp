@@ -62,7 +62,8 @@ int32_t hide_under(Threshold threshold, const uint8_t* may_hide, int64_t length,
 }
 
 // Weights of one sequence's hidden tokens; the softmax is fp64, as in the specification.
-void fill_weights(float* weights, int32_t count, const MaskArguments& a, const float* scores, const Scratch& scratch, double free) {
+void fill_weights(float* weights, int32_t count, const MaskArguments& a, const float* scores, const Scratch& scratch,
+                  double free) {
   if (a.weighting == kUniform) {
     for (int32_t j = 0; j < count; ++j) weights[j] = static_cast<float>((free + 1) / count);
     return;

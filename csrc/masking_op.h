@@ -20,9 +20,10 @@ namespace {  // the library hides its symbols, and torch's tensors are hidden in
 
 class MaskCall {
  public:
-  MaskCall(const Tensor& tokens, const Tensor& num_masked, int64_t num_rows, int64_t mask_id, const std::optional<Tensor>& scores,
-           double tilt, double focus, const std::optional<Tensor>& eligible, const std::optional<Tensor>& frozen, int64_t weighting,
-           const Tensor& seed, const Tensor& step, const Tensor& sample_ids, int64_t stream)
+  MaskCall(const Tensor& tokens, const Tensor& num_masked, int64_t num_rows, int64_t mask_id,
+           const std::optional<Tensor>& scores, double tilt, double focus, const std::optional<Tensor>& eligible,
+           const std::optional<Tensor>& frozen, int64_t weighting, const Tensor& seed, const Tensor& step,
+           const Tensor& sample_ids, int64_t stream)
       : tokens_(torch::stable::contiguous(tokens)),
         num_masked_(torch::stable::contiguous(num_masked)),
         sample_ids_(torch::stable::contiguous(sample_ids)),
@@ -54,8 +55,8 @@ class MaskCall {
     arguments.weighting = static_cast<int>(weighting);
     arguments.stream = static_cast<uint32_t>(stream);
     arguments.scores = optional<float>(scores, scores_, "scores", ScalarType::Float, batch * length);
-    arguments.eligible = static_cast<const uint8_t*>(optional<void>(eligible, eligible_, "eligible", ScalarType::Bool, batch * length));
-    arguments.frozen = static_cast<const uint8_t*>(optional<void>(frozen, frozen_, "frozen", ScalarType::Bool, batch * length));
+    arguments.eligible = optional<uint8_t>(eligible, eligible_, "eligible", ScalarType::Bool, batch * length);
+    arguments.frozen = optional<uint8_t>(frozen, frozen_, "frozen", ScalarType::Bool, batch * length);
 
     noisy_ = torch::stable::new_empty(tokens_, {batch, length});
     rows_ = torch::stable::new_empty(tokens_, {num_rows}, ScalarType::Long);

@@ -25,7 +25,7 @@ ATAT_FAST_INLINE uint32_t product_high(uint32_t a, uint32_t b) {
 }
 
 ATAT_FAST_INLINE PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, uint32_t c3, uint32_t k0, uint32_t k1) {
-#ifdef __CUDACC__
+#ifdef __CUDA_ARCH__
 #pragma unroll
 #endif
   for (int round = 0; round < 10; ++round) {

@@ -22,10 +22,10 @@ def philox4x32(c0, c1, c2, c3, k0, k1):
 
 @triton.jit
 def random_words(index, seed, step, stream):
-    """Four words for every element of `index` (a block of int64) at a scalar seed (int64), step and stream."""
+    """Four words for every element of `index` (a block of int64) at a scalar seed and step (int64) and stream (int32)."""
     zero = index.to(tl.uint32) * 0
     return philox4x32(
-        index.to(tl.uint32), (index >> 32).to(tl.uint32), zero + step.to(tl.uint32), zero + stream.to(tl.uint32),
+        index.to(tl.uint32), (index >> 32).to(tl.uint32), zero + step.to(tl.uint32), (zero + stream).to(tl.uint32),
         zero + seed.to(tl.uint32), zero + (seed >> 32).to(tl.uint32),
     )  # fmt: skip
 
@@ -41,7 +41,7 @@ def log1p_of_minus(x):
 def gumbel(word):
     """Standard Gumbel of u = (word + 0.5) / 2^32 in fp32, with both tails: from u = 1/2 upwards 1 - u comes from the integer."""
     low = word < 0x80000000
-    small = (tl.where(low, word, ~word).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    small = (tl.where(low, word, word ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
     return -tl.log(tl.where(low, -tl.log(small), -log1p_of_minus(small)))
 
 
@@ -50,7 +50,7 @@ def _words_kernel(Out, Index, Seed, Step, stream, N, BLOCK: tl.constexpr):
     """Bound by the 40 bytes an index takes in and out. One program owns BLOCK indices and their four words."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < N
-    w0, w1, w2, w3 = random_words(tl.load(Index + o, mask=m, other=0), tl.load(Seed), tl.load(Step), stream.to(tl.int64))
+    w0, w1, w2, w3 = random_words(tl.load(Index + o, mask=m, other=0), tl.load(Seed), tl.load(Step), stream)
     tl.store(Out + o * 4, w0.to(tl.int64), mask=m)
     tl.store(Out + o * 4 + 1, w1.to(tl.int64), mask=m)
     tl.store(Out + o * 4 + 2, w2.to(tl.int64), mask=m)

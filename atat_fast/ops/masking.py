@@ -88,27 +88,26 @@ def mask_tokens(
         raise ValueError(f"weighting {weighting!r} is unknown{nearest(weighting, WEIGHTINGS)}; choose {', '.join(WEIGHTINGS)}")
     if scores is None and (weighting in ("order", "importance") or tilt):
         raise ValueError(f"weighting {weighting!r} with tilt {tilt} needs scores")
+    seed, step = scalar(seed, tokens), scalar(step, tokens)
+    _check_inputs(tokens.device, seed=seed, step=step, sample_ids=sample_ids, scores=scores, eligible=eligible, frozen=frozen)
     if counts.device.type == "cpu" and not torch.compiler.is_compiling():
         num_rows = _check_counts(counts, num_rows, length, eligible, frozen)
     elif num_rows is None:
         raise ValueError("num_rows is needed when num_masked is on a GPU: reading the counts back would wait for the device")
-    seed, step = scalar(seed, tokens), scalar(step, tokens)
-    for name, tensor in (("seed", seed), ("step", step), ("sample_ids", sample_ids)):
-        if tensor.dtype != torch.int64:
-            raise ValueError(f"{name} must be int64, got {tensor.dtype}")
-    _check_inputs(tokens.device, seed=seed, step=step, sample_ids=sample_ids, scores=scores, eligible=eligible, frozen=frozen)
     if scores is not None:
         scores = scores.detach()
         if scores.device.type == "cpu" and not torch.compiler.is_compiling() and scores.isnan().any():
             raise ValueError("scores hold NaN; the network that made them has diverged")
-    without = _TOO_LONG if length > LONGEST else ()
+    without = _TOO_LARGE if length > LONGEST or batch * length >= 2**31 else ()
     return torch.ops.atat_fast.mask_tokens(  # type: ignore[no-any-return]
         tokens, counts.to(tokens.device), num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting,
         seed, step, sample_ids, stream, choose_backend("mask_tokens", tokens.device, backend, without),
     )  # fmt: skip
 
 
-_TOO_LONG = tuple((name, f"a sequence has more than {LONGEST:,} tokens") for name in ("cuda", "triton"))
+_TOO_LARGE = tuple(
+    (name, f"a sequence has more than {LONGEST:,} tokens, or the batch 2^31 and more") for name in ("cuda", "triton")
+)
 
 
 def _check_inputs(device: torch.device, **inputs: Tensor | None) -> None:
@@ -119,6 +118,8 @@ def _check_inputs(device: torch.device, **inputs: Tensor | None) -> None:
             raise ValueError(f"{name} is on {tensor.device} and tokens on {device}; move one of them")
         if name in ("seed", "step") and tensor.numel() != 1:
             raise ValueError(f"{name} must be one number, got shape {tuple(tensor.shape)}")
+        if name in ("seed", "step", "sample_ids") and tensor.dtype != torch.int64:
+            raise ValueError(f"{name} must be int64, got {tensor.dtype}")
         if name in ("eligible", "frozen") and tensor.dtype != torch.bool:
             raise ValueError(f"{name} must be bool, got {tensor.dtype}")
 
@@ -217,19 +218,16 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """kernels/masking.py."""
     from atat_fast.kernels import masking  # triton takes a second to import
 
-    tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting, seed, step, sample_ids, stream = (
-        a.contiguous() if isinstance(a, Tensor) else a for a in arguments
-    )
+    packed: list[Any] = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
+    tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting, *rest = packed
     scores = None if scores is None else scores.to(torch.float32)
     outputs = _fake(tokens, num_masked, num_rows)
-    masking.mask_tokens(
-        tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, WEIGHTINGS.index(weighting),
-        seed, step, sample_ids, stream, *outputs,
-    )  # fmt: skip
+    rest = [WEIGHTINGS.index(weighting), *rest, *outputs]
+    masking.mask_tokens(tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, *rest)
     return outputs
 
 
-backends("mask_tokens", triton=_triton, cpp=_compiled, torch=mask_tokens_reference)
+backends("mask_tokens", cuda=_compiled, triton=_triton, cpp=_compiled, torch=mask_tokens_reference)
 register(
     "mask_tokens(Tensor tokens, Tensor num_masked, SymInt num_rows, SymInt mask_id, Tensor? scores, float tilt, float focus, "
     "Tensor? eligible, Tensor? frozen, str weighting, Tensor seed, Tensor step, Tensor sample_ids, int stream, str backend) "

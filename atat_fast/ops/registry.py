@@ -140,7 +140,7 @@ def ops() -> tuple[str, ...]:
 
 @torch.compiler.assume_constant_result
 def choose_backend(op: str, device: torch.device, asked: str | None = None, without: tuple[tuple[str, str], ...] = ()) -> str:
-    """The backend `op` uses for tensors on `device`: `asked`, else $ATAT_FAST_BACKEND where it can run, else the fastest that can.
+    """The backend `op` uses on `device`: `asked`, else $ATAT_FAST_BACKEND where it can run, else the fastest that can.
 
     `without` names backends that cannot take these shapes, each with its reason. A compiled graph keeps its first answer.
     Raises ValueError where `asked` cannot run: a backend asked for by name is never replaced by another.

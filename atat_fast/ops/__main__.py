@@ -1,0 +1,43 @@
+"""Print which backend every op would use on this machine, and why: `python -m atat_fast.ops`."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+
+import atat_fast.ops  # noqa: F401  (states every op's backends)
+from atat_fast.ops import library, registry
+
+
+def table(device: torch.device) -> list[str]:
+    """One line an op: what runs, what else could, and what keeps the others from it."""
+    lines = []
+    for op in registry.ops():
+        reasons = registry.explain(op, device)
+        chosen = registry.choose_backend(op, device)
+        ready = [name for name, reason in reasons.items() if reason is None and name != chosen]
+        lines.append(f"  {op:<22} {chosen:<7} {('also ' + ', '.join(ready)) if ready else ''}".rstrip())
+        lines += [f"  {'':<22} {'not ' + name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    return lines
+
+
+def main() -> None:
+    """Print the table of the CPU and of the current GPU."""
+    flags = library.build_flags()
+    built = [name for bit, name in ((library.CPU_OPS, "CPU ops"), (library.CUDA_KERNELS, "CUDA kernels")) if flags & bit]
+    print(f"compiled library: {library.problem() or ' and '.join(built)}")
+    devices = [torch.device("cpu")]
+    if torch.cuda.is_available():
+        devices.append(torch.device("cuda", torch.cuda.current_device()))
+    else:
+        print("GPU: torch finds none, so what a GPU would use is not shown")
+    for device in devices:
+        wanted = os.environ.get("ATAT_FAST_BACKEND")
+        first = f"{wanted} where it can run, as ATAT_FAST_BACKEND says, else first" if wanted else "first"
+        print(f"\ntensors on {device}: {first} of {' > '.join(registry.PREFERENCE[device.type])}")
+        print("\n".join(table(device)))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""Kernels compiled for sm_89 and sm_90 without a GPU: nothing spills, shared memory fits, registers stay near the table's.
+
+A kernel that changed on purpose gets its new numbers from `python tests/aot/resources.py`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+
+from cases import CUDA, TARGETS, TRITON
+from resources import BUDGETS, Resources, compile_cuda, compile_triton
+
+BAND = 25  # registers move by as much between versions of Triton
+RECORDED = json.loads(BUDGETS.read_text())["registers"]
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(os.environ.get("TRITON_INTERPRET") == "1", reason="interpreted kernels cannot be compiled"),
+]
+
+
+def check(name: str, capability: int, resources: Resources) -> None:
+    assert resources.spilled == 0, f"{name} spills {resources.spilled} bytes on sm_{capability}"
+    assert resources.shared <= TARGETS[capability], f"{name} takes {resources.shared} bytes of shared memory on sm_{capability}"
+    recorded = RECORDED[name][f"sm_{capability}"]
+    assert abs(resources.registers - recorded) <= BAND, f"{name} takes {resources.registers} registers, {recorded} in the table"
+
+
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("group", TRITON, ids=lambda group: group.__name__)
+def test_triton(group, capability):
+    pytest.importorskip("triton")
+    for case in group():
+        check(case.name, capability, compile_triton(case, capability))
+
+
+@pytest.mark.skipif(shutil.which("nvcc") is None, reason="nvcc is not on PATH")
+@pytest.mark.parametrize("capability", TARGETS)
+@pytest.mark.parametrize("source", CUDA, ids=lambda source: source.source)
+def test_cuda(source, capability):
+    for name, resources in compile_cuda(source, capability).items():
+        check(name, capability, resources)
+
+
+def test_every_source_is_listed():
+    sources = {path.name for path in (BUDGETS.parents[2] / "csrc").glob("*.cu") if "__global__" in path.read_text()}
+    assert sources <= {source.source for source in CUDA}
