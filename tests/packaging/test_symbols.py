@@ -1,0 +1,40 @@
+"""One library serves torch 2.11 and newer: it asks of torch only what 2.11's stable C interface provides.
+
+torch-2.11-symbols.txt lists the names beginning with aoti_torch_ or torch_ that torch 2.11.0's own libraries define (nm -D).
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from atat_fast.ops import library
+
+PROVIDED = set((Path(__file__).parent / "torch-2.11-symbols.txt").read_text().split())
+
+
+def undefined() -> set[str]:
+    """Names the built library leaves to others to define."""
+    if shutil.which("nm") is None:
+        pytest.skip("nm is not on PATH")
+    path = Path(library.__file__).resolve().parents[1] / "libatat_fast.so"
+    if not path.is_file():
+        pytest.skip("the compiled library is not built here")
+    listed = subprocess.run(["nm", "-D", "--undefined-only", str(path)], capture_output=True, text=True, check=True).stdout
+    return {line.split()[-1].split("@")[0] for line in listed.splitlines()}
+
+
+def test_it_asks_only_for_what_torch_2_11_provides():
+    asked = {name for name in undefined() if re.match(r"(aoti_)?torch_", name)}
+    assert len(asked) > 20, "the library should speak to torch through its stable interface"
+    assert asked <= PROVIDED, f"torch 2.11 does not provide {sorted(asked - PROVIDED)}"
+
+
+def test_it_asks_for_no_cplusplus_symbol_of_torch_and_nothing_of_python():
+    names = undefined()
+    assert not [name for name in names if re.match(r"_ZN?K?(2at|3c10|5torch)", name)]
+    assert not [name for name in names if name.startswith(("Py", "_Py"))]
