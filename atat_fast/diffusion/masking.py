@@ -58,11 +58,19 @@ def hide(
 def hide_for_training(
     tokens: Tensor, config: DiffusionConfig, *, first: int, total: int, mask_id: int, sample_ids: Tensor, seed: int, step: int
 ) -> MaskedBatch:
-    """Mask slots first .. first + B - 1 of a global batch of `total` sequences as `config` says."""
+    """Mask slots first .. first + B - 1 of a global batch of `total` sequences as `config` says.
+
+    Weights are those of the global batch, however it is cut: `ce` divides by the tokens hidden in all of it (for bernoulli, by
+    their expected number, which is known without asking the other slots).
+    """
     batch, length = tokens.shape
     if config.masking == "exact":
         counts = mask_counts(length, first, batch, total, seed=seed, step=step, pairing=config.pairing)
-        return hide(tokens, counts, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step, weighting=config.weighting)
+        masked = hide(tokens, counts, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step, weighting=config.weighting)
+        if config.weighting == "ce":
+            hidden = int(mask_counts(length, 0, total, total, seed=seed, step=step, pairing=config.pairing).sum())
+            masked.weights.fill_(total * length / max(1, hidden))
+        return masked
     return _hide_bernoulli(tokens, config, first, total, mask_id, sample_ids, seed, step)
 
 
@@ -83,5 +91,8 @@ def _hide_bernoulli(
     if config.weighting == "uniform":
         weights = schedule.weight(t).to(tokens.device, torch.float32)
         masked.weights = weights.repeat_interleave(counts.to(tokens.device), output_size=len(masked.rows))
+    else:
+        everywhere = stratified_uniforms(0, total, total, seed=seed, step=step, pairing=config.pairing)
+        masked.weights.fill_(1 / float(schedule.rate(everywhere).mean()))
     masked.hidden_share = schedule.rate(t).to(tokens.device, torch.float32)
     return masked

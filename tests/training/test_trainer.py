@@ -83,8 +83,11 @@ def test_evaluation_repeats_the_runs_own_number(small, tmp_path, capsys):
     assert again["nll_se"] == pytest.approx(rows(folder, "eval")[-1]["nll_se"], rel=1e-5)
 
 
-def test_accumulation_changes_nothing_but_rounding(small):
-    whole, parts = run(small), run([*small, "--train.micro_batch", "1"])
+@pytest.mark.parametrize("weighting", ["uniform", "ce"])
+def test_accumulation_changes_nothing_but_rounding(small, weighting):
+    """With AdamW: Muon orthogonalises in bf16, which makes much of the last bits of a gradient."""
+    settings = [*small, "--optim.name", "adamw", "--optim.lr", "2e-3", "--diffusion.weighting", weighting]
+    whole, parts = run(settings), run([*settings, "--train.micro_batch", "1"])
     assert whole.plan.accumulation == 1 and parts.plan.accumulation == 4
     whole.train()
     parts.train()
@@ -92,7 +95,7 @@ def test_accumulation_changes_nothing_but_rounding(small):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [[], ["--optim.name", "muon"], ["--diffusion.masking", "bernoulli"]])
+@pytest.mark.parametrize("options", [[], ["--optim.name", "adamw"], ["--diffusion.masking", "bernoulli"]])
 def test_a_resumed_run_is_the_uninterrupted_one(small, tmp_path, options):
     """Stopped between two log lines, after an evaluation, with dropout on: every number is the same bit for bit."""
     arguments = [*small, *options]
