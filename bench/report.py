@@ -51,7 +51,7 @@ def demo_table(run: Run) -> str:
     gain = last["unigram_entropy"] - last["nll"]
     rows = {
         "held-out bound (val/nll)": f"**{last['nll']:.3f} ± {last['nll_se']:.3f}** nats a token",
-        "unigram entropy of that text": f"{last['unigram_entropy']:.3f} nats a token ({gain:.2f} above the bound)",
+        "unigram entropy of that text": f"{last['unigram_entropy']:.3f} nats a token; the bound is {gain:.2f} below it",
         "bits per byte": f"{last['bits_per_byte']:.3f}",
         "seen in training": f"{compact(run.train[-1]['tokens'])} tokens in {duration(run.train[-1]['seconds'])}",
         "model": f"{facts['parameters']['total']:,} parameters",
