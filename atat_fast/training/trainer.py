@@ -195,10 +195,13 @@ class Trainer:
         self._window_start = time.perf_counter()
 
     def _check_finite(self) -> None:
-        """Raise Diverged with the first step since the last log line that was not finite."""
+        """Raise Diverged with the first step since the last log line that was not finite, or where a weight no longer is."""
         step = int(self._window["bad"])
         if step >= 0:
             raise self._diverged(f"the loss or its gradient is not finite at step {step:,}")
+        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        if not bool(torch.stack(norms).isfinite().all()):
+            raise self._diverged(f"the weights are not finite after step {self.step:,}")
 
     def _diverged(self, what: str) -> Diverged:
         good = "there is no checkpoint yet"
@@ -239,6 +242,7 @@ class Trainer:
 
     def _evaluate(self) -> dict[str, Any]:
         """The held-out bound on averaged weights; saves `last`, and `best` where it is."""
+        self._check_finite()
         begin = time.perf_counter()
         with self._paused(), self.average.applied():
             estimate = evaluate(self.model, self.data.valid, self.config.eval, self.compute.autocast())
@@ -254,9 +258,6 @@ class Trainer:
     def save(self, evaluation: dict[str, Any] | None = None) -> Path:
         """Write the `last` checkpoint, unless what would be saved is not finite (then Diverged is raised)."""
         self._check_finite()
-        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
-        if not bool(torch.stack(norms).isfinite().all()):
-            raise self._diverged(f"the weights are not finite after step {self.step:,}")
         pending = time.perf_counter() - self._window_start
         with self._paused():
             path = checkpoint.save(
