@@ -1,0 +1,76 @@
+// The arithmetic of one row of linear_cross_entropy that every compiled backend shares: how parts of a row are summed up, and what
+// follows for the loss and its gradient. Plain C++, so that all of it is tested on the host; cross_entropy.cpp and .cuh hold loops.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "philox.h"
+
+namespace atat_fast {
+
+// One slab on plain pointers. Tensors are contiguous but for the logits' rows; a null pointer stands for one that was not given.
+struct RowArguments {
+  void* logits;              // [rows, columns], `stride` elements from row to row; where `gradient`, overwritten by it
+  const int64_t* target;     // [rows]
+  const float* token_weight; // [rows]
+  const void* hidden;        // [rows, width], as logits
+  const void* weight;        // [columns or fewer, width], as logits
+  const void* bias;          // [columns], as logits
+  float* nll;                // [rows]
+  float* max_probability;    // [rows]
+  float* entropy;            // [rows]
+  float* bias_gradient;      // [columns], added to
+  int64_t rows, columns, stride, width;
+  bool gradient;
+  bool half;                 // logits, hidden, weight and bias are bf16; else fp32
+};
+
+// Some of a row's logits z, without the target's: the largest, and relative to it sum e^(z - largest), sum e^(z - largest) (z - largest).
+struct RowPart {
+  float largest;
+  float sum;
+  float moment;
+};
+
+ATAT_FAST_INLINE RowPart no_logits() { return {-INFINITY, 0, 0}; }
+
+ATAT_FAST_INLINE RowPart rebase(RowPart part, float largest) {
+  const float shift = part.largest - largest;
+  if (part.sum == 0 || shift == 0) return {largest, part.sum, part.moment};  // nothing to move, and no -inf - -inf
+  const float factor = expf(shift);
+  return {largest, part.sum * factor, factor > 0 ? factor * (part.moment + part.sum * shift) : 0};
+}
+
+ATAT_FAST_INLINE RowPart merge(RowPart a, RowPart b) {
+  const float largest = a.largest > b.largest ? a.largest : b.largest;
+  const RowPart x = rebase(a, largest), y = rebase(b, largest);
+  return {largest, x.sum + y.sum, x.moment + y.moment};
+}
+
+// What a row comes to. The gradient of weight * nll is `scale` * e^(z - largest) everywhere but at the target, where it is `at_target`.
+struct RowResult {
+  float nll, max_probability, entropy;
+  float largest, scale, at_target;
+};
+
+// `others` is the whole row without its target. The target's gradient is taken from the others' sum and not as p - 1, which
+// cancels; likewise the loss of a row that is nearly certain.
+ATAT_FAST_INLINE RowResult finish(RowPart others, float at_target, float weight) {
+  const bool first = at_target >= others.largest;
+  const float largest = first ? at_target : others.largest;
+  const RowPart rest = rebase(others, largest);
+  const float own = expf(at_target - largest), total = rest.sum + own;
+  RowResult result;
+  result.nll = first ? log1pf(rest.sum) : logf(total) + (largest - at_target);
+  result.max_probability = 1 / total;
+  const float own_moment = own > 0 ? own * (at_target - largest) : 0;
+  const float entropy = logf(total) - (rest.moment + own_moment) / total;
+  result.entropy = entropy < 0 ? 0 : entropy;
+  result.largest = largest;
+  result.scale = weight / total;
+  result.at_target = -weight * (rest.sum / total);
+  return result;
+}
+
+}  // namespace atat_fast
