@@ -85,7 +85,7 @@ def find_toolchain() -> Toolchain | str:
     if nvcc is None:
         assert host is not None
         return Toolchain(
-            compile=[*host, *common, "-Wall", "-fPIC", "-c"],
+            compile=[*host, *common, "-Wall", "-fPIC", "-fopenmp-simd", "-c"],
             link=[*host, "-shared"],
             libraries=libraries,
             suffixes=(".cpp",),
@@ -95,7 +95,7 @@ def find_toolchain() -> Toolchain | str:
     if host and os.environ.get("CXX"):
         targets += ["-ccbin", host[0]]
     return Toolchain(
-        compile=[nvcc, *common, *targets, "-DUSE_CUDA", "-Xcompiler", "-Wall,-fPIC", "-c"],
+        compile=[nvcc, *common, *targets, "-DUSE_CUDA", "-Xcompiler", "-Wall,-fPIC,-fopenmp-simd", "-c"],
         link=[nvcc, *targets, "-shared", "--cudart", "static"],
         libraries=libraries,
         suffixes=(".cpp", ".cu"),

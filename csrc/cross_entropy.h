@@ -15,13 +15,14 @@ struct RowArguments {
   const int64_t* target;     // [rows]
   const float* token_weight; // [rows]
   const void* hidden;        // [rows, width], as logits
-  const void* weight;        // [columns or fewer, width], as logits
+  const void* weight;        // [vocabulary or more, width], as logits
   const void* bias;          // [columns], as logits
   float* nll;                // [rows]
   float* max_probability;    // [rows]
   float* entropy;            // [rows]
   float* bias_gradient;      // [columns], added to
   int64_t rows, columns, stride, width;
+  int64_t vocabulary;        // targets lie below it; columns past it are padding
   bool gradient;
   bool half;                 // logits, hidden, weight and bias are bf16; else fp32
 };

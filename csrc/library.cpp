@@ -29,6 +29,9 @@ STABLE_TORCH_LIBRARY(atat_fast_c, m) {
       "mask_tokens(Tensor tokens, Tensor num_masked, int num_rows, int mask_id, Tensor? scores, float tilt, float focus, "
       "Tensor? eligible, Tensor? frozen, int weighting, Tensor seed, Tensor step, Tensor sample_ids, int stream) "
       "-> (Tensor noisy, Tensor rows, Tensor weights)");
+  m.def(
+      "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? token_weight, Tensor? hidden, Tensor? weight, Tensor? bias, "
+      "bool gradient, Tensor(b!) nll, Tensor(c!)? max_probability, Tensor(d!)? entropy, Tensor(e!)? bias_gradient) -> ()");
 }
 
 // An op without a tensor argument has no device to dispatch on.

@@ -2,25 +2,41 @@
 
     z_i = W h_i + bias,  z_i[forbidden] = -inf,   nll_i = logsumexp(z_i) - z_i[target_i],   loss = sum_i w_i nll_i
 
-Only the rows named by `rows` are read. They are taken in slabs whose logits fit a byte budget; a slab is turned into its
-own gradient in place, multiplied into dX and dW, and forgotten. The weighted sum therefore needs three matrix products in
-all and its backward only scales; the per-row form has to wait for its upstream gradient and computes the slabs again
-(four products). dL/dw_i = upstream * nll_i comes for free.
+Only the rows named by `rows` are read. They are taken in slabs whose logits fit a byte budget (ops/slabs.py); a slab is turned
+into its own gradient in place, multiplied into dX and dW, and forgotten. The weighted sum therefore needs three matrix products
+in all and its backward only scales; the per-row form has to wait for its upstream gradient and computes the slabs again
+(four products), as does low_memory. dL/dw_i = upstream * nll_i comes for free.
 """
 
 from __future__ import annotations
 
-from typing import Any
+import os
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from atat_fast.errors import nearest
 from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, register
+from atat_fast.ops.slabs import (
+    CHUNK_BYTES_CPU,
+    CHUNK_BYTES_GPU,
+    CHUNK_BYTES_LOW,
+    Totals,
+    Wanted,
+    accumulation_dtype,
+    run_slabs,
+)
 
 REDUCTIONS = ("sum", "none")
-CHUNK_BYTES_GPU = 256 << 20
-CHUNK_BYTES_CPU = 16 << 20  # a slab that stays near the last-level cache
+
+
+class RowStatistics(NamedTuple):
+    """What the row pass knows of each row's distribution, [R] fp32 each, detached; zeros for rows of weight 0."""
+
+    nll: Tensor
+    max_probability: Tensor
+    entropy: Tensor
 
 
 def linear_cross_entropy(
@@ -34,6 +50,8 @@ def linear_cross_entropy(
     forbidden: int | None = None,
     reduction: str = "sum",
     return_nll: bool = False,
+    return_statistics: bool = False,
+    low_memory: bool = False,
     chunk_bytes: int | None = None,
     backend: str | None = None,
 ) -> Any:
@@ -41,30 +59,51 @@ def linear_cross_entropy(
 
     hidden:       [N, D] fp32, bf16 or fp64, rows of the final norm. Under autocast it is taken in autocast's dtype.
     weight:       [V, D] fp32 or hidden's dtype; a master copy in fp32 is cast inside, and its gradient comes back in fp32.
-    target:       [N] int64, or [R] with rows.      token_weight: the same length, fp32, or None for ones.
+    target:       [N] int64, or [R] with rows.      token_weight: the same length, fp32, or None for ones; any sign.
     bias:         [V] or None.                      rows: [R] int64, the rows of hidden that count, or None for all.
     forbidden:    a vocabulary id whose probability is zero (the mask token): its row of dW is exactly 0.
     reduction:    "sum" gives the fp32 scalar sum_i w_i nll_i in nats; "none" gives the [R] fp32 vector of w_i nll_i.
-    return_nll:   also return the unweighted nll [R], detached ("sum" only).
-    chunk_bytes:  budget for a slab of logits; 256 MB on a GPU and 16 MB on a CPU where the caller does not say.
+    return_nll:   also return the unweighted nll [R], detached.   return_statistics: also return `RowStatistics`.
+    low_memory:   for "sum": hold nothing between forward and backward but the inputs, in slabs of 32 MB; the backward computes
+                  the logits again, a fourth product. Without it, gradients (V x D in fp32, R x D) are held.
+    chunk_bytes:  budget for a slab of logits; 256 MB on a GPU and 64 MB on a CPU where the caller does not say.
+    backend:      "cuda", "triton", "cpp" or "torch" for the row pass between the products; the fastest where not said.
 
-    Differentiable in hidden, weight, bias and token_weight, once. A row of weight 0 gives exact zeros whatever its logits.
-    Raises ValueError when shapes disagree, or (on CPU) a target is outside [0, V) or forbidden.
+    Differentiable in hidden, weight, bias and token_weight, once. A row of weight 0 gives exact zeros whatever its logits; a
+    weight or row that is NaN, and a logit past the dtype's range, gives a loss of NaN, never a number that hides it.
+    Raises ValueError when shapes disagree, hidden is fp16 (its logits overflow at 65,504), weight is a DTensor, or, on a CPU, a
+    target is outside [0, V) or forbidden, or a row outside [0, N). A GPU is not asked, which would wait for it: there a target
+    outside gives NaN and a forbidden one inf, and with ATAT_FAST_DEBUG=1 a device assertion names the fault.
     """
-    choose_backend("linear_cross_entropy", hidden.device, backend)
-    _check(hidden, weight, target, bias, token_weight, rows, forbidden, reduction)
     hidden = hidden.to(autocast_dtype(hidden))
+    _check(hidden, weight, target, bias, token_weight, rows, forbidden, reduction)
+    without = _FP64_ONLY if hidden.dtype is torch.float64 else ()
+    chosen = choose_backend("linear_cross_entropy", hidden.device, backend, without)
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES_GPU
-    if reduction == "none":
-        nll = torch.ops.atat_fast.linear_cross_entropy_rows(hidden, weight, target, bias, rows, forbidden, chunk_bytes)
-        return nll if token_weight is None else torch.where(token_weight == 0, 0.0, token_weight * nll)
-    track = torch.is_grad_enabled()
-    loss, nll, *_ = torch.ops.atat_fast.linear_cross_entropy_sum(
-        hidden, weight, target, bias, token_weight, rows, forbidden, chunk_bytes,
-        track and hidden.requires_grad, track and weight.requires_grad, track and bias is not None and bias.requires_grad,
-    )  # fmt: skip
-    return (loss, nll.detach()) if return_nll else loss
+        chunk_bytes = min(chunk_bytes, CHUNK_BYTES_LOW) if low_memory else chunk_bytes
+    if reduction == "none" or low_memory:
+        nll, *known = torch.ops.atat_fast.linear_cross_entropy_rows(
+            hidden, weight, target, bias, rows, forbidden, chunk_bytes, return_statistics, chosen
+        )
+        if token_weight is not None:  # the loss is masked before the product: 0 * NaN would reach the weight's gradient
+            empty = token_weight == 0
+            nll, known = nll.masked_fill(empty, 0.0), [s.masked_fill(empty, 0.0) if return_statistics else s for s in known]
+        result = nll if token_weight is None else token_weight * nll
+        result = result if reduction == "none" else result.sum()
+    else:
+        track = torch.is_grad_enabled()
+        result, nll, *known = torch.ops.atat_fast.linear_cross_entropy_sum(
+            hidden, weight, target, bias, token_weight, rows, forbidden, chunk_bytes, track and hidden.requires_grad,
+            track and weight.requires_grad, track and bias is not None and bias.requires_grad, return_statistics, chosen,
+        )[:4]  # fmt: skip
+    extras = ([nll.detach()] if return_nll else []) + (
+        [RowStatistics(nll.detach(), *(s.detach() for s in known))] if return_statistics else []
+    )
+    return (result, *extras) if extras else result
+
+
+_FP64_ONLY = tuple((name, "hidden is float64, which only PyTorch computes") for name in ("cuda", "triton", "cpp"))
 
 
 def _check(
@@ -75,20 +114,37 @@ def _check(
         raise ValueError(f"reduction {reduction!r} is unknown{nearest(reduction, REDUCTIONS)}; choose {' or '.join(REDUCTIONS)}")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be [N, D] and weight [V, D]; got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        raise ValueError(f"hidden is {hidden.dtype}; pass bfloat16 or float32 (float16 logits overflow at 65,504)")
     if type(weight).__name__ == "DTensor":
         raise ValueError("weight is a DTensor; pass weight.full_tensor(), gathered once for forward and backward")
     vocabulary, count = weight.shape[0], (hidden if rows is None else rows).shape[0]
     for name, tensor, length in (("target", target, count), ("token_weight", token_weight, count), ("bias", bias, vocabulary)):
         if tensor is not None and tuple(tensor.shape) != (length,):
             raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+    for name, tensor in (("weight", weight), ("target", target), ("bias", bias), ("token_weight", token_weight), ("rows", rows)):
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; move one of them")
     if forbidden is not None and not 0 <= forbidden < vocabulary:
         raise ValueError(f"forbidden is {forbidden}, outside the vocabulary of {vocabulary}")
-    if target.device.type == "cpu" and not torch.compiler.is_compiling() and target.numel():
-        low, high = (int(v) for v in torch.aminmax(target))
-        if low < 0 or high >= vocabulary:
-            raise ValueError(f"target has id {low if low < 0 else high}, outside the vocabulary of {vocabulary}")
+    if torch.compiler.is_compiling():
+        return
+    if hidden.device.type == "cpu":
+        _check_ids("target has id", target, vocabulary, "the vocabulary of")
+        if rows is not None:
+            _check_ids("rows has", rows, hidden.shape[0], "hidden's rows, of which there are")
         if forbidden is not None and bool((target == forbidden).any()):
             raise ValueError(f"target has the forbidden id {forbidden}: its loss would be infinite")
+    elif os.environ.get("ATAT_FAST_DEBUG") == "1":
+        valid = ((target >= 0) & (target < vocabulary)).all() & (True if forbidden is None else (target != forbidden).all())
+        torch._assert_async(valid, f"a target is outside the vocabulary of {vocabulary}, or the forbidden id {forbidden}")
+
+
+def _check_ids(name: str, ids: Tensor, limit: int, of: str) -> None:
+    if ids.numel():
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name} {low if low < 0 else high}, outside {of} {limit}")
 
 
 def linear_cross_entropy_reference(
@@ -103,98 +159,54 @@ def linear_cross_entropy_reference(
     return nll if token_weight is None else token_weight * nll
 
 
-def _accumulation_dtype(hidden: Tensor) -> torch.dtype:
-    return torch.float64 if hidden.dtype is torch.float64 else torch.float32
-
-
-def rows_per_chunk(chunk_bytes: int, vocabulary: int, element_size: int) -> int:
-    """Rows whose logits fit the budget. It depends on V alone, never on D, and is at least 16 whatever the budget."""
-    return max(16, chunk_bytes // max(1, vocabulary * element_size))
-
-
 def _sum(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss and nll, and where needed the gradients of the weighted sum: dhidden for the rows that count, dweight, dbias."""
-    wide = _accumulation_dtype(hidden)
-    count, (vocabulary, width) = target.shape[0], weight.shape
-    w = weight.to(hidden.dtype)
-    b = _bias_with_forbidden(bias, forbidden, w)
-    nll = hidden.new_empty(count, dtype=wide)
-    dhidden = hidden.new_empty((count if need_hidden else 0, width))
-    dweight = hidden.new_zeros((vocabulary if need_weight else 0, width), dtype=wide)
-    dbias = hidden.new_zeros(vocabulary if need_bias else 0, dtype=wide)
-    step = rows_per_chunk(chunk_bytes, vocabulary, wide.itemsize)
-
-    for start in range(0, count, step):
-        part = slice(start, min(start + step, count))
-        x = hidden[part] if rows is None else hidden[rows[part]]
-        y = target[part][:, None]
-        scale = None if token_weight is None else token_weight[part][:, None].to(wide)
-        if scale is not None:  # a row of weight 0 is emptied here, so that an infinite or NaN one cannot leak through 0 * inf
-            x = torch.where(scale == 0, torch.zeros((), dtype=x.dtype, device=x.device), x)
-        z = (torch.mm(x, w.t()) if b is None else torch.addmm(b, x, w.t())).to(wide)
-        at_target = z.gather(1, y)
-        log_total = torch.logsumexp(z, dim=1, keepdim=True)
-        losses = (log_total - at_target)[:, 0]
-        nll[part] = losses if scale is None else torch.where(scale[:, 0] == 0, 0.0, losses)
-        if not (need_hidden or need_weight or need_bias):
-            continue
-        z.sub_(log_total).exp_()  # now the probabilities; the slab becomes its own gradient
-        z.scatter_add_(1, y, torch.full_like(at_target, -1.0))
-        if scale is not None:
-            z.mul_(scale)
-        if need_bias:
-            dbias += z.sum(0)
-        dz = z.to(hidden.dtype)
-        if need_hidden:
-            torch.mm(dz, w, out=dhidden[part])
-        if need_weight:
-            if hidden.dtype is wide:
-                dweight.addmm_(dz.t(), x)
-            else:
-                dweight += torch.mm(dz.t(), x)
-    loss = (nll if token_weight is None else nll * token_weight.to(wide)).sum()
-    return loss, nll, dhidden, dweight, dbias
-
-
-def _bias_with_forbidden(bias: Tensor | None, forbidden: int | None, weight: Tensor) -> Tensor | None:
-    if forbidden is None:
-        return None if bias is None else bias.to(weight.dtype)
-    column = torch.zeros_like(weight[:, 0]) if bias is None else bias.to(weight.dtype, copy=True)
-    column[forbidden] = -torch.inf
-    return column
+    forbidden: int | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss and what is known of each row, and where needed the gradients of the weighted sum."""
+    wanted = Wanted(need_hidden, need_weight, need_bias, statistics)
+    out = run_slabs(hidden, weight, target, bias, token_weight, rows, forbidden, chunk_bytes, wanted, backend)
+    weighted = out.nll if token_weight is None else out.nll * token_weight
+    loss = weighted.sum(dtype=torch.float64).to(out.nll.dtype)
+    return loss, out.nll, out.max_probability, out.entropy, out.hidden, out.weight, out.bias
 
 
 def _sum_fake(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    wide = _accumulation_dtype(hidden)
-    count, (vocabulary, width) = target.shape[0], weight.shape
-    return (
-        hidden.new_empty((), dtype=wide),
-        hidden.new_empty(count, dtype=wide),
-        hidden.new_empty((count if need_hidden else 0, width)),
-        hidden.new_empty((vocabulary if need_weight else 0, width), dtype=wide),
-        hidden.new_empty(vocabulary if need_bias else 0, dtype=wide),
+    forbidden: int | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out = _totals_fake(hidden, weight, target.shape[0], Wanted(need_hidden, need_weight, need_bias, statistics))
+    loss = hidden.new_empty((), dtype=out.nll.dtype)
+    return loss, out.nll, out.max_probability, out.entropy, out.hidden, out.weight, out.bias
+
+
+def _totals_fake(hidden: Tensor, weight: Tensor, count: int, wanted: Wanted) -> Totals:
+    wide = accumulation_dtype(hidden)
+    vocabulary, width = weight.shape
+    statistics = count if wanted.statistics else 0
+    return Totals(
+        nll=hidden.new_empty(count, dtype=wide),
+        max_probability=hidden.new_empty(statistics, dtype=wide),
+        entropy=hidden.new_empty(statistics, dtype=wide),
+        hidden=hidden.new_empty((count if wanted.hidden else 0, width)),
+        weight=hidden.new_empty((vocabulary if wanted.weight else 0, width), dtype=wide),
+        bias=hidden.new_empty(vocabulary if wanted.bias else 0, dtype=wide),
     )
 
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     hidden, weight, _, bias, token_weight, rows, *_ = inputs
-    _, nll, dhidden, dweight, dbias = output
+    _, nll, _, _, dhidden, dweight, dbias = output
     ctx.set_materialize_grads(False)  # the gradient outputs have no upstream; zeros for them would cost V * D a step
     # Not marked as non-differentiable: a second derivative then arrives at linear_cross_entropy_scale, which refuses it.
     ctx.save_for_backward(nll, dhidden, dweight, dbias, rows)
     ctx.num_hidden = hidden.shape[0]
-    ctx.needed = inputs[-3:]
+    ctx.needed = inputs[8:11]
     ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype, None if token_weight is None else token_weight.dtype)
 
 
 def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    none: tuple[Any, ...] = (None,) * 11
+    none: tuple[Any, ...] = (None,) * 13
     if grad is None:
         return none
     nll, dhidden, dweight, dbias, rows = ctx.saved_tensors
@@ -214,12 +226,16 @@ def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 def _scale(
     grad: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, nll: Tensor, rows: Tensor | None, num_hidden: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scaled = dhidden * grad.to(dhidden.dtype)
-    if rows is not None and dhidden.shape[0]:
-        scaled = dhidden.new_zeros((num_hidden, dhidden.shape[1])).index_add_(0, rows, scaled)
-    elif rows is not None:
-        scaled = dhidden.new_zeros((num_hidden, dhidden.shape[1]))
+    scaled = _scatter(dhidden * grad.to(dhidden.dtype), rows, num_hidden)
     return scaled, dweight * grad, dbias * grad, nll * grad
+
+
+def _scatter(dhidden: Tensor, rows: Tensor | None, num_hidden: int) -> Tensor:
+    """Gradients of the rows that count to gradients of all rows: zeros elsewhere, sums where a row is listed twice."""
+    if rows is None:
+        return dhidden
+    total = dhidden.new_zeros((num_hidden, dhidden.shape[1]))
+    return total.index_add_(0, rows, dhidden) if dhidden.shape[0] else total
 
 
 def _scale_fake(
@@ -230,74 +246,72 @@ def _scale_fake(
 
 
 def _rows(
-    hidden: Tensor,
-    weight: Tensor,
-    target: Tensor,
-    bias: Tensor | None,
-    rows: Tensor | None,
-    forbidden: int | None,
-    chunk_bytes: int,
-) -> Tensor:
-    return _sum(hidden, weight, target, bias, None, rows, forbidden, chunk_bytes, False, False, False)[1]
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
+    chunk_bytes: int, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """nll of each row, and what else is known of it; one product and no buffer for gradients."""
+    wanted = Wanted(statistics=statistics)
+    out = run_slabs(hidden, weight, target, bias, None, rows, forbidden, chunk_bytes, wanted, backend)
+    return out.nll, out.max_probability, out.entropy
 
 
-def _rows_fake(hidden: Tensor, weight: Tensor, target: Tensor, *rest: Any) -> Tensor:
-    return hidden.new_empty(target.shape[0], dtype=_accumulation_dtype(hidden))
+def _rows_fake(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
+    chunk_bytes: int, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out = _totals_fake(hidden, weight, target.shape[0], Wanted(statistics=statistics))
+    return out.nll, out.max_probability, out.entropy
 
 
-def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    hidden, weight, target, bias, rows, forbidden, chunk_bytes = inputs
+def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, target, bias, rows, forbidden, chunk_bytes, _, backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(hidden, weight, target, bias, rows)
-    ctx.forbidden, ctx.chunk_bytes = forbidden, chunk_bytes
+    ctx.forbidden, ctx.chunk_bytes, ctx.backend = forbidden, chunk_bytes, backend
 
 
-def _rows_backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+def _rows_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    none: tuple[Any, ...] = (None,) * 9
+    if grad is None:
+        return none
     hidden, weight, target, bias, rows = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     dh, dw, db = torch.ops.atat_fast.linear_cross_entropy_rows_backward(
-        grad, hidden, weight, target, bias, rows, ctx.forbidden, ctx.chunk_bytes, need_hidden, need_weight, need_bias
+        grad, hidden, weight, target, bias, rows, ctx.forbidden, ctx.chunk_bytes, need_hidden, need_weight, need_bias, ctx.backend
     )
     return (
         dh if need_hidden else None,
         dw.to(weight.dtype) if need_weight else None,
         None,
         db.to(bias.dtype) if need_bias else None,
-        None,
-        None,
-        None,
+        *none[4:],
     )
 
 
 def _rows_grad(
     grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
-    chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool,
+    chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """An upstream vector is a token weight: the weighted sum's gradients are this form's backward."""
-    _, nll, dh, dw, db = _sum(
-        hidden, weight, target, bias, grad, rows, forbidden, chunk_bytes, need_hidden, need_weight, need_bias
-    )
-    one = torch.ones((), dtype=dh.dtype, device=dh.device)
-    return _scale(one, dh, dw, db, nll, rows, hidden.shape[0])[0] if need_hidden else dh, dw, db
+    wanted = Wanted(need_hidden, need_weight, need_bias)
+    out = run_slabs(hidden, weight, target, bias, grad, rows, forbidden, chunk_bytes, wanted, backend)
+    return _scatter(out.hidden, rows, hidden.shape[0]) if need_hidden else out.hidden, out.weight, out.bias
 
 
 def _rows_grad_fake(
     grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
-    chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool,
+    chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    wide = _accumulation_dtype(hidden)
-    vocabulary, width = weight.shape
-    return (
-        hidden.new_empty((hidden.shape[0] if need_hidden else 0, width)),
-        hidden.new_empty((vocabulary if need_weight else 0, width), dtype=wide),
-        hidden.new_empty(vocabulary if need_bias else 0, dtype=wide),
-    )
+    out = _totals_fake(hidden, weight, target.shape[0], Wanted(need_hidden, need_weight, need_bias))
+    return hidden.new_empty((hidden.shape[0] if need_hidden else 0, hidden.shape[1])), out.weight, out.bias
 
 
-backends("linear_cross_entropy", torch=_sum)
+backends("linear_cross_entropy", cuda=_sum, triton=_sum, cpp=_sum, torch=_sum)
 register(
     "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? rows, "
-    "int? forbidden, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias) "
-    "-> (Tensor loss, Tensor nll, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    "int? forbidden, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias, bool statistics, str backend) "
+    "-> (Tensor loss, Tensor nll, Tensor max_probability, Tensor entropy, Tensor dhidden, Tensor dweight, Tensor dbias)",
     _sum,
     _sum_fake,
     backward=_sum_backward,
@@ -311,7 +325,7 @@ register(
 )
 register(
     "linear_cross_entropy_rows(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? rows, int? forbidden, "
-    "int chunk_bytes) -> Tensor",
+    "int chunk_bytes, bool statistics, str backend) -> (Tensor nll, Tensor max_probability, Tensor entropy)",
     _rows,
     _rows_fake,
     backward=_rows_backward,
@@ -319,7 +333,8 @@ register(
 )
 register(
     "linear_cross_entropy_rows_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? rows, "
-    "int? forbidden, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias) -> (Tensor, Tensor, Tensor)",
+    "int? forbidden, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias, str backend) "
+    "-> (Tensor, Tensor, Tensor)",
     _rows_grad,
     _rows_grad_fake,
 )

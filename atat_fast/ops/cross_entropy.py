@@ -1,0 +1,114 @@
+"""The row pass of linear_cross_entropy: a slab of logits becomes its own gradient, row by row, and leaves each row's loss.
+
+    p = softmax(z),   nll = -log p_target,   dz_j = w p_j,   dz_target = -w (p's sum without its target)
+
+linear_cross_entropy calls this between its matrix products. It is a step of that op and no op by itself: the caller owns every
+buffer, and nothing here is differentiable.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def cross_entropy_(
+    logits: Tensor, target: Tensor, token_weight: Tensor | None, hidden: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, gradient: bool, nll: Tensor, max_probability: Tensor | None, entropy: Tensor | None,
+    bias_gradient: Tensor | None, backend: str,
+) -> None:  # fmt: skip
+    """Losses of a slab of logits and, in its place, the gradient of sum_i token_weight[i] nll[i].
+
+    logits:           [C, columns] bf16 or fp32, fp64 for "torch"; unit stride within a row. Overwritten where `gradient`, and
+                      only read where not. A column at -inf has probability 0, and its gradient is exactly 0.
+    target:           [C] int64 in [0, columns), and under weight's rows where weight is given. A target outside gives that row
+                      a nll of NaN, and as gradient its weight times p, with no column taken for the target. Whatever target
+                      holds, no memory outside the arguments is touched.
+    token_weight:     [C] fp32, or None for ones. A row of weight 0 gets zeros everywhere, whatever its logits are.
+    hidden, weight:   [C, D] and [rows, D] of logits' dtype, contiguous, or both None. Given, a target's logit is computed again
+                      in fp32 as hidden[i] . weight[target] + bias[target], for a logit stored in bf16 is rounded.
+    bias:             [columns] of logits' dtype, or None. It is part of the logits already and read for the target alone.
+    nll:              [C] fp32, the loss in nats, not weighted.   max_probability, entropy: [C] fp32 or None, of p, in nats.
+    bias_gradient:    [columns] fp32 or None; the gradient's column sums are added to it where `gradient`.
+    backend:          a name in ROW_PASS.
+
+    A row that holds NaN or +inf has a nll of NaN. With fp64 logits every fp32 above is fp64.
+    """
+    ROW_PASS[backend](logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient)
+
+
+def cross_entropy_reference(
+    logits: Tensor, target: Tensor, token_weight: Tensor | None, hidden: Tensor | None, weight: Tensor | None,
+    bias: Tensor | None, gradient: bool, nll: Tensor, max_probability: Tensor | None, entropy: Tensor | None,
+    bias_gradient: Tensor | None,
+) -> None:  # fmt: skip
+    """The specification, in fp32, or fp64 for fp64 logits.
+
+    The target is kept apart from the others throughout. Where it is nearly certain, their sum alone says how far it is from
+    certain: both log(1 + others) and the target's gradient keep their precision, and p - 1 would not.
+    """
+    wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
+    columns = logits.shape[1]
+    inside = (target >= 0) & (target < (columns if weight is None else min(columns, weight.shape[0])))
+    column = torch.where(inside, target, 0)[:, None]
+
+    z = logits.to(wide, copy=True)
+    at_target = z.gather(1, column)[:, 0]
+    z.scatter_(1, column, torch.where(inside, -torch.inf, at_target)[:, None])  # now the others alone
+    if hidden is not None and weight is not None:
+        at_target = (hidden.to(wide) * weight[column[:, 0]].to(wide)).sum(1)
+        if bias is not None:
+            at_target += bias.to(wide)[column[:, 0]]
+    at_target = torch.where(inside, at_target, -torch.inf)
+
+    of_others = z.amax(1)
+    largest = torch.maximum(of_others, at_target)
+    z.sub_(largest[:, None])
+    moment = None if entropy is None else (z.exp() * z.clamp(min=-1e4)).sum(1)  # e^z z goes to 0 where z goes to -inf
+    z.exp_()
+    own, rest = (at_target - largest).exp(), z.sum(1)  # own is 1 where the target is the largest, NaN where that is infinite
+    total = rest + own
+    log_total = torch.where(at_target >= of_others, (rest * own).log1p(), total.log())
+
+    empty = torch.zeros_like(inside) if token_weight is None else token_weight == 0
+    losses = torch.where(inside, log_total + (largest - at_target), torch.nan)
+    nll.copy_(losses.masked_fill(empty, 0.0))
+    if max_probability is not None:
+        max_probability.copy_((1 / total).masked_fill(empty, 0.0))
+    if entropy is not None:
+        assert moment is not None
+        moment += own * (at_target - largest).clamp(min=-1e4)
+        entropy.copy_((log_total - moment / total).clamp(min=0).masked_fill(empty, 0.0))
+    if not gradient:
+        return
+
+    scale = torch.ones_like(total) if token_weight is None else token_weight.to(wide)
+    z.mul_((scale / total)[:, None])
+    z.scatter_(1, column, torch.where(inside, -scale * (rest / total), z.gather(1, column)[:, 0])[:, None])
+    logits.copy_(z.masked_fill_(empty[:, None], 0.0))
+    if bias_gradient is not None:
+        bias_gradient += logits.sum(0, dtype=bias_gradient.dtype)
+
+
+def _compiled(*arguments: Any) -> None:
+    """csrc/cross_entropy.cpp and csrc/cross_entropy.cu, by the device of the logits."""
+    torch.ops.atat_fast_c.cross_entropy_(*arguments)
+
+
+def _triton(*arguments: Any) -> None:
+    """kernels/cross_entropy.py."""
+    from atat_fast.kernels import cross_entropy  # triton takes a second to import
+
+    cross_entropy.cross_entropy_(*arguments)
+
+
+ROW_PASS: dict[str, Callable[..., None]] = {
+    "cuda": _compiled,
+    "triton": _triton,
+    "cpp": _compiled,
+    "torch": cross_entropy_reference,
+}
+"""What runs the pass on each backend. All take cross_entropy_'s arguments but the last."""

@@ -1,0 +1,155 @@
+"""The engine of linear_cross_entropy: slabs of logits that become their own gradient and are multiplied away.
+
+A slab is some of the rows that count, times the whole vocabulary, inside a byte budget. One product makes its logits, the row
+pass (ops/cross_entropy.py) turns them into the gradient of the weighted sum in place, and two more products add it to dX and
+dW. Logits, the slab's gradient and the gathered rows live in buffers made once; dW is fp32 and the first slab writes it, so that
+nothing is filled with zeros. No step waits for the device.
+
+On a GPU the vocabulary is padded to a multiple of 128 with columns whose bias is -inf, as is that of the forbidden column: their
+probability, gradient, rows of dW and entries of dbias are exactly 0, no kernel has a branch for them, and any V has aligned rows.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atat_fast.ops.cross_entropy import cross_entropy_
+
+CHUNK_BYTES_GPU = 256 << 20
+CHUNK_BYTES_CPU = 64 << 20
+CHUNK_BYTES_LOW = 32 << 20
+"""Budgets of a slab: on a GPU, on a CPU, and in low_memory mode. docs/notes/linear_cross_entropy.md has the measurements."""
+
+PADDED = 128
+
+
+@dataclass
+class Totals:
+    """What slabs add up to. Statistics are empty where they were not asked for, gradients where they were not needed."""
+
+    nll: Tensor  # [R]
+    max_probability: Tensor  # [R] or [0]
+    entropy: Tensor  # [R] or [0]
+    hidden: Tensor  # [R, D], gradient for the rows that count
+    weight: Tensor  # [V, D] fp32
+    bias: Tensor  # [V] fp32
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which outputs a call makes beyond nll."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    statistics: bool = False
+
+    @property
+    def gradient(self) -> bool:
+        """Whether slabs become gradients at all; else one product and no buffers for them."""
+        return self.hidden or self.weight or self.bias
+
+
+def accumulation_dtype(hidden: Tensor) -> torch.dtype:
+    """fp32, and fp64 for fp64 inputs."""
+    return torch.float64 if hidden.dtype is torch.float64 else torch.float32
+
+
+def rows_per_slab(chunk_bytes: int, vocabulary: int, element_size: int, count: int, *, multiple: int) -> int:
+    """Rows a slab holds: as many as the budget allows, never a function of D, then equal over slabs so that none is a sliver.
+
+    A multiple of `multiple`, and at least that whatever the budget.
+    """
+    most = max(multiple, chunk_bytes // max(1, vocabulary * element_size) // multiple * multiple)
+    slabs = max(1, -(-count // most))
+    return max(1, -(--(-count // slabs) // multiple) * multiple)
+
+
+def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, forbidden: int | None) -> tuple[Tensor, Tensor | None]:
+    """The head in hidden's dtype: weight [V', D] and bias [V'] or None, where V' >= V is padded on a GPU."""
+    vocabulary, width = weight.shape
+    on_gpu = hidden.device.type == "cuda"
+    columns = -(-vocabulary // PADDED) * PADDED if on_gpu else vocabulary
+    if columns == vocabulary or (weight.dtype is hidden.dtype and vocabulary % 8 == 0):
+        columns = vocabulary
+        w = weight.to(hidden.dtype).contiguous()
+    else:
+        w = hidden.new_empty((columns, width))
+        w[:vocabulary].copy_(weight)
+        w[vocabulary:].zero_()
+    if bias is None and forbidden is None and columns == vocabulary:
+        return w, None
+    b = hidden.new_zeros(columns)
+    if bias is not None:
+        b[:vocabulary].copy_(bias)
+    b[vocabulary:].fill_(-torch.inf)
+    if forbidden is not None:
+        b[forbidden : forbidden + 1].fill_(-torch.inf)
+    return w, b
+
+
+def run_slabs(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
+    forbidden: int | None, chunk_bytes: int, wanted: Wanted, backend: str,
+) -> Totals:  # fmt: skip
+    """Every slab. Arguments are linear_cross_entropy's; gradients are those of sum(token_weight * nll)."""
+    wide = accumulation_dtype(hidden)
+    count, (vocabulary, width) = target.shape[0], weight.shape
+    w, b = head_of(hidden, weight, bias, forbidden)
+    columns = w.shape[0]
+    multiple = PADDED if hidden.device.type == "cuda" else 16
+    step = rows_per_slab(chunk_bytes, columns, hidden.element_size(), count, multiple=multiple)
+    exact = {"hidden": None, "weight": None} if wide is hidden.dtype else {"weight": w}
+
+    statistics = count if wanted.statistics else 0
+    out = Totals(
+        nll=hidden.new_empty(count, dtype=wide),
+        max_probability=hidden.new_empty(statistics, dtype=wide),
+        entropy=hidden.new_empty(statistics, dtype=wide),
+        hidden=hidden.new_empty((count if wanted.hidden else 0, width)),
+        weight=hidden.new_empty((columns if wanted.weight else 0, width), dtype=wide),
+        bias=hidden.new_zeros(columns if wanted.bias else 0, dtype=wide),
+    )
+    if count == 0:
+        out.weight.zero_()
+    if token_weight is not None:
+        token_weight = token_weight.to(wide).contiguous()
+    slab = hidden.new_empty((min(step, count), columns))
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        x = hidden[part] if rows is None else hidden.index_select(0, rows[part])
+        scale = None if token_weight is None else token_weight[part]
+        if scale is not None:  # an infinite or NaN row of weight 0 must not leak through 0 * inf in the product that makes dW
+            x = torch.where(scale[:, None] == 0, 0.0, x)
+        x = x.contiguous()
+        z = slab[: x.shape[0]]
+        if b is None:
+            torch.mm(x, w.t(), out=z)
+        else:
+            torch.addmm(b, x, w.t(), out=z)
+        cross_entropy_(
+            z, target[part].contiguous(), scale, x if exact["weight"] is not None else None, exact["weight"], b, wanted.gradient,
+            out.nll[part], out.max_probability[part] if wanted.statistics else None,
+            out.entropy[part] if wanted.statistics else None, out.bias if wanted.bias else None, backend,
+        )  # fmt: skip
+        if wanted.hidden:
+            torch.mm(z, w, out=out.hidden[part])
+        if wanted.weight:
+            _add_product(out.weight, z, x, first=start == 0)
+    out.weight, out.bias = out.weight[:vocabulary], out.bias[:vocabulary]
+    return out
+
+
+def _add_product(total: Tensor, z: Tensor, x: Tensor, *, first: bool) -> None:
+    """total += z^T x, in total's dtype; the first slab writes instead."""
+    if z.dtype is total.dtype:
+        torch.addmm(total, z.t(), x, beta=0 if first else 1, out=total)
+    elif z.device.type == "cuda":  # bf16 products summed in fp32 and kept so: no temporary, no cast
+        torch.addmm(total, z.t(), x, out_dtype=total.dtype, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(torch.mm(z.t(), x))
+    else:
+        total.add_(torch.mm(z.t(), x))

@@ -1,0 +1,217 @@
+// The row pass of linear_cross_entropy on the CPU: a slab of logits becomes its own gradient in place. A row is taken in blocks that
+// stay in the first-level cache: once to find the block's largest logit and its exponentials relative to that, and once more, when
+// the row's sum is known, to scale them. Rows go to threads in tasks that depend on their number alone, so that the bias's gradient
+// is the same bits for any number of threads.
+
+#include "cross_entropy.h"
+
+#include "cross_entropy_op.h"
+
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <vector>
+
+// One function body for three instruction sets, chosen when the library loads. The loops are written for the compiler to vectorise;
+// `omp simd reduction` (-fopenmp-simd) lets it reorder the sums it names and nothing else.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define ATAT_FAST_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define ATAT_FAST_VECTORISED
+#endif
+
+namespace atat_fast {
+namespace {
+
+constexpr int64_t kBlock = 1024;
+constexpr int64_t kRowsPerTask = 16;
+constexpr int64_t kMostTasks = 32;
+
+// e^x for x <= 0 to about one unit in the last place, with exact 0 below the smallest normal number and for -inf; NaN stays NaN.
+// Cephes' expf: x = n ln 2 + r, a polynomial in r, and n put into the exponent. Adding 1.5 * 2^23 rounds to an integer and leaves
+// it in the low bits.
+ATAT_FAST_INLINE float exp_of_negative(float x) {
+  const float clamped = x < -87.0f ? -87.0f : x;
+  const float shifted = clamped * 1.44269504f + 12582912.0f;
+  const float n = shifted - 12582912.0f;
+  const float r = (clamped - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.0f;
+  uint32_t bits;
+  memcpy(&bits, &shifted, sizeof(bits));
+  bits = (bits << 23) + 0x3F800000u;
+  float power;
+  memcpy(&power, &bits, sizeof(power));
+  return x < -87.0f ? 0.0f : p * power;
+}
+
+ATAT_FAST_INLINE float from_half(uint16_t half) {
+  const uint32_t bits = static_cast<uint32_t>(half) << 16;
+  float value;
+  memcpy(&value, &bits, sizeof(value));
+  return value;
+}
+
+// To the nearest bf16, ties to even. NaN keeps its high half, made quiet.
+ATAT_FAST_INLINE uint16_t to_half(float value) {
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof(bits));
+  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
+  return static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : rounded);
+}
+
+// Logits of one block to their exponentials relative to the largest of them, in place.
+ATAT_FAST_VECTORISED RowPart exponentials(float* z, int64_t count, bool moment) {
+  float largest = -INFINITY;
+#pragma omp simd reduction(max : largest)
+  for (int64_t i = 0; i < count; ++i) largest = z[i] > largest ? z[i] : largest;
+  const float base = largest == -INFINITY ? 0.0f : largest;
+  float sum = 0, moments = 0;
+  if (moment) {
+#pragma omp simd reduction(+ : sum, moments)
+    for (int64_t i = 0; i < count; ++i) {
+      const float x = z[i] - base, e = exp_of_negative(x);
+      z[i] = e;
+      sum += e;
+      moments += e * (x < -87.0f ? 0.0f : x);
+    }
+  } else {
+#pragma omp simd reduction(+ : sum)
+    for (int64_t i = 0; i < count; ++i) {
+      const float e = exp_of_negative(z[i] - base);
+      z[i] = e;
+      sum += e;
+    }
+  }
+  return {largest, sum, moments};
+}
+
+ATAT_FAST_VECTORISED void widen(float* out, const uint16_t* in, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = from_half(in[i]);
+}
+
+ATAT_FAST_VECTORISED void scale(float* out, float factor, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] *= factor;
+}
+
+ATAT_FAST_VECTORISED void narrow(uint16_t* out, const float* in, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) out[i] = to_half(in[i]);
+}
+
+ATAT_FAST_VECTORISED void add(float* sum, const float* term, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) sum[i] += term[i];
+}
+
+ATAT_FAST_VECTORISED float dot(const uint16_t* a, const uint16_t* b, int64_t count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += from_half(a[i]) * from_half(b[i]);
+  return sum;
+}
+
+// A row is worked on where it lies only if that is fp32 and becomes the gradient.
+bool in_place(const RowArguments& a) { return !a.half && a.gradient; }
+
+// Working memory of one thread: a row in fp32, and each block's part.
+struct Scratch {
+  explicit Scratch(const RowArguments& a) : row(in_place(a) ? 0 : a.columns), parts((a.columns + kBlock - 1) / kBlock) {}
+  std::vector<float> row;
+  std::vector<RowPart> parts;
+};
+
+// A bf16 logit is rounded, so the target's is computed again from the bf16 inputs.
+float target_logit(const RowArguments& a, int64_t i, int64_t target) {
+  if (!a.half) return static_cast<const float*>(a.logits)[i * a.stride + target];
+  if (a.hidden == nullptr) return from_half(static_cast<const uint16_t*>(a.logits)[i * a.stride + target]);
+  const float bias = a.bias == nullptr ? 0 : from_half(static_cast<const uint16_t*>(a.bias)[target]);
+  return bias + dot(static_cast<const uint16_t*>(a.hidden) + i * a.width, static_cast<const uint16_t*>(a.weight) + target * a.width,
+                    a.width);
+}
+
+void empty_row(const RowArguments& a, int64_t i) {
+  a.nll[i] = 0;
+  if (a.max_probability != nullptr) a.max_probability[i] = 0;
+  if (a.entropy != nullptr) a.entropy[i] = 0;
+  if (!a.gradient) return;
+  const int64_t size = a.half ? sizeof(uint16_t) : sizeof(float);
+  memset(static_cast<char*>(a.logits) + i * a.stride * size, 0, a.columns * size);
+}
+
+void one_row(const RowArguments& a, int64_t i, float* bias_gradient, Scratch& scratch) {
+  const float weight = a.token_weight == nullptr ? 1.0f : a.token_weight[i];
+  if (weight == 0) return empty_row(a, i);
+  auto* halves = static_cast<uint16_t*>(a.logits) + i * a.stride;
+  auto* floats = static_cast<float*>(a.logits) + i * a.stride;
+  float* row = in_place(a) ? floats : scratch.row.data();
+  const int64_t target = a.target[i];
+  const bool inside = target >= 0 && target < a.vocabulary;
+  const float at_target = inside ? target_logit(a, i, target) : NAN;
+  const int64_t target_block = inside ? target / kBlock : -1;
+
+  RowPart others = no_logits();
+  for (int64_t start = 0, k = 0; start < a.columns; start += kBlock, ++k) {
+    const int64_t count = std::min(kBlock, a.columns - start);
+    if (a.half) {
+      widen(row + start, halves + start, count);
+    } else if (!in_place(a)) {
+      std::copy_n(floats + start, count, row + start);
+    }
+    if (k == target_block) row[target] = -INFINITY;
+    scratch.parts[k] = exponentials(row + start, count, a.entropy != nullptr);
+    others = merge(others, scratch.parts[k]);
+  }
+
+  RowResult result = finish(others, inside ? at_target : -INFINITY, weight);
+  if (!inside) result.nll = NAN;
+  a.nll[i] = result.nll;
+  if (a.max_probability != nullptr) a.max_probability[i] = result.max_probability;
+  if (a.entropy != nullptr) a.entropy[i] = result.entropy;
+  if (!a.gradient) return;
+
+  for (int64_t start = 0, k = 0; start < a.columns; start += kBlock, ++k) {
+    const int64_t count = std::min(kBlock, a.columns - start);
+    const RowPart part = scratch.parts[k];
+    scale(row + start, part.sum == 0 ? 0.0f : result.scale * std::exp(part.largest - result.largest), count);
+    if (k == target_block) row[target] = result.at_target;
+    if (a.half) narrow(halves + start, row + start, count);
+    if (bias_gradient != nullptr) add(bias_gradient + start, row + start, count);
+  }
+}
+
+void cross_entropy_cpu(const RowArguments& a) {
+  if (a.rows == 0 || a.columns == 0) return;
+  const int64_t tasks = std::min(kMostTasks, (a.rows + kRowsPerTask - 1) / kRowsPerTask);
+  const bool sums = a.bias_gradient != nullptr && a.gradient;
+  std::vector<float> partial(sums ? tasks * a.columns : 0, 0.0f);
+  torch::stable::parallel_for(0, tasks, 1, [&](int64_t first, int64_t last) {
+    Scratch scratch(a);
+    for (int64_t task = first; task < last; ++task) {
+      float* own = sums ? partial.data() + task * a.columns : nullptr;
+      for (int64_t i = a.rows * task / tasks; i < a.rows * (task + 1) / tasks; ++i) one_row(a, i, own, scratch);
+    }
+  });
+  if (!sums) return;
+  torch::stable::parallel_for(0, (a.columns + kBlock - 1) / kBlock, 1, [&](int64_t first, int64_t last) {
+    const int64_t start = first * kBlock, count = std::min(last * kBlock, a.columns) - start;
+    for (int64_t task = 0; task < tasks; ++task) add(a.bias_gradient + start, partial.data() + task * a.columns + start, count);
+  });
+}
+
+void cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> token_weight, std::optional<Tensor> hidden,
+                   std::optional<Tensor> weight, std::optional<Tensor> bias, bool gradient, Tensor nll,
+                   std::optional<Tensor> max_probability, std::optional<Tensor> entropy, std::optional<Tensor> bias_gradient) {
+  const RowCall call(logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient);
+  cross_entropy_cpu(call.arguments);
+}
+
+}  // namespace
+}  // namespace atat_fast
+
+STABLE_TORCH_LIBRARY_IMPL(atat_fast_c, CPU, m) {
+  m.impl("cross_entropy_", TORCH_BOX(&atat_fast::cross_entropy));
+}
