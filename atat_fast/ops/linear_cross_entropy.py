@@ -161,7 +161,8 @@ def linear_cross_entropy_reference(
 
 def _sum(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, statistics: bool, backend: str,
+    forbidden: int | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, statistics: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     """Loss and what is known of each row, and where needed the gradients of the weighted sum."""
     wanted = Wanted(need_hidden, need_weight, need_bias, statistics)
@@ -173,7 +174,8 @@ def _sum(
 
 def _sum_fake(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, statistics: bool, backend: str,
+    forbidden: int | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, statistics: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
     out = _totals_fake(hidden, weight, target.shape[0], Wanted(need_hidden, need_weight, need_bias, statistics))
     loss = hidden.new_empty((), dtype=out.nll.dtype)

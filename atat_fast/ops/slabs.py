@@ -65,7 +65,8 @@ def rows_per_slab(chunk_bytes: int, vocabulary: int, element_size: int, count: i
     """
     most = max(multiple, chunk_bytes // max(1, vocabulary * element_size) // multiple * multiple)
     slabs = max(1, -(-count // most))
-    return max(1, -(--(-count // slabs) // multiple) * multiple)
+    equal = -(-count // slabs)
+    return max(1, -(-equal // multiple) * multiple)
 
 
 def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, forbidden: int | None) -> tuple[Tensor, Tensor | None]:
