@@ -64,6 +64,7 @@ if ON_GPU:
     SHAPES = [Shape(n, 768, v, share) for n in (8192, 32_768) for v in (30_522, 50_258) for share in (1.0, 0.5)]
 else:
     SHAPES = [Shape(4096, 256, 30_522, share) for share in (1.0, 0.5)]
+MEMORY_SHAPES = [Shape(8192 if ON_GPU else 1024, 768 if ON_GPU else 256, v, 0.5) for v in (4096, 8192, 30_522, 50_258, 131_072)]
 
 
 def plain_head(
@@ -198,6 +199,13 @@ def memory(shape: Shape, way: str) -> int | None:
     return sizes[1] - sizes[0]
 
 
+def memory_by_vocabulary() -> dict[str, Any]:
+    """Bytes of a call by way and vocabulary: the picture in docs/ops/linear_cross_entropy.md."""
+    names = ["mdlm", "eager", f"atat_fast {BACKENDS[0]}", f"atat_fast {BACKENDS[0]} low_memory"]
+    sizes = {name: [memory(shape, name) for shape in MEMORY_SHAPES] for name in names}
+    return {"n": MEMORY_SHAPES[0].n, "d": MEMORY_SHAPES[0].d, "v": [shape.v for shape in MEMORY_SHAPES], "bytes": sizes}
+
+
 @pytest.fixture(scope="module")
 def report() -> Iterator[list[dict[str, Any]]]:
     """Rows gathered by the tests; written when the last is done."""
@@ -208,6 +216,7 @@ def report() -> Iterator[list[dict[str, Any]]]:
             "benchmark": "linear_cross_entropy",
             "rounds": ROUNDS,
             "results": rows,
+            "memory_by_vocabulary": memory_by_vocabulary(),
             "peers": versions(),
             "missing": linear_cross_entropy_missing(DEVICE),
             "environment": environment(COMPUTE),
@@ -239,9 +248,8 @@ def test_linear_cross_entropy(report: list[dict[str, Any]], shape: Shape, capsys
     base = next(row["memory_bytes"] for row in rows if row["way"] == "mdlm")
     with capsys.disabled():
         print(f"\n\n{shape}, {COMPUTE.describe()}, {torch.get_num_threads()} threads, forward and backward")
-        print(
-            f"{'way':<28}{'ms':>10}{'25 %':>10}{'75 %':>10}{'x mdlm':>8}{'/ floor':>8}{'TFLOP/s':>9}{'MiB':>8}{'/ mdlm':>8}{'loss':>12}"
-        )
+        heads = f"{'x mdlm':>8}{'/ floor':>8}{'TFLOP/s':>9}{'MiB':>8}{'/ mdlm':>8}{'loss':>12}"
+        print(f"{'way':<28}{'ms':>10}{'25 %':>10}{'75 %':>10}{heads}")
         for row in rows:
             size = row["memory_bytes"]
             row["memory_over_mdlm"] = size / base if size is not None and base else None

@@ -1,15 +1,16 @@
-"""Redraw what the README says from the files in bench/results.
+"""Redraw what the README and the docs say from the files in bench/results.
 
     python bench/report.py                      rewrite the tables and pictures
-    python bench/report.py --check              exit 1 where README's tables are not what the files give
+    python bench/report.py --check              exit 1 where a table is not what the files give
     python bench/report.py --record runs/demo   first keep a run's settings, facts and metrics under bench/results
 
-Tables stand between <!-- NAME --> and <!-- /NAME --> in README.md. A table for a device appears when its files do.
+Tables stand between <!-- NAME --> and <!-- /NAME --> in their document. A table for a device appears when its files do.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
 import json
 import re
 import shutil
@@ -22,7 +23,8 @@ from atat_fast.training.figures import compact, duration, overview_png
 from atat_fast.training.run_reader import Run, curves_of, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS, README, IMAGES = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs" / "images"
+RESULTS, README, DOCS = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs"
+IMAGES = DOCS / "images"
 RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl")
 
 
@@ -60,21 +62,74 @@ def demo_table(run: Run) -> str:
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
 
 
-def tables() -> dict[str, str]:
-    """Every generated table by its name in the README."""
-    found: dict[str, str] = {"throughput": throughput_table(RESULTS)}
+def head_table(results: Path) -> str:
+    """linear_cross_entropy beside its peers, every device and shape."""
+    lines = [
+        "| device | shape | way | ms (quartiles) | against plain MDLM | over three bare products | memory |",
+        "|---|---|---|---|---|---|---|",
+    ]
+    for path in sorted(results.glob("*/linear_cross_entropy.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        facts, before = record["environment"], None
+        device = f"{facts['device']}, {facts['dtype']}"
+        for r in record["results"]:
+            s = r["shape"]
+            shape = f"N={s['n']:,}, D={s['d']}, V={s['v']:,}, {s['hidden']:.0%} hidden"
+            memory = "" if r["memory_bytes"] is None else f"{r['memory_bytes'] / (1 << 20):,.0f} MiB"
+            lines.append(
+                f"| {device} | {'' if shape == before else shape} | {r['way']} "
+                f"| {r['median_ms']:,.0f} ({r['low_ms']:,.0f} to {r['high_ms']:,.0f}) | {r['speedup_over_mdlm']:.2f}x "
+                f"| {r['over_three_products']:.2f}x | {memory} |"
+            )
+            device, before = "", shape
+    return "\n".join(lines)
+
+
+def head_memory_png(results: Path) -> bytes | None:
+    """Memory of one head call against the vocabulary, from the first device that has it; None without one."""
+    from matplotlib.figure import Figure
+
+    for path in sorted(results.glob("*/linear_cross_entropy.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record.get("memory_by_vocabulary")
+        if not found:
+            continue
+        figure = Figure(figsize=(6.4, 3.4), dpi=120, layout="constrained")
+        axes = figure.add_subplot()
+        for name, sizes in found["bytes"].items():
+            axes.plot(found["v"], [size / (1 << 20) for size in sizes], marker="o", markersize=3.5, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(found["v"], [f"{v:,}" for v in found["v"]])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_xlabel("vocabulary")
+        axes.set_ylabel("MiB a call adds, forward and backward")
+        facts = record["environment"]
+        axes.set_title(f"N={found['n']:,}, D={found['d']}, half hidden; {facts['device']}, {facts['dtype']}", fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, frameon=False)
+        picture = io.BytesIO()
+        figure.savefig(picture, metadata={"Software": None})
+        return picture.getvalue()
+    return None
+
+
+def tables() -> dict[Path, dict[str, str]]:
+    """Every generated table by its document and its name there."""
+    readme: dict[str, str] = {"throughput": throughput_table(RESULTS)}
     if (RESULTS / "cpu" / "demo" / "metrics.jsonl").is_file():
-        found["demo"] = demo_table(read_run(RESULTS / "cpu" / "demo"))
-    return found
+        readme["demo"] = demo_table(read_run(RESULTS / "cpu" / "demo"))
+    return {README: readme, DOCS / "ops" / "linear_cross_entropy.md": {"linear_cross_entropy": head_table(RESULTS)}}
 
 
-def rewrite(text: str, generated: dict[str, str]) -> str:
+def rewrite(text: str, generated: dict[str, str], name_of_document: str = "README.md") -> str:
     """`text` with each generated table in its place. Raises UsageError where a place is missing."""
     for name, table in generated.items():
         place = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, count = re.subn(place, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, count=1, flags=re.DOTALL)
         if not count:
-            raise UsageError(f"README.md has no <!-- {name} --> ... <!-- /{name} --> to write the table into")
+            raise UsageError(f"{name_of_document} has no <!-- {name} --> ... <!-- /{name} --> to write the table into")
     return text
 
 
@@ -90,23 +145,30 @@ def record(folder: Path) -> None:
 def main(arguments: list[str] | None = None) -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where README.md is out of step")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a document is out of step")
     parser.add_argument("--record", type=Path, help="a run folder of the demo preset to keep")
     args: Any = parser.parse_args(arguments)
     try:
         if args.record:
             record(args.record)
-        before = README.read_text(encoding="utf-8")
-        after = rewrite(before, tables())
-        if args.check:
+        stale = []
+        for document, generated in tables().items():
+            before = document.read_text(encoding="utf-8")
+            after = rewrite(before, generated, document.name)
             if before != after:
-                print("README.md is out of step with bench/results; run python bench/report.py", file=sys.stderr)
-            return int(before != after)
-        README.write_text(after, encoding="utf-8")
+                stale.append(document)
+                if not args.check:
+                    document.write_text(after, encoding="utf-8")
+        if args.check:
+            for document in stale:
+                print(f"{document.name} is out of step with bench/results; run python bench/report.py", file=sys.stderr)
+            return int(bool(stale))
+        IMAGES.mkdir(parents=True, exist_ok=True)
         demo = RESULTS / "cpu" / "demo"
         if demo.is_dir():
-            IMAGES.mkdir(parents=True, exist_ok=True)
             (IMAGES / "demo.png").write_bytes(overview_png(curves_of(read_run(demo))))
+        if (picture := head_memory_png(RESULTS)) is not None:
+            (IMAGES / "linear_cross_entropy_memory.png").write_bytes(picture)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

@@ -36,7 +36,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call in every round, each called once before. Rounds go through all calls, so that drift hits all alike."""
+    """Seconds of every call in every round, each called once before. A round goes through all calls, so drift hits all alike."""
     for call in calls.values():
         seconds(call, device)
     taken: dict[str, list[float]] = {name: [] for name in calls}

@@ -59,15 +59,15 @@ def resolve(config: TrainConfig) -> Compute:
     device = torch.device(wanted)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(config.dtype)
     if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" or cpu_has_amx() else torch.float32
+        dtype = torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bf16() else torch.float32
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
     return Compute(device, dtype, compiled)
 
 
-def cpu_has_amx() -> bool:
-    """Whether this CPU multiplies bf16 matrices in hardware; without it bf16 is slower than fp32."""
-    probe = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(probe is not None and probe())
+def cpu_multiplies_bf16() -> bool:
+    """Whether this CPU has instructions for bf16 products, AMX or AVX512-BF16; without them bf16 is slower than fp32."""
+    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(probe is not None and probe() for probe in probes)
 
 
 def device_name(device: torch.device) -> str:

@@ -9,7 +9,7 @@ import torch
 from atat_fast.config import Config
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, check_model, step_cost
-from atat_fast.ops.linear_cross_entropy import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU
+from atat_fast.ops.slabs import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU
 from atat_fast.training.device import Compute
 from atat_fast.training.optimizers import check_optim
 
