@@ -2,6 +2,17 @@
 
 ``atat_fast.ops`` holds the fused ops with plain PyTorch semantics; ``python -m atat_fast.train`` trains a model.
 Importing this package imports nothing else: torch comes with the module that needs it.
+``atat_fast.accelerate(model)`` puts the ops under the forward of an MDLM model that exists already.
 """
 
+from typing import Any
+
 __version__ = "0.1.0"
+
+
+def __getattr__(name: str) -> Any:
+    if name == "accelerate":
+        from atat_fast.models.accelerate import accelerate
+
+        return accelerate
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

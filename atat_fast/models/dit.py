@@ -137,6 +137,13 @@ class DiT(
         if not self.config.tie_embeddings:
             nn.init.zeros_(self.head.weight)
 
+    @classmethod
+    def from_mdlm(cls, source: Any, **overrides: Any) -> DiT:
+        """The model of an MDLM checkpoint: a path, a hub id or a state dict. See `atat_fast.models.mdlm.load_mdlm`."""
+        from atat_fast.models.mdlm import load_mdlm
+
+        return load_mdlm(source, kind=cls, **overrides)
+
     def conditioning(self, hidden_share: Tensor | None) -> Tensor:
         """The time embedding, [B, C], or [1, C] for a model that is not told the time (sigma is 0 for everyone then)."""
         if not self.time_conditioning:
