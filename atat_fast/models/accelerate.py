@@ -205,7 +205,9 @@ def masked_diffusion_loss(
     for name, value, known in (("masking", masking, ("exact", "bernoulli")), ("weighting", weighting, ("uniform", "ce"))):
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown; choose {' or '.join(known)}")
-    batch = tokens.shape[0]
+    batch, vocabulary = tokens.shape[0], cast(Any, trunk).vocab_embed.embedding.shape[0]
+    if not 0 <= mask_id < vocabulary:
+        raise ValueError(f"mask_id {mask_id} is outside the vocabulary of {vocabulary}")
     if sample_ids is None:
         sample_ids = torch.arange(first, first + batch, device=tokens.device)
     config = DiffusionConfig(masking=masking, weighting=weighting)  # type: ignore[arg-type]

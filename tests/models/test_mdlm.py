@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
 from atat_fast.models.mdlm import NAMES, ROTARY, names, to_mdlm_state_dict
+from atat_fast.models.mdlm_files import Absent
 
 HERE = Path(__file__).parent
 
@@ -92,7 +93,7 @@ def test_heads_come_from_the_rotary_buffer_or_the_width_or_the_caller(dit):
         DiT.from_mdlm(wide, heads=3)
     with pytest.raises(UsageError, match="does not divide into 0 heads"):
         DiT.from_mdlm(wide, heads=0)
-    with pytest.raises(UsageError, match="heads 4 contradicts the state dict, whose rotary_emb.inv_freq is that of 2 heads"):
+    with pytest.raises(UsageError, match=r"heads 4 contradicts the state dict, whose rotary_emb\.inv_freq is that of 2 heads"):
         DiT.from_mdlm(dit.state_dict(), heads=4)
     small = {name: value for name, value in dit.state_dict().items() if name != ROTARY}
     with pytest.raises(UsageError, match="width 16 does not divide into heads of 64; say how many there are with --heads"):
@@ -157,7 +158,7 @@ def test_an_average_that_does_not_fit_is_refused():
     checkpoint = whole.checkpoint()
     shadow = checkpoint["ema"]["shadow_params"]
     for change, message in (
-        (shadow[:-1], r"averages 34 parameters \(ema.shadow_params\) and has 35; take the weights themselves with --no_ema"),
+        (shadow[:-1], r"averages 39 parameters \(ema.shadow_params\) and has 40; take the weights themselves with --no_ema"),
         (
             [*shadow[1:], shadow[0]],
             "do not have the parameters' shapes: blocks.0.adaLN_modulation.bias .* more; take the weights",
@@ -227,7 +228,7 @@ def test_files_and_folders(tmp_path, dit):
         assert model.config.heads == 2  # the rotary buffer knows better than config.json
     assert DiT.from_mdlm(tmp_path / "a", length=5, time_conditioning=False).config.length == 5
     (tmp_path / "a" / "config.json").write_text(json.dumps({"model_length": "long"}))
-    with pytest.raises(UsageError, match="config.json says model_length is 'long', which is not of type int"):
+    with pytest.raises(UsageError, match=r"config\.json says model_length is 'long', which is not of type int"):
         DiT.from_mdlm(tmp_path / "a")
     (tmp_path / "empty").mkdir()
     with pytest.raises(UsageError, match=r"holds neither model.safetensors nor pytorch_model.bin"):
@@ -310,7 +311,7 @@ def test_settings_of_known_packages_are_read_as_nothing(tmp_path, monkeypatch, d
     model = DiT.from_mdlm(file)
     assert torch.equal(model.head.weight, dit.output_layer.linear.weight)
     assert not touched and "omegaconf" not in sys.modules
-    assert torch.serialization.get_safe_globals() == []
+    assert not any(isinstance(known, tuple) and known[0] is Absent for known in torch.serialization.get_safe_globals())
 
 
 def test_the_page_lists_the_names():
@@ -350,10 +351,8 @@ def test_the_door(tmp_path):
     model = DiT.from_pretrained(tmp_path / "ours", strict=True)
     torch.testing.assert_close(model.head(model.features(tokens)).view(2, 64, -1), want, rtol=1e-5, atol=1e-5)
 
-    again = door("last.ckpt", "ours", cwd=tmp_path)
-    assert again.returncode == 2 and again.stderr.count("\n") == 1 and "ours is already there" in again.stderr
-    back = door("ours", "back.safetensors", "--to", "mdlm", cwd=tmp_path)
-    assert back.returncode == 0, back.stderr
+    assert convert(tmp_path / "last.ckpt", tmp_path / "ours") == 2
+    assert convert(tmp_path / "ours", tmp_path / "back.safetensors", "--to", "mdlm") == 0
     tensors = load_file(tmp_path / "back.safetensors")
     assert all(torch.equal(tensors[name], value) for name, value in whole.backbone.state_dict().items())
     with safe_open(tmp_path / "back.safetensors", "pt") as opened:
@@ -395,7 +394,7 @@ def test_the_door_replaces_only_a_saved_model_and_only_when_asked(tmp_path, caps
         (["last.ckpt", "out", "--to", "mdlm"], "its name ends in .safetensors; got out"),
         (["last.ckpt", "last.ckpt", "--overwrite"], "last.ckpt holds more than a saved model"),
         (["last.ckpt", "out", "--heads", "3"], "heads 3 contradicts last.ckpt"),
-        (["last.ckpt", "out", "--head", "3"], "--head"),
+        (["last.ckpt", "out", "--haeds", "3"], "there is no setting --haeds (did you mean --heads?)"),
         (["last.ckpt", "out", "--mask_id", "99"], "mask_id 99 is outside the vocabulary of 13"),
         (["ours", "out", "--heads", "2"], "leave --heads out"),
         (["ours", "out", "--no_ema"], "--no_ema has nothing to choose"),

@@ -1,0 +1,422 @@
+"""accelerate: the same logits and gradients under the ops, the same parameters, and a way back."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import atat_fast
+from atat_fast.models.accelerate import accelerate, features, masked_diffusion_loss, restore, weighted_loss
+from atat_fast.models.mdlm import load_mdlm
+from atat_fast.ops.masking import mask_tokens
+
+
+def _plain():
+    spec = importlib.util.spec_from_file_location("plain_mdlm", Path(__file__).parent / "plain_mdlm.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["plain_mdlm"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+plain = _plain()
+SIGMA = torch.tensor([0.3, 2.0, 0.0])
+
+
+def ids(batch=3, length=9):
+    return torch.randint(0, plain.VOCABULARY, (batch, length))
+
+
+def pair(**options):
+    """A network and its accelerated copy."""
+    d = plain.filled(plain.DIT(**options))
+    return d, accelerate(copy.deepcopy(d))
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("options", [{}, {"layers": 1, "heads": 4}])
+def test_logits_are_the_same(told, options):
+    d = plain.filled(plain.DIT(**options))
+    tokens, sigma = ids(), SIGMA if told else torch.zeros(3)
+    want = d(tokens, sigma)
+    assert accelerate(d, time_conditioning=told) is d
+    torch.testing.assert_close(d(tokens, sigma), want, rtol=1e-5, atol=1e-5)
+    assert want.std() > 0.1
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("told", [False, True])
+def test_gradients_are_the_same(told, dtype):
+    d = plain.filled(plain.DIT()).to(dtype)
+    d.rotary_emb.float()  # as a model's buffers often stay
+    fast = accelerate(copy.deepcopy(d), time_conditioning=told)
+    tokens, sigma, upstream = ids(), SIGMA if told else torch.zeros(3), torch.randn(3, 9, plain.VOCABULARY, dtype=dtype)
+    want = torch.autograd.grad(d(tokens, sigma), list(d.parameters()), upstream)
+    got = torch.autograd.grad(fast(tokens, sigma), list(fast.parameters()), upstream)
+    tolerance = 1e-9 if dtype is torch.float64 else 1e-4
+    for (name, _), a, b in zip(d.named_parameters(), got, want, strict=True):
+        torch.testing.assert_close(
+            a, b, rtol=tolerance, atol=tolerance * float(b.abs().max()), msg=lambda m, name=name: f"{name}: {m}"
+        )
+
+
+def test_bf16_is_as_near_as_pytorchs_own():
+    d, fast = pair()
+    tokens = ids()
+    exact = copy.deepcopy(d).double()(tokens, SIGMA)
+    with torch.autocast("cpu", torch.bfloat16):
+        own, ours = d(tokens, SIGMA), fast(tokens, SIGMA)
+    assert ours.dtype is own.dtype is torch.bfloat16
+    error = lambda y: float((y.detach().double() - exact.detach()).norm() / exact.detach().norm())  # noqa: E731
+    assert error(ours) < 1.5 * error(own) < 0.1
+    low = copy.deepcopy(d).bfloat16()
+    low.rotary_emb.float()
+    assert error(accelerate(low)(tokens, SIGMA)) < 0.1
+
+
+def test_parameters_names_and_optimizers_stay():
+    d = plain.filled(plain.DIT())
+    optimizer = torch.optim.AdamW(d.parameters(), lr=1e-2)
+    parameters, state = list(d.parameters()), {k: v.clone() for k, v in d.state_dict().items()}
+    accelerate(d)
+    assert all(a is b for a, b in zip(parameters, d.parameters(), strict=True))
+    after = d.state_dict()
+    assert after.keys() == state.keys() and all(torch.equal(after[k], state[k]) for k in state)
+    tokens = torch.randint(0, plain.MASK, (4, 9))
+    losses = []
+    for _ in range(20):
+        loss = masked_diffusion_loss(d, tokens, mask_id=plain.MASK, seed=1, step=0)
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(float(loss.detach()))
+    assert losses[-1] < 0.8 * losses[0]
+
+
+def test_restore_gives_the_original_back_bit_for_bit():
+    d = plain.filled(plain.DIT())
+    before, tokens = dict(d.__dict__), ids()
+    want = d(tokens, SIGMA)
+    accelerate(d)
+    assert d.__dict__ != before
+    assert restore(d) is d and d.__dict__ == before
+    assert torch.equal(d(tokens, SIGMA), want)
+    with pytest.raises(ValueError, match="this DIT is not accelerated"):
+        restore(d)
+
+
+def test_a_wrapper_is_looked_through_and_says_whether_time_is_told():
+    for told in (False, True):
+        whole = plain.Diffusion(time_conditioning=told)
+        tokens = ids()
+        want = whole(tokens, SIGMA)
+        assert atat_fast.accelerate(whole) is whole
+        torch.testing.assert_close(whole(tokens, SIGMA), want, rtol=1e-5, atol=1e-5)
+        nonzero = whole.backbone(tokens, SIGMA)
+        assert torch.allclose(nonzero, whole.backbone(tokens, torch.zeros(3))) is not told
+        restore(whole)
+        assert torch.equal(whole(tokens, SIGMA), want)
+
+
+def test_the_hubs_classes_return_a_pair():
+    d = plain.filled(plain.Hub())
+    tokens = ids()
+    want, states = d(tokens, SIGMA, output_hidden_states=True)
+    accelerate(d)
+    logits, none = d(indices=tokens, sigma=SIGMA)
+    torch.testing.assert_close(logits, want, rtol=1e-5, atol=1e-5)
+    again, same = d(tokens, SIGMA, output_hidden_states=True)
+    assert none == [] and torch.equal(again, want) and len(same) == len(states) == plain.LAYERS
+
+
+def test_a_copy_is_accelerated_too_and_on_its_own():
+    d, fast = pair()
+    twin = copy.deepcopy(fast)
+    with torch.no_grad():
+        fast.output_layer.linear.bias.add_(1)
+    tokens = ids()
+    assert twin.forward.__self__ is twin and "forward" in twin.__dict__
+    torch.testing.assert_close(twin(tokens, SIGMA), d(tokens, SIGMA), rtol=1e-5, atol=1e-5)
+
+
+def test_accelerating_twice_takes_the_later_settings():
+    d, fast = pair()
+    tokens = ids()
+    accelerate(fast, time_conditioning=False)
+    torch.testing.assert_close(fast(tokens, SIGMA), d(tokens, torch.zeros(3)), rtol=1e-5, atol=1e-5)
+    restore(fast)
+    assert torch.equal(fast(tokens, SIGMA), d(tokens, SIGMA))
+
+
+def test_modules_are_called_so_that_their_hooks_and_adapters_work():
+    _, fast = pair()
+    called = []
+    for block in fast.blocks:
+        block.attn_qkv.register_forward_hook(lambda m, i, o: called.append("qkv"))
+        block.mlp.register_forward_hook(lambda m, i, o: called.append("mlp"))
+    fast(ids(), SIGMA)
+    assert called == ["qkv", "mlp"] * plain.LAYERS
+
+
+@pytest.mark.parametrize("told", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_one_graph(told):
+    d = plain.filled(plain.DIT(layers=2, dropout=0.25)).eval()
+    accelerate(d, time_conditioning=told)
+    tokens = torch.randint(0, plain.MASK, (3, 9))
+    compiled = torch.compile(d, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(compiled(tokens, SIGMA), d(tokens, SIGMA))
+    noisy, rows, weights = hidden(tokens, [2, 0, 9])
+    arguments = (d, noisy, rows, tokens.flatten()[rows], weights, SIGMA)
+    loss = torch.compile(weighted_loss, fullgraph=True, backend="aot_eager")(*arguments, mask_id=plain.MASK)
+    torch.testing.assert_close(loss, weighted_loss(*arguments, mask_id=plain.MASK))
+    if told:  # training mode as well: the seed of dropout is drawn inside the graph
+        d.train()
+        torch.manual_seed(3)
+        one, two = compiled(tokens, SIGMA), compiled(tokens, SIGMA)
+        assert one.isfinite().all() and not torch.allclose(one, two)
+
+
+@pytest.mark.slow
+def test_the_whole_loss_may_be_compiled_too():
+    """Masking stays outside the graphs; the network and the head are in them."""
+    d, fast = pair(layers=2)
+    tokens = torch.randint(0, plain.MASK, (4, 9))
+    compiled = torch.compile(masked_diffusion_loss, backend="aot_eager")
+    for step in range(2):
+        got = compiled(fast, tokens, mask_id=plain.MASK, seed=1, step=step)
+        torch.testing.assert_close(got, masked_diffusion_loss(fast, tokens, mask_id=plain.MASK, seed=1, step=step))
+    got.backward()
+    assert all(p.grad is not None for p in fast.parameters()) and all(p.grad is None for p in d.parameters())
+
+
+def hidden(tokens, counts, seed=5, step=7, weighting="uniform"):
+    return mask_tokens(
+        tokens, counts, mask_id=plain.MASK, seed=seed, step=step, sample_ids=torch.arange(len(tokens)), weighting=weighting
+    )
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("counts", [[4, 1, 9], [0, 3, 0], [0, 0, 0], [9, 9, 9]])
+def test_the_loss_is_subs_by_hand_and_so_are_its_gradients(counts, told):
+    d = plain.filled(plain.DIT())
+    fast = accelerate(copy.deepcopy(d), time_conditioning=told)
+    tokens = torch.randint(0, plain.MASK, (3, 9))
+    noisy, rows, weights = hidden(tokens, counts)
+    sigma = SIGMA if told else torch.zeros(3)
+    weight = torch.zeros(27).index_put((rows,), weights).view(3, 9)
+    want = plain.subs_loss(d, tokens, noisy, weight, sigma)
+    got = weighted_loss(fast, noisy, rows, tokens.flatten()[rows], weights, sigma, mask_id=plain.MASK) / 27
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    assert (want > 0) == (sum(counts) > 0)
+    ours = torch.autograd.grad(got, list(fast.parameters()))
+    theirs = torch.autograd.grad(want, list(d.parameters()))
+    for (name, _), a, b in zip(d.named_parameters(), ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
+
+
+@pytest.mark.parametrize("told", [False, True])
+def test_rows_are_those_rows_of_all(told):
+    _, fast = pair()
+    accelerate(fast, time_conditioning=told)
+    tokens, rows = ids(), torch.tensor([1, 4, 5, 26, 0, 0])
+    torch.testing.assert_close(features(fast, tokens, SIGMA, rows), features(fast, tokens, SIGMA)[rows], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("told", [False, True])
+@pytest.mark.parametrize("masking", ["exact", "bernoulli"])
+@pytest.mark.parametrize("weighting", ["uniform", "ce"])
+def test_masked_diffusion_loss_is_our_own_trainers(told, masking, weighting):
+    """The same network through DiT, masked as the trainer masks it."""
+    from atat_fast.config import DiffusionConfig
+    from atat_fast.diffusion.masking import hide_for_training
+
+    d, fast = pair()
+    accelerate(fast, time_conditioning=told)
+    ours = load_mdlm(d.state_dict(), time_conditioning=told, dropout=0.0)
+    tokens, samples = torch.randint(0, plain.MASK, (4, 9)), torch.tensor([10, 3, 5, 8])
+    slots = {"first": 4, "total": 8, "seed": 11, "step": 6}
+    masked = hide_for_training(
+        tokens, DiffusionConfig(masking=masking, weighting=weighting), mask_id=plain.MASK, sample_ids=samples, **slots
+    )
+    share = masked.hidden_share.clamp(max=0.999)
+    want = ours(masked.noisy, masked.rows, masked.target, masked.weights, share)[0] / tokens.numel()
+    got = masked_diffusion_loss(
+        fast, tokens, mask_id=plain.MASK, sample_ids=samples, masking=masking, weighting=weighting, **slots
+    )
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-6)
+    again = masked_diffusion_loss(fast, tokens, mask_id=plain.MASK, seed=11, step=6, first=10)
+    sliced = masked_diffusion_loss(fast, tokens, mask_id=plain.MASK, seed=11, step=6, first=10, sample_ids=torch.arange(10, 14))
+    assert torch.equal(again, sliced)
+
+
+def test_the_bound_averages_to_the_bound():
+    """For a model that says log V always (less the mask) the loss is log(V - 1) a token on average, whatever is hidden."""
+    d = plain.DIT()
+    accelerate(d)
+    tokens = torch.randint(0, plain.MASK, (64, 9))
+    losses = [masked_diffusion_loss(d, tokens, mask_id=plain.MASK, seed=1, step=step) for step in range(20)]
+    # k = 0, one time in ten, gives 0, and the others (L + 1) / L of it on average: together log(V - 1)
+    assert float(torch.stack(losses).mean()) == pytest.approx(float(torch.log(torch.tensor(plain.MASK))), rel=0.02)
+
+
+def test_dropout_is_torchs_rate_and_repeats_with_torchs_seed():
+    d, fast = pair(dropout=0.5)
+    tokens = ids()
+    plain_logits = fast.eval()(tokens, SIGMA)
+    torch.testing.assert_close(plain_logits, d.eval()(tokens, SIGMA), rtol=1e-5, atol=1e-5)
+    fast.train()
+    draws = []
+    for seed in (1, 2, 1):
+        torch.manual_seed(seed)
+        draws.append(fast(tokens, SIGMA))
+        draws.append(fast(tokens, SIGMA))
+    assert torch.equal(draws[0], draws[4]) and torch.equal(draws[1], draws[5])
+    assert not torch.equal(draws[0], draws[1]) and not torch.equal(draws[0], draws[2])
+    fast.blocks.eval()
+    torch.testing.assert_close(fast(tokens, SIGMA), plain_logits)
+    state = torch.random.get_rng_state()
+    fast.eval()(tokens, SIGMA)
+    assert torch.equal(state, torch.random.get_rng_state())
+
+
+def test_dropout_has_the_originals_law():
+    """Over many draws the logits of a one-block network have the original's mean and spread; a Dropout module counts too."""
+    d = plain.filled(plain.DIT(dropout=0.4, layers=1)).train()
+    tokens, sigma = ids(1, 5).expand(400, -1), torch.zeros(400)
+    with torch.no_grad():
+        want = d(tokens, sigma)
+        accelerate(d)
+        got = d(tokens, sigma)
+        d.blocks[0].dropout = nn.Dropout(0.4)
+        module = d(tokens, sigma)
+    for y in (got, module):
+        assert float((y.std(0) / want.std(0)).mean()) == pytest.approx(1, abs=0.05)
+        assert float(((y.mean(0) - want.mean(0)) / want.std(0)).abs().mean()) < 0.15
+
+
+def test_accelerating_leaves_no_trace_in_random_numbers_or_modes():
+    d = plain.DIT(dropout=0.1).train()
+    d.blocks[1].eval()
+    state, modes = torch.random.get_rng_state(), [m.training for m in d.modules()]
+    accelerate(d)
+    assert torch.equal(state, torch.random.get_rng_state()) and modes == [m.training for m in d.modules()]
+    assert all(p.grad is None for p in d.parameters()) and not d.output_layer.linear.weight.any()
+
+
+class WithoutRotary(nn.Module):
+    def __init__(self):
+        super().__init__()
+        d = plain.DIT()
+        self.vocab_embed, self.sigma_map, self.blocks, self.output_layer = d.vocab_embed, d.sigma_map, d.blocks, d.output_layer
+
+
+class Causal(plain.DIT):
+    def forward(self, indices, sigma):
+        return torch.cumsum(super().forward(indices, sigma), 1)
+
+
+class Scaled(plain.DIT):
+    """SEDD's: the same parts, but scores that depend on sigma and vanish at the token itself."""
+
+    def forward(self, indices, sigma):
+        logits = super().forward(indices, sigma) - torch.expm1(sigma.clamp(min=1e-3)).log()[:, None, None]
+        return logits.scatter(-1, indices[..., None], 0)
+
+
+class OtherArguments(plain.DIT):
+    def forward(self, indices, sigma, sample_mode=False):
+        return super().forward(indices, sigma)
+
+
+class Fails(plain.DIT):
+    def forward(self, indices, sigma):
+        raise RuntimeError("FlashAttention only supports CUDA")
+
+
+def edited(change):
+    d = plain.DIT()
+    change(d)
+    return d
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (
+            lambda: nn.Linear(2, 2),
+            "Linear is not built as MDLM's network: it has no vocab_embed.embedding, sigma_map, .* and 1 more",
+        ),
+        (WithoutRotary, r"it has no rotary_emb\.inv_freq$"),
+        (lambda: edited(lambda d: delattr(d.blocks[1], "norm2")), r"it has no blocks\[1\]\.norm2\.weight$"),
+        (lambda: edited(lambda d: setattr(d, "blocks", nn.ModuleList())), r"it has no blocks\[0\]$"),
+        (lambda: edited(lambda d: setattr(d.blocks[0], "n_heads", 4)), r"its width 16 is not n_heads \[2, 4\] times twice the 4"),
+        (lambda: edited(lambda d: setattr(d.blocks[0], "norm1", nn.LayerNorm(16))), r"blocks\[0\]\.norm1 has a bias"),
+        (lambda: edited(lambda d: d.blocks[2].register_forward_hook(print)), r"blocks\[2\] has hooks, which would not be called"),
+        (OtherArguments, r"its forward takes \(indices, sigma, sample_mode\), not \(indices, sigma\)"),
+        (Causal, "has the parts of MDLM's network but computes something else: its logits differ by"),
+        (Scaled, "computes something else"),
+        (Fails, r"cannot be run on cpu .*FlashAttention only supports CUDA.*move it to where it runs first, or pass check=False"),
+        (lambda: torch.compile(plain.DIT()), "already compiled; accelerate it first"),
+        (lambda: edited(lambda d: d.__dict__.__setitem__("forward", print)), "has been replaced by something else"),
+    ],
+)
+def test_what_is_not_recognised_is_refused_and_left_alone(model, message):
+    m = model()
+    before = dict(m.__dict__)
+    with pytest.raises(ValueError, match=message):
+        accelerate(m)
+    assert m.__dict__ == before
+    with pytest.raises(ValueError, match="is not accelerated; call accelerate"):
+        masked_diffusion_loss(m, ids(), mask_id=plain.MASK, seed=1, step=0)
+
+
+def test_the_comparison_can_be_left_out():
+    m = accelerate(Fails(), check=False)
+    assert m(ids(), SIGMA).shape == (3, 9, plain.VOCABULARY)
+    with pytest.raises(RuntimeError, match="FlashAttention"):
+        restore(m)(ids(), SIGMA)
+
+
+def test_bad_arguments_of_the_loss():
+    _, fast = pair()
+    tokens = torch.randint(0, plain.MASK, (2, 4))
+    for change, message in (
+        ({"masking": "none"}, "masking 'none' is unknown; choose exact or bernoulli"),
+        ({"weighting": "order"}, "weighting 'order' is unknown; choose uniform or ce"),
+        ({"sample_ids": torch.arange(3)}, "sample_ids must have shape"),
+        ({"mask_id": 99}, "mask_id 99 is outside the vocabulary of 13"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            masked_diffusion_loss(fast, tokens, **({"mask_id": plain.MASK, "seed": 1, "step": 0} | change))
+    with pytest.raises(ValueError, match="has the forbidden id 12"):
+        masked_diffusion_loss(fast, torch.full((4, 9), plain.MASK), mask_id=plain.MASK, seed=1, step=0)
+    with pytest.raises(ValueError, match="returns no hidden states"):
+        fast(tokens, SIGMA[:2], output_hidden_states=True)
+
+
+def test_the_networks_own_eps_is_kept():
+    d = plain.filled(plain.DIT(layers=1))
+    for holder, name in ((d.blocks[0], "norm1"), (d.blocks[0], "norm2"), (d.output_layer, "norm_final")):
+        norm = nn.LayerNorm(16, eps=0.5, bias=False)
+        norm.weight = getattr(holder, name).weight
+        setattr(holder, name, norm)
+    tokens = ids()
+    want = d(tokens, SIGMA)
+    torch.testing.assert_close(accelerate(d)(tokens, SIGMA), want, rtol=1e-5, atol=1e-5)
+
+
+def test_a_wrong_sketch_of_the_network_is_seen():
+    """The plain network here is itself checked: one wrong turn of the rotation, and its logits are others."""
+    d = plain.filled(plain.DIT())
+    tokens = ids()
+    want = d(tokens, SIGMA)
+    d.rotary_emb.inv_freq.mul_(-1)
+    assert not torch.allclose(d(tokens, SIGMA), want, atol=1e-3)
+    assert F.mse_loss(accelerate(d)(tokens, SIGMA), d(tokens, SIGMA)) < 1e-10
