@@ -98,7 +98,7 @@ def to_mdlm_state_dict(model: DiT) -> dict[str, Tensor]:
             raise UsageError(
                 f"this model has {option} {value}, which MDLM's network does not; only {option} {plain} can go there"
             )
-    state = model.state_dict()
+    state = by_block(model.state_dict(), config.layers, config.dim)
     tensors = {published: state[ours].detach().clone().contiguous() for published, ours in names(config.layers).items()}
     tensors[ROTARY] = rotary_frequencies(config.dim // config.heads)
     return tensors
@@ -107,6 +107,21 @@ def to_mdlm_state_dict(model: DiT) -> dict[str, Tensor]:
 def names(layers: int) -> dict[str, str]:
     """Published name to our name, for a model of `layers` blocks, in the order of MDLM's parameters."""
     return {published: ours for published, ours, _ in _rows(layers)}
+
+
+def by_block(state: Mapping[str, Tensor], layers: int, width: int) -> dict[str, Tensor]:
+    """A state dict with one modulation table for each block and one for the final norm, as NAMES has it.
+
+    Where they are kept as one, `modulation`, its rows are those of the blocks in order and then the final norm's.
+    """
+    named = dict(state)
+    for what in ("weight", "bias"):
+        packed = named.pop(f"modulation.{what}", None)
+        if packed is not None:
+            *blocks, final = packed.split([6 * width] * layers + [2 * width])
+            named |= {f"blocks.{i}.modulation.{what}": table for i, table in enumerate(blocks)}
+            named[f"final_modulation.{what}"] = final
+    return named
 
 
 def rotary_frequencies(head_size: int) -> Tensor:

@@ -428,3 +428,40 @@ def test_a_disk_that_refuses_leaves_what_was_there(tmp_path, monkeypatch, capsys
     assert "No space left on device" in capsys.readouterr().err
     assert (ours / "model.safetensors").read_bytes() == before
     assert sorted(f.name for f in tmp_path.iterdir()) == ["last.ckpt", "ours"]
+
+
+def test_the_hubs_cache_serves_without_a_network(tmp_path, monkeypatch, dit):
+    import huggingface_hub
+
+    commit = "0123456789abcdef0123456789abcdef01234567"
+    folder = tmp_path / "models--somebody--mdlm"
+    snapshot = folder / "snapshots" / commit
+    snapshot.mkdir(parents=True)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    save_file({f"backbone.{name}": value for name, value in dit.state_dict().items()}, snapshot / "model.safetensors")
+    (snapshot / "config.json").write_text(json.dumps({"model_length": 33, "cond_dim": 8}))
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    model = DiT.from_mdlm("somebody/mdlm")
+    assert model.config.length == 33 and torch.equal(model.head.weight, dit.output_layer.linear.weight)
+
+
+def test_a_run_goes_to_mdlm_or_to_a_folder(tmp_path, capsys):
+    from atat_fast.config import from_dict
+    from atat_fast.data import make_tokenizer
+    from atat_fast.training import checkpoint
+
+    tokenizer = make_tokenizer("bytes")
+    size = {"dim": 16, "layers": 2, "heads": 2, "length": 12, "conditioning_dim": 8, "time_conditioning": True}
+    raw, averaged = (plain.filled(DiT(tokenizer.model_vocab_size, tokenizer.mask_id, **size)) for _ in range(2))
+    tensors = {checkpoint.WEIGHTS: dict(raw.named_parameters()), checkpoint.EMA: dict(averaged.named_parameters())}
+    checkpoint.save(tmp_path / "run", 3, from_dict({"model": size}), tensors, tokenizer, {})
+    file, folder = tmp_path / "out.safetensors", tmp_path / "out"
+    assert convert(tmp_path / "run", file, "--to", "mdlm") == convert(tmp_path / "run", folder, "--no_ema") == 0
+    assert "step 3 of a run, averaged weights" in capsys.readouterr().out
+    back = DiT.from_mdlm(file)
+    assert back.mask_id == tokenizer.mask_id and back.config == averaged.config
+    assert all(torch.equal(a, b) for a, b in zip(back.parameters(), averaged.parameters(), strict=True))
+    assert torch.equal(DiT.from_pretrained(folder).head.weight, raw.head.weight)
+    assert convert(tmp_path / "run", tmp_path / "other", "--length", "5") == 2
+    assert "is a run and says itself what it is; leave --length out" in capsys.readouterr().err
