@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
-from atat_fast.models.mdlm import NAMES, ROTARY, names, to_mdlm_state_dict
+from atat_fast.models.mdlm import NAMES, ROTARY, by_block, names, to_mdlm_state_dict
 from atat_fast.models.mdlm_files import Absent
 
 HERE = Path(__file__).parent
@@ -80,8 +80,19 @@ def test_ours_goes_out_and_comes_back():
 )
 def test_prefixes_do_not_matter(dit, prefix):
     state = {prefix + name: value for name, value in dit.state_dict().items()}
-    got = DiT.from_mdlm(state).state_dict()
-    assert all(torch.equal(got[ours], dit.state_dict()[published]) for published, ours in names(plain.LAYERS).items())
+    got = to_mdlm_state_dict(DiT.from_mdlm(state))
+    assert all(torch.equal(got[published], dit.state_dict()[published]) for published in names(plain.LAYERS))
+
+
+def test_modulation_kept_as_one_table_is_taken_apart(dit):
+    ours = {names(plain.LAYERS)[name]: value for name, value in dit.state_dict().items() if name != ROTARY}
+    packed = dict(ours)
+    for what in ("weight", "bias"):
+        parts = [f"blocks.{i}.modulation.{what}" for i in range(plain.LAYERS)] + [f"final_modulation.{what}"]
+        packed[f"modulation.{what}"] = torch.cat([packed.pop(part) for part in parts])
+    for state in (packed, ours):
+        apart = by_block(state, plain.LAYERS, plain.WIDTH)
+        assert apart.keys() == ours.keys() and all(torch.equal(apart[name], ours[name]) for name in ours)
 
 
 def test_heads_come_from_the_rotary_buffer_or_the_width_or_the_caller(dit):
@@ -142,12 +153,12 @@ def test_a_lightning_checkpoint_gives_its_average_or_its_weights(tmp_path):
     whole.update()
     file = tmp_path / "last.ckpt"
     torch.save(whole.checkpoint() | {"state_dict": whole.state_dict() | {"noise.sigmas": torch.ones(2)}}, file)
-    averaged, raw = DiT.from_mdlm(file).state_dict(), DiT.from_mdlm(str(file), ema=False).state_dict()
-    order = names(plain.LAYERS)
-    assert list(order) == [name for name, _ in whole.backbone.named_parameters()]
-    for (published, ours), shadow in zip(order.items(), whole.shadow_params, strict=True):
-        assert torch.equal(averaged[ours], shadow)
-        assert torch.equal(raw[ours], whole.backbone.state_dict()[published]) and not torch.equal(raw[ours], shadow)
+    averaged, raw = (to_mdlm_state_dict(DiT.from_mdlm(source, ema=ema)) for source, ema in ((file, True), (str(file), False)))
+    order = list(names(plain.LAYERS))
+    assert order == [name for name, _ in whole.backbone.named_parameters()]
+    for name, shadow in zip(order, whole.shadow_params, strict=True):
+        assert torch.equal(averaged[name], shadow)
+        assert torch.equal(raw[name], whole.backbone.state_dict()[name]) and not torch.equal(raw[name], shadow)
     checkpoint = whole.checkpoint()
     del checkpoint["ema"]
     assert torch.equal(DiT.from_mdlm(checkpoint).head.weight, whole.backbone.output_layer.linear.weight)
