@@ -62,11 +62,12 @@ ATAT_FAST_INLINE RowResult finish(RowPart others, float at_target, float weight)
   const float largest = first ? at_target : others.largest;
   const RowPart rest = rebase(others, largest);
   const float own = expf(at_target - largest), total = rest.sum + own;
+  const float log_total = first ? log1pf(rest.sum) : logf(total);
   RowResult result;
-  result.nll = first ? log1pf(rest.sum) : logf(total) + (largest - at_target);
+  result.nll = log_total + (largest - at_target);  // an infinite largest makes this NaN, as it makes everything else
   result.max_probability = 1 / total;
   const float own_moment = own > 0 ? own * (at_target - largest) : 0;
-  const float entropy = logf(total) - (rest.moment + own_moment) / total;
+  const float entropy = log_total - (rest.moment + own_moment) / total;
   result.entropy = entropy < 0 ? 0 : entropy;
   result.largest = largest;
   result.scale = weight / total;

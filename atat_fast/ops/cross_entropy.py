@@ -69,9 +69,9 @@ def cross_entropy_reference(
     z.sub_(largest[:, None])
     moment = None if entropy is None else (z.exp() * z.clamp(min=-1e4)).sum(1)  # e^z z goes to 0 where z goes to -inf
     z.exp_()
-    own, rest = (at_target - largest).exp(), z.sum(1)  # own is 1 where the target is the largest, NaN where that is infinite
+    own, rest = (at_target - largest).exp(), z.sum(1)
     total = rest + own
-    log_total = torch.where(at_target >= of_others, (rest * own).log1p(), total.log())
+    log_total = torch.where(at_target >= of_others, rest.log1p(), total.log())
 
     empty = torch.zeros_like(inside) if token_weight is None else token_weight == 0
     losses = torch.where(inside, log_total + (largest - at_target), torch.nan)
