@@ -67,15 +67,65 @@ def masking() -> Iterator[Triton]:
             )  # fmt: skip
 
 
+def cross_entropy() -> Iterator[Triton]:
+    """Rows of fp32 and bf16, with and without what is optional, aligned and odd; and the column sums."""
+    from atat_fast.kernels.cross_entropy import configuration
+
+    def types(dtype: str) -> dict[str, str]:
+        return {
+            "Logits": dtype, "Target": "*i64", "TokenWeight": "*fp32", "Hidden": dtype, "Weight": dtype, "Bias": dtype,
+            "Nll": "*fp32", "MaxProbability": "*fp32", "Entropy": "*fp32", "columns": "i32", "stride": "i32", "width": "i32",
+            "vocabulary": "i32",
+        }  # fmt: skip
+
+    recomputed, reported = ("Hidden", "Weight", "Bias"), ("MaxProbability", "Entropy")
+    for name, dtype, columns, gradient, absent, divisible in (
+        ("bf16/gradient", "*bf16", 50_304, True, ("TokenWeight",), True),
+        ("bf16/gradient-weighted", "*bf16", 50_304, True, (), True),
+        ("bf16/gradient-weighted-stored-odd", "*bf16", 50_257, True, (*recomputed, *reported), False),
+        ("bf16/gradient-weighted-short", "*bf16", 384, True, (), True),
+        ("bf16/loss", "*bf16", 50_304, False, ("TokenWeight", *reported), True),
+        ("bf16/loss-weighted", "*bf16", 50_304, False, (), True),
+        ("fp32/gradient", "*fp32", 50_304, True, ("TokenWeight", *recomputed), True),
+        ("fp32/gradient-weighted", "*fp32", 50_304, True, (), True),
+        ("fp32/gradient-weighted-stored-odd", "*fp32", 50_257, True, (*recomputed, *reported), False),
+        ("fp32/loss", "*fp32", 50_304, False, ("TokenWeight", *reported), True),
+        ("fp32/loss-weighted", "*fp32", 50_304, False, recomputed, True),
+    ):  # fmt: skip
+        sizes = configuration(columns, 768)
+        options = {"num_warps": sizes.pop("num_warps")}
+        here = {n: t for n, t in types(dtype).items() if n not in absent}
+        constants = sizes | {"GRADIENT": gradient} | dict.fromkeys(absent)
+        yield Triton(
+            f"cross_entropy/{name}", "cross_entropy", "_cross_entropy_kernel", here, constants, options,
+            divisible=("columns", "stride", "width") if divisible else (),
+        )  # fmt: skip
+
+    sums = {"Sums": "*fp32", "rows": "i32", "columns": "i32", "stride": "i32", "rows_of_split": "i32"}
+    for dtype in ("bf16", "fp32"):
+        for add, divisible in ((False, ("columns", "stride")), (True, ())):
+            yield Triton(
+                f"cross_entropy/columns/{dtype}{'-add-odd' if add else ''}", "cross_entropy", "_column_sum_kernel",
+                {"Gradient": f"*{dtype}"} | sums, {"ADD": add, "BLOCK_M": 16, "BLOCK_N": 256}, {"num_warps": 4}, divisible,
+            )  # fmt: skip
+    types_of_last = {"BiasGradient": "*fp32", "Sums": "*fp32", "columns": "i32", "splits": "i32"}
+    yield Triton(
+        "cross_entropy/columns/last", "cross_entropy", "_add_column_sums_kernel", types_of_last, {"BLOCK": 1024},
+        {"num_warps": 4}, ("columns",),
+    )  # fmt: skip
+
+
 def philox() -> Iterator[Triton]:
     """The words alone."""
     types = {"Out": "*i64", "Index": "*i64", "Seed": "*i64", "Step": "*i64", "stream": "i32", "N": "i32"}
     yield Triton("philox/1024", "philox", "_words_kernel", types, {"BLOCK": 1024}, {"num_warps": 4}, ("N",))
 
 
-TRITON = (masking, philox)
+TRITON = (cross_entropy, masking, philox)
 
 CUDA = (
+    # row_bytes of 50,304 bf16 columns in csrc/cross_entropy.cuh. A longer row is kept where a device has more, or not at all.
+    Cuda("cross_entropy.cu", {"cross_entropy_kernel": 101_120, "column_sum_kernel": 8_192}),
     Cuda("masking.cu", {"mask_tokens_kernel": 70_924}),  # shared_bytes(16384) in csrc/masking.cuh
     Cuda("philox.cu"),
 )

@@ -1,0 +1,112 @@
+// The row pass of linear_cross_entropy on a GPU: launches. The kernels are in cross_entropy.cuh.
+
+#include "cross_entropy.cuh"
+
+#include "cross_entropy_op.h"
+#include "device.h"
+
+#include <torch/csrc/stable/accelerator.h>
+
+#include <climits>
+#include <mutex>
+
+namespace atat_fast {
+namespace {
+
+constexpr int kMostDevices = 64;
+
+void check(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, "cross_entropy_: ", cudaGetErrorString(status)); }
+
+// Bytes of shared memory that a CTA may ask for, and that a multiprocessor has.
+struct Limits {
+  int of_cta, of_multiprocessor;
+};
+
+template <typename T>
+void allow_shared_memory(int bytes) {
+  const auto kernel = cross_entropy_kernel<T, true>;
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
+  check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
+}
+
+// Asked once for each device; the kernels that keep their row may then take all there is. The device is the current one.
+const Limits& limits_of(int device) {
+  static std::once_flag asked[kMostDevices];
+  static Limits limits[kMostDevices];
+  STD_TORCH_CHECK(device >= 0 && device < kMostDevices, "cross_entropy_ knows ", kMostDevices, " devices, and this is ", device);
+  std::call_once(asked[device], [&] {
+    Limits& here = limits[device];
+    check(cudaDeviceGetAttribute(&here.of_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
+    check(cudaDeviceGetAttribute(&here.of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
+    allow_shared_memory<uint16_t>(here.of_cta);
+    allow_shared_memory<float>(here.of_cta);
+  });
+  return limits[device];
+}
+
+template <typename T>
+bool rows_are_aligned(const RowArguments& a) {
+  return reinterpret_cast<uintptr_t>(a.logits) % 16 == 0 && a.stride % kPerChunk<T> == 0;
+}
+
+template <typename T, bool kKept>
+void launch_rows(const RowArguments& a, int most_threads, cudaStream_t stream) {
+  const int threads = row_threads<T>(a.columns, most_threads);
+  const auto bytes = static_cast<size_t>(row_bytes<T>(a.columns, kKept));
+  cross_entropy_kernel<T, kKept><<<static_cast<unsigned>(a.rows), threads, bytes, stream>>>(a, rows_are_aligned<T>(a));
+  check(cudaGetLastError());
+}
+
+template <typename T>
+void sum_columns(const RowArguments& a, const Tensor& logits, cudaStream_t stream) {
+  const int64_t splits = split_count<T>(a.rows, a.columns), strips = (a.columns + kStrip<T> - 1) / kStrip<T>;
+  Tensor held;
+  float* partial = nullptr;
+  if (splits > 1) {
+    held = torch::stable::new_empty(logits, {splits, a.columns}, ScalarType::Float);
+    partial = held.mutable_data_ptr<float>();
+  }
+  const auto blocks = static_cast<unsigned>(strips * splits);
+  column_sum_kernel<T><<<blocks, kSumThreads, kSumShared, stream>>>(a, rows_are_aligned<T>(a), partial);
+  check(cudaGetLastError());
+  if (partial == nullptr) return;
+  const auto all = static_cast<unsigned>((a.columns + kSumThreads - 1) / kSumThreads);
+  add_column_sums_kernel<<<all, kSumThreads, 0, stream>>>(a.bias_gradient, partial, splits, a.columns);
+  check(cudaGetLastError());
+}
+
+template <typename T>
+void row_pass(const RowArguments& a, const Tensor& logits) {
+  const int device = logits.get_device_index();
+  const Limits& limits = limits_of(device);
+  const cudaStream_t stream = current_stream(device);
+  const int64_t bytes = row_bytes<T>(a.columns, true);
+  if (a.gradient && bytes <= limits.of_cta) {
+    launch_rows<T, true>(a, kept_row_threads(bytes, limits.of_multiprocessor), stream);
+  } else {
+    launch_rows<T, false>(a, kReadThreads, stream);
+  }
+  if (a.gradient && a.bias_gradient != nullptr) sum_columns<T>(a, logits, stream);
+}
+
+void cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> token_weight, std::optional<Tensor> hidden,
+                   std::optional<Tensor> weight, std::optional<Tensor> bias, bool gradient, Tensor nll,
+                   std::optional<Tensor> max_probability, std::optional<Tensor> entropy, std::optional<Tensor> bias_gradient) {
+  const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
+  const RowCall call(logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient);
+  const RowArguments& a = call.arguments;
+  if (a.rows == 0 || a.columns == 0) return;
+  STD_TORCH_CHECK(a.rows <= INT_MAX && a.columns <= INT_MAX / 2, "cross_entropy_ cannot take ", a.rows, " rows of ", a.columns);
+  if (a.half) {
+    row_pass<uint16_t>(a, logits);
+  } else {
+    row_pass<float>(a, logits);
+  }
+}
+
+}  // namespace
+}  // namespace atat_fast
+
+STABLE_TORCH_LIBRARY_IMPL(atat_fast_c, CUDA, m) {
+  m.impl("cross_entropy_", TORCH_BOX(&atat_fast::cross_entropy));
+}

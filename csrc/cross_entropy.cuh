@@ -1,0 +1,375 @@
+// The CUDA kernels of linear_cross_entropy's row pass. One CTA owns one row of logits and turns it into its gradient in place.
+//
+// Memory bounds it: 4 bytes for a bf16 logit that is read once and written once. In the time of one logit an H100 at 3 TB/s could
+// issue 39 instructions for it, and it takes 18 to be summed up and 8 to become its gradient. So a row is read from global memory
+// once: what was read waits in shared memory until the row's sum is known, which is made on the fly, relative to the largest
+// logit so far. A row of 50,304 bf16 logits takes 101,120 bytes, which fits an sm_89 once and an sm_90 twice (30,592 columns: once
+// and three times). CTAs are not kept for further rows: while one waits for memory or writes, the others on the chip are elsewhere
+// in their rows, and starting one costs a microsecond of the ten or twenty that a row takes. A row too long for shared memory is
+// read a second time for its gradient. Where only losses are asked for nothing is kept, and no CTA needs much shared memory.
+//
+// Threads take 16 bytes at a time, and each writes what itself has read: all that a CTA's threads exchange is one sum. Sums have
+// a fixed order, so results are the same bits on every run.
+//
+// The bias's gradient is the column sums of the slab that was written, in two stages without atomics.
+//
+// This file uses few of CUDA's words, so that tests can also run it on a CPU, thread by thread.
+#pragma once
+
+#include "bfloat16.h"
+#include "cross_entropy.h"
+
+namespace atat_fast {
+
+// The bound of 1,024 threads holds a thread to 64 registers, and 1,024 threads then fit a multiprocessor, as one CTA or as four.
+constexpr int kMaxRowThreads = 1024;
+constexpr int kMinRowThreads = 256;
+constexpr int kReadThreads = 512;  // where shared memory does not say how many CTAs there are
+constexpr int kMaxRowWarps = kMaxRowThreads / 32;
+constexpr uint32_t kWholeWarp = 0xFFFFFFFFu;
+constexpr int kAhead = 4;  // 16-byte loads that a thread has in flight
+
+// What each warp brings to the row's sum: its part, and its share of the target's logit. The head of a CTA's shared memory; the
+// row follows.
+struct alignas(16) WarpPart {
+  RowPart others;
+  float at_target;
+};
+
+// Sixteen bytes of a row, the unit of all accesses. bf16 is written as uint16_t.
+template <typename T>
+constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
+
+template <typename T>
+ATAT_FAST_INLINE int64_t chunk_count(int64_t columns) {
+  return (columns + kPerChunk<T> - 1) / kPerChunk<T>;
+}
+
+// Shared memory of a CTA that keeps its row (kept) or only sums up.
+template <typename T>
+int64_t row_bytes(int64_t columns, bool kept) {
+  return static_cast<int64_t>(sizeof(WarpPart)) * kMaxRowWarps + (kept ? 16 * chunk_count<T>(columns) : 0);
+}
+
+// Threads of a CTA that keeps its row: together, the CTAs that fit a multiprocessor have about 1,024.
+inline int kept_row_threads(int64_t bytes, int64_t shared_of_multiprocessor) {
+  const int64_t reserved = 1024;  // the system's own, in every CTA
+  const int64_t ctas = shared_of_multiprocessor / (bytes + reserved);
+  const int64_t threads = kMaxRowThreads / (ctas < 1 ? 1 : ctas) / 32 * 32;
+  return static_cast<int>(threads < kMinRowThreads ? kMinRowThreads : threads);
+}
+
+// No more threads than there is work for, in whole warps.
+template <typename T>
+int row_threads(int64_t columns, int most) {
+  const int64_t threads = (chunk_count<T>(columns) + 31) / 32 * 32;
+  return static_cast<int>(threads < kMinRowThreads ? kMinRowThreads : threads > most ? most : threads);
+}
+
+ATAT_FAST_INLINE float widen(float value) { return value; }
+ATAT_FAST_INLINE float widen(uint16_t value) { return from_bfloat16(value); }
+
+ATAT_FAST_INLINE void narrow(float& to, float value) { to = value; }
+ATAT_FAST_INLINE void narrow(uint16_t& to, float value) { to = to_bfloat16(value); }
+
+ATAT_FAST_INLINE void widen_chunk(const uint4& chunk, float (&z)[4]) {
+  z[0] = float_from_bits(chunk.x), z[1] = float_from_bits(chunk.y);
+  z[2] = float_from_bits(chunk.z), z[3] = float_from_bits(chunk.w);
+}
+
+ATAT_FAST_INLINE void widen_chunk(const uint4& chunk, float (&z)[8]) {
+  z[0] = float_from_bits(chunk.x << 16), z[1] = float_from_bits(chunk.x & 0xFFFF0000u);
+  z[2] = float_from_bits(chunk.y << 16), z[3] = float_from_bits(chunk.y & 0xFFFF0000u);
+  z[4] = float_from_bits(chunk.z << 16), z[5] = float_from_bits(chunk.z & 0xFFFF0000u);
+  z[6] = float_from_bits(chunk.w << 16), z[7] = float_from_bits(chunk.w & 0xFFFF0000u);
+}
+
+ATAT_FAST_INLINE uint4 narrow_chunk(const float (&z)[4]) {
+  return {bits_of_float(z[0]), bits_of_float(z[1]), bits_of_float(z[2]), bits_of_float(z[3])};
+}
+
+ATAT_FAST_INLINE uint4 narrow_chunk(const float (&z)[8]) {
+  return {to_bfloat16_pair(z[0], z[1]), to_bfloat16_pair(z[2], z[3]), to_bfloat16_pair(z[4], z[5]), to_bfloat16_pair(z[6], z[7])};
+}
+
+// A row of logits, by chunks: `whole` of them lie in it at multiples of 16 bytes, and what is left goes element by element. That is
+// the end of a row, or all of it where it is not `aligned`.
+template <typename T>
+struct ChunkedRow {
+  T* row;
+  int64_t columns;
+  int whole, chunks;
+
+  __device__ ChunkedRow(const RowArguments& a, int64_t i, bool aligned)
+      : row(static_cast<T*>(a.logits) + i * a.stride),
+        columns(a.columns),
+        whole(aligned ? static_cast<int>(columns / kPerChunk<T>) : 0),
+        chunks(static_cast<int>(chunk_count<T>(columns))) {}
+
+  __device__ uint4 load(int chunk) const { return reinterpret_cast<const uint4*>(row)[chunk]; }
+  __device__ void store(int chunk, const uint4& value) const { reinterpret_cast<uint4*>(row)[chunk] = value; }
+
+  // -inf beyond the last column: no probability.
+  __device__ uint4 load_elements(int chunk) const {
+    float z[kPerChunk<T>];
+    for (int e = 0; e < kPerChunk<T>; ++e) {
+      const int64_t j = static_cast<int64_t>(chunk) * kPerChunk<T> + e;
+      z[e] = j < columns ? widen(row[j]) : -INFINITY;
+    }
+    return narrow_chunk(z);
+  }
+
+  __device__ void store_elements(int chunk, const uint4& value) const {
+    float z[kPerChunk<T>];
+    widen_chunk(value, z);
+    for (int e = 0; e < kPerChunk<T>; ++e) {
+      const int64_t j = static_cast<int64_t>(chunk) * kPerChunk<T> + e;
+      if (j < columns) narrow(row[j], z[e]);
+    }
+  }
+};
+
+// The exponential of a gradient's element. The device's own power of two is off by 2^-22 times the exponent, and takes what is
+// under 2^-126 for 0: nothing beside the rounding to bf16.
+template <typename T>
+__device__ inline float gradient_exp(float x) {
+#ifdef __CUDA_ARCH__
+  if (sizeof(T) == 2) {
+    float power;
+    asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(x * 1.44269504f));
+    return power;
+  }
+#endif
+  return expf(x);
+}
+
+__device__ inline WarpPart merge_warp(WarpPart part) {
+  float largest = part.others.largest;
+  for (int distance = 16; distance > 0; distance /= 2) largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, distance));
+  part.others = rebase(part.others, largest);
+  for (int distance = 16; distance > 0; distance /= 2) {
+    part.others.sum += __shfl_xor_sync(kWholeWarp, part.others.sum, distance);
+    part.others.moment += __shfl_xor_sync(kWholeWarp, part.others.moment, distance);
+    part.at_target += __shfl_xor_sync(kWholeWarp, part.at_target, distance);
+  }
+  return part;
+}
+
+// The whole CTA's, known to all its threads, which all call it, once.
+__device__ inline WarpPart merge_cta(WarpPart part, WarpPart* of_warps) {
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
+  part = merge_warp(part);
+  if (lane == 0) of_warps[warp] = part;
+  __syncthreads();
+  return merge_warp(lane < warps ? of_warps[lane] : WarpPart{no_logits(), 0});
+}
+
+// The whole of one row's work, seen from one thread. kKept: the row stays in shared memory.
+template <typename T, bool kKept>
+struct CrossEntropyRow {
+  const RowArguments& a;
+  WarpPart* of_warps;
+  uint4* kept;
+
+  const int64_t i;
+  const ChunkedRow<T> logits;
+  const int64_t target;
+  const bool inside;
+
+  __device__ CrossEntropyRow(const RowArguments& arguments, bool aligned, uint4* shared)
+      : a(arguments),
+        of_warps(reinterpret_cast<WarpPart*>(shared)),
+        kept(shared + kMaxRowWarps),
+        i(blockIdx.x),
+        logits(a, i, aligned),
+        target(a.target[i]),
+        inside(target >= 0 && target < a.vocabulary) {}
+
+  // Which element of a chunk the target is, or -1.
+  __device__ int place_of_target(int chunk) const {
+    return inside && target / kPerChunk<T> == chunk ? static_cast<int>(target % kPerChunk<T>) : -1;
+  }
+
+  // A thread's share of the row: the others' part, and the target's stored logit if it came by.
+  __device__ WarpPart sum_up() const {
+    WarpPart part{no_logits(), 0};
+    const int stride = blockDim.x;
+    for (int first = threadIdx.x; first < logits.whole; first += kAhead * stride) {
+      uint4 ahead[kAhead];
+      for (int u = 0; u < kAhead; ++u) {
+        if (first + u * stride < logits.whole) ahead[u] = logits.load(first + u * stride);
+      }
+      for (int u = 0; u < kAhead; ++u) {
+        if (first + u * stride < logits.whole) add(part, first + u * stride, ahead[u]);
+      }
+    }
+    for (int chunk = logits.whole + threadIdx.x; chunk < logits.chunks; chunk += stride) {
+      add(part, chunk, logits.load_elements(chunk));
+    }
+    return part;
+  }
+
+  __device__ void add(WarpPart& part, int chunk, const uint4& value) const {
+    if (kKept) kept[chunk] = value;
+    float z[kPerChunk<T>];
+    widen_chunk(value, z);
+    const int place = place_of_target(chunk);
+    if (place >= 0) {
+      for (int e = 0; e < kPerChunk<T>; ++e) {
+        part.at_target = e == place && a.hidden == nullptr ? z[e] : part.at_target;
+        z[e] = e == place ? -INFINITY : z[e];
+      }
+    }
+    float largest = z[0];
+    for (int e = 1; e < kPerChunk<T>; ++e) largest = fmaxf(largest, z[e]);  // passes over what is not a number
+    if (largest > part.others.largest) part.others = rebase(part.others, largest);
+    const float base = part.others.largest == -INFINITY ? 0.0f : part.others.largest;
+    for (int e = 0; e < kPerChunk<T>; ++e) {
+      const float x = z[e] - base, power = expf(x);
+      part.others.sum += power;
+      part.others.moment += power * fmaxf(x, -1e4f);  // 0 where x is -inf
+    }
+  }
+
+  // A thread's share of hidden . weight[target] + bias[target].
+  __device__ float recomputed() const {
+    float share = 0;
+    if (a.bias != nullptr && threadIdx.x == 0) share = widen(static_cast<const T*>(a.bias)[target]);
+    const T* hidden = static_cast<const T*>(a.hidden) + i * a.width;
+    const T* weight = static_cast<const T*>(a.weight) + target * a.width;
+    for (int64_t k = threadIdx.x; k < a.width; k += blockDim.x) share += widen(hidden[k]) * widen(weight[k]);
+    return share;
+  }
+
+  __device__ void write_gradient(const RowResult& result) const {
+    for (int chunk = threadIdx.x; chunk < logits.whole; chunk += blockDim.x) {
+      logits.store(chunk, gradient_of(result, chunk, kKept ? kept[chunk] : logits.load(chunk)));
+    }
+    for (int chunk = logits.whole + threadIdx.x; chunk < logits.chunks; chunk += blockDim.x) {
+      logits.store_elements(chunk, gradient_of(result, chunk, kKept ? kept[chunk] : logits.load_elements(chunk)));
+    }
+  }
+
+  __device__ uint4 gradient_of(const RowResult& result, int chunk, const uint4& value) const {
+    float z[kPerChunk<T>];
+    widen_chunk(value, z);
+    for (int e = 0; e < kPerChunk<T>; ++e) z[e] = result.scale * gradient_exp<T>(z[e] - result.largest);
+    const int place = place_of_target(chunk);
+    if (place >= 0) {
+      for (int e = 0; e < kPerChunk<T>; ++e) z[e] = e == place ? result.at_target : z[e];
+    }
+    return narrow_chunk(z);
+  }
+
+  __device__ void write_zeros() const {
+    const uint4 zeros{0, 0, 0, 0};
+    for (int chunk = threadIdx.x; chunk < logits.whole; chunk += blockDim.x) logits.store(chunk, zeros);
+    for (int chunk = logits.whole + threadIdx.x; chunk < logits.chunks; chunk += blockDim.x) logits.store_elements(chunk, zeros);
+  }
+
+  __device__ void write_row(const RowResult& result) const {
+    if (threadIdx.x != 0) return;
+    a.nll[i] = result.nll;
+    if (a.max_probability != nullptr) a.max_probability[i] = result.max_probability;
+    if (a.entropy != nullptr) a.entropy[i] = result.entropy;
+  }
+
+  __device__ void run() const {
+    const float weight = a.token_weight == nullptr ? 1.0f : a.token_weight[i];
+    if (weight == 0) {  // the same in all threads
+      write_row(RowResult{});
+      if (a.gradient) write_zeros();
+      return;
+    }
+    WarpPart part = sum_up();
+    if (inside && a.hidden != nullptr) part.at_target = recomputed();
+    part = merge_cta(part, of_warps);
+    RowResult result = finish(part.others, inside ? part.at_target : -INFINITY, weight);
+    if (!inside) result.nll = NAN;
+    write_row(result);
+    if (a.gradient) write_gradient(result);
+  }
+};
+
+template <typename T, bool kKept>
+__global__ void __launch_bounds__(kMaxRowThreads) cross_entropy_kernel(const RowArguments a, const bool aligned) {
+  extern __shared__ uint4 shared_memory[];
+  CrossEntropyRow<T, kKept>(a, aligned, shared_memory).run();
+}
+
+// Column sums, first stage. A warp reads 512 bytes of a row, then of another, and keeps its sums in registers; a CTA's eight warps
+// share a strip of columns and a range of rows (`split`), and write one line of partial sums. With one split that line is the
+// result. The slab is read once; partial sums are a few lines of it.
+constexpr int kSumThreads = 256;
+constexpr int kSumWarps = kSumThreads / 32;
+constexpr int kSumShared = kSumWarps * 32 * 16 / 2 * 4;  // as many fp32 as a strip has bf16 columns, for each warp
+
+template <typename T>
+constexpr int kStrip = 32 * kPerChunk<T>;
+
+// Splits of the rows: enough CTAs to fill any GPU, each with 8 rows and more for every warp. It depends on shapes alone, and
+// therefore so do the bits of the result.
+template <typename T>
+int64_t split_count(int64_t rows, int64_t columns) {
+  constexpr int64_t kCtas = 1024, kMostSplits = 32, kLeastRows = 8 * kSumWarps;
+  const int64_t strips = (columns + kStrip<T> - 1) / kStrip<T>;
+  int64_t splits = (kCtas + strips - 1) / strips;
+  const int64_t by_rows = (rows + kLeastRows - 1) / kLeastRows;
+  if (splits > by_rows) splits = by_rows;
+  return splits < 1 ? 1 : splits > kMostSplits ? kMostSplits : splits;
+}
+
+// Partial: [splits, columns], or null where there is one split.
+template <typename T>
+__global__ void __launch_bounds__(kSumThreads) column_sum_kernel(const RowArguments a, const bool aligned, float* partial) {
+  extern __shared__ uint4 shared_memory[];
+  auto* of_warps = reinterpret_cast<float*>(shared_memory);
+  const int lane = threadIdx.x % 32, warp = threadIdx.x / 32;
+  const int64_t strips = (a.columns + kStrip<T> - 1) / kStrip<T>;
+  const int64_t strip = blockIdx.x % strips, split = blockIdx.x / strips, splits = gridDim.x / strips;
+  const int chunk = static_cast<int>(strip * 32 + lane);
+  const int64_t first = a.rows * split / splits, last = a.rows * (split + 1) / splits;
+
+  float sum[kPerChunk<T>] = {};
+  const auto add = [&](const uint4& value) {
+    float z[kPerChunk<T>];
+    widen_chunk(value, z);
+    for (int e = 0; e < kPerChunk<T>; ++e) sum[e] += z[e];
+  };
+  const ChunkedRow<T> top(a, 0, aligned);
+  if (chunk < top.whole) {
+    for (int64_t r = first + warp; r < last; r += kAhead * kSumWarps) {
+      uint4 ahead[kAhead];
+      for (int u = 0; u < kAhead; ++u) {
+        ahead[u] = uint4{0, 0, 0, 0};
+        if (r + u * kSumWarps < last) ahead[u] = ChunkedRow<T>(a, r + u * kSumWarps, aligned).load(chunk);
+      }
+      for (int u = 0; u < kAhead; ++u) add(ahead[u]);
+    }
+  } else if (chunk < top.chunks) {
+    for (int64_t r = first + warp; r < last; r += kSumWarps) add(ChunkedRow<T>(a, r, aligned).load_elements(chunk));
+  }
+  for (int e = 0; e < kPerChunk<T>; ++e) of_warps[warp * kStrip<T> + lane * kPerChunk<T> + e] = sum[e];
+  __syncthreads();
+  const int64_t column = strip * kStrip<T> + threadIdx.x;
+  if (threadIdx.x >= kStrip<T> || column >= a.columns) return;
+  float total = 0;
+  for (int w = 0; w < kSumWarps; ++w) total += of_warps[w * kStrip<T> + threadIdx.x];
+  if (partial != nullptr) {
+    partial[split * a.columns + column] = total;
+  } else {
+    a.bias_gradient[column] += total;
+  }
+}
+
+// Second stage: one thread a column.
+__global__ void __launch_bounds__(kSumThreads)
+add_column_sums_kernel(float* bias_gradient, const float* partial, int64_t splits, int64_t columns) {
+  const int64_t column = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  if (column >= columns) return;
+  float total = 0;
+  for (int64_t split = 0; split < splits; ++split) total += partial[split * columns + column];
+  bias_gradient[column] += total;
+}
+
+}  // namespace atat_fast
