@@ -3,10 +3,10 @@
 // Memory bounds it: 4 bytes for a bf16 logit that is read once and written once. In the time of one logit an H100 at 3 TB/s could
 // issue 39 instructions for it, and it takes 18 to be summed up and 8 to become its gradient. So a row is read from global memory
 // once: what was read waits in shared memory until the row's sum is known, which is made on the fly, relative to the largest
-// logit so far. A row of 50,304 bf16 logits takes 101,120 bytes, which fits an sm_89 once and an sm_90 twice (30,592 columns: once
-// and three times). CTAs are not kept for further rows: while one waits for memory or writes, the others on the chip are elsewhere
-// in their rows, and starting one costs a microsecond of the ten or twenty that a row takes. A row too long for shared memory is
-// read a second time for its gradient. Where only losses are asked for nothing is kept, and no CTA needs much shared memory.
+// logit so far. A row of 50,304 bf16 logits takes 101,120 bytes, which fits an sm_89 once and an sm_90 twice (of 30,592 columns:
+// once and three times). CTAs are not kept for further rows: while one waits for memory or writes, the others on the chip are
+// elsewhere in their rows, and starting one costs a microsecond of the ten or twenty that a row takes. A row too long for shared
+// memory is read a second time for its gradient. Where only losses are asked for nothing is kept, and no CTA needs much of it.
 //
 // Threads take 16 bytes at a time, and each writes what itself has read: all that a CTA's threads exchange is one sum. Sums have
 // a fixed order, so results are the same bits on every run.
@@ -92,8 +92,8 @@ ATAT_FAST_INLINE uint4 narrow_chunk(const float (&z)[8]) {
   return {to_bfloat16_pair(z[0], z[1]), to_bfloat16_pair(z[2], z[3]), to_bfloat16_pair(z[4], z[5]), to_bfloat16_pair(z[6], z[7])};
 }
 
-// A row of logits, by chunks: `whole` of them lie in it at multiples of 16 bytes, and what is left goes element by element. That is
-// the end of a row, or all of it where it is not `aligned`.
+// A row of logits, by chunks: `whole` of them lie in it at multiples of 16 bytes, and what is left goes element by element. That
+// is the end of a row, or all of it where it is not `aligned`.
 template <typename T>
 struct ChunkedRow {
   T* row;
@@ -297,9 +297,9 @@ __global__ void __launch_bounds__(kMaxRowThreads) cross_entropy_kernel(const Row
   CrossEntropyRow<T, kKept>(a, aligned, shared_memory).run();
 }
 
-// Column sums, first stage. A warp reads 512 bytes of a row, then of another, and keeps its sums in registers; a CTA's eight warps
-// share a strip of columns and a range of rows (`split`), and write one line of partial sums. With one split that line is the
-// result. The slab is read once; partial sums are a few lines of it.
+// Column sums, first stage. A warp reads 512 bytes of a row, then of another, and keeps its sums in registers; a CTA's eight
+// warps share a strip of columns and a range of rows (`split`), and write one line of partial sums. With one split that line is
+// the result. The slab is read once; partial sums are a few lines of it.
 constexpr int kSumThreads = 256;
 constexpr int kSumWarps = kSumThreads / 32;
 constexpr int kSumShared = kSumWarps * 32 * 16 / 2 * 4;  // as many fp32 as a strip has bf16 columns, for each warp

@@ -165,8 +165,10 @@ def _add_column_sums_kernel(BiasGradient, Sums, columns, splits, BLOCK: tl.const
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     m = o < columns
     total = tl.zeros((BLOCK,), tl.float32)
-    for split in range(splits):
-        total += tl.load(Sums + split.to(tl.int64) * columns + o, mask=m, other=0.0)
+    p_sums = Sums + o
+    for _ in range(splits):
+        total += tl.load(p_sums, mask=m, other=0.0)
+        p_sums += columns
     tl.store(BiasGradient + o, tl.load(BiasGradient + o, mask=m, other=0.0) + total, mask=m)
 
 

@@ -50,7 +50,9 @@ bool run(const RowArguments& a, bool aligned, bool kept, int threads, float* par
 
 extern "C" {
 
-int64_t bytes_of_row(int64_t columns, int half) { return half ? row_bytes<uint16_t>(columns, true) : row_bytes<float>(columns, true); }
+int64_t bytes_of_row(int64_t columns, int half) {
+  return half ? row_bytes<uint16_t>(columns, true) : row_bytes<float>(columns, true);
+}
 
 int64_t threads_of_kept_row(int64_t columns, int half, int64_t of_multiprocessor) {
   const int most = kept_row_threads(bytes_of_row(columns, half), of_multiprocessor);
@@ -66,7 +68,8 @@ int64_t argument_bytes() { return sizeof(RowArguments); }
 // Returns 1 when a kernel wrote past the shared memory it asked for. `partial` is what the launch takes from torch.
 int run_cross_entropy(const RowArguments* arguments, int aligned, int kept, int threads, float* partial, unsigned seed) {
   const RowArguments& a = *arguments;
-  return a.half ? !run<uint16_t>(a, aligned, kept, threads, partial, seed) : !run<float>(a, aligned, kept, threads, partial, seed);
+  const auto run_as = a.half ? &run<uint16_t> : &run<float>;
+  return !run_as(a, aligned, kept, threads, partial, seed);
 }
 
 void round_to_bfloat16(const float* values, int64_t count, uint16_t* one, uint32_t* pairs) {

@@ -18,7 +18,7 @@ pytest.importorskip("triton")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["test_philox.py", "test_masking.py"])
+@pytest.mark.parametrize("module", ["test_cross_entropy.py", "test_philox.py", "test_masking.py"])
 def test_in_the_interpreter(module):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", str(ROOT / "tests/ops" / module)]
     done = subprocess.run(
