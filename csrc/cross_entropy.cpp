@@ -3,6 +3,7 @@
 // the row's sum is known, to scale them. Rows go to threads in tasks that depend on their number alone, so that the bias's gradient
 // is the same bits for any number of threads.
 
+#include "bfloat16.h"
 #include "cross_entropy.h"
 
 #include "cross_entropy_op.h"
@@ -42,27 +43,8 @@ ATAT_FAST_INLINE float exp_of_negative(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  uint32_t bits;
-  memcpy(&bits, &shifted, sizeof(bits));
-  bits = (bits << 23) + 0x3F800000u;
-  float power;
-  memcpy(&power, &bits, sizeof(power));
+  const float power = float_from_bits((bits_of_float(shifted) << 23) + 0x3F800000u);
   return x < -87.0f ? 0.0f : p * power;
-}
-
-ATAT_FAST_INLINE float from_half(uint16_t half) {
-  const uint32_t bits = static_cast<uint32_t>(half) << 16;
-  float value;
-  memcpy(&value, &bits, sizeof(value));
-  return value;
-}
-
-// To the nearest bf16, ties to even. NaN keeps its high half, made quiet.
-ATAT_FAST_INLINE uint16_t to_half(float value) {
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
-  const uint32_t rounded = (bits + 0x7FFFu + ((bits >> 16) & 1u)) >> 16;
-  return static_cast<uint16_t>(value != value ? (bits >> 16) | 0x40u : rounded);
 }
 
 // Logits of one block to their exponentials relative to the largest of them, in place.
@@ -92,7 +74,7 @@ ATAT_FAST_VECTORISED RowPart exponentials(float* z, int64_t count, bool moment) 
 }
 
 ATAT_FAST_VECTORISED void widen(float* out, const uint16_t* in, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = from_half(in[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] = from_bfloat16(in[i]);
 }
 
 ATAT_FAST_VECTORISED void scale(float* out, float factor, int64_t count) {
@@ -100,7 +82,7 @@ ATAT_FAST_VECTORISED void scale(float* out, float factor, int64_t count) {
 }
 
 ATAT_FAST_VECTORISED void narrow(uint16_t* out, const float* in, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = to_half(in[i]);
+  for (int64_t i = 0; i < count; ++i) out[i] = to_bfloat16(in[i]);
 }
 
 ATAT_FAST_VECTORISED void add(float* sum, const float* term, int64_t count) {
@@ -110,7 +92,7 @@ ATAT_FAST_VECTORISED void add(float* sum, const float* term, int64_t count) {
 ATAT_FAST_VECTORISED float dot(const uint16_t* a, const uint16_t* b, int64_t count) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t i = 0; i < count; ++i) sum += from_half(a[i]) * from_half(b[i]);
+  for (int64_t i = 0; i < count; ++i) sum += from_bfloat16(a[i]) * from_bfloat16(b[i]);
   return sum;
 }
 
@@ -127,8 +109,8 @@ struct Scratch {
 // A bf16 logit is rounded, so the target's is computed again from the bf16 inputs.
 float target_logit(const RowArguments& a, int64_t i, int64_t target) {
   if (!a.half) return static_cast<const float*>(a.logits)[i * a.stride + target];
-  if (a.hidden == nullptr) return from_half(static_cast<const uint16_t*>(a.logits)[i * a.stride + target]);
-  const float bias = a.bias == nullptr ? 0 : from_half(static_cast<const uint16_t*>(a.bias)[target]);
+  if (a.hidden == nullptr) return from_bfloat16(static_cast<const uint16_t*>(a.logits)[i * a.stride + target]);
+  const float bias = a.bias == nullptr ? 0 : from_bfloat16(static_cast<const uint16_t*>(a.bias)[target]);
   return bias + dot(static_cast<const uint16_t*>(a.hidden) + i * a.width, static_cast<const uint16_t*>(a.weight) + target * a.width,
                     a.width);
 }
