@@ -4,16 +4,19 @@ TORCH ?= torch==2.13.0
 # The one a CPU build of torch goes with; a CUDA build brings its own.
 TRITON ?= triton==3.6.0
 
+# With nvcc, with a host compiler alone, and without a library.
+WHEELS ?= nvcc host pure
+
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 TORCH_INSTALLED = $(VENV)/.torch-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test check bench clean
+.PHONY: help install train test wheels check bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH)"
+	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) WHEELS=\"$(WHEELS)\""
 
 install: $(INSTALLED) ## make $(VENV) with torch, the package (editable, csrc/ compiled) and the tools
 
@@ -22,6 +25,9 @@ train: install ## train the demo model, then write its report
 
 test: install ## run all tests that need no GPU, slow ones too
 	$(VENV)/bin/pytest -m "not gpu"
+
+wheels: install ## build the wheels named in WHEELS and run the quick tests on each, about 3 minutes a wheel
+	$(VENV)/bin/python tests/packaging/suite_on_wheels.py --wheels $(WHEELS)
 
 check: install ## lint, formatting, types, the order of imports, and README's figures
 	$(VENV)/bin/ruff check .

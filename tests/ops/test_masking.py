@@ -15,13 +15,20 @@ from atat_fast.ops.masking import LONGEST, WEIGHTINGS, reveal_keys
 from atat_fast.ops.philox import random_words
 
 MASK = 99
+REASONS = registry.explain("mask_tokens", torch.device("cpu"))
 # With TRITON_INTERPRET=1 that includes triton, in an interpreter: see test_interpreted.py.
-READY = [name for name, reason in registry.explain("mask_tokens", torch.device("cpu")).items() if reason is None]
+READY = [name for name, reason in REASONS.items() if reason is None]
 QUICK = [name for name in READY if name != "triton"]
 KERNELS = [name for name in READY if name != "torch"]
-every = pytest.mark.parametrize("backend", READY)
-quick = pytest.mark.parametrize("backend", QUICK)
-kernels = pytest.mark.parametrize("backend", KERNELS)
+
+
+def on(names):
+    """For each backend; without the compiled library its tests are skipped with the reason."""
+    absent = pytest.param("cpp", marks=pytest.mark.skip(reason=str(REASONS["cpp"])))
+    return pytest.mark.parametrize("backend", names if "cpp" in READY else [*names, absent])
+
+
+every, quick, kernels = on(READY), on(QUICK), on(KERNELS)
 
 
 def draw(tokens, counts, **options):
