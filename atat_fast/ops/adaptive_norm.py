@@ -5,7 +5,7 @@
 
 Conditioning (shift, scale, gate) is [B, D], one row a sample, or [1, D] where time is not told to the model. Then the
 modulation is a LayerNorm with weight * (1 + scale) for its weight and shift for its bias, and costs nothing more.
-Statistics are fp32 (fp64 for fp64 inputs) whatever the residual stream's dtype.
+Statistics are fp32 (fp64 for fp64 inputs) whatever the residual stream's dtype. A backward runs on its forward's backend.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ import torch
 from torch import Tensor
 
 from atat_fast.ops.philox import STREAM_DROPOUT, random_words
-from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, register, scalar
+from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, dispatch, on_device, register, scalar
 
 EPS = 1e-5
+WIDEST = 4096
+"""Columns the Triton kernels take: a row stays in registers."""
 
 
 def adaptive_layer_norm(
@@ -27,12 +29,17 @@ def adaptive_layer_norm(
     """LayerNorm without bias over the last dimension, then modulation.
 
     x: [B, L, D] fp32, bf16 or fp64.   shift, scale: [B, D] or [1, D].   weight: [D] or None for ones.
+    backend: "triton" or "torch"; the fastest that can run where the caller does not say. The kernels take fp32 and bf16, and D up
+             to 4,096; what they cannot take runs on PyTorch.
     Returns [B, L, D], in autocast's dtype where autocast is on and in x's otherwise. Differentiable in every tensor, once.
-    Raises ValueError when shapes disagree.
+    Raises ValueError when shapes or devices disagree, for fp16, or for a backend that cannot run.
     """
-    choose_backend("adaptive_layer_norm", x.device, backend)
-    _check(x, {"shift": shift, "scale": scale}, weight)
-    return torch.ops.atat_fast.adaptive_layer_norm(x, shift, scale, weight, eps, autocast_dtype(x))[0]  # type: ignore[no-any-return]
+    out_dtype = autocast_dtype(x)
+    _check(x, (("x", x), ("shift", shift), ("scale", scale), ("weight", weight)), 1, out_dtype)
+    chosen = choose_backend("adaptive_layer_norm", x.device, backend, _without(x, shift, scale, weight))
+    return torch.ops.atat_fast.adaptive_layer_norm(  # type: ignore[no-any-return]
+        x, shift, scale, weight, eps, out_dtype, chosen
+    )[0]
 
 
 def gated_residual_norm(
@@ -56,36 +63,86 @@ def gated_residual_norm(
     residual: [B, L, D] fp32, bf16 or fp64.   branch: [B, L, D], any of these.   gate, shift, scale: [B, D] or [1, D].
     dropout:  chance in [0, 1) of dropping an element of branch; the mask is a function of (seed, step, sample_ids [B],
               position, element, layer) and is never stored.
+    seed, step: integers, or 0-d int64 tensors on residual's device (a captured CUDA graph then draws anew on each replay).
+    sample_ids: [B] int64, the number of each sequence in the run; read with dropout only.
+    backend:  as for `adaptive_layer_norm`.
     Returns (residual' in residual's dtype, y in autocast's dtype or residual's). Differentiable in every tensor, once.
-    Raises ValueError when shapes disagree, dropout is out of range, or it has no sample_ids to draw from.
+    Raises ValueError when shapes or devices disagree, for fp16, for a backend that cannot run, when dropout is out of range, or
+    when it has no sample_ids to draw from.
     """
-    choose_backend("gated_residual_norm", residual.device, backend)
-    _check(residual, {"gate": gate, "shift": shift, "scale": scale}, weight)
+    out_dtype = autocast_dtype(residual)
+    tensors = (
+        ("residual", residual), ("branch", branch), ("gate", gate), ("shift", shift), ("scale", scale), ("weight", weight)
+    )  # fmt: skip
+    _check(residual, tensors, 2, out_dtype)
     if branch.shape != residual.shape:
         raise ValueError(f"branch must have residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if dropout and sample_ids is None:
         raise ValueError("dropout needs sample_ids, the number of each sequence in the run, to draw its mask from")
-    on = dropout > 0
+    chosen = choose_backend(
+        "gated_residual_norm", residual.device, backend, _without(residual, branch, gate, shift, scale, weight)
+    )
+    random: tuple[Tensor | None, ...] = (None, None, None)
+    if dropout and sample_ids is not None:
+        random = (scalar(seed, residual), scalar(step, residual), sample_ids)
+        _check_random(residual, *random)
     return torch.ops.atat_fast.gated_residual_norm(  # type: ignore[no-any-return]
-        residual, branch, gate, shift, scale, weight, dropout, scalar(seed, residual) if on else None,
-        scalar(step, residual) if on else None, sample_ids if on else None, layer, eps, autocast_dtype(residual),
-    )[:2]  # fmt: skip
+        residual, branch, gate, shift, scale, weight, dropout, *random, layer, eps, out_dtype, chosen
+    )[:2]
 
 
-def _check(x: Tensor, conditioning: dict[str, Tensor], weight: Tensor | None) -> None:
+def _check(x: Tensor, tensors: tuple[tuple[str, Tensor | None], ...], dense: int, out_dtype: torch.dtype) -> None:
+    """Raise ValueError for what does not fit together. The first `dense` tensors are [B, L, D], the last is the weight."""
     if x.dim() != 3:
         raise ValueError(f"the residual stream must be [batch, length, width], got shape {tuple(x.shape)}")
     batch, _, width = x.shape
-    for name, c in conditioning.items():
+    conditioning = tensors[dense:-1]
+    rows = set()
+    for name, c in conditioning:
+        assert c is not None
         if c.dim() != 2 or c.shape[1] != width or c.shape[0] not in (1, batch):
             raise ValueError(f"{name} must be [{batch}, {width}] or [1, {width}], got shape {tuple(c.shape)}")
-    if len({c.shape[0] for c in conditioning.values()}) > 1:
-        shapes = ", ".join(f"{name} {tuple(c.shape)}" for name, c in conditioning.items())
-        raise ValueError(f"conditioning must have one number of rows, 1 or {batch}; got {shapes}")
+        rows.add(c.shape[0])
+        if len(rows) > 1:
+            shapes = ", ".join(f"{name} {tuple(c.shape)}" for name, c in conditioning if c is not None)
+            raise ValueError(f"conditioning must have one number of rows, 1 or {batch}; got {shapes}")
+    device = x.device
+    for name, t in tensors:
+        if t is None:
+            continue
+        if t.device != device:
+            raise ValueError(f"{name} is on {t.device} and {tensors[0][0]} on {device}; move one of them")
+        if t.dtype is torch.float16:
+            raise ValueError(f"{name} is fp16, whose range a residual stream leaves; use bf16 or fp32")
+    if out_dtype is torch.float16:
+        raise ValueError("autocast asks for fp16, whose range a residual stream leaves; use torch.autocast with bf16")
+    weight = tensors[-1][1]
     if weight is not None and tuple(weight.shape) != (width,):
         raise ValueError(f"weight must have shape ({width},), got {tuple(weight.shape)}")
+
+
+def _check_random(x: Tensor, *random: Tensor | None) -> None:
+    for name, t, count in zip(("seed", "step", "sample_ids"), random, (1, 1, x.shape[0]), strict=True):
+        assert t is not None
+        if t.device != x.device:
+            raise ValueError(f"{name} is on {t.device} and residual on {x.device}; move one of them")
+        if t.dtype is not torch.int64 or t.numel() != count:
+            raise ValueError(f"{name} must be int64 of {count} number(s), got shape {tuple(t.shape)} of {t.dtype}")
+
+
+_TOO_WIDE = (("triton", f"rows are wider than {WIDEST:,}, or empty"),)
+_NOT_ITS_DTYPES = (("triton", "the kernels take tensors of fp32 and bf16"),)
+
+
+def _without(*tensors: Tensor | None) -> tuple[tuple[str, str], ...]:
+    """What keeps these tensors from a backend, for `choose_backend`."""
+    for t in tensors:
+        if t is not None and t.dtype is not torch.float32 and t.dtype is not torch.bfloat16:
+            return _NOT_ITS_DTYPES
+    assert tensors[0] is not None
+    return () if 0 < tensors[0].shape[-1] <= WIDEST else _TOO_WIDE
 
 
 def adaptive_layer_norm_reference(
@@ -138,18 +195,40 @@ def _norm(
     return y.to(out_dtype), mean, rstd
 
 
-def _norm_fake(
-    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype
-) -> tuple[Tensor, Tensor, Tensor]:
+def _norm_outputs(x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = x.shape
     statistic = x.new_empty((batch, length, 1), dtype=_statistics_dtype(x))
     return x.new_empty((batch, length, width), dtype=out_dtype), statistic, torch.empty_like(statistic)
 
 
-def _norm_backward(
+def _norm_fake(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype, backend: str
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _norm_outputs(x, out_dtype)
+
+
+def _rows(conditioning: Tensor) -> Tensor:
+    """Conditioning as kernels read it: rows may be apart, as the parts of one projection are, but a row is in one piece."""
+    return conditioning if conditioning.stride(1) == 1 else conditioning.contiguous()
+
+
+def _norm_triton(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """kernels/adaptive_norm.py."""
+    from atat_fast.kernels import adaptive_norm as kernels  # triton takes a second to import
+
+    outputs = _norm_outputs(x, out_dtype)
+    weight = None if weight is None else weight.contiguous()
+    with on_device(x):
+        kernels.norm_forward(x.contiguous(), _rows(shift), _rows(scale), weight, eps, *outputs)
+    return outputs
+
+
+def _norm_gradients(
     dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx in fp32, and per conditioning row dshift and d(1 + scale) before the weight: [B or 1, D] each; and dweight [D]."""
+    """dx, dshift, dscale [B or 1, D] and dweight [D], in the statistics' dtype."""
     wide = _statistics_dtype(x)
     dy, x, gain = dy.to(wide), x.to(wide), 1 + scale.to(wide)
     full = gain if weight is None else gain * weight.to(wide)
@@ -171,34 +250,61 @@ def _norm_backward(
     return dx, dshift, dscale, dweight
 
 
-def _norm_backward_fake(
-    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
+def _norm_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, shift_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = _statistics_dtype(x)
-    row = x.new_empty(scale.shape, dtype=wide)
-    return (
-        x.new_empty(x.shape, dtype=wide),
-        row,
-        torch.empty_like(row),
-        x.new_empty(0 if weight is None else weight.shape[0], dtype=wide),
-    )
+    """dx, dshift, dscale and dweight, each in the dtype of what it is the gradient of."""
+    dx, dshift, dscale, dweight = _norm_gradients(dy, x, scale, weight, mean, rstd)
+    dweight = dweight if weight is None else dweight.to(weight.dtype)
+    return dx.to(x.dtype), dshift.to(shift_dtype), dscale.to(scale.dtype), dweight
+
+
+def _conditioning_gradients(scale: Tensor, weight: Tensor | None, shift_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    dshift = scale.new_empty(scale.shape, dtype=shift_dtype)
+    return dshift, scale.new_empty(scale.shape), scale.new_empty(0) if weight is None else weight.new_empty(weight.shape)
+
+
+def _norm_backward_fake(
+    dy: Tensor,
+    x: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    shift_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return x.new_empty(x.shape), *_conditioning_gradients(scale, weight, shift_dtype)
+
+
+def _norm_backward_triton(
+    dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, shift_dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    from atat_fast.kernels import adaptive_norm as kernels
+
+    dx, sums = x.new_empty(x.shape), _conditioning_gradients(scale, weight, shift_dtype)
+    weight = None if weight is None else weight.contiguous()
+    with on_device(x):
+        kernels.norm_backward(dy.contiguous(), x.contiguous(), _rows(scale), weight, mean, rstd, dx, *sums)
+    return dx, *sums
 
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, shift, scale, weight, *_ = inputs
+    x, shift, scale, weight, _, _, backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, scale, weight, *output[1:])
-    ctx.shift_dtype = shift.dtype
+    ctx.shift_dtype, ctx.backend = shift.dtype, backend
 
 
 def _norm_autograd(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is None:
-        return (None,) * 6
+        return (None,) * 7
     x, scale, weight, mean, rstd = ctx.saved_tensors
-    dx, dshift, dscale, dweight = torch.ops.atat_fast.adaptive_layer_norm_backward(dy, x, scale, weight, mean, rstd)
-    dweight = None if weight is None else dweight.to(weight.dtype)
-    return dx.to(x.dtype), dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), dweight, None, None
+    dx, dshift, dscale, dweight = torch.ops.atat_fast.adaptive_layer_norm_backward(
+        dy, x, scale, weight, mean, rstd, ctx.shift_dtype, ctx.backend
+    )
+    return dx, dshift, dscale, None if weight is None else dweight, None, None, None
 
 
 def _gated(
@@ -210,7 +316,7 @@ def _gated(
     if dropout:
         assert seed is not None and step is not None and sample_ids is not None
         addend = addend * dropout_scale(branch.shape, dropout, seed, step, sample_ids, layer).to(wide)
-    total = torch.addcmul(residual.to(wide), gate.to(wide)[:, None], addend)
+    total = torch.addcmul(residual.to(wide), gate.to(wide)[:, None], addend).contiguous()
     y, mean, rstd = _norm(total, shift, scale, weight, eps, out_dtype)  # of the sum before a bf16 stream rounds it
     return total.to(residual.dtype), y, mean, rstd
 
@@ -218,18 +324,38 @@ def _gated(
 def _gated_fake(
     residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, dropout: float,
     seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int, eps: float, out_dtype: torch.dtype,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    return (residual.new_empty(residual.shape), *_norm_fake(residual, shift, scale, weight, eps, out_dtype))
+    return residual.new_empty(residual.shape), *_norm_outputs(residual, out_dtype)
+
+
+def _gated_triton(
+    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, dropout: float,
+    seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int, eps: float, out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """kernels/adaptive_norm.py."""
+    from atat_fast.kernels import adaptive_norm as kernels
+
+    outputs = residual.new_empty(residual.shape), *_norm_outputs(residual, out_dtype)
+    weight = None if weight is None else weight.contiguous()
+    ids = None if sample_ids is None else sample_ids.contiguous()
+    with on_device(residual):
+        kernels.gated_forward(
+            residual.contiguous(), branch.contiguous(), _rows(gate), _rows(shift), _rows(scale), weight, dropout, seed, step, ids,
+            STREAM_DROPOUT + (layer << 8), eps, *outputs,
+        )  # fmt: skip
+    return outputs
 
 
 def _gated_backward(
     dtotal: Tensor | None, dy: Tensor | None, total: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, weight: Tensor | None,
     mean: Tensor, rstd: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int,
+    shift_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """dresidual, dbranch, dgate, dshift, dscale, dweight; the last four in the statistics' dtype."""
+    """dresidual, dbranch, dgate, dshift, dscale and dweight, each in the dtype of what it is the gradient of."""
     wide = _statistics_dtype(total)
     dy = torch.zeros_like(total) if dy is None else dy
-    dr, dshift, dscale, dweight = _norm_backward(dy, total, scale, weight, mean, rstd)
+    dr, dshift, dscale, dweight = _norm_gradients(dy, total, scale, weight, mean, rstd)
     if dtotal is not None:
         dr = dr + dtotal.to(wide)
     dadd = dr * gate.to(wide)[:, None]
@@ -241,67 +367,94 @@ def _gated_backward(
     dgate = (dr * addend).sum(1)
     if gate.shape[0] == 1:
         dgate = dgate.sum(0, keepdim=True)
-    return dr.to(total.dtype, copy=True), dadd.to(branch.dtype), dgate, dshift, dscale, dweight
+    dweight = dweight if weight is None else dweight.to(weight.dtype)
+    dr, dadd = dr.to(total.dtype, copy=True), dadd.to(branch.dtype)
+    return dr, dadd, dgate.to(gate.dtype), dshift.to(shift_dtype), dscale.to(scale.dtype), dweight
 
 
 def _gated_backward_fake(
     dtotal: Tensor | None, dy: Tensor | None, total: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, weight: Tensor | None,
     mean: Tensor, rstd: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int,
+    shift_dtype: torch.dtype, backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    _, dshift, dscale, dweight = _norm_backward_fake(total, total, scale, weight, mean, rstd)
-    return total.new_empty(total.shape), branch.new_empty(branch.shape), torch.empty_like(dshift), dshift, dscale, dweight
+    streams = total.new_empty(total.shape), branch.new_empty(branch.shape)
+    return *streams, gate.new_empty(gate.shape), *_conditioning_gradients(scale, weight, shift_dtype)
+
+
+def _gated_backward_triton(
+    dtotal: Tensor | None, dy: Tensor | None, total: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, weight: Tensor | None,
+    mean: Tensor, rstd: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int,
+    shift_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    from atat_fast.kernels import adaptive_norm as kernels
+
+    outputs = (
+        total.new_empty(total.shape), branch.new_empty(branch.shape), gate.new_empty(gate.shape),
+        *_conditioning_gradients(scale, weight, shift_dtype),
+    )  # fmt: skip
+    upstream = (None if dtotal is None else dtotal.contiguous(), None if dy is None else dy.contiguous())
+    weight = None if weight is None else weight.contiguous()
+    ids = None if sample_ids is None else sample_ids.contiguous()
+    with on_device(total):
+        kernels.gated_backward(
+            *upstream, total, branch.contiguous(), _rows(gate), _rows(scale), weight, mean, rstd, dropout, seed, step, ids,
+            STREAM_DROPOUT + (layer << 8), *outputs,
+        )  # fmt: skip
+    return outputs
 
 
 def _gated_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, shift, scale, weight, dropout, seed, step, sample_ids, layer, *_ = inputs
+    _, branch, gate, shift, scale, weight, dropout, seed, step, sample_ids, layer, _, _, backend = inputs
     total, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, branch, gate, scale, weight, mean, rstd, seed, step, sample_ids)
-    ctx.dropout, ctx.layer, ctx.shift_dtype = dropout, layer, shift.dtype
+    ctx.dropout, ctx.layer, ctx.shift_dtype, ctx.backend = dropout, layer, shift.dtype, backend
 
 
 def _gated_autograd(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dtotal is None and dy is None:
-        return (None,) * 13
+        return (None,) * 14
     total, branch, gate, scale, weight, mean, rstd, seed, step, sample_ids = ctx.saved_tensors
     dr, db, dgate, dshift, dscale, dweight = torch.ops.atat_fast.gated_residual_norm_backward(
-        dtotal, dy, total, branch, gate, scale, weight, mean, rstd, ctx.dropout, seed, step, sample_ids, ctx.layer
-    )
-    dweight = None if weight is None else dweight.to(weight.dtype)
-    return (dr, db, dgate.to(gate.dtype), dshift.to(ctx.shift_dtype), dscale.to(scale.dtype), dweight, *(None,) * 7)
+        dtotal, dy, total, branch, gate, scale, weight, mean, rstd, ctx.dropout, seed, step, sample_ids, ctx.layer,
+        ctx.shift_dtype, ctx.backend,
+    )  # fmt: skip
+    return (dr, db, dgate, dshift, dscale, None if weight is None else dweight, *(None,) * 8)
 
 
-backends("adaptive_layer_norm", torch=_norm)
-backends("gated_residual_norm", torch=_gated)
+backends("adaptive_layer_norm", triton=_norm_triton, torch=_norm)
+backends("adaptive_layer_norm_backward", triton=_norm_backward_triton, torch=_norm_backward)
+backends("gated_residual_norm", triton=_gated_triton, torch=_gated)
+backends("gated_residual_norm_backward", triton=_gated_backward_triton, torch=_gated_backward)
 register(
-    "adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, Tensor? weight, float eps, ScalarType out_dtype) "
+    "adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, Tensor? weight, float eps, ScalarType out_dtype, str backend) "
     "-> (Tensor y, Tensor mean, Tensor rstd)",
-    _norm,
+    dispatch("adaptive_layer_norm"),
     _norm_fake,
     backward=_norm_autograd,
     setup=_norm_setup,
 )
 register(
-    "adaptive_layer_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor? weight, Tensor mean, Tensor rstd) "
-    "-> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight)",
-    _norm_backward,
+    "adaptive_layer_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor? weight, Tensor mean, Tensor rstd, "
+    "ScalarType shift_dtype, str backend) -> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight)",
+    dispatch("adaptive_layer_norm_backward"),
     _norm_backward_fake,
 )
 register(
     "gated_residual_norm(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? weight, float dropout, "
-    "Tensor? seed, Tensor? step, Tensor? sample_ids, int layer, float eps, ScalarType out_dtype) "
+    "Tensor? seed, Tensor? step, Tensor? sample_ids, int layer, float eps, ScalarType out_dtype, str backend) "
     "-> (Tensor total, Tensor y, Tensor mean, Tensor rstd)",
-    _gated,
+    dispatch("gated_residual_norm"),
     _gated_fake,
     backward=_gated_autograd,
     setup=_gated_setup,
 )
 register(
     "gated_residual_norm_backward(Tensor? dtotal, Tensor? dy, Tensor total, Tensor branch, Tensor gate, Tensor scale, "
-    "Tensor? weight, Tensor mean, Tensor rstd, float dropout, Tensor? seed, Tensor? step, Tensor? sample_ids, int layer) "
-    "-> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
-    _gated_backward,
+    "Tensor? weight, Tensor mean, Tensor rstd, float dropout, Tensor? seed, Tensor? step, Tensor? sample_ids, int layer, "
+    "ScalarType shift_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    dispatch("gated_residual_norm_backward"),
     _gated_backward_fake,
 )
 

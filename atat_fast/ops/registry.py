@@ -10,6 +10,7 @@ decorator adds about 7, more than some of these kernels take on a GPU.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib.util
 import os
@@ -163,6 +164,17 @@ def _choose(
     if reasons[asked] is not None:
         raise ValueError(f"{op} cannot use backend {asked!r} here: {reasons[asked]}; what can run is {', '.join(ready)}")
     return asked
+
+
+def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Makes `tensor`'s GPU the current one, for Triton launches where the current device is. Nothing to do is the usual case."""
+    device = tensor.device
+    if device.type != "cuda" or device.index == torch.cuda.current_device():
+        return _HERE
+    return torch.cuda.device(device)
+
+
+_HERE = contextlib.nullcontext()
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:

@@ -9,11 +9,13 @@ from hypothesis import strategies as st
 
 from atat_fast.ops import (
     adaptive_layer_norm,
+    adaptive_layer_norm_cost,
     adaptive_layer_norm_reference,
     gated_residual_norm,
+    gated_residual_norm_cost,
     gated_residual_norm_reference,
 )
-from atat_fast.ops.adaptive_norm import dropout_scale
+from atat_fast.ops.adaptive_norm import WIDEST, dropout_scale
 
 
 def tensors(batch, length, width, shared, dtype=torch.float64, weight=True):
@@ -160,12 +162,57 @@ def test_two_runs_are_the_same_bits(poisoned):
 
 def test_opcheck():
     t = tensors(2, 3, 8, shared=False, dtype=torch.float32)
-    args = (t["residual"], t["shift"], t["scale"], t["weight"], 1e-5, torch.float32)
+    args = (t["residual"], t["shift"], t["scale"], t["weight"], 1e-5, torch.float32, "torch")
     torch.library.opcheck(torch.ops.atat_fast.adaptive_layer_norm.default, args)
     one = {k: v.detach()[:1].requires_grad_() if k in ("gate", "shift", "scale") else v for k, v in t.items()}
     for c, random in ((t, (0.2, torch.tensor(1), torch.tensor(2), torch.arange(2))), (one, (0.0, None, None, None))):
-        args = (*(c[k] for k in ("residual", "branch", "gate", "shift", "scale", "weight")), *random, 3, 1e-5, torch.bfloat16)
-        torch.library.opcheck(torch.ops.atat_fast.gated_residual_norm.default, args)
+        inputs = tuple(c[k] for k in ("residual", "branch", "gate", "shift", "scale", "weight"))
+        torch.library.opcheck(
+            torch.ops.atat_fast.gated_residual_norm.default, (*inputs, *random, 3, 1e-5, torch.bfloat16, "torch")
+        )
+
+
+def test_gradients_have_the_dtypes_of_their_inputs():
+    t = tensors(2, 3, 8, shared=False, dtype=torch.float32)
+    kinds = dict(
+        zip(t, (torch.bfloat16, torch.float32, torch.bfloat16, torch.float32, torch.bfloat16, torch.bfloat16), strict=True)
+    )
+    leaves = {k: v.detach().to(kinds[k]).requires_grad_() for k, v in t.items()}
+    total, y = gated_residual_norm(**leaves)
+    assert total.dtype is y.dtype is torch.bfloat16
+    (total.sum() + y.sum()).backward()
+    assert all(v.grad.dtype is kinds[k] for k, v in leaves.items())
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.2])
+def test_compiles_whole(dropout):
+    def f(inputs, ids, step):
+        total, y = gated_residual_norm(**inputs, dropout=dropout, seed=1, step=step, sample_ids=ids)
+        return total + adaptive_layer_norm(y, inputs["shift"], inputs["scale"])
+
+    inputs = tensors(2, 5, 8, shared=False, dtype=torch.float32)
+    arguments = (inputs, torch.arange(2), torch.tensor(4))
+    want, got = f(*arguments), torch.compile(f, fullgraph=True, backend="aot_eager")(*arguments)
+    assert torch.equal(want, got)
+    upstream = torch.randn_like(want)
+    for a, b in zip(*(torch.autograd.grad(out, list(inputs.values()), upstream) for out in (want, got)), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_streams_that_are_not_contiguous():
+    inputs = tensors(2, 5, 8, shared=False, dtype=torch.float32)
+    apart = {k: v.detach().mT.contiguous().mT.requires_grad_() if k in ("residual", "branch") else v for k, v in inputs.items()}
+    for a, b in zip(gated_residual_norm(**inputs), gated_residual_norm(**apart), strict=True):
+        assert b.is_contiguous() and torch.equal(a, b)
+
+
+@pytest.mark.parametrize("batch", [0, 2])
+def test_nothing_to_normalise(batch):
+    inputs = tensors(batch, 0, 8, shared=False, dtype=torch.float32)
+    total, y = gated_residual_norm(**inputs)
+    assert total.shape == y.shape == (batch, 0, 8)
+    for k, grad in zip(inputs, torch.autograd.grad(y.sum() + total.sum(), list(inputs.values())), strict=True):
+        assert grad.shape == inputs[k].shape and not grad.any()
 
 
 def test_second_derivatives_are_refused_in_a_sentence():
@@ -186,10 +233,42 @@ def test_second_derivatives_are_refused_in_a_sentence():
         ({"branch": torch.zeros(2, 3, 7)}, "branch must have residual's shape"),
         ({"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
         ({"dropout": 0.5}, "dropout needs sample_ids"),
-        ({"backend": "triton"}, "has no backend 'triton'"),
+        ({"dropout": 0.5, "sample_ids": torch.arange(3)}, r"sample_ids must be int64 of 2 number\(s\), got shape \(3,\)"),
+        ({"dropout": 0.5, "sample_ids": torch.arange(2), "step": torch.zeros(())}, "step must be int64"),
+        ({"gate": torch.zeros(2, 8, device="meta")}, "gate is on meta and residual on cpu; move one of them"),
+        ({"branch": torch.zeros(2, 3, 8).half()}, "branch is fp16, whose range a residual stream leaves; use bf16 or fp32"),
+        ({"backend": "tritn"}, r"has no backend 'tritn' \(did you mean triton"),
+        (
+            {"backend": "triton", "shift": torch.zeros(2, 8).double()},
+            "the kernels take tensors of fp32 and bf16; what can run is",
+        ),
     ],
 )
 def test_bad_input(change, message):
     inputs = tensors(2, 3, 8, shared=False, dtype=torch.float32) | change
     with pytest.raises(ValueError, match=message):
         gated_residual_norm(**inputs)
+
+
+def test_autocast_to_fp16_is_refused():
+    inputs = tensors(2, 3, 8, shared=False, dtype=torch.float32)
+    with torch.autocast("cpu", torch.float16), pytest.raises(ValueError, match="autocast asks for fp16"):
+        gated_residual_norm(**inputs)
+
+
+def test_rows_too_wide_for_registers_run_on_pytorch():
+    x, c = torch.randn(1, 2, WIDEST + 8), torch.randn(1, WIDEST + 8)
+    torch.testing.assert_close(adaptive_layer_norm(x, c, c), adaptive_layer_norm_reference(x, c, c))
+    with pytest.raises(ValueError, match="rows are wider than 4,096"):
+        adaptive_layer_norm(x, c, c, backend="triton")
+
+
+def test_costs_count_every_tensor_once():
+    rows, width = 32_768, 768
+    for residual, forward, backward in ((2, 4, 6), (4, 6, 10)):
+        assert adaptive_layer_norm_cost(rows, width, residual_bytes=residual).bytes == rows * width * forward
+        assert adaptive_layer_norm_cost(rows, width, residual_bytes=residual, backward=True).bytes == rows * width * backward
+    for residual, forward, backward in ((2, 8, 12), (4, 12, 18)):
+        assert gated_residual_norm_cost(rows, width, residual_bytes=residual).bytes == rows * width * forward
+        assert gated_residual_norm_cost(rows, width, residual_bytes=residual, backward=True).bytes == rows * width * backward
+    assert gated_residual_norm_cost(rows, width, backward=True).flops > gated_residual_norm_cost(rows, width).flops

@@ -17,8 +17,17 @@ ROOT = Path(__file__).resolve().parents[2]
 pytest.importorskip("triton")
 
 
+MODULES = (
+    "test_interpreter.py",
+    "test_philox.py",
+    "test_masking.py",
+    "test_cross_entropy.py",
+    "test_adaptive_norm_kernel.py",
+)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("module", ["test_cross_entropy.py", "test_philox.py", "test_masking.py"])
+@pytest.mark.parametrize("module", MODULES)
 def test_in_the_interpreter(module):
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", str(ROOT / "tests/ops" / module)]
     done = subprocess.run(
