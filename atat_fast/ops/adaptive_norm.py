@@ -10,6 +10,7 @@ Statistics are fp32 (fp64 for fp64 inputs) whatever the residual stream's dtype.
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 import torch
@@ -207,6 +208,14 @@ def _norm_fake(
     return _norm_outputs(x, out_dtype)
 
 
+@functools.cache
+def _kernels() -> Any:
+    """kernels/adaptive_norm.py, on first use: triton takes a second to import."""
+    from atat_fast.kernels import adaptive_norm
+
+    return adaptive_norm
+
+
 def _rows(conditioning: Tensor) -> Tensor:
     """Conditioning as kernels read it: rows may be apart, as the parts of one projection are, but a row is in one piece."""
     return conditioning if conditioning.stride(1) == 1 else conditioning.contiguous()
@@ -215,13 +224,10 @@ def _rows(conditioning: Tensor) -> Tensor:
 def _norm_triton(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """kernels/adaptive_norm.py."""
-    from atat_fast.kernels import adaptive_norm as kernels  # triton takes a second to import
-
     outputs = _norm_outputs(x, out_dtype)
     weight = None if weight is None else weight.contiguous()
     with on_device(x):
-        kernels.norm_forward(x.contiguous(), _rows(shift), _rows(scale), weight, eps, *outputs)
+        _kernels().norm_forward(x.contiguous(), _rows(shift), _rows(scale), weight, eps, *outputs)
     return outputs
 
 
@@ -280,12 +286,10 @@ def _norm_backward_fake(
 def _norm_backward_triton(
     dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, shift_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    from atat_fast.kernels import adaptive_norm as kernels
-
     dx, sums = x.new_empty(x.shape), _conditioning_gradients(scale, weight, shift_dtype)
     weight = None if weight is None else weight.contiguous()
     with on_device(x):
-        kernels.norm_backward(dy.contiguous(), x.contiguous(), _rows(scale), weight, mean, rstd, dx, *sums)
+        _kernels().norm_backward(dy.contiguous(), x.contiguous(), _rows(scale), weight, mean, rstd, dx, *sums)
     return dx, *sums
 
 
@@ -333,14 +337,11 @@ def _gated_triton(
     residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, dropout: float,
     seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int, eps: float, out_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """kernels/adaptive_norm.py."""
-    from atat_fast.kernels import adaptive_norm as kernels
-
     outputs = residual.new_empty(residual.shape), *_norm_outputs(residual, out_dtype)
     weight = None if weight is None else weight.contiguous()
     ids = None if sample_ids is None else sample_ids.contiguous()
     with on_device(residual):
-        kernels.gated_forward(
+        _kernels().gated_forward(
             residual.contiguous(), branch.contiguous(), _rows(gate), _rows(shift), _rows(scale), weight, dropout, seed, step, ids,
             STREAM_DROPOUT + (layer << 8), eps, *outputs,
         )  # fmt: skip
@@ -386,8 +387,6 @@ def _gated_backward_triton(
     mean: Tensor, rstd: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int,
     shift_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    from atat_fast.kernels import adaptive_norm as kernels
-
     outputs = (
         total.new_empty(total.shape), branch.new_empty(branch.shape), gate.new_empty(gate.shape),
         *_conditioning_gradients(scale, weight, shift_dtype),
@@ -396,7 +395,7 @@ def _gated_backward_triton(
     weight = None if weight is None else weight.contiguous()
     ids = None if sample_ids is None else sample_ids.contiguous()
     with on_device(total):
-        kernels.gated_backward(
+        _kernels().gated_backward(
             *upstream, total, branch.contiguous(), _rows(gate), _rows(scale), weight, mean, rstd, dropout, seed, step, ids,
             STREAM_DROPOUT + (layer << 8), *outputs,
         )  # fmt: skip

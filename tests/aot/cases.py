@@ -121,7 +121,58 @@ def philox() -> Iterator[Triton]:
     yield Triton("philox/1024", "philox", "_words_kernel", types, {"BLOCK": 1024}, {"num_warps": 4}, ("N",))
 
 
-TRITON = (cross_entropy, masking, philox)
+def adaptive_norm() -> Iterator[Triton]:
+    """Every kernel over the widths at which the configuration changes; dtypes, dropout and absent tensors at one of them.
+
+    How many rows conditioning has is a stride, 0 for one row: divisible by 16 like every other, so the kernel is the same.
+    """
+    from atat_fast.kernels.adaptive_norm import REGISTERS, SUM_COLUMNS, SUM_ROWS, configuration
+
+    kinds = {
+        "stream": "X Dx Residual Total Dtotal Dresidual", "branch": "Y Dy Branch Dbranch",
+        "conditioning": "Shift Scale Gate Dshift Dscale Dgate", "*fp32": "Mean Rstd Weight Dweight Partials",
+        "*i64": "Seed Step SampleIds", "fp32": "inverse eps",
+        "i32": "gate_stride shift_stride scale_stride L rows stream limit groups group_rows splits",
+    }  # fmt: skip
+    strides = tuple(name for name in kinds["i32"].split() if name.endswith("_stride"))
+    no_dropout = "Seed Step SampleIds"
+
+    def case(kernel, width, without="", stream="*fp32", branch="*bf16", conditioning="*fp32"):
+        given = {"stream": stream, "branch": branch, "conditioning": conditioning}
+        absent = dict.fromkeys(without.split())
+        types = {name: given.get(kind, kind) for kind, names in kinds.items() for name in names.split() if name not in absent}
+        if kernel == "sums":
+            sizes, options = {"K": 2 if "Dgate" in absent else 3, "CHUNK": SUM_COLUMNS, "TILE_ROWS": SUM_ROWS}, {"num_warps": 4}
+        else:
+            chunk, chunks, tile_rows, warps = configuration(width)
+            sizes, options = {"CHUNK": chunk, "CHUNKS": chunks, "TILE_ROWS": tile_rows}, {"num_warps": warps}
+        if kernel.endswith("backward"):
+            options["maxnreg"] = REGISTERS
+        marks = [f"{name}={kind[1:]}" for name, kind in given.items()] + [f"without={'+'.join(absent)}"] * bool(absent)
+        name = f"{kernel}/{width}/{','.join(marks)}"
+        return Triton(name, "adaptive_norm", f"_{kernel}_kernel", types, {"D": width} | sizes | absent, options, strides)
+
+    for width in (256, 768, 1024, 2048, 4096):
+        yield case("norm_forward", width)
+        yield case("norm_backward", width)
+        yield case("gated_forward", width, no_dropout)
+        yield case("gated_backward", width, no_dropout)
+    for dtypes in ({}, {"stream": "*bf16", "conditioning": "*bf16"}, {"branch": "*fp32"}):
+        yield case("gated_forward", 768, **dtypes)
+        yield case("gated_backward", 768, **dtypes)
+    for dtypes in ({"stream": "*bf16", "conditioning": "*bf16"}, {"branch": "*fp32"}):
+        yield case("norm_forward", 768, "Weight", **dtypes)
+        yield case("norm_backward", 768, "Weight", **dtypes)
+        yield case("sums", 768, "Dgate", **dtypes)
+    yield case("sums", 768)
+    yield case("gated_backward", 768, f"Dtotal {no_dropout}")
+    yield case("gated_backward", 768, f"Dy {no_dropout}")
+    yield case("gated_backward", 4096)
+    yield case("gated_backward", 1000, conditioning="*bf16")
+    yield case("gated_backward", 1003)
+
+
+TRITON = (adaptive_norm, cross_entropy, masking, philox)
 
 CUDA = (
     # row_bytes of 50,304 bf16 columns in csrc/cross_entropy.cuh. A longer row is kept where a device has more, or not at all.
