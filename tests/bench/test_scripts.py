@@ -54,7 +54,7 @@ def test_the_readme_says_what_the_files_say():
 def test_report_notices_a_figure_that_no_file_gives(tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
-    for name in ("README.md", "bench"):
+    for name in ("README.md", "bench", "docs"):
         source = ROOT / name
         shutil.copytree(source, copy / name) if source.is_dir() else shutil.copyfile(source, copy / name)
     readme = copy / "README.md"

@@ -85,8 +85,18 @@ def test_evaluation_repeats_the_runs_own_number(small, tmp_path, capsys):
 
 @pytest.mark.parametrize("weighting", ["uniform", "ce"])
 def test_accumulation_changes_nothing_but_rounding(small, weighting):
-    """With AdamW: Muon orthogonalises in bf16, which makes much of the last bits of a gradient."""
-    settings = [*small, "--optim.name", "adamw", "--optim.lr", "2e-3", "--diffusion.weighting", weighting]
+    """In fp32 and with AdamW: bf16 products, and Muon, which orthogonalises in bf16, make much of the last bits of a gradient."""
+    settings = [
+        *small,
+        "--optim.name",
+        "adamw",
+        "--optim.lr",
+        "2e-3",
+        "--diffusion.weighting",
+        weighting,
+        "--train.dtype",
+        "fp32",
+    ]
     whole, parts = run(settings), run([*settings, "--train.micro_batch", "1"])
     assert whole.plan.accumulation == 1 and parts.plan.accumulation == 4
     whole.train()
