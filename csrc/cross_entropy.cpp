@@ -96,6 +96,16 @@ ATAT_FAST_VECTORISED float dot(const uint16_t* a, const uint16_t* b, int64_t cou
   return sum;
 }
 
+ATAT_FAST_VECTORISED float dot(const float* a, const float* b, int64_t count) {
+  float sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t i = 0; i < count; ++i) sum += a[i] * b[i];
+  return sum;
+}
+
+ATAT_FAST_INLINE float widened(uint16_t value) { return from_bfloat16(value); }
+ATAT_FAST_INLINE float widened(float value) { return value; }
+
 // A row is worked on where it lies only if that is fp32 and becomes the gradient.
 bool in_place(const RowArguments& a) { return !a.half && a.gradient; }
 
@@ -106,13 +116,12 @@ struct Scratch {
   std::vector<RowPart> parts;
 };
 
-// A bf16 logit is rounded, so the target's is computed again from the bf16 inputs.
+// As stored, or computed again from the inputs where they are given: a bf16 logit is rounded.
+template <typename T>
 float target_logit(const RowArguments& a, int64_t i, int64_t target) {
-  if (!a.half) return static_cast<const float*>(a.logits)[i * a.stride + target];
-  if (a.hidden == nullptr) return from_bfloat16(static_cast<const uint16_t*>(a.logits)[i * a.stride + target]);
-  const float bias = a.bias == nullptr ? 0 : from_bfloat16(static_cast<const uint16_t*>(a.bias)[target]);
-  return bias + dot(static_cast<const uint16_t*>(a.hidden) + i * a.width, static_cast<const uint16_t*>(a.weight) + target * a.width,
-                    a.width);
+  if (a.hidden == nullptr) return widened(static_cast<const T*>(a.logits)[i * a.stride + target]);
+  const float bias = a.bias == nullptr ? 0 : widened(static_cast<const T*>(a.bias)[target]);
+  return bias + dot(static_cast<const T*>(a.hidden) + i * a.width, static_cast<const T*>(a.weight) + target * a.width, a.width);
 }
 
 void empty_row(const RowArguments& a, int64_t i) {
@@ -132,7 +141,7 @@ void one_row(const RowArguments& a, int64_t i, float* bias_gradient, Scratch& sc
   float* row = in_place(a) ? floats : scratch.row.data();
   const int64_t target = a.target[i];
   const bool inside = target >= 0 && target < a.vocabulary;
-  const float at_target = inside ? target_logit(a, i, target) : NAN;
+  const float at_target = !inside ? NAN : a.half ? target_logit<uint16_t>(a, i, target) : target_logit<float>(a, i, target);
   const int64_t target_block = inside ? target / kBlock : -1;
 
   RowPart others = no_logits();
