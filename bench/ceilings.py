@@ -1,0 +1,125 @@
+"""What this device reaches at best: the rate of a large matrix product and of a copy, and so the floor under every benchmark.
+
+    python bench/ceilings.py [--device auto] [--out FOLDER]        writes bench/results/<device>/ceilings.json in a few seconds
+
+Random data, interleaved rounds; median and quartiles of each shape, and the rate of its fastest round, which is what a ceiling is.
+bench/project.py takes a CPU's
+peaks from here, and says of a GPU's data sheet how much of it was reached.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atat_fast.config import TrainConfig
+from atat_fast.errors import UsageError
+from atat_fast.training.device import Compute, environment, resolve, short
+
+RESULTS = Path(__file__).resolve().parent / "results"
+PRODUCTS = {"cpu": ((1024, 1024, 1024), (2048, 256, 1024)), "cuda": ((8192, 8192, 8192), (32_768, 768, 3072), (8192, 768, 50_304))}
+"""(rows, inner, columns): one square product, and the shapes of an MLP and of a head."""
+COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
+
+
+def calls(compute: Compute) -> dict[tuple[str, tuple[int, ...]], tuple[Callable[[], Any], float]]:
+    """Every call with what it does: floating-point operations of a product, bytes read and written of a copy."""
+    kind, found = compute.device.type, {}
+    for n, k, m in PRODUCTS[kind]:
+        a = torch.randn(n, k, device=compute.device, dtype=compute.dtype)
+        b = torch.randn(k, m, device=compute.device, dtype=compute.dtype)
+        out = torch.empty(n, m, device=compute.device, dtype=compute.dtype)
+        found["product", (n, k, m)] = (lambda a=a, b=b, out=out: torch.mm(a, b, out=out), 2.0 * n * k * m)
+    source = torch.randn(COPY_BYTES[kind] // 4, device=compute.device)
+    target = torch.empty_like(source)
+    found["copy", (source.numel(),)] = (lambda: target.copy_(source), 2.0 * COPY_BYTES[kind])
+    return found
+
+
+def timed(call: Callable[[], Any], device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type == "cuda":
+        begin, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1e3
+    start = time.perf_counter()
+    call()
+    return time.perf_counter() - start
+
+
+def measure(compute: Compute, rounds: int) -> list[dict[str, Any]]:
+    """One row a call: median and quartiles in microseconds, and what the fastest round did, a second."""
+    todo = calls(compute)
+    seconds: dict[tuple[str, tuple[int, ...]], list[float]] = {name: [] for name in todo}
+    for i in range(rounds + 1):
+        for name, (call, _) in todo.items():
+            took = timed(call, compute.device)
+            if i:  # the first round warms up
+                seconds[name].append(took)
+    rows = []
+    for (kind, shape), (_, amount) in todo.items():
+        low, middle, high = (s * 1e6 for s in statistics.quantiles(seconds[kind, shape], n=4))
+        rows.append(
+            {
+                "kind": kind, "shape": list(shape), "dtype": short(compute.dtype) if kind == "product" else "fp32",
+                "median_us": round(middle, 1), "low_us": round(low, 1), "high_us": round(high, 1), "rate": amount / min(seconds[kind, shape]),
+            }
+        )  # fmt: skip
+    return rows
+
+
+def memory_bytes(device: torch.device) -> int:
+    """The device's whole memory."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The script: 0, or 2 on bad input."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--rounds", type=int, default=20, help="timed rounds, two or more")
+    parser.add_argument("--out", type=Path, default=None, help="folder of ceilings.json; bench/results/<device> by default")
+    args = parser.parse_args(arguments)
+    try:
+        if args.rounds < 2:
+            raise UsageError(f"--rounds must be at least 2, for there to be quartiles; got {args.rounds}")
+        compute = resolve(TrainConfig(device=args.device))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    rows = measure(compute, args.rounds)
+    print(f"{compute.describe()}, {torch.get_num_threads()} threads")
+    for row in rows:
+        unit = "TFLOP/s" if row["kind"] == "product" else "GB/s read and written"
+        scale = 1e12 if row["kind"] == "product" else 1e9
+        shape = " x ".join(f"{n:,}" for n in row["shape"])
+        print(f"{row['kind']:<8} {shape:<24} {row['dtype']:<5} {row['rate'] / scale:>9.3f} {unit}")
+    folder = args.out or RESULTS / compute.device.type
+    if args.out is None and compute.device.type == "cuda":
+        folder = RESULTS / torch.cuda.get_device_name(compute.device).lower().replace(" ", "-")
+    folder.mkdir(parents=True, exist_ok=True)
+    record = {
+        "benchmark": "ceilings", "results": rows, "memory_bytes": memory_bytes(compute.device), "environment": environment(compute)
+    }  # fmt: skip
+    path = folder / "ceilings.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
