@@ -89,12 +89,12 @@ PEERS = (
          "defaults; accum_dtype=fp32; fp32 with chunk_mem_const=16 (0.8.5 and newer)", "pip install liger-kernel"),
     Peer("cut-cross-entropy", "cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy",
          "impl='cce'; cce_kahan_full_c, its advice for pretraining; cce_exact: filter_eps=None and fp32 accumulation",
-         "pip install 'cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git'  (25.1.1 on the index: no bias)"),
+         "pip install 'cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git'  (25.1.1 of the index has no bias)"),
     Peer("flash-attn", "flash-attn", "flash_attn", "attention, rotary in place, layer norm", "flash_attn_func; its Triton norms",
          "pip install flash-attn --no-build-isolation"),
     Apex("apex (NVIDIA's)", "apex", "apex", "layer norm", "FusedLayerNorm, and contrib's fast_layer_norm for width 768",
          "pip install -v --no-build-isolation git+https://github.com/NVIDIA/apex.git  (not `pip install apex`)"),
-    Peer("quack", "quack-kernels", "quack", "linear_cross_entropy without bias, layer norm", "chunked and scaled_exp; Hopper",
+    Peer("quack", "quack-kernels", "quack", "linear_cross_entropy without bias, layer norm", "chunked and scaled_exp; Hopper only",
          "pip install quack-kernels"),
 )  # fmt: skip
 """In the order of the table."""
@@ -265,11 +265,7 @@ def linear_cross_entropy_peers(device: torch.device) -> dict[str, HeadPeer]:
         sums = "" if "accum_c_fp32" in cut_options() else "this version sums gradients in the input's dtype"
         for name, settings, cannot in (
             ("cce", {}, drops),
-            (
-                "cce_kahan_full_c",
-                fp32 | {"filter_c_grad": False},
-                f"{drops} where they are hidden's",
-            ),  # its advice for pretraining
+            ("cce_kahan_full_c", fp32 | {"filter_c_grad": False}, f"{drops} where they are hidden's"),  # its advice for pretraining
             ("cce_exact", fp32 | {"filter_eps": None}, sums),
         ):
             if name == "cce_kahan_full_c" and sums:
