@@ -1,0 +1,199 @@
+"""bench/gpu_suite.py: its orchestration with steps that pass, fail, hang and leave others behind; no GPU is needed."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def python(code: str) -> tuple[str, ...]:
+    return (sys.executable, "-S", "-c", code)
+
+
+@pytest.fixture
+def suite(load, monkeypatch, tmp_path):
+    """The module, with results of its own and little patience."""
+    module = load("gpu_suite")
+    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
+    monkeypatch.setattr(module, "STOP_SECONDS", 0.5)
+    monkeypatch.setattr(module, "LEAST_SECONDS", 0.05)
+    (tmp_path / "results").mkdir()
+    return module
+
+
+def alive(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(suite, tmp_path, capsys):
+    child = tmp_path / "child"
+    hang = (
+        "import subprocess, sys, time\n"
+        f"p = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
+        f"open({str(child)!r}, 'w').write(str(p.pid))\n"
+        "print('begun', flush=True)\n"
+        "time.sleep(60)"
+    )
+    todo = [
+        suite.Step("fine", python("print('good')"), 20, needs_gpu=False),
+        suite.Step("broken", python("print('one'); raise SystemExit('the reason')"), 20, needs_gpu=False),
+        suite.Step("hangs", python(hang), 1.5, needs_gpu=False),
+        suite.Step("absent", ("/no/such/program",), 20, needs_gpu=False),
+        suite.Step("gpu", python("print('ran')"), 20),
+        suite.Step("last", python("print('still here')"), 20, needs_gpu=False),
+    ]
+    begin = time.monotonic()
+    outcomes = suite.run_all(todo, 60, "torch finds no CUDA device", dict(os.environ))
+    assert time.monotonic() - begin < 30
+    assert [o.status for o in outcomes] == ["passed", "failed", "timed out", "failed", "not run", "passed"]
+    assert outcomes[0].tail == "good\n" and outcomes[0].code == 0
+    assert outcomes[1].code == 1 and "the reason" in outcomes[1].reason and outcomes[1].tail.startswith("one")
+    assert outcomes[2].tail.startswith("begun") and outcomes[2].reason == "stopped after 2 s"
+    assert "cannot be started" in outcomes[3].reason and "it needs a GPU" in outcomes[4].reason
+    assert len(capsys.readouterr().out.splitlines()) == 6
+    deadline = time.monotonic() + 10
+    while alive(int(child.read_text())) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(int(child.read_text()))  # what a step started ends with it
+
+
+def test_a_step_that_is_stopped_may_write_what_it_has(suite, tmp_path):
+    code = (
+        "import time\n"
+        "try: time.sleep(60)\n"
+        f"except KeyboardInterrupt: open({str(tmp_path / 'kept')!r}, 'w').write('half'); print('stopping')"
+    )
+    (outcome,) = suite.run_all([suite.Step("slow", python(code), 1, needs_gpu=False)], 60, None, dict(os.environ))
+    assert outcome.status == "timed out" and "stopping" in outcome.tail and (tmp_path / "kept").read_text() == "half"
+
+
+def test_what_has_no_time_left_is_not_begun(suite):
+    todo = [
+        suite.Step("long", python("import time; time.sleep(60)"), 60, needs_gpu=False),
+        suite.Step("late", python("print(1)"), 60, needs_gpu=False),
+    ]
+    begin = time.monotonic()
+    first, second = suite.run_all(todo, 1, None, dict(os.environ))
+    assert time.monotonic() - begin < 15
+    assert (first.status, second.status, second.reason) == ("timed out", "not run", "the time was over")
+
+
+@pytest.mark.slow
+def test_a_pytest_run_that_collects_nothing_failed(suite):
+    step = suite.pytest_step("tests", 60, "tests/bench/conftest.py", why="")
+    (outcome,) = suite.run_all([step], 60, None, dict(os.environ))
+    assert outcome.status == "failed" and outcome.reason == "no test was collected"
+
+
+def test_files_come_back_small_and_whole(suite, tmp_path, monkeypatch, capsys):
+    results, out = suite.RESULTS, tmp_path / "out"
+    (results / "old").mkdir()
+    (results / "old" / "before.json").write_text("[1]")
+    os.utime(results / "old" / "before.json", (0, 0))
+    write = f"import os; os.makedirs({str(results / 'DEVICE')!r}); open({str(results / 'DEVICE' / 'x.json')!r}, 'w').write('[2]')"
+    monkeypatch.setattr(suite, "find_gpu", lambda: ("some-gpu", None))
+    todo = [
+        suite.Step("writes", python(write), 20),
+        suite.Step("loud", python("print('x' * 100000)"), 20),
+        suite.Step("named", (*python("import sys; print(sys.argv[1])"), suite.DEVICE_FOLDER), 20),
+        suite.Step("bad", python("raise SystemExit(4)"), 20),
+    ]
+    assert suite.suite(out, 60, todo, None) == 1
+    assert sorted(p.name for p in out.iterdir()) == ["results.json", "summary.json", "summary.txt"]
+    assert all(p.stat().st_size < 10 << 20 for p in out.iterdir())
+    summary = json.loads((out / "summary.json").read_text())
+    assert [s["status"] for s in summary["steps"]] == ["passed", "passed", "passed", "failed"]
+    assert len(summary["steps"][1]["tail"]) <= suite.TAIL_CHARACTERS
+    assert summary["steps"][2]["tail"].strip() == "bench/results/some-gpu"
+    assert json.loads((out / "results.json").read_text()) == {"DEVICE/x.json": [2]}
+    text = (out / "summary.txt").read_text()
+    assert "status 4" in text and "DEVICE/x.json" in text and "=== loud: passed" in text
+
+    elsewhere = tmp_path / "elsewhere"
+    suite.unpack(out / "results.json", elsewhere)
+    assert json.loads((elsewhere / "DEVICE" / "x.json").read_text()) == [2]
+
+    monkeypatch.setattr(suite, "LARGEST_FILE", 50)
+    suite.summarise(out, [], {"small": [1], "large": ["y" * 100]}, [])
+    assert json.loads((out / "results.json").read_text()) == {"small": [1]}
+    assert json.loads((out / "summary.json").read_text())["left_out"] == ["large"]
+    assert (out / "summary.txt").stat().st_size <= 50
+
+
+@pytest.mark.parametrize("name", ["../../out.json", "/etc/x.json", "x.txt"])
+def test_nothing_is_unpacked_outside_the_results(suite, tmp_path, name):
+    (tmp_path / "results.json").write_text(json.dumps({"fine.json": [], name: []}))
+    with pytest.raises(ValueError, match="nothing was written"):
+        suite.unpack(tmp_path / "results.json", tmp_path / "in")
+    assert not (tmp_path / "in").exists()
+
+
+def test_wheels_are_laid_out_for_import(suite, tmp_path):
+    wheels, site = tmp_path / "wheels", tmp_path / "site"
+    wheels.mkdir()
+    with pytest.raises(ValueError, match=r"holds no \.whl"):
+        suite.unpack_wheels(wheels, site)
+    with zipfile.ZipFile(wheels / "peer-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("peer.py", "VALUE = 7")
+        wheel.writestr("peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: peer\nVersion: 1.0\n")
+    assert suite.unpack_wheels(wheels, site) == ["peer-1.0-py3-none-any.whl"]
+    code = "import peer, importlib.metadata as m; print(peer.VALUE, m.version('peer'))"
+    done = subprocess.run(python(code), env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
+    assert done.stdout.split() == ["7", "1.0"], done.stderr
+    (wheels / "other-1.0-cp312-cp312-linux_x86_64.whl").write_bytes(b"")
+    with pytest.raises(ValueError, match="no pure-Python wheel"):
+        suite.unpack_wheels(wheels, site)
+
+
+def door(*arguments, cwd=None):
+    command = [sys.executable, str(ROOT / "bench" / "gpu_suite.py"), *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+
+
+@pytest.mark.slow
+def test_without_a_gpu_it_says_what_needs_one(tmp_path):
+    done = door("--out", tmp_path / "suite", "--minutes", 1, cwd=tmp_path)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "these steps need one: build, ceilings, tests, throughput" in done.stdout
+    steps = json.loads((tmp_path / "suite" / "summary.json").read_text())["steps"]
+    assert steps[0]["name"] == "environment" and steps[0]["status"] == "passed" and "torch" in steps[0]["tail"]
+    assert {s["status"] for s in steps[1:]} == {"not run"} and len(steps) > 6
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--minutes", "0"], "--minutes must be above 0"),
+        (["--only", "bench"], "there is no step 'bench'; steps are environment, build"),
+        (["--unpack", "nowhere.json"], "is no results.json"),
+        (["--wheels", "nowhere"], "holds no .whl file"),
+    ],
+)
+def test_the_door_refuses_in_a_sentence(suite, arguments, message, capsys, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert suite.main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err and captured.err.count("\n") == 1
+
+
+def test_every_op_benchmark_is_a_step_and_is_there(suite, capsys):
+    assert suite.main(["--list"]) == 0
+    listed = capsys.readouterr().out
+    for path in (ROOT / "bench").glob("bench_*.py"):
+        assert f"op {path.stem.removeprefix('bench_')} " in listed
+    for step in suite.steps():
+        for word in step.command:
+            if word.endswith(".py"):
+                assert (ROOT / word).is_file(), word

@@ -1,0 +1,183 @@
+"""bench/instructions.py, ceilings.py, train_short.py and the stand-in for pytest-benchmark's fixture."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from atat_fast.ops import library
+
+ROOT = Path(__file__).resolve().parents[2]
+RESULTS = ROOT / "bench" / "results"
+
+PROFILE = """# callgrind format
+positions: line
+events: Ir
+summary: 999
+
+ob=/usr/lib/libpython3.so
+fn=call
+12 500
+cob=/somewhere/libatat_fast.so
+cfn=mask(int)
+calls=3 40
+12 77000
+
+ob=/somewhere/libatat_fast.so
+fn=mask(int)
+40 5
++2 6
+-1 7
+* 8
+cfn=fill(long)
+calls=1 9
+42 90000
+fn=fill(long)
+9 100
+ob=/usr/lib/libm.so.6
+fn=__logf_fma
+0 1000
+ob=/usr/lib/libmore.so
+fn=other
+0 3
+"""
+
+
+def test_a_profile_gives_each_function_its_own_instructions(load):
+    found = load("instructions").count_in(PROFILE, "libatat_fast.so")
+    assert found == {"mask(int)": 26, "fill(long)": 100, "__logf_fma": 1000}
+
+
+@pytest.mark.parametrize(
+    ("long", "short"),
+    [
+        ("atat_fast::(anonymous namespace)::fill_words(unsigned int*, long) [clone .avx2]", "fill_words"),
+        ("void atat_fast::(anonymous namespace)::fill_noisy<long>(long*, long const*) [clone .avx2]", "fill_noisy"),
+        ("atat_fast::select_threshold(unsigned int const*, unsigned char const*, long, int)", "select_threshold"),
+        ("__logf_fma", "__logf_fma"),
+    ],
+)
+def test_names_are_short(load, long, short):
+    assert load("instructions").short(long) == short
+
+
+def test_without_valgrind_it_is_a_sentence(load, monkeypatch, tmp_path, capsys):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert load("instructions").main(["--out", str(tmp_path / "out")]) == 2
+    assert "valgrind is not installed" in capsys.readouterr().err and not (tmp_path / "out").exists()
+
+
+def test_every_case_is_one_the_library_takes(load):
+    """And its number of rows is what the counts add up to."""
+    if not library.load():
+        pytest.skip("the compiled library is not built")
+    for what, make in load("instructions").CASES.values():
+        name, arguments = make()
+        out = getattr(torch.ops.atat_fast_c, name).default(*arguments)
+        assert what["op"] == name
+        if name == "mask_tokens":
+            assert len(out[1]) == int(arguments[1].sum()) == arguments[2] and bool((out[2] > 0).all())
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_counts_are_those_recorded_or_the_cause_is_in_the_code(load, tmp_path):
+    """A whole run under valgrind: the counts repeat, and bench/compare.py reads them."""
+    if shutil.which("valgrind") is None or not library.load():
+        pytest.skip("it needs valgrind and the compiled library")
+    assert load("instructions").main(["--out", str(tmp_path)]) == 0
+    path = tmp_path / "instructions.json"
+    rows = json.loads(path.read_text())["results"]
+    assert len(rows) == len(load("instructions").CASES)
+    for row in rows:
+        assert row["instructions"] > 10 * torch.Size(row["shape"]).numel()
+        assert sum(row["functions"].values()) <= row["instructions"]
+    assert load("compare").main([str(path), str(path), "--limit", "0"]) == 0
+
+
+def test_one_more_instruction_is_seen(load, tmp_path, capsys):
+    path = RESULTS / "cpu" / "instructions.json"
+    record = json.loads(path.read_text())
+    record["results"][0]["instructions"] += 1
+    (tmp_path / "new.json").write_text(json.dumps(record))
+    compare = load("compare").main
+    assert compare([str(path), str(tmp_path / "new.json"), "--limit", "0"]) == 1
+    assert compare([str(path), str(tmp_path / "new.json")]) == 0
+    assert "op mask_tokens, shape 8 x 1024, scored False" in capsys.readouterr().out.splitlines()[1]
+
+
+def test_ceilings(load, tmp_path, monkeypatch, capsys):
+    ceilings = load("ceilings")
+    monkeypatch.setattr(ceilings, "PRODUCTS", {"cpu": ((64, 32, 48),)})
+    monkeypatch.setattr(ceilings, "COPY_BYTES", {"cpu": 1 << 16})
+    assert ceilings.main(["--device", "cpu", "--rounds", "1"]) == 2
+    assert "at least 2" in capsys.readouterr().err
+    assert ceilings.main(["--device", "cpu", "--rounds", "3", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "ceilings.json").read_text())
+    product, copy = record["results"]
+    assert product["low_us"] <= product["median_us"] <= product["high_us"]
+    assert 2 * 64 * 32 * 48 / product["rate"] <= product["high_us"] / 1e6 and copy["rate"] > 0
+    assert load("devices").from_ceilings(record).flops == product["rate"]
+
+
+BENCHMARK = """
+def test_it(benchmark):
+    calls = []
+    benchmark.pedantic(calls.append, args=(1,), rounds=4, warmup_rounds=3)
+    stats = benchmark.stats.stats
+    assert len(calls) == 7 and stats.rounds == 4
+    assert 0 < stats.min <= stats.q1 <= stats.median <= stats.q3 <= stats.max
+    assert benchmark(max, 2, 3) == 3
+"""
+
+
+@pytest.mark.parametrize("plugin", ["plain_benchmark", None])
+def test_the_stand_in_does_what_pytest_benchmark_does(plugin, tmp_path):
+    (tmp_path / "test_it.py").write_text(BENCHMARK if plugin else BENCHMARK.replace("    assert benchmark(max, 2, 3) == 3\n", ""))
+    options = ["-p", plugin, "-p", "no:benchmark"] if plugin else []
+    env = os.environ | {"PYTHONPATH": str(ROOT / "bench")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, "test_it.py"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    if plugin is None and "fixture 'benchmark' not found" in done.stdout:
+        pytest.skip("pytest-benchmark is not installed")
+    assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
+
+
+def test_short_runs_are_what_they_say(load):
+    short = load("train_short")
+    configs = {name: short.settings("tiny", name, 30, 2, "root") for name in short.VARIANTS}
+    assert [c.diffusion.masking for c in configs.values()] == ["bernoulli", "exact", "exact"]
+    assert configs["ce"].diffusion.weighting == "ce"
+    for config in configs.values():
+        assert (config.train.max_steps, config.eval.every, config.train.seed, config.sample.num_samples) == (30, 30, 2, 0)
+    assert len({c.run.name for c in configs.values()}) == 3
+
+
+@pytest.mark.slow
+def test_a_short_comparison_needs_no_door(tmp_path):
+    """Run where jsonargparse and datasets cannot be imported."""
+    for name in ("jsonargparse", "datasets"):
+        (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
+    env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, str(ROOT / "bench" / "train_short.py"), "--preset", "demo", "--steps", "2", "--out", str(tmp_path / "out")]
+    done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "training.json").read_text())
+    assert [row["variant"] for row in record["results"]] == ["mdlm", "exact", "ce"]
+    for row in record["results"]:
+        assert row["nll"] > 0 and row["nll_se"] > 0 and row["tokens_per_second"] > 0
+        assert re.search(rf"{row['variant']} +seed 1  val/nll {row['nll']:.4f}", done.stdout)
+    assert {p.name for p in tmp_path.iterdir()} == {"jsonargparse.py", "datasets.py", "out", "__pycache__"}
+
+
+def test_short_runs_refuse_in_a_sentence(load, capsys, tmp_path):
+    assert load("train_short").main(["--steps", "0", "--out", str(tmp_path / "out")]) == 2
+    assert "--steps and --seeds must be at least 1" in capsys.readouterr().err and not (tmp_path / "out").exists()
