@@ -1,10 +1,10 @@
 """What this device reaches at best: the rate of a large matrix product and of a copy, and so the floor under every benchmark.
 
-    python bench/ceilings.py [--device auto] [--out FOLDER]        writes bench/results/<device>/ceilings.json in a few seconds
+    python bench/ceilings.py [--device auto] [--out FOLDER]     writes bench/results/<device>/ceilings.json in a few seconds
 
-Random data, interleaved rounds; median and quartiles of each shape, and the rate of its fastest round, which is what a ceiling is.
-bench/project.py takes a CPU's
-peaks from here, and says of a GPU's data sheet how much of it was reached.
+Random data, interleaved rounds; median and quartiles of each shape, and the rate of its fastest round, which is what a ceiling
+is. It has to be measured on a machine that does nothing else: a CPU that is busy is said to be, here and in the file.
+bench/project.py takes a CPU's peaks from here; a GPU's are its data sheet's, and this says how much of them was reached.
 """
 
 from __future__ import annotations
@@ -26,8 +26,13 @@ from atat_fast.errors import UsageError
 from atat_fast.training.device import Compute, environment, resolve, short
 
 RESULTS = Path(__file__).resolve().parent / "results"
-PRODUCTS = {"cpu": ((1024, 1024, 1024), (2048, 256, 1024)), "cuda": ((8192, 8192, 8192), (32_768, 768, 3072), (8192, 768, 50_304))}
+PRODUCTS = {
+    "cpu": ((512, 512, 512), (2048, 256, 1024)),
+    "cuda": ((8192, 8192, 8192), (32_768, 768, 3072), (8192, 768, 50_304)),
+}
 """(rows, inner, columns): one square product, and the shapes of an MLP and of a head."""
+BUSY = 0.5
+"""Processes for each core, from which on a CPU's rates are not its own."""
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
@@ -74,7 +79,8 @@ def measure(compute: Compute, rounds: int) -> list[dict[str, Any]]:
         rows.append(
             {
                 "kind": kind, "shape": list(shape), "dtype": short(compute.dtype) if kind == "product" else "fp32",
-                "median_us": round(middle, 1), "low_us": round(low, 1), "high_us": round(high, 1), "rate": amount / min(seconds[kind, shape]),
+                "median_us": round(middle, 1), "low_us": round(low, 1), "high_us": round(high, 1),
+                "rate": amount / min(seconds[kind, shape]),
             }
         )  # fmt: skip
     return rows
@@ -101,6 +107,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    load = os.getloadavg()[0]
     rows = measure(compute, args.rounds)
     print(f"{compute.describe()}, {torch.get_num_threads()} threads")
     for row in rows:
@@ -112,12 +119,13 @@ def main(arguments: list[str] | None = None) -> int:
     if args.out is None and compute.device.type == "cuda":
         folder = RESULTS / torch.cuda.get_device_name(compute.device).lower().replace(" ", "-")
     folder.mkdir(parents=True, exist_ok=True)
-    record = {
-        "benchmark": "ceilings", "results": rows, "memory_bytes": memory_bytes(compute.device), "environment": environment(compute)
-    }  # fmt: skip
+    facts = environment(compute) | {"load_average": load}
+    record = {"benchmark": "ceilings", "results": rows, "memory_bytes": memory_bytes(compute.device), "environment": facts}
     path = folder / "ceilings.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
+    if compute.device.type == "cpu" and load > BUSY * (os.cpu_count() or 1):
+        print(f"this machine was busy (load {load:.1f}): these are no ceilings; measure again when it is idle")
     return 0
 
 

@@ -102,7 +102,7 @@ def direction(name: str) -> bool | None:
 
 
 def entries(results: Any, path: Path) -> dict[tuple[str, str], Entry]:
-    """Every figure of a file's `results`, by what it is of. Rows that say the same of themselves are told apart by their order."""
+    """Every figure of a file's `results`, by what it is of. Rows that say the same of themselves differ by their order."""
     found: dict[tuple[str, str], Entry] = {}
 
     def walk(node: Any, what: tuple[str, ...]) -> None:
@@ -183,8 +183,8 @@ def compare(old: dict[str, Any], new: dict[str, Any], paths: tuple[Path, Path]) 
     if not both:
         raise UsageError(f"no figure is in both files: {paths[0]} has {len(before)} and {paths[1]} has {len(after)}")
     changes = [Change(a.what, a.metric, a.value, b.value, a.more) for a, b in both]
-    alone = [f"only in {path}: {key[0]} {key[1]}" for path, own, other in ((paths[0], before, after), (paths[1], after, before))
-             for key in own if key not in other]  # fmt: skip
+    sides = ((paths[0], before, after), (paths[1], after, before))
+    alone = [f"only in {path}: {key[0]} {key[1]}" for path, own, other in sides for key in own if key not in other]
     return sorted(changes, key=lambda change: -change.worse), alone
 
 

@@ -58,9 +58,10 @@ class Device:
 
 PCIE4 = "an assumption: PCIe 4 x16 carries 32 GB/s each way in name; through host memory every byte crosses it twice"
 PCIE5 = (
-    "an assumption: PCIe 5 x16 carries 63 GB/s each way in name; one public NCCL issue (number 1639) has 28 GB/s for eight cards of "
-    "a two-socket server and 35 for four"
+    "an assumption: PCIe 5 x16 carries 63 GB/s each way in name; a public NCCL issue (number 1639) has 28 GB/s for eight cards "
+    "of a two-socket server and 35 for four"
 )
+GEFORCE = "; GeForce drivers offer no peer-to-peer"
 NVLINK = "an assumption: NVLink 4 carries 450 GB/s each way in name, and rings of eight reach about 80 % of it"
 ADA = Shares(
     gemm=0.70, attention=0.55, bandwidth=0.85, gap=2e-6, overlap=0.7,
@@ -77,9 +78,9 @@ TABLE = {
     device.key: device
     for device in (
         Device("rtx4090", "RTX 4090", PEAK_BF16_FLOPS["RTX 4090"], 1008 * GB, 24_564 * MIB, 20 * GB, 10 * GB, False, 2, ADA,
-               SHEET + " of GDDR6X at 21 Gb/s on 384 bits", PCIE4 + "; GeForce drivers offer no peer-to-peer"),
+               SHEET + " of GDDR6X at 21 Gb/s on 384 bits", PCIE4 + GEFORCE),
         Device("rtx5090", "RTX 5090", PEAK_BF16_FLOPS["RTX 5090"], 1792 * GB, 32_607 * MIB, 45 * GB, 25 * GB, False, 2, ADA,
-               SHEET + " of GDDR7 at 28 Gb/s on 512 bits", PCIE5 + "; GeForce drivers offer no peer-to-peer"),
+               SHEET + " of GDDR7 at 28 Gb/s on 512 bits", PCIE5 + GEFORCE),
         Device("l40s", "L40S", PEAK_BF16_FLOPS["L40S"], 864 * GB, 46_068 * MIB, 20 * GB, 10 * GB, True, 2, ADA, SHEET, PCIE4),
         Device("h100", "H100", PEAK_BF16_FLOPS["H100"], 3350 * GB, 81_559 * MIB, 360 * GB, 20 * GB, True, 2, HOPPER,
                SHEET + " of the SXM card", NVLINK),
@@ -108,7 +109,7 @@ def from_ceilings(record: dict[str, Any]) -> Device:
     facts = record["environment"]
     shares = Shares(
         gemm=0.85, attention=0.40, bandwidth=0.5, gap=1e-5, overlap=0.0,
-        source="assumed, of the measured ceilings: eager ops on a CPU pass over their tensors more often than the cost models count",
+        source="assumed, of the measured ceilings: eager ops pass over their tensors more often than the cost models count",
     )  # fmt: skip
     measured = f"bench/ceilings.py on this {facts['device']}, {facts['cpu_threads']} threads, {facts['dtype']}"
     size = 2 if facts["dtype"] == "bf16" else 4
@@ -118,9 +119,14 @@ def from_ceilings(record: dict[str, Any]) -> Device:
     )  # fmt: skip
 
 
-def find(name: str, results: Path) -> Device | None:
-    """The device that a result file's `environment.device` names, or None where nothing is known of it."""
-    if name.startswith("CPU") and (results / "cpu" / "ceilings.json").is_file():
-        device = named("cpu", results)
-        return device if device.name == name else None
+def find(facts: dict[str, Any], results: Path) -> Device | None:
+    """The device of a result file's `environment`, or None where nothing is known of it.
+
+    A CPU is known by ceilings measured on the same one with as many threads and the same dtype.
+    """
+    name, path = facts["device"], results / "cpu" / "ceilings.json"
+    if name.startswith("CPU"):
+        record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"environment": {}}
+        alike = all(record["environment"].get(key) == facts.get(key) for key in ("device", "cpu_threads", "dtype"))
+        return from_ceilings(record) if alike else None
     return next((device for device in TABLE.values() if device.name in name and "PCIe" not in name), None)

@@ -3,9 +3,9 @@
     python bench/gpu_suite.py --out DIR --minutes 25 [--wheels FOLDER] [--only STEP ...] [--list]
     python bench/gpu_suite.py --unpack DIR/results.json        lay the benchmarks' files into this checkout's bench/results
 
-It needs this checkout, torch 2.11 or newer, triton and pytest; what else is missing makes steps fail, and they say so. Steps run in
-the order of what they are worth, each in a process of its own with a time limit; one that fails or runs out of time is recorded and
-the next begins. In DIR it leaves summary.txt (to read), summary.json (the same, with the end of each step's output) and
+It needs this checkout, torch 2.11 or newer, triton and pytest; what else is missing makes steps fail, and they say so. Steps run
+in the order of what they are worth, each in a process of its own with a time limit; one that fails or runs out of time is
+recorded, and the next begins. In DIR it leaves summary.txt (to read), summary.json (the same, with the end of each step's output) and
 results.json (every JSON file the steps wrote under bench/results). --wheels holds pure-Python wheels of peers (liger-kernel,
 cut-cross-entropy): they are unpacked beside the run, not installed.
 
@@ -103,8 +103,8 @@ def steps() -> list[Step]:
     found.append(Step("ceilings", (python, "bench/ceilings.py"), 120, why="what the device reaches at best"))
     tests = ("tests", "-m", "gpu", "--continue-on-collection-errors")
     found.append(pytest_step("tests", 480, *tests, why="right numbers before fast ones"))
-    found.append(Step("throughput", (python, "bench/throughput.py", "--preset", "small", "--vocabulary", "50258", "--micro_batch", "8",
-                                     "--out", DEVICE_FOLDER), 480, why="the figure the package is for"))  # fmt: skip
+    sizes = ("--preset", "small", "--vocabulary", "50258", "--micro_batch", "8", "--out", DEVICE_FOLDER)
+    found.append(Step("throughput", (python, "bench/throughput.py", *sizes), 480, why="the figure the package is for"))
     for path in sorted(BENCH.glob("bench_*.py")):
         name = path.stem.removeprefix("bench_")
         found.append(pytest_step(f"op {name}", 240, f"bench/{path.name}", "-s", why=f"{name} beside its peers"))
@@ -135,7 +135,8 @@ def clocks() -> str:
     if shutil.which("nvidia-smi") is None:
         return ""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
-        done = subprocess.run(["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"], capture_output=True, text=True, timeout=30)
+        command = ["nvidia-smi", f"--query-gpu={QUERY}", "--format=csv,noheader"]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=30)
         return done.stdout.strip()
     return ""
 
@@ -234,7 +235,7 @@ def written_since(moment: float) -> dict[str, Any]:
 
 
 def summarise(out: Path, outcomes: list[Outcome], results: dict[str, Any], heading: list[str]) -> None:
-    """Write the three files, none larger than LARGEST_FILE. Results too many for one file are left out by name, largest first."""
+    """Write the three files, none larger than LARGEST_FILE; of results too many for one the largest are left out, and named."""
     kept, left_out = dict(results), []
     while len(json.dumps(kept)) > LARGEST_FILE:
         name = max(kept, key=lambda n: len(json.dumps(kept[n])))
@@ -285,7 +286,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--wheels", type=Path, default=None, help="folder of pure-Python wheels to make importable")
     parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run these steps alone")
     parser.add_argument("--list", action="store_true", help="print the steps and stop")
-    parser.add_argument("--unpack", type=Path, default=None, metavar="FILE", help="lay a results.json into bench/results and stop")
+    parser.add_argument(
+        "--unpack", type=Path, default=None, metavar="FILE", help="lay a results.json into bench/results and stop"
+    )
     args = parser.parse_args(arguments)
     try:
         if args.unpack:

@@ -15,6 +15,7 @@ counters can be read; virtual machines seldom let one.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import shutil
@@ -54,15 +55,15 @@ def philox(count: int) -> tuple[str, tuple[Any, ...]]:
 
 
 CASES: dict[str, tuple[dict[str, Any], Any]] = {
-    "mask_tokens 8x1024 uniform": ({"op": "mask_tokens", "shape": [8, 1024], "scored": False}, lambda: mask_tokens(8, 1024, False)),
-    "mask_tokens 8x1024 scored": ({"op": "mask_tokens", "shape": [8, 1024], "scored": True}, lambda: mask_tokens(8, 1024, True)),
-    "mask_tokens 32x4096 uniform": (
-        {"op": "mask_tokens", "shape": [32, 4096], "scored": False},
-        lambda: mask_tokens(32, 4096, False),
-    ),
-    "philox 8192": ({"op": "philox", "shape": [8192]}, lambda: philox(8192)),
+    f"mask_tokens {batch}x{length} {'scored' if scored else 'uniform'}": (
+        {"op": "mask_tokens", "shape": [batch, length], "scored": scored},
+        functools.partial(mask_tokens, batch, length, scored),
+    )
+    for batch, length, scored in ((8, 1024, False), (8, 1024, True), (32, 4096, False))
+} | {
+    "philox 8192": ({"op": "philox", "shape": [8192]}, functools.partial(philox, 8192)),
 }
-"""What each case is, and how to make the op's name and arguments. The counts of a case are one part of the profile a call."""
+"""What each case is, and how to make the op's name and its arguments."""
 
 
 def child(library: Path) -> None:
@@ -120,7 +121,13 @@ def short(function: str) -> str:
 def profiles(folder: Path, library: Path) -> list[str]:
     """Run the cases under callgrind; one profile for each counted call, in order. Raises UsageError where that cannot be."""
     command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--compress-strings=no", "--compress-pos=no"]
-    command += [f"--callgrind-out-file={folder / 'profile'}", sys.executable, str(Path(__file__).resolve()), "--child", str(library)]
+    command += [
+        f"--callgrind-out-file={folder / 'profile'}",
+        sys.executable,
+        str(Path(__file__).resolve()),
+        "--child",
+        str(library),
+    ]
     env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONHASHSEED": "0"}
     try:
         done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=LIMIT_SECONDS)
@@ -141,7 +148,7 @@ def measure() -> list[dict[str, Any]]:
     from atat_fast.ops import library
 
     if shutil.which("valgrind") is None:
-        raise UsageError("valgrind is not installed; `apt-get install valgrind`, or another system's package of that name, has it")
+        raise UsageError("valgrind is not installed; `apt-get install valgrind`, or your system's package of that name, has it")
     if not library.load():
         raise UsageError(library.problem() or "the compiled library was not built")
     if not (hasattr(torch._C, "_valgrind_toggle") and torch._C._valgrind_supported_platform()):
@@ -153,7 +160,7 @@ def measure() -> list[dict[str, Any]]:
         counts = [count_in(text, library.LIBRARY_PATH.name) for text in parts[i * CALLS : (i + 1) * CALLS]]
         totals = [sum(count.values()) for count in counts]
         if len(set(totals)) > 1 or not totals[0]:
-            raise UsageError(f"{name} executed {totals} instructions in {CALLS} equal calls; a count is only of use where they agree")
+            raise UsageError(f"{name} executed {totals} instructions in {CALLS} equal calls; a count is of use where they agree")
         largest = {short(function): count for function, count in counts[0].most_common(4)}
         rows.append(what | {"instructions": totals[0], "functions": largest})
     return rows
@@ -182,7 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
     for row in rows:
         label = f"{row['op']} {' x '.join(map(str, row['shape']))}" + (", scored" if row.get("scored") else "")
         size = torch.Size(row["shape"]).numel()
-        print(f"{label:<32}{row['instructions']:>14,}{row['instructions'] / size:>10.1f} an element   {', '.join(f'{name} {count:,}' for name, count in row['functions'].items())}")
+        largest = ", ".join(f"{name} {count:,}" for name, count in row["functions"].items())
+        print(f"{label:<32}{row['instructions']:>14,}{row['instructions'] / size:>10.1f} an element   {largest}")
     args.out.mkdir(parents=True, exist_ok=True)
     path = args.out / "instructions.json"
     path.write_text(json.dumps({"benchmark": "instructions", "results": rows, "environment": facts}, indent=1) + "\n")

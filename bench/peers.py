@@ -79,7 +79,7 @@ class Native(Peer):
 
 
 PEERS = (
-    Native("mdlm, eager", "torch", "", "whole training steps", "bench/mdlm.py: bf16 autocast, SDPA, fused AdamW, foreach average",
+    Native("mdlm, eager", "torch", "", "whole training steps", "bench/mdlm.py: autocast, SDPA, fused AdamW, foreach average",
            "part of this repository"),
     Native("mdlm, compiled", "torch", "", "whole training steps", "the same under torch.compile", "part of this repository"),
     Native("torch.compile", "torch", "", "every op", "the eager form in default mode, static shapes", "part of torch"),
@@ -88,13 +88,13 @@ PEERS = (
     Peer("liger-kernel", "liger-kernel", "liger_kernel", "linear_cross_entropy, layer norm, rotary",
          "defaults; accum_dtype=fp32; fp32 with chunk_mem_const=16 (0.8.5 and newer)", "pip install liger-kernel"),
     Peer("cut-cross-entropy", "cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy",
-         "impl='cce'; cce_kahan_full_c, its advice for pretraining; cce_exact: filter_eps=None and fp32 accumulation",
-         "pip install 'cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git'  (25.1.1 of the index has no bias)"),
+         "cce; cce_kahan_full_c, its advice for pretraining; cce_exact: filter_eps=None and fp32 accumulation",
+         "pip install 'cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git'  (the index's 25.1.1 has no bias)"),
     Peer("flash-attn", "flash-attn", "flash_attn", "attention, rotary in place, layer norm", "flash_attn_func; its Triton norms",
          "pip install flash-attn --no-build-isolation"),
     Apex("apex (NVIDIA's)", "apex", "apex", "layer norm", "FusedLayerNorm, and contrib's fast_layer_norm for width 768",
          "pip install -v --no-build-isolation git+https://github.com/NVIDIA/apex.git  (not `pip install apex`)"),
-    Peer("quack", "quack-kernels", "quack", "linear_cross_entropy without bias, layer norm", "chunked and scaled_exp; Hopper only",
+    Peer("quack", "quack-kernels", "quack", "linear_cross_entropy without bias, layer norm", "chunked; scaled_exp; Hopper only",
          "pip install quack-kernels"),
 )  # fmt: skip
 """In the order of the table."""
@@ -265,7 +265,7 @@ def linear_cross_entropy_peers(device: torch.device) -> dict[str, HeadPeer]:
         sums = "" if "accum_c_fp32" in cut_options() else "this version sums gradients in the input's dtype"
         for name, settings, cannot in (
             ("cce", {}, drops),
-            ("cce_kahan_full_c", fp32 | {"filter_c_grad": False}, f"{drops} where they are hidden's"),  # its advice for pretraining
+            ("cce_kahan_full_c", fp32 | {"filter_c_grad": False}, f"hidden's {drops}"),  # its advice for pretraining
             ("cce_exact", fp32 | {"filter_eps": None}, sums),
         ):
             if name == "cce_kahan_full_c" and sums:

@@ -1,10 +1,10 @@
 """A projection: what a training step should take, and hold, on a device nobody has measured yet.
 
-    python bench/project.py --device rtx4090 --gpus 6 --preset small [--micro_batch 8] [--length 1024] [--p2p | --no-p2p]
-                            [--vocabulary 50258] [--accumulation 1] [--out FILE.json]
+    python bench/project.py --device rtx4090 --gpus 6 --preset small [--micro_batch 8] [--length 1024]
+                            [--p2p | --no-p2p] [--vocabulary 50258] [--accumulation 1] [--out FILE.json]
 
-Work comes from the ops' own cost models, peaks from bench/devices.py, and how much of a peak arrives is assumed, part by part, and
-printed. Nothing that this prints was measured, except where it says so: for every device that has a throughput file in
+Work comes from the ops' own cost models, peaks from bench/devices.py, and how much of a peak arrives is assumed, part by part,
+and printed. Nothing that this prints was measured, except where it says so: for every device that has a throughput file in
 bench/results it also gives the measured figure and its own error. `--device cpu` projects from what bench/ceilings.py measured.
 
     products      2 N (4 + 2 r) D^2 a block, times 3 with backward: rate
@@ -61,8 +61,8 @@ KERNELS_PER_PASS = 20
 KERNELS_PER_STEP = 30
 SLAB_BYTES = 256 << 20
 
-# Bytes a parameter: clipping reads the gradient twice and writes it (12), AdamW reads four and writes three (28), the average reads
-# two and writes one (12).
+# Bytes a parameter: clipping reads the gradient twice and writes it (12), AdamW reads four and writes three (28), the average
+# reads two and writes one (12).
 OPTIMIZER_BYTES = 52
 # Bytes a parameter and pass: a cast of the weight (read 4, write 2) and a sum into the gradient (read 2 + 4, write 4).
 CAST_BYTES = 16
@@ -120,7 +120,7 @@ def pass_parts(config: ModelConfig, vocabulary: int, batch: int, parameters: int
     hidden, shares = rows // 2, device.shares
     head = linear_cross_entropy_cost(hidden, width, vocabulary, element_size=size)
     attend = [attention_cost(batch, config.length, width, element_size=size, backward=b) for b in (False, True)]
-    # step_cost counts attention's backward as twice its forward; here its own model counts what runs (scores again, five products).
+    # step_cost counts attention's backward as twice its forward; its own model counts what runs: scores again, five products.
     products = step_cost(config, vocabulary, batch, hidden).flops - head.flops - 3 * layers * attend[0].flops
     attention = layers * sum(cost.flops for cost in attend)
 
@@ -232,7 +232,7 @@ def checked(results: Path) -> list[dict[str, Any]]:
         try:
             record = json.loads(path.read_text(encoding="utf-8"))
             s, measured = record["settings"], record["results"]["atat_fast"]["tokens_per_second"]
-            device = devices.find(record["environment"]["device"], results)
+            device = devices.find(record["environment"], results)
             config = load_preset(s["preset"])
             config.model.length = s["length"]
             if device is None:
@@ -241,7 +241,8 @@ def checked(results: Path) -> list[dict[str, Any]]:
         except (KeyError, TypeError, ValueError):
             continue  # another tool's file, or one of an older shape: nothing to check against
         row = {"file": path.relative_to(results).as_posix(), "device": record["environment"]["device"]}
-        row |= {"measured": measured, "projected": p.tokens_per_second, "error_percent": (p.tokens_per_second / measured - 1) * 100}
+        error = (p.tokens_per_second / measured - 1) * 100
+        row |= {"measured": measured, "projected": p.tokens_per_second, "error_percent": error}
         found.append(row)
     return found
 
@@ -253,6 +254,8 @@ def verdict(rows: list[dict[str, Any]]) -> list[str]:
         f"{r['error_percent']:+.0f} %"
         for r in rows
     ]
+    if not any(r["device"].startswith("CPU") for r in rows):
+        lines.append("error    on CPUs unknown: no throughput file has ceilings of the same CPU beside it (bench/ceilings.py)")
     if all(r["device"].startswith("CPU") for r in rows):
         lines.append("error    on GPUs unknown: bench/results has no throughput measured on one")
     return lines
@@ -272,7 +275,7 @@ def table(p: Projection) -> str:
         f"{s.gap * 1e6:g} us a kernel: {s.source}",
     ]
     if p.gpus > 1:
-        lines.append(f"link     {rate:,.4g} GB/s of all-reduce, {s.overlap:.0%} of the last backward overlaps it: {d.link_source}")
+        lines.append(f"link     {rate:,.4g} GB/s of all-reduce, {s.overlap:.0%} of a backward pass overlaps it: {d.link_source}")
     lines += ["", f"{'part':<14}{'TFLOP':>10}{'GB':>10}{'ms':>10}{'share':>8}"]
     lines += [
         f"{part.name:<14}{part.flops / 1e12:>10.3f}{part.bytes / 1e9:>10.2f}{part.seconds * 1e3:>10.2f}"
@@ -324,7 +327,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--accumulation", type=int, default=1, help="passes a step")
     parser.add_argument("--length", type=int, default=0, help="tokens of a sequence; 0 is the preset's")
     parser.add_argument("--vocabulary", type=int, default=50_258, help="ids, the mask included; GPT-2's by default")
-    parser.add_argument("--p2p", action=argparse.BooleanOptionalAction, default=None, help="whether cards reach each other's memory")
+    parser.add_argument("--p2p", action=argparse.BooleanOptionalAction, default=None, help="cards reach each other's memory")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file to write too")
     args = parser.parse_args(arguments)
     try:

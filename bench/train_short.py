@@ -93,7 +93,8 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     folder = args.out or RESULTS / compute.device.type
     folder.mkdir(parents=True, exist_ok=True)
-    model = {"preset": args.preset, "train_steps": args.steps, "length": base.model.length, "global_batch": base.train.global_batch}
+    model = {"preset": args.preset, "length": base.model.length, "global_batch": base.train.global_batch}
+    model["train_steps"] = args.steps
     record = {"benchmark": "training", "settings": model, "results": rows, "environment": environment(compute)}
     path = folder / "training.json"
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

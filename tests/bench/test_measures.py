@@ -125,7 +125,9 @@ def test_ceilings(load, tmp_path, monkeypatch, capsys):
     product, copy = record["results"]
     assert product["low_us"] <= product["median_us"] <= product["high_us"]
     assert 2 * 64 * 32 * 48 / product["rate"] <= product["high_us"] / 1e6 and copy["rate"] > 0
-    assert load("devices").from_ceilings(record).flops == product["rate"]
+    devices = load("devices")
+    assert devices.from_ceilings(record).flops == product["rate"] and record["environment"]["load_average"] >= 0
+    assert ("no ceilings" in capsys.readouterr().out) == (record["environment"]["load_average"] > 0.5 * os.cpu_count())
 
 
 BENCHMARK = """
@@ -167,7 +169,8 @@ def test_a_short_comparison_needs_no_door(tmp_path):
     for name in ("jsonargparse", "datasets"):
         (tmp_path / f"{name}.py").write_text("raise ImportError('not here')")
     env = os.environ | {"PYTHONPATH": os.pathsep.join((str(tmp_path), str(ROOT))), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(ROOT / "bench" / "train_short.py"), "--preset", "demo", "--steps", "2", "--out", str(tmp_path / "out")]
+    script = ROOT / "bench" / "train_short.py"
+    command = [sys.executable, str(script), "--preset", "demo", "--steps", "2", "--out", str(tmp_path / "out")]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "training.json").read_text())

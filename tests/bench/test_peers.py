@@ -186,7 +186,16 @@ def test_the_table():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for name in ("mdlm, eager", "liger-kernel", "cut-cross-entropy", "flash-attn", "apex (NVIDIA's)", "F.linear_cross_entropy", "quack"):
+    names = [
+        "mdlm, eager",
+        "liger-kernel",
+        "cut-cross-entropy",
+        "flash-attn",
+        "apex (NVIDIA's)",
+        "F.linear_cross_entropy",
+        "quack",
+    ]
+    for name in names:
         assert any(line.startswith(name) for line in done.stdout.splitlines()), name
     if importlib.util.find_spec("quack") is None:
         assert "not installed" in done.stdout and "pip install quack-kernels" in done.stdout
