@@ -3,11 +3,11 @@
     python bench/gpu_suite.py --out DIR --minutes 25 [--wheels FOLDER] [--only STEP ...] [--list]
     python bench/gpu_suite.py --unpack DIR/results.json        lay the benchmarks' files into this checkout's bench/results
 
-It needs this checkout, torch 2.11 or newer, triton and pytest; what else is missing makes steps fail, and they say so. Steps run
-in the order of what they are worth, each in a process of its own with a time limit; one that fails or runs out of time is
-recorded, and the next begins. In DIR it leaves summary.txt (to read), summary.json (the same, with the end of each step's output) and
-results.json (every JSON file the steps wrote under bench/results). --wheels holds pure-Python wheels of peers (liger-kernel,
-cut-cross-entropy): they are unpacked beside the run, not installed.
+It needs this checkout, torch 2.11 or newer, triton and pytest; what else is missing makes steps fail, and they say so. Steps
+run in the order of what they are worth, each in a process of its own with a time limit; one that fails or runs out of time is
+recorded, and the next begins. In DIR it leaves summary.txt (to read), summary.json (the same, with the end of each step's
+output) and results.json (every JSON file the steps wrote under bench/results). --wheels holds pure-Python wheels of peers
+(liger-kernel, cut-cross-entropy): they are unpacked beside the run, not installed.
 
 Status 0: every step that could run did, and passed; without a GPU that is the first alone. 1: a step failed. 2: bad input.
 """
