@@ -32,6 +32,8 @@ class ModelConfig:
         qk_norm: Whether queries and keys are normalised before the rotation.
         activation: Nonlinearity of the MLP: tanh-GELU, or the square of ReLU.
         dropout: Chance of dropping an element of a branch before it joins the residual stream.
+        document_mask: Whether attention stays inside a document where a sequence holds several. Likelihoods are then those of
+            text whose document ends are known.
     """
 
     dim: int = 768
@@ -45,6 +47,7 @@ class ModelConfig:
     qk_norm: bool = False
     activation: Literal["gelu", "relu2"] = "gelu"
     dropout: float = 0.1
+    document_mask: bool = False
 
 
 @dataclass

@@ -3,7 +3,8 @@
 Eager modules, SDPA, fp32 LayerNorm and residual stream, logits of every token in fp32, log-probabilities over the whole
 vocabulary with visible tokens overwritten (SUBS), Bernoulli masks at stratified times, the 1 / t weights, fused AdamW and a
 foreach average. It is written from the published description of the model; parameters carry the names `atat_fast.models.DiT`
-gives them, so that both can hold the same weights and be checked against each other before either is timed.
+gives them, but for the modulation tables, which are each block's own here (`block_by_block`), so that both can hold the same
+weights and be checked against each other before either is timed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,17 @@ from atat_fast.config import ModelConfig
 from atat_fast.diffusion.noise import LogLinear
 
 NEVER = -1_000_000.0
+
+
+def block_by_block(named: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
+    """Tensors under DiT's names (weights, or their gradients) under the names of PlainMDLM."""
+    apart = dict(named)
+    for what in ("weight", "bias"):
+        whole = apart.pop(f"modulation.{what}")
+        size = len(whole) // (6 * layers + 2)
+        *blocks, final = whole.split([6 * size] * layers + [2 * size])
+        apart |= {f"blocks.{i}.modulation.{what}": part for i, part in enumerate(blocks)} | {f"final_modulation.{what}": final}
+    return apart
 
 
 def rotate_half(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
-from mdlm import PlainMDLM
+from mdlm import PlainMDLM, block_by_block
 
 from atat_fast.config import DataConfig, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig, load_preset
 from atat_fast.data import SequenceLoader, prepare
@@ -53,7 +53,7 @@ class Bench:
         self.model: Any = ours
         if name == "mdlm":
             self.model = PlainMDLM(vocabulary, vocabulary - 1, config)
-            self.model.load_state_dict(ours.state_dict())
+            self.model.load_state_dict(block_by_block(ours.state_dict(), config.layers))
         self.model.to(compute.device)
         self.call = torch.compile(self.model) if compute.compile and name != "mdlm" else self.model
         self.optimizers = Optimizers(self.model, OptimConfig())
@@ -122,10 +122,11 @@ def check_agreement(plain: Bench, ours: Bench, tokens: torch.Tensor) -> float:
     got.backward()
     plain.model.train()
     worst = abs(float(got.detach() - want.detach())) / abs(float(want.detach()))
-    theirs = dict(plain.model.named_parameters())
-    for name, p in ours.model.named_parameters():
-        scale = float(theirs[name].grad.norm())
-        worst = max(worst, float((p.grad - theirs[name].grad).norm()) / scale if scale else 0.0)
+    theirs = {name: p.grad for name, p in plain.model.named_parameters()}
+    mine = block_by_block({name: p.grad for name, p in ours.model.named_parameters()}, len(ours.model.blocks))
+    for name, grad in mine.items():
+        scale = float(theirs[name].norm())
+        worst = max(worst, float((grad - theirs[name]).norm()) / scale if scale else 0.0)
     limit = 5e-2 if plain.compute.dtype is torch.bfloat16 else 1e-3
     if not worst < limit:
         raise RuntimeError(f"the variants disagree: loss and gradients differ by up to {worst:.2e} of their size")

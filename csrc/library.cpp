@@ -32,6 +32,7 @@ STABLE_TORCH_LIBRARY(atat_fast_c, m) {
   m.def(
       "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? token_weight, Tensor? hidden, Tensor? weight, Tensor? bias, "
       "bool gradient, Tensor(b!) nll, Tensor(c!)? max_probability, Tensor(d!)? entropy, Tensor(e!)? bias_gradient) -> ()");
+  m.def("rotary(Tensor(a!) out, Tensor qkv, Tensor cos, Tensor sin, bool inverse) -> ()");
 }
 
 // An op without a tensor argument has no device to dispatch on.

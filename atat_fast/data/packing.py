@@ -48,6 +48,7 @@ class TokenSplit:
         num_bytes: UTF-8 bytes of the text.
         num_documents: Documents.
         vocab_size: Ids a model of these tokens needs, the mask included.
+        eos_id: The token that ends a document.
     """
 
     def __init__(self, folder: Path, name: str, manifest: dict[str, Any]) -> None:
@@ -57,6 +58,7 @@ class TokenSplit:
         self.num_bytes: int = counts["text_bytes"]
         self.num_documents: int = counts["documents"]
         self.vocab_size: int = manifest["tokenizer"]["model_vocab_size"]
+        self.eos_id: int = manifest["tokenizer"]["eos_id"]
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self.tokens: np.ndarray = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r", shape=(self.num_tokens,))
 

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from atat_fast.config import DiffusionConfig
 from atat_fast.diffusion.noise import LogLinear, mask_counts, stratified_uniforms
+from atat_fast.ops.attention import Documents
 from atat_fast.ops.masking import mask_tokens
 from atat_fast.ops.philox import STREAM_MASK, random_words
 
@@ -18,7 +19,8 @@ class MaskedBatch:
     """What the model sees and what it must say.
 
     noisy [B, L]; rows [R] flat indices of hidden tokens; target [R] their true ids; weights [R] fp32; hidden_share [B] fp32,
-    the share of each sequence that is hidden (what a time-conditioned model is told); tokens: B * L, what the loss divides by.
+    the share of each sequence that is hidden (what a time-conditioned model is told); tokens: B * L, what the loss divides by;
+    documents: the boundaries attention is to keep, where it is to keep any.
     """
 
     noisy: Tensor
@@ -27,6 +29,7 @@ class MaskedBatch:
     weights: Tensor
     hidden_share: Tensor
     tokens: int
+    documents: Documents | None = None
 
 
 def hide(

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from atat_fast.diffusion.masking import MaskedBatch, hide
+from atat_fast.ops.attention import documents_of
 from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
 
 NllFunction = Callable[[MaskedBatch], Tensor]
@@ -61,9 +62,11 @@ def evaluation_strata(sequences: int, draws: int, *, seed: int) -> Tensor:
 
 
 def estimate_nll(
-    nll: NllFunction, tokens: Callable[[int, int], Tensor], sequences: int, *, mask_id: int, draws: int, batch: int, seed: int
-) -> Estimate:
-    """The bound over `sequences` sequences; tokens(first, count) gives [count, L] on the model's device.
+    nll: NllFunction, tokens: Callable[[int, int], Tensor], sequences: int, *, mask_id: int, draws: int, batch: int, seed: int,
+    document_end: int | None = None,
+) -> Estimate:  # fmt: skip
+    """The bound over `sequences` sequences; tokens(first, count) gives [count, L] on the model's device. With document_end, the
+    id that closes a document, masked batches say where documents lie, and the bound is that of text whose ends are known.
 
     Counts are stratified over 1..L; masks and counts depend on (seed, draw, sequence, position) alone, so two models are
     compared on the same masks. The standard error covers the choice of sequences and of masks. With one draw it is that of
@@ -83,6 +86,8 @@ def estimate_nll(
             share = (strata[first : first + count, draw] + jitter) / (sequences * draws)
             k = 1 + (share * length).long().clamp_(max=length - 1)
             masked = hide(x, k, mask_id=mask_id, sample_ids=ids.to(x.device), seed=seed, step=draw)
+            if document_end is not None:
+                masked.documents = documents_of(x.cpu(), document_end).to(x.device)
             values[first : first + count, draw] = _per_sequence(nll(masked), k, length)
     se = collapsed_standard_error(values[:, 0], strata[:, 0]) if draws == 1 else _plain_standard_error(values.mean(1))
     return Estimate(float(values.mean()), se, sequences, length)

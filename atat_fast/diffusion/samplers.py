@@ -2,7 +2,7 @@
 
 At step s of S each token still hidden is revealed with chance 1 / (S - s), independently; a revealed token is drawn from the
 model's distribution there, in which the mask token has probability 0. Which tokens are revealed does not depend on what they
-become, so it is drawn first, and the vocabulary head runs on those rows only; the law is the ancestral sampler's. All
+become, so it is drawn first, and what follows the last attention runs on those rows only; the law is the ancestral sampler's. All
 randomness is a function of (seed, sample, step, position): a sample does not depend on the batch it is drawn in.
 """
 
@@ -25,8 +25,8 @@ class Denoiser(Protocol):
 
     mask_id: int
 
-    def features(self, tokens: Tensor, hidden_share: Tensor | None = None) -> Tensor:
-        """[B, L] ids to the [B * L, D] rows the head reads."""
+    def features(self, tokens: Tensor, hidden_share: Tensor | None = None, *, rows: Tensor | None = None) -> Tensor:
+        """[B, L] ids to what the head reads: [R, D] at rows, flat indices b * L + i, or [B * L, D]."""
 
     def logits(self, features: Tensor) -> Tensor:
         """[R, D] rows to [R, V] logits, -inf at the mask token."""
@@ -47,8 +47,8 @@ def sample(
     """Fill every mask token of `tokens`; all other tokens stay as they are.
 
     tokens:      [B, L] int64 on the model's device, the model's mask_id wherever something is to be filled in.
-    sampler:     ancestral runs the model at every step. ddpm_cache runs it only when a token has changed since it last ran,
-                 which is the same law for a model that is not told the time, and is refused for one that is.
+    sampler:     ancestral runs the model at every step. ddpm_cache runs it only where a step reveals a token, which is the
+                 same law for a model that is not told the time, and is refused for one that is.
     temperature: divides the logits; above 0.
     sample_ids:  [B] int64 names of the samples in the random stream; 0 .. B - 1 by default.
     on_step:     called with (step, tokens) after each step, for showing progress.
@@ -70,19 +70,15 @@ def sample(
     tokens = tokens.clone()
     ids = torch.arange(batch, device=tokens.device) if sample_ids is None else sample_ids
     index = ids[:, None] * length + torch.arange(length, device=tokens.device)
-    features, stale = None, True
     for step in range(steps):
         words = random_words(index, seed, step, STREAM_SAMPLE)
         revealed = (tokens == model.mask_id) & (uniform(words[0]) < 1 / (steps - step))
         rows = revealed.flatten().nonzero().flatten()
-        if sampler == "ancestral" or (stale and len(rows)):
+        if sampler == "ancestral" or len(rows):
             share = (tokens == model.mask_id).float().mean(1) if told_the_time else None
-            features, stale = model.features(tokens, share), False
-        if len(rows):
-            assert features is not None
+            features = model.features(tokens, share, rows=rows)
             noise = uniform64(words[1].flatten()[rows], words[2].flatten()[rows])
-            tokens.view(-1)[rows] = draw_categorical(model.logits(features[rows]), noise, temperature)
-            stale = True
+            tokens.view(-1)[rows] = draw_categorical(model.logits(features), noise, temperature)
         if on_step is not None:
             on_step(step, tokens)
     return tokens

@@ -38,13 +38,14 @@ def evaluate(model: DiT, split: TokenSplit, config: EvalConfig, autocast: Abstra
 
     with torch.no_grad(), autocast, evaluating(model):
         return estimate_nll(
-            lambda masked: model.nll(masked.noisy, masked.rows, masked.target, masked.hidden_share),
+            lambda masked: model.nll(masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents),
             tokens,
             wanted,
             mask_id=model.mask_id,
             draws=config.draws,
             batch=config.batch,
             seed=config.seed,
+            document_end=split.eos_id if model.config.document_mask else None,
         )
 
 

@@ -7,11 +7,13 @@ Notable features, all of MDLM's so that its published weights fit:
 - rotary positions, halves paired, base 10,000; qkv and output projections without bias; MLP 4 x D, tanh-GELU, with bias;
 - embeddings untied by default; the head has a bias and starts at zero.
 The residual stream is carried from one gated sum to the next norm by one op, so a block's forward is: attend, add-and-norm,
-MLP, add-and-norm. Options beyond MDLM: tied embeddings, QK-norm, ReLU squared.
+MLP, add-and-norm. Shifts, scales and gates of all blocks are one matrix product. After the last attention only the rows that
+the head reads go on. Options beyond MDLM: tied embeddings, QK-norm, ReLU squared, attention within documents.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any, cast
 
@@ -23,9 +25,9 @@ from torch import Tensor, nn
 from atat_fast.config import ModelConfig
 from atat_fast.errors import UsageError
 from atat_fast.ops.adaptive_norm import adaptive_layer_norm, gated_residual_norm
-from atat_fast.ops.attention import self_attention
+from atat_fast.ops.attention import Documents, choose_attention, document_layout, self_attention
 from atat_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_cost
-from atat_fast.ops.registry import Cost
+from atat_fast.ops.registry import Cost, autocast_dtype
 from atat_fast.ops.rotary import rotary_table
 
 TIME_FREQUENCIES = 256
@@ -52,12 +54,12 @@ class TimeEmbedding(nn.Module):
         half = TIME_FREQUENCIES // 2
         frequency = torch.exp(torch.arange(half, device=sigma.device, dtype=torch.float32) * (-math.log(10_000) / half))
         angle = sigma[:, None].float() * frequency
-        waves = torch.cat((angle.cos(), angle.sin()), dim=-1)
+        waves = torch.cat((angle.cos(), angle.sin()), dim=-1).to(self.inner.weight.dtype)
         return F.silu(self.outer(F.silu(self.inner(waves))))
 
 
 class Block(nn.Module):
-    """Parameters of one block and its two branches; the residual stream is the DiT's business."""
+    """Parameters of one block and its two branches; the residual stream and the modulation are the DiT's business."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -69,14 +71,18 @@ class Block(nn.Module):
         self.norm2 = nn.Parameter(torch.ones(width))
         self.up = nn.Linear(width, inner)
         self.down = nn.Linear(inner, width)
-        self.modulation = nn.Linear(config.conditioning_dim, 6 * width)
 
-    def attend(self, x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """The attention branch of a normalised x [B, L, D]."""
-        return self_attention(x, self.qkv.weight, self.out.weight, cos, sin, heads=self.heads, qk_norm=self.qk_norm)
+    def attend(
+        self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None, documents: Tensor | None, implementation: str | None
+    ) -> Tensor:
+        """The attention branch of a normalised x [B, L, D]: [B, L, D], or [R, D] for the rows that are named."""
+        return self_attention(
+            x, self.qkv.weight, self.out.weight, cos, sin, heads=self.heads, qk_norm=self.qk_norm, rows=rows,
+            documents=documents, implementation=implementation,
+        )  # fmt: skip
 
     def mlp(self, x: Tensor) -> Tensor:
-        """The MLP branch of a normalised x [B, L, D]."""
+        """The MLP branch of a normalised x [..., D]."""
         inner = self.up(x)
         inner = F.gelu(inner, approximate="tanh") if self.activation == "gelu" else F.relu(inner).square()
         return cast(Tensor, self.down(inner))
@@ -116,23 +122,24 @@ class DiT(
         layers = [Block(config) for _ in range(config.layers)]
         self.blocks = nn.ModuleList(layers)
         self.final_norm = nn.Parameter(torch.ones(config.dim))
-        self.final_modulation = nn.Linear(config.conditioning_dim, 2 * config.dim)
+        # Rows: each block's shift, scale, gate, shift, scale, gate, then the final norm's shift and scale; D of each.
+        self.modulation = nn.Linear(config.conditioning_dim, (6 * config.layers + 2) * config.dim)
         self.head = nn.Linear(config.dim, vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         cos, sin = rotary_table(config.length, config.dim // config.heads)
         self.register_buffer("cos", cos, persistent=False)
         self.register_buffer("sin", sin, persistent=False)
-        self._initialise(layers)
+        self._initialise()
+        self.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: merge_modulation(state, prefix))
 
-    def _initialise(self, blocks: list[Block]) -> None:
+    def _initialise(self) -> None:
         """MDLM's start: Kaiming embeddings, PyTorch's linear layers, normal(0.02) time layers, zero modulation and head."""
         nn.init.kaiming_uniform_(self.embedding.weight, a=math.sqrt(5))
         for layer in (self.time.inner, self.time.outer):
             nn.init.normal_(layer.weight, std=0.02)
-        for layer in (self.final_modulation, *(block.modulation for block in blocks)):
-            nn.init.zeros_(layer.weight)
-            nn.init.zeros_(layer.bias)
+        nn.init.zeros_(self.modulation.weight)
+        nn.init.zeros_(self.modulation.bias)
         nn.init.zeros_(self.head.bias)
         if not self.config.tie_embeddings:
             nn.init.zeros_(self.head.weight)
@@ -152,31 +159,70 @@ class DiT(
             raise ValueError("this model is told the time: pass hidden_share, the share of each sequence that is hidden")
         return cast(Tensor, self.time(-torch.log((1 - hidden_share.float()).clamp(min=LEAST_VISIBLE))))
 
-    def features(self, tokens: Tensor, hidden_share: Tensor | None = None, randomness: Randomness | None = None) -> Tensor:
+    def features(
+        self,
+        tokens: Tensor,
+        hidden_share: Tensor | None = None,
+        randomness: Randomness | None = None,
+        *,
+        rows: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """Rows the head reads.
 
         tokens [B, L] ids; hidden_share [B] in [0, 1], read only with time conditioning; randomness turns dropout on.
-        Returns [B * L, D] in the compute dtype. Raises ValueError for sequences longer than the model's length.
+        rows [R] int64, flat indices b * L + i, or None for all: what only other rows would need is not computed.
+        documents: attention stays inside them where they are given.
+        Returns [R, D], or [B * L, D], in the compute dtype. Raises ValueError for sequences longer than the model's length.
         """
-        batch, length = tokens.shape
+        length = tokens.shape[1]
         if length > self.config.length:
             raise ValueError(f"the sequence has {length} tokens, but this model takes at most {self.config.length}")
         cos, sin = self.cos[:length], self.sin[:length]
-        c = self.conditioning(hidden_share)
         blocks = cast("list[Block]", list(self.blocks))
-        modulations = [block.modulation(c).chunk(6, dim=-1) for block in blocks]
-        final_shift, final_scale = self.final_modulation(c).chunk(2, dim=-1)
+        packed = self.modulation(self.conditioning(hidden_share)).unflatten(-1, (-1, self.config.dim))
+        modulation = packed.unbind(1)
 
         x = self.embedding(tokens)
-        y = adaptive_layer_norm(x, modulations[0][0], modulations[0][1], blocks[0].norm1)
+        layout = implementation = None
+        if documents is not None:
+            head_dim = self.config.dim // self.config.heads
+            implementation = choose_attention(x.device, autocast_dtype(x), head_dim, True)
+            layout = document_layout(documents, implementation)
+        y = adaptive_layer_norm(x, modulation[0], modulation[1], blocks[0].norm1)
         for i, block in enumerate(blocks):
-            _, _, gate1, shift2, scale2, gate2 = modulations[i]
+            # This block's, but for the shift and scale that y has already; then those of the norm that follows.
+            gate1, shift2, scale2, gate2, shift, scale = modulation[6 * i + 2 : 6 * i + 8]
             last = i + 1 == len(blocks)
-            shift, scale = (final_shift, final_scale) if last else modulations[i + 1][:2]
             weight = self.final_norm if last else blocks[i + 1].norm1
-            x, y = self._join(x, block.attend(y, cos, sin), gate1, shift2, scale2, block.norm2, randomness, 2 * i)
+            branch = block.attend(y, cos, sin, rows if last else None, layout, implementation)
+            if last and rows is not None:
+                x, branch, picked, randomness = self._pick(x, branch, packed[:, -6:], rows, randomness)
+                gate1, shift2, scale2, gate2, shift, scale = picked
+            x, y = self._join(x, branch, gate1, shift2, scale2, block.norm2, randomness, 2 * i)
             x, y = self._join(x, block.mlp(y), gate2, shift, scale, weight, randomness, 2 * i + 1)
-        return y.view(batch * length, -1)
+        return y.flatten(0, 1)
+
+    def _pick(
+        self, x: Tensor, branch: Tensor, modulation: Tensor, rows: Tensor, randomness: Randomness | None
+    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Randomness | None]:
+        """Rows of x [B, L, D] beside a branch [R, D], as one sequence of R where the conditioning is one row and nothing is
+        dropped, and as R sequences of one token otherwise: each with its sample's modulation [B, 6, D], and named so that its
+        dropout is what it would have been. Padding names row 0 again; its gradient is 0.
+        """
+        _, length, width = x.shape
+        x = x.flatten(0, 1).index_select(0, rows)
+        dropped = randomness is not None and self.config.dropout > 0
+        if modulation.shape[0] == 1 and not dropped:
+            return x[None], branch[None], modulation.unbind(1), None
+        owner = torch.div(rows, length, rounding_mode="floor")
+        if randomness is not None:
+            names = randomness.sample_ids[owner] * length + (rows - owner * length)
+            randomness = Randomness(randomness.seed, randomness.step, names)
+        if modulation.shape[0] > 1:  # an embedding's backward adds up in a fixed order, in fp32
+            table = modulation.flatten(1).to(torch.promote_types(modulation.dtype, torch.float32))
+            modulation = F.embedding(owner, table).unflatten(1, (6, width))
+        return x[:, None], branch[:, None], modulation.unbind(1), randomness
 
     def _join(
         self, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
@@ -195,10 +241,17 @@ class DiT(
         logits[:, self.mask_id] = -torch.inf
         return logits
 
-    def nll(self, noisy: Tensor, rows: Tensor, target: Tensor, hidden_share: Tensor | None = None) -> Tensor:
+    def nll(
+        self,
+        noisy: Tensor,
+        rows: Tensor,
+        target: Tensor,
+        hidden_share: Tensor | None = None,
+        documents: Documents | None = None,
+    ) -> Tensor:
         """-log p of the hidden tokens, [R] fp32 in nats: what the likelihood bound is made of."""
         return linear_cross_entropy(  # type: ignore[no-any-return]
-            self.features(noisy, hidden_share), self.head.weight, target, bias=self.head.bias, rows=rows,
+            self.features(noisy, hidden_share, rows=rows, documents=documents), self.head.weight, target, bias=self.head.bias,
             forbidden=self.mask_id, reduction="none",
         )  # fmt: skip
 
@@ -210,31 +263,43 @@ class DiT(
         weights: Tensor,
         hidden_share: Tensor | None = None,
         randomness: Randomness | None = None,
+        documents: Documents | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss of the hidden tokens.
 
-        noisy [B, L] ids; rows [R], target [R], weights [R] as in `MaskedBatch`; randomness turns dropout on.
+        noisy [B, L] ids; rows [R], target [R], weights [R] as in `MaskedBatch`; randomness turns dropout on; documents keep
+        attention inside them.
         Returns the fp32 scalar sum of weights * nll, and nll [R] detached, both in nats.
         """
-        features = self.features(noisy, hidden_share, randomness)
+        features = self.features(noisy, hidden_share, randomness, rows=rows, documents=documents)
         return linear_cross_entropy(  # type: ignore[no-any-return]
-            features, self.head.weight, target, bias=self.head.bias, token_weight=weights, rows=rows, forbidden=self.mask_id,
-            return_nll=True,
-        )  # fmt: skip
+            features, self.head.weight, target, bias=self.head.bias, token_weight=weights, forbidden=self.mask_id, return_nll=True
+        )
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part, each counted once, and their total."""
         size = lambda *modules: sum(p.numel() for m in modules for p in m.parameters())  # noqa: E731
-        tables = [cast(Block, block).modulation for block in self.blocks]
-        modulation = size(self.final_modulation, *tables)
         counts = {
             "embedding": size(self.embedding),
-            "blocks": size(self.blocks) - size(*tables),
-            "conditioning": modulation + size(self.time),
+            "blocks": size(self.blocks),
+            "conditioning": size(self.modulation, self.time),
             "head": self.final_norm.numel() + (self.head.bias.numel() if self.config.tie_embeddings else size(self.head)),
         }
         counts["total"] = sum(counts.values())
         return counts
+
+
+def merge_modulation(state: dict[str, Any], prefix: str = "") -> None:
+    """Put tables kept block by block (MDLM's layout, and earlier checkpoints') into the one that DiT has; in place.
+
+    Names are blocks.N.modulation.WHAT and final_modulation.WHAT; WHAT is weight or bias, and in an optimizer's state more.
+    """
+    final = f"{prefix}final_modulation."
+    for name in [key for key in state if key.startswith(final)]:
+        what = name.removeprefix(final)
+        blocks = (f"{prefix}blocks.{i}.modulation.{what}" for i in itertools.count())
+        parts = [state.pop(key) for key in itertools.takewhile(state.__contains__, blocks)] + [state.pop(name)]
+        state[f"{prefix}modulation.{what}"] = torch.cat(parts) if parts[0].dim() else parts[0]
 
 
 def check_model(config: ModelConfig) -> None:

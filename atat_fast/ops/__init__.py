@@ -12,7 +12,17 @@ from atat_fast.ops.adaptive_norm import (
     gated_residual_norm_cost,
     gated_residual_norm_reference,
 )
-from atat_fast.ops.attention import adaptive_attention, attention, attention_cost, attention_reference, self_attention
+from atat_fast.ops.attention import (
+    Documents,
+    adaptive_attention,
+    attention,
+    attention_cost,
+    attention_reference,
+    document_layout,
+    documents_of,
+    explain_attention,
+    self_attention,
+)
 from atat_fast.ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_cost,
@@ -24,6 +34,7 @@ from atat_fast.ops.rotary import rotary, rotary_cost, rotary_reference, rotary_t
 
 __all__ = [
     "Cost",
+    "Documents",
     "adaptive_attention",
     "adaptive_layer_norm",
     "adaptive_layer_norm_cost",
@@ -31,6 +42,9 @@ __all__ = [
     "attention",
     "attention_cost",
     "attention_reference",
+    "document_layout",
+    "documents_of",
+    "explain_attention",
     "gated_residual_norm",
     "gated_residual_norm_cost",
     "gated_residual_norm_reference",

@@ -8,16 +8,34 @@ import torch
 
 import atat_fast.ops  # noqa: F401  (states every op's backends)
 from atat_fast.ops import library, registry
+from atat_fast.ops.attention import choose_attention, explain_attention
 
 
 def table(device: torch.device) -> list[str]:
     """One line an op: what runs, what else could, and what keeps the others from it."""
-    lines = []
+    lines: list[str] = []
     for op in registry.ops():
         reasons = registry.explain(op, device)
         chosen = registry.choose_backend(op, device)
         ready = [name for name, reason in reasons.items() if reason is None and name != chosen]
         lines.append(f"  {op:<22} {chosen:<7} {('also ' + ', '.join(ready)) if ready else ''}".rstrip())
+        lines += [f"  {'':<22} {'not ' + name}: {reason}" for name, reason in reasons.items() if reason is not None]
+    return lines
+
+
+def attention_lines(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> list[str]:
+    """The library that attention calls, with and without document boundaries, and why not each of the others."""
+    lines: list[str] = []
+    for documents in (False, True):
+        reasons = explain_attention(device, dtype, head_dim, documents=documents)
+        try:
+            chosen = choose_attention(device, dtype, head_dim, documents)
+        except ValueError as error:  # $ATAT_FAST_ATTENTION names one that cannot run
+            return [*lines, f"  {'attention':<22} none: {error}"]
+        ready = [name for name, reason in reasons.items() if reason is None and name != chosen]
+        what = "within documents" if documents else f"head dimension {head_dim}"
+        title = f"{what}, {str(dtype).removeprefix('torch.')}: {chosen}"
+        lines.append(f"  {'' if documents else 'attention':<22} {title}{', also ' + ', '.join(ready) if ready else ''}")
         lines += [f"  {'':<22} {'not ' + name}: {reason}" for name, reason in reasons.items() if reason is not None]
     return lines
 
@@ -37,6 +55,7 @@ def main() -> None:
         first = f"{wanted} where it can run, as ATAT_FAST_BACKEND says, else first" if wanted else "first"
         print(f"\ntensors on {device}: {first} of {' > '.join(registry.PREFERENCE[device.type])}")
         print("\n".join(table(device)))
+        print("\n".join(attention_lines(device, torch.bfloat16 if device.type == "cuda" else torch.float32)))
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from torch import Tensor
 from atat_fast.config import Config, from_dict, to_dict
 from atat_fast.data.tokenizers import Tokenizer
 from atat_fast.errors import UsageError
-from atat_fast.models.dit import DiT
+from atat_fast.models.dit import DiT, merge_modulation
 
 FORMAT = 1
 FOLDER = "checkpoints"
@@ -53,11 +53,13 @@ class Checkpoint:
         return from_dict(self.manifest["config"])
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file, on the CPU."""
+        """The tensors of one file, on the CPU, under the names that parameters have now."""
         try:
-            return load_file(self.path / name)
+            tensors = load_file(self.path / name)
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{self.path / name} cannot be read: {_first_line(error)}") from error
+        merge_modulation(tensors)
+        return tensors
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the model was trained with."""

@@ -92,7 +92,7 @@ class Optimizers:
 
 
 def _inner_matrix(name: str, p: Tensor) -> bool:
-    return p.ndim == 2 and name.startswith("blocks.") and "modulation" not in name
+    return p.ndim == 2 and name.startswith("blocks.")
 
 
 class Average:

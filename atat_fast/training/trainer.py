@@ -26,6 +26,7 @@ from atat_fast.diffusion.samplers import sample
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.likelihood import evaluate, evaluating, report
 from atat_fast.models.dit import DiT, Randomness, step_cost
+from atat_fast.ops.attention import documents_of
 from atat_fast.training import checkpoint, run_folder
 from atat_fast.training.device import Compute, environment, peak_flops, resolve
 from atat_fast.training.optimizers import Average, Optimizers, learning_rate
@@ -157,6 +158,7 @@ class Trainer:
         for micro in range(plan.accumulation):
             slot = micro * plan.micro_batch
             tokens, ids = self.loader.batch(self.step * plan.global_batch + slot, plan.micro_batch)
+            documents = documents_of(tokens, self.tokenizer.eos_id) if config.model.document_mask else None
             tokens, ids = self._to_device(tokens), self._to_device(ids)
             batch = hide_for_training(
                 tokens,
@@ -169,8 +171,15 @@ class Trainer:
                 step=self.step,
             )
             randomness = Randomness(config.train.seed, torch.full((), self.step, device=device), ids)
+            if documents is not None:
+                batch.documents = documents.to(device)
+            if self.compute.compile:  # one graph for every number of hidden rows
+                for tensor in (batch.rows, batch.target, batch.weights):
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
             with self.compute.autocast():
-                loss, _ = self.forward(batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share, randomness)
+                loss, _ = self.forward(
+                    batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share, randomness, batch.documents
+                )
             loss = loss / (plan.global_batch * config.model.length)
             loss.backward()
             self._window["loss"] += loss.detach()

@@ -172,7 +172,26 @@ def adaptive_norm() -> Iterator[Triton]:
     yield case("gated_backward", 1003)
 
 
-TRITON = (adaptive_norm, cross_entropy, masking, philox)
+def rotary() -> Iterator[Triton]:
+    """Half a head of 16, 32 and 64 elements, in place and out of place, and a length that nothing divides."""
+    from atat_fast.kernels.rotary import configuration
+
+    integers = ("rows", "L", "H", "in_batch", "in_row", "out_batch", "out_row")
+    for size in (32, 64, 128):
+        for name, pointer in (("fp32", "*fp32"), ("bf16", "*bf16")):
+            types = {"Out": pointer, "In": pointer, "Cos": "*fp32", "Sin": "*fp32"} | dict.fromkeys(integers, "i32")
+            for copy in (False, True):
+                sizes = configuration(12, size)
+                options = {"num_warps": sizes.pop("num_warps")}
+                constants = sizes | {"INVERSE": copy, "COPY": copy, "HALF": size // 2}
+                case = f"rotary/{name}-{'copy' if copy else 'inplace'}/{size}"
+                yield Triton(
+                    case, "rotary", "_rotary_kernel", types, constants, options,
+                    divisible=("in_batch", "in_row", "out_batch", "out_row") if copy else integers[:2] + integers[3:],
+                )  # fmt: skip
+
+
+TRITON = (adaptive_norm, cross_entropy, masking, philox, rotary)
 
 CUDA = (
     # row_bytes of 50,304 bf16 columns in csrc/cross_entropy.cuh. A longer row is kept where a device has more, or not at all.

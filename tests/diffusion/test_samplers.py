@@ -21,11 +21,12 @@ class Exact:
     def __init__(self, joint):
         self.joint, self.mask_id, self.calls = joint, MASK, 0
 
-    def features(self, tokens, hidden_share=None):
+    def features(self, tokens, hidden_share=None, *, rows=None):
         self.calls += 1
         length = tokens.shape[1]
         place = torch.arange(length).repeat(len(tokens))[:, None]
-        return torch.cat((place, tokens.repeat_interleave(length, 0)), 1)
+        features = torch.cat((place, tokens.repeat_interleave(length, 0)), 1)
+        return features if rows is None else features[rows]
 
     def logits(self, features):
         out = torch.full((len(features), MASK + 1), -torch.inf, dtype=torch.float64)

@@ -11,7 +11,9 @@ import torch.nn.functional as F
 from atat_fast.config import ModelConfig, load_preset, preset_names
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
-from atat_fast.models.dit import Randomness, step_cost
+from atat_fast.models.dit import Randomness, merge_modulation, step_cost
+from atat_fast.ops import Documents, documents_of
+from atat_fast.ops.adaptive_norm import dropout_scale
 
 SMALL = {"dim": 16, "layers": 2, "heads": 2, "length": 12, "conditioning_dim": 8, "dropout": 0.0}
 OPTIONS = [
@@ -52,8 +54,9 @@ def plain_logits(m, tokens, share):
     def norm(v, weight, shift, scale):
         return F.layer_norm(v, (width,), weight) * (1 + scale[:, None]) + shift[:, None]
 
-    for b in m.blocks:
-        s1, c1, g1, s2, c2, g2 = b.modulation(t).chunk(6, -1)
+    *tables, final = m.modulation(t).split([6 * width] * c.layers + [2 * width], -1)
+    for b, table in zip(m.blocks, tables, strict=True):
+        s1, c1, g1, s2, c2, g2 = table.chunk(6, -1)
         q, k, v = b.qkv(norm(x, b.norm1, s1, c1)).view(batch, length, 3, c.heads, size).unbind(2)
         if c.qk_norm:
             q, k = (u * torch.rsqrt(u.pow(2).mean(-1, keepdim=True) + torch.finfo(u.dtype).eps) for u in (q, k))
@@ -63,7 +66,7 @@ def plain_logits(m, tokens, share):
         inner = b.up(norm(x, b.norm2, s2, c2))
         inner = F.gelu(inner, approximate="tanh") if c.activation == "gelu" else F.relu(inner) ** 2
         x = x + g2[:, None] * b.down(inner)
-    shift, scale = m.final_modulation(t).chunk(2, -1)
+    shift, scale = final.chunk(2, -1)
     logits = m.head(norm(x, m.final_norm, shift, scale))
     logits[..., m.mask_id] = -torch.inf
     return logits
@@ -150,23 +153,157 @@ def test_dropout_is_on_only_where_randomness_is_given():
     torch.testing.assert_close(swapped.view(2, 12, -1).flip(0), one.view(2, 12, -1))
 
 
-@pytest.mark.parametrize("options", OPTIONS[:2])
-def test_it_compiles_into_one_graph_that_serves_every_step(options):
-    graphs = []
+CASES = [
+    {},
+    {"time_conditioning": True},
+    {"dropout": 0.4},
+    {"time_conditioning": True, "dropout": 0.4, "qk_norm": True},
+    {"layers": 1, "tie_embeddings": True},
+]
 
-    def counting(graph, inputs):
-        graphs.append(graph)
-        return graph
 
-    m = model(**options)
-    compiled = torch.compile(m, fullgraph=True, backend=counting)
-    for step in range(3):
-        noisy, rows = torch.randint(0, 11, (2, 12)), torch.randperm(24)[:12].sort().values
-        args = (noisy, rows, torch.randint(0, 10, (12,)), torch.rand(12), torch.rand(2) * 0.9)
+@pytest.mark.parametrize("options", CASES)
+@pytest.mark.parametrize("documents", [False, True])
+def test_rows_of_the_last_block_are_those_of_the_dense_path(options, documents):
+    """Values, dropout masks and every gradient, in fp64. Rows 0 and weight 0 at the end are padding."""
+    m = model(**options).double()
+    tokens, share, ids = torch.randint(0, 11, (3, 9)), torch.tensor([0.2, 0.5, 1 / 3]), torch.tensor([7, 2**33, 5])
+    rows = torch.tensor([1, 4, 9, 10, 26, 0, 0])
+    upstream = torch.randn(7, 16, dtype=torch.float64)
+    upstream[5:] = 0
+    randomness = Randomness(3, torch.tensor(11), ids)
+    inside = documents_of(tokens, 4) if documents else None
+    dense = m.features(tokens, share, randomness, documents=inside)[rows]
+    sparse = m.features(tokens, share, randomness, rows=rows, documents=inside)
+    torch.testing.assert_close(sparse, dense, rtol=1e-12, atol=1e-12)
+    assert torch.equal(sparse[5], sparse[6])
+    names = [name for name, _ in m.named_parameters()]
+    theirs, ours = (torch.autograd.grad(x, list(m.parameters()), upstream, allow_unused=True) for x in (dense, sparse))
+    for name, a, b in zip(names, theirs, ours, strict=True):
+        if a is None or not a.any():
+            assert (name.startswith("head.") and b is None) or not b.any(), name
+        else:
+            torch.testing.assert_close(b, a, rtol=1e-9, atol=1e-11, msg=name)
+
+
+def test_dropout_of_picked_rows_is_the_same_bits():
+    """A token's mask is named by sample * L + position, whatever the shape it comes in."""
+    ids, rows = torch.tensor([7, 2**40]), torch.tensor([3, 0, 17, 23])
+    seed, step = torch.tensor(1), torch.tensor(2)
+    dense = dropout_scale(torch.Size((2, 12, 10)), 0.5, seed, step, ids, 3)
+    picked = dropout_scale(torch.Size((4, 1, 10)), 0.5, seed, step, ids[rows // 12] * 12 + rows % 12, 3)
+    assert torch.equal(picked[:, 0], dense.flatten(0, 1)[rows])
+
+
+@pytest.mark.parametrize("options", CASES[:4])
+def test_no_rows_and_padding_alone_are_harmless(options):
+    m, tokens, share = model(**options), torch.randint(0, 11, (2, 12)), torch.tensor([0.0, 0.0])
+    randomness = Randomness(1, 2, torch.tensor([0, 1]))
+    none = torch.zeros(0, dtype=torch.int64)
+    assert m.features(tokens, share, randomness, rows=none).shape == (0, 16)
+    padding = torch.zeros(5, dtype=torch.int64)
+    loss, nll = m(tokens, padding, padding, torch.zeros(5), share, randomness)
+    loss.backward()
+    assert float(loss.detach()) == 0 and (nll == 0).all()
+    assert all(p.grad is None or not p.grad.any() for p in m.parameters())
+
+
+@pytest.mark.parametrize("length", [9, 12])
+def test_a_token_does_not_see_another_document(length):
+    m = model(document_mask=True)
+    tokens = torch.randint(1, 10, (2, length))
+    tokens[:, 3] = 0  # ends the first document of each row
+    inside = documents_of(tokens, 0)
+    noisy = tokens.clone()
+    noisy[:, 1] = noisy[:, 6] = 10
+    changed = noisy.clone()
+    changed[0, 5:] = torch.randint(1, 10, (length - 5,))  # in the first row's second document
+    rows = torch.tensor([1, 6, length + 1, length + 6])
+    for picked in (None, rows):
+        before, after = (m.features(x, rows=picked, documents=inside) for x in (noisy, changed))
+        if picked is None:
+            before, after = before[rows], after[rows]
+        same = [torch.equal(a, b) for a, b in zip(m.logits(before), m.logits(after), strict=True)]
+        assert same == [True, False, True, True]
+    free = [m.logits(m.features(x, rows=rows)) for x in (noisy, changed)]
+    assert not torch.equal(free[0][0], free[1][0])
+    whole = Documents(torch.zeros(2, length, dtype=torch.int32))
+    torch.testing.assert_close(m.features(noisy, documents=whole), m.features(noisy))
+
+
+def test_tables_kept_block_by_block_are_taken():
+    """MDLM's layout, and that of checkpoints written before the tables were one."""
+    m, tokens, share = model(layers=3, time_conditioning=True), torch.randint(0, 11, (2, 12)), torch.tensor([0.2, 0.5])
+    apart = m.state_dict()
+    for what in ("weight", "bias"):
+        whole = apart.pop(f"modulation.{what}")
+        for i in range(3):
+            apart[f"blocks.{i}.modulation.{what}"] = whole[96 * i : 96 * (i + 1)].clone()
+        apart[f"final_modulation.{what}"] = whole[288:].clone()
+    other = DiT(11, 10, **(SMALL | {"layers": 3, "time_conditioning": True}))
+    assert other.load_state_dict(apart).missing_keys == []
+    assert torch.equal(other.features(tokens, share), m.features(tokens, share))
+    moments = {f"{name}/exp_avg": value for name, value in apart.items()} | {f"{name}/step": torch.tensor(5.0) for name in apart}
+    merge_modulation(moments)
+    assert torch.equal(moments["modulation.weight/exp_avg"], m.modulation.weight) and moments["modulation.bias/step"] == 5
+    assert {name.split("/")[0] for name in moments} == set(m.state_dict())
+    del apart["blocks.1.modulation.bias"]
+    with pytest.raises(RuntimeError, match=r"modulation\.bias"):
+        other.load_state_dict(apart)
+
+
+def steps(m, compiled, counts):
+    """Steps with these numbers of hidden rows; what was compiled is compared with what was not."""
+    batch, length = 2, m.config.length
+    for step, count in enumerate(counts):
+        noisy, rows = torch.randint(0, 11, (batch, length)), torch.randperm(batch * length)[:count].sort().values
+        args = (noisy, rows, torch.randint(0, 10, (count,)), torch.rand(count), torch.rand(batch) * 0.9)
+        for tensor in args[1:4]:
+            torch._dynamo.maybe_mark_dynamic(tensor, 0)  # as the trainer does
         randomness = Randomness(1, torch.tensor(step), torch.tensor([0, 1]))
-        got, want = compiled(*args, randomness), m(*args, randomness)
+        documents = documents_of(noisy, 3) if m.config.document_mask else None
+        got, want = (f(*args, randomness, documents) for f in (compiled, m))
         torch.testing.assert_close(got, want)
-    assert len(graphs) == 1
+        ours, theirs = (torch.autograd.grad(loss, list(m.parameters()), allow_unused=True) for loss in (got[0], want[0]))
+        for a, b in zip(ours, theirs, strict=True):
+            assert (a is None) == (b is None) or not (a if b is None else b).any()
+            assert a is None or b is None or torch.allclose(a, b, rtol=1e-4, atol=1e-6)
+
+
+set_of_sizes = pytest.mark.xfail(reason="adaptive_norm's check puts sizes into a set, which fixes the number of rows of a graph")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        pytest.param({"dropout": 0.4}, marks=pytest.mark.slow),
+        pytest.param({"document_mask": True}, marks=pytest.mark.slow),
+        pytest.param({"time_conditioning": True}, marks=[pytest.mark.slow, set_of_sizes]),
+        pytest.param({"time_conditioning": True, "dropout": 0.4, "qk_norm": True}, marks=[pytest.mark.slow, set_of_sizes]),
+    ],
+)
+def test_one_graph_serves_any_number_of_hidden_rows(options):
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    m = model(**options)
+    compiled = torch.compile(m, fullgraph=True, backend="aot_eager")
+    steps(m, compiled, (12, 7, 20, 2))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", preset_names())
+def test_every_preset_is_one_graph(name):
+    """Sizes are cut down, for what decides about graphs is the options."""
+    torch._dynamo.reset()
+    counters = torch._dynamo.utils.counters
+    counters.clear()
+    settings = vars(load_preset(name).model) | {"dim": 16, "heads": 2, "layers": 2, "length": 12, "conditioning_dim": 8}
+    m = model(**settings)
+    steps(m, torch.compile(m, fullgraph=True, backend="aot_eager"), (12, 5))
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
 
 
 def test_bf16_autocast_keeps_the_stream_and_gives_bf16_rows():

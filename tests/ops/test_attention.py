@@ -1,21 +1,37 @@
-"""rotary, attention and the attention branch against their specifications in fp64."""
+"""attention and the attention branch against their specifications in fp64, and the choice of what computes them."""
 
 from __future__ import annotations
 
+import importlib
+import importlib.machinery
+import itertools
+import sys
+import types
+
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atat_fast.ops import (
+    Documents,
     adaptive_attention,
     adaptive_layer_norm_reference,
     attention,
     attention_reference,
-    rotary,
+    document_layout,
+    documents_of,
+    explain_attention,
     rotary_reference,
     rotary_table,
+    self_attention,
 )
+from atat_fast.ops.attention import IMPLEMENTATIONS, MODULES, choose_attention
+
+module = importlib.import_module("atat_fast.ops.attention")  # the package has a function of that name
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+READY = [name for name, reason in explain_attention(CPU, torch.float64, 8).items() if reason is None]
 
 
 def packed(batch, length, heads, size, dtype=torch.float64):
@@ -26,58 +42,219 @@ def packed(batch, length, heads, size, dtype=torch.float64):
 shapes = given(batch=st.integers(0, 3), length=st.integers(1, 37), heads=st.integers(1, 5), size=st.sampled_from([2, 6, 32]))
 
 
-@settings(max_examples=30, deadline=None)
+@pytest.mark.parametrize("implementation", [None, *READY])
+@settings(max_examples=15, deadline=None)
 @shapes
-def test_rotary_matches_in_fp64_and_keeps_lengths(batch, length, heads, size):
-    qkv, cos, sin = packed(batch, length, heads, size)
-    got, want = rotary(qkv, cos, sin), rotary_reference(qkv, cos, sin)
-    torch.testing.assert_close(got, want, rtol=1e-13, atol=1e-13)
-    torch.testing.assert_close(got.norm(dim=-1), qkv.norm(dim=-1))
-    upstream = torch.randn_like(got)
-    ours, theirs = (torch.autograd.grad(o, qkv, upstream)[0] for o in (got, want))
-    torch.testing.assert_close(ours, theirs, rtol=1e-13, atol=1e-13)
-
-
-def test_rotary_makes_scores_depend_on_distance_alone():
-    length, size = 12, 8
-    cos, sin = (t.double() for t in rotary_table(length, size))
-    token = torch.randn(1, 1, 3, 1, size, dtype=torch.float64).expand(1, length, 3, 1, size)
-    turned = rotary(token, cos, sin)
-    scores = turned[0, :, 0, 0] @ turned[0, :, 1, 0].T
-    for distance in range(-length + 1, length):
-        line = torch.diagonal(scores, distance)
-        torch.testing.assert_close(line, line[:1].expand_as(line), rtol=1e-4, atol=1e-5)  # tables are fp32
-
-
-def test_rotary_in_place_is_the_same_bits_and_refuses_gradients():
-    qkv, cos, sin = packed(2, 9, 3, 8, torch.float32)
-    with torch.no_grad():
-        want = rotary(qkv, cos, sin)
-        copy = qkv.clone()
-        assert rotary(copy, cos, sin, inplace=True).data_ptr() == copy.data_ptr()
-        assert torch.equal(copy, want)
-    with pytest.raises(ValueError, match="would overwrite values that a gradient needs"):
-        rotary(qkv, cos, sin, inplace=True)
-
-
-def test_rotary_of_a_strided_view_and_bf16(poisoned):
-    qkv, cos, sin = packed(2, 9, 6, 8, torch.float32)
-    view = qkv.detach().transpose(0, 1).contiguous().transpose(0, 1)
-    assert torch.equal(rotary(view, cos, sin), rotary(qkv, cos, sin))
-    low = qkv.detach().bfloat16()
-    torch.testing.assert_close(rotary(low, cos, sin), rotary_reference(low.double(), cos.double(), sin.double()).bfloat16())
-
-
-@settings(max_examples=20, deadline=None)
-@shapes
-def test_attention_matches_in_fp64(batch, length, heads, size):
+def test_attention_matches_in_fp64(implementation, batch, length, heads, size):
     qkv, _, _ = packed(batch, length, heads, size)
-    got, want = attention(qkv), attention_reference(qkv)
+    got, want = attention(qkv, implementation=implementation), attention_reference(qkv)
     assert got.shape == (batch, length, heads * size)
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
     upstream = torch.randn_like(got)
     ours, theirs = (torch.autograd.grad(o, qkv, upstream)[0] for o in (got, want))
     torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def ids_of(batch, length):
+    """Documents of random lengths; ids repeat after a while, so that only neighbours tell a boundary."""
+    return (torch.rand(batch, length) < 0.2).cumsum(1).remainder(3).to(torch.int32)
+
+
+def runs(ids):
+    """The same documents numbered so that no two of a row share a number."""
+    return torch.cat((torch.zeros_like(ids[:, :1]), (ids[:, 1:] != ids[:, :-1]).cumsum(1)), 1)
+
+
+@pytest.mark.parametrize("implementation", [None, *READY])
+@settings(max_examples=15, deadline=None)
+@shapes
+def test_documents_keep_to_themselves(implementation, batch, length, heads, size):
+    qkv, _, _ = packed(batch, length, heads, size)
+    ids = ids_of(batch, length)
+    got = attention(qkv, document_ids=ids, implementation=implementation)
+    want = attention_reference(qkv, runs(ids))
+    torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
+    upstream = torch.randn_like(got)
+    ours, theirs = (torch.autograd.grad(o, qkv, upstream)[0] for o in (got, want))
+    torch.testing.assert_close(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+def test_one_document_is_no_mask_and_lone_tokens_see_themselves():
+    qkv, _, _ = packed(2, 9, 2, 8)
+    alone = torch.arange(9).expand(2, 9)
+    torch.testing.assert_close(attention(qkv, document_ids=torch.zeros(2, 9)), attention(qkv))
+    torch.testing.assert_close(attention(qkv, document_ids=alone), qkv[:, :, 2].flatten(2))
+
+
+def test_documents_end_with_their_end_token():
+    tokens = torch.tensor([[5, 5, 0, 7, 0, 0, 5], [0, 1, 1, 1, 1, 1, 0]])
+    found = documents_of(tokens, 0)
+    assert found.ids.tolist() == [[0, 0, 0, 1, 1, 2, 3], [0, 1, 1, 1, 1, 1, 1]] and found.ids.dtype is torch.int32
+    assert found.most == 64  # 7 rounded up, so that few sizes are compiled
+    starts = document_layout(found, "flash_attn")
+    assert starts.dtype is torch.int32 and starts.tolist() == [0, 3, 5, 6, 7, 8, *[14] * 9]
+    exact = document_layout(Documents(found.ids, 6), "flash_attn_3")
+    assert exact.tolist() == [0, 3, 5, 6, 7, 8, 14]
+
+
+class Package(types.ModuleType):
+    """What flash-attn's packages do, by the specification; each call is noted."""
+
+    def __init__(self, name, tuples):
+        super().__init__(name)
+        self.__spec__ = importlib.machinery.ModuleSpec(name, None)
+        self.calls, self.tuples = [], tuples
+
+    def flash_attn_qkvpacked_func(self, qkv, *, deterministic):
+        self.calls.append(("packed", qkv.data_ptr(), deterministic))
+        out = attention_reference(qkv).unflatten(2, qkv.shape[-2:])
+        return (out, None) if self.tuples else out
+
+    def flash_attn_varlen_qkvpacked_func(self, qkv, starts, longest, *, deterministic):
+        self.calls.append(("packed varlen", qkv.data_ptr(), deterministic))
+        bounds = starts.tolist()
+        assert starts.dtype is torch.int32 and bounds[0] == 0 and bounds[-1] == len(qkv)
+        parts = [attention_reference(qkv[a:b][None])[0] for a, b in itertools.pairwise(bounds) if b > a]
+        assert max(b - a for a, b in itertools.pairwise(bounds)) <= longest
+        return torch.cat(parts).unflatten(1, qkv.shape[-2:])
+
+    def flash_attn_varlen_func(self, q, k, v, starts_q, starts_k, longest_q, longest_k, *, deterministic):
+        assert starts_q is starts_k and longest_q == longest_k
+        out = self.flash_attn_varlen_qkvpacked_func(torch.stack((q, k, v), 1), starts_q, longest_q, deterministic=deterministic)
+        return (out, None) if self.tuples else out
+
+
+@pytest.fixture
+def packages(monkeypatch):
+    """Both packages installed, as far as anyone can tell."""
+    fakes = {name: Package(module_name, tuples=name == "flash_attn_3") for name, module_name in MODULES.items()}
+    for fake in fakes.values():
+        monkeypatch.setitem(sys.modules, fake.__name__, fake)
+    module._import_problem.cache_clear()
+    yield fakes
+    module._import_problem.cache_clear()
+
+
+@pytest.mark.parametrize("name", list(MODULES))
+def test_packages_are_called_with_the_packed_projection_itself(packages, name):
+    qkv, _, _ = packed(3, 11, 2, 8)
+    got = torch.ops.atat_fast.attention(qkv, None, name)
+    torch.testing.assert_close(got, attention_reference(qkv))
+    assert packages[name].calls == [("packed", qkv.data_ptr(), False)]
+    ids = ids_of(3, 11)
+    for most in (None, 33, 64):
+        layout = document_layout(Documents(ids, most), name)
+        got = torch.ops.atat_fast.attention(qkv, layout, name)
+        torch.testing.assert_close(got, attention_reference(qkv, runs(ids)))
+    assert name != "flash_attn" or packages[name].calls[-1][:2] == ("packed varlen", qkv.data_ptr())
+
+
+def choice(capability, dtype=torch.bfloat16, head_dim=64, **options):
+    reasons = explain_attention(GPU, dtype, head_dim, capability=capability, **options)
+    assert set(reasons) == set(IMPLEMENTATIONS)
+    return next(name for name, reason in reasons.items() if reason is None)
+
+
+def test_what_gpus_would_use(packages, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    assert choice((9, 0)) == "flash_attn_3" and choice((10, 0)) == "cudnn" and choice((8, 9)) == choice((8, 0)) == "flash_attn"
+    assert choice((9, 0), documents=True) == "flash_attn_3" and choice((8, 9), documents=True) == "flash_attn"
+    assert choice((9, 0), torch.float32) == "sdpa_efficient" and choice((9, 0), torch.float64) == "sdpa_math"
+    assert choice((7, 5), torch.float16) == "sdpa_efficient" and choice((9, 0), head_dim=60) == "sdpa_math"
+    assert choice((8, 9), head_dim=256) == "sdpa_efficient" and choice((9, 0), head_dim=256) == "flash_attn_3"
+    reasons = explain_attention(GPU, torch.bfloat16, 64, capability=(8, 9))
+    assert reasons["flash_attn_3"] == "it is made for capability (9, 0), and this device has (8, 9)"
+
+
+def test_without_the_packages_torch_has_something(monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: None)
+    module._import_problem.cache_clear()
+    assert choice((9, 0)) == "cudnn" and choice((8, 9)) == "sdpa_flash" and choice((8, 9), documents=True) == "sdpa_efficient"
+    assert explain_attention(GPU, torch.bfloat16, 64, capability=(8, 9))["flash_attn"] == "flash_attn is not installed"
+    module._import_problem.cache_clear()
+
+
+def test_a_package_that_does_not_import_is_said_not_to(monkeypatch):
+    monkeypatch.setattr(module.importlib.util, "find_spec", lambda name: object())
+
+    def broken(name):
+        raise ImportError(f"{name}: undefined symbol")
+
+    monkeypatch.setattr(module.importlib, "import_module", broken)
+    module._import_problem.cache_clear()
+    reasons = explain_attention(GPU, torch.bfloat16, 64, capability=(9, 0))
+    assert reasons["flash_attn_3"] == "flash_attn_interface does not import (flash_attn_interface: undefined symbol)"
+    module._import_problem.cache_clear()
+
+
+def test_the_environment_and_the_caller_ask_by_name(monkeypatch):
+    assert choose_attention(CPU, torch.float32, 8) == "sdpa_flash"
+    monkeypatch.setenv("ATAT_FAST_ATTENTION", "sdpa_math")
+    assert choose_attention(CPU, torch.float32, 8) == "sdpa_math"
+    assert choose_attention(CPU, torch.float32, 8, False, "sdpa_flash") == "sdpa_flash"
+    monkeypatch.setenv("ATAT_FAST_ATTENTION", "cudnn")
+    with pytest.raises(
+        ValueError, match="attention cannot use 'cudnn' here: it runs on CUDA tensors; what can run is sdpa_flash"
+    ):
+        attention(torch.zeros(1, 2, 3, 1, 4))
+
+
+def test_sdpa_uses_the_kernel_that_was_chosen_and_its_switches_are_put_back():
+    before = [allowed() for allowed in module._ALLOWED.values()]
+    qkv, _, _ = packed(1, 33, 2, 8, torch.float32)
+    for name, kernel in (("sdpa_flash", "_scaled_dot_product_flash_attention_for_cpu"), ("sdpa_math", "bmm")):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            attention(qkv, implementation=name)
+        assert any(kernel in event.key for event in seen.key_averages())
+    assert [allowed() for allowed in module._ALLOWED.values()] == before
+
+
+def test_no_copy_is_made_on_the_way_to_sdpa(monkeypatch):
+    qkv, _, _ = packed(2, 9, 3, 8, torch.float32)
+    seen = []
+    original = F.scaled_dot_product_attention
+
+    def noting(q, k, v, **options):
+        seen.extend(t.untyped_storage().data_ptr() for t in (q, k, v))
+        out = original(q, k, v, **options)
+        seen.append(out.untyped_storage().data_ptr())
+        return out
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", noting)
+    out = attention(qkv)
+    assert seen == [qkv.untyped_storage().data_ptr()] * 3 + [out.untyped_storage().data_ptr()]
+
+
+def test_autocast_attends_in_its_dtype():
+    qkv, _, _ = packed(2, 9, 2, 8, torch.float32)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = attention(qkv)
+    assert low.dtype is torch.bfloat16
+    exact, plain = (
+        attention_reference(qkv.double()),
+        F.scaled_dot_product_attention(*(part.transpose(1, 2).bfloat16() for part in qkv.unbind(2))).transpose(1, 2).flatten(2),
+    )
+    assert (low.double() - exact).norm() <= 1.1 * (plain.double() - exact).norm()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+def test_rows_of_the_branch_are_rows_of_the_whole(documents):
+    batch, length, heads, width = 2, 7, 2, 12
+    x, w, o = (torch.randn(*s, dtype=torch.float64).requires_grad_() for s in ((batch, length, width), (36, 12), (12, 12)))
+    cos, sin = (t.double() for t in rotary_table(length, 6))
+    layout = document_layout(Documents(ids_of(batch, length)), "sdpa_flash") if documents else None
+    rows = torch.tensor([3, 0, 13, 8])
+    whole = self_attention(x, w, o, cos, sin, heads=heads, documents=layout)
+    part = self_attention(x, w, o, cos, sin, heads=heads, documents=layout, rows=rows)
+    torch.testing.assert_close(part, whole.flatten(0, 1)[rows], rtol=1e-12, atol=1e-12)
+    upstream = torch.randn_like(part)
+    ours = torch.autograd.grad(part, (x, w, o), upstream)
+    theirs = torch.autograd.grad(whole.flatten(0, 1)[rows], (x, w, o), upstream)
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-10, atol=1e-12)
+    with torch.no_grad():  # rotated in place then
+        torch.testing.assert_close(self_attention(x, w, o, cos, sin, heads=heads, documents=layout, rows=rows), part)
 
 
 @pytest.mark.parametrize("qk_norm", [False, True])
@@ -106,19 +283,24 @@ def test_the_branch_is_its_parts(qk_norm):
 
 def test_opcheck():
     qkv, cos, sin = packed(2, 5, 2, 4, torch.float32)
-    torch.library.opcheck(torch.ops.atat_fast.rotary.default, (qkv, cos, sin, False))
-    torch.library.opcheck(torch.ops.atat_fast.attention.default, (qkv,))
+    mask = document_layout(Documents(ids_of(2, 5)), "sdpa_flash")
+    torch.library.opcheck(torch.ops.atat_fast.attention.default, (qkv, mask, "sdpa_flash"))
     x, w, o = (torch.randn(*s).requires_grad_() for s in ((2, 5, 8), (24, 8), (8, 8)))
-    torch.library.opcheck(torch.ops.atat_fast.self_attention.default, (x, w, o, cos, sin, 2, False))
+    for rows, documents in ((None, None), (torch.tensor([1, 9]), mask)):
+        arguments = (x, w, o, cos, sin, 2, False, rows, documents, "sdpa_flash")
+        torch.library.opcheck(torch.ops.atat_fast.self_attention.default, arguments)
 
 
 @pytest.mark.parametrize("grad", [True, False])
-def test_compiles_whole(grad):
+@pytest.mark.parametrize("documents", [False, True])
+def test_compiles_whole(grad, documents):
     x, w, o = (torch.randn(*s).requires_grad_(grad) for s in ((2, 5, 8), (24, 8), (8, 8)))
     cos, sin = rotary_table(5, 4)
+    ids, rows = ids_of(2, 5), torch.tensor([1, 9, 4])
 
     def f(x, shift):
-        return adaptive_attention(x, shift, shift, None, w, o, cos, sin, heads=2)
+        layout = document_layout(Documents(ids), "sdpa_flash") if documents else None
+        return adaptive_attention(x, shift, shift, None, w, o, cos, sin, heads=2, rows=rows, documents=layout)
 
     shift = torch.randn(1, 8)
     torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x, shift), f(x, shift))
@@ -127,8 +309,9 @@ def test_compiles_whole(grad):
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: rotary(torch.zeros(2, 3, 3, 2, 5), torch.zeros(3, 2), torch.zeros(3, 2)), "even head dimension"),
-        (lambda: rotary(torch.zeros(2, 3, 3, 2, 4), torch.zeros(4, 2), torch.zeros(4, 2)), r"must have shape \(3, 2\)"),
+        (lambda: attention(torch.zeros(1, 2, 3, 1, 4), implementation="flash"), "there is no attention 'flash'.*; it is one of"),
+        (lambda: attention(torch.zeros(1, 2, 3, 1, 4), implementation="flash_attn"), "cannot use 'flash_attn' here: it runs"),
+        (lambda: attention(torch.zeros(1, 2, 3, 1, 4), document_ids=torch.zeros(2, 1)), r"document_ids must have shape \(1, 2\)"),
         (lambda: attention(torch.zeros(2, 3, 2, 2, 4)), r"qkv must be \[batch, length, 3"),
         (
             lambda: adaptive_attention(
@@ -142,3 +325,27 @@ def test_compiles_whole(grad):
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+
+
+class TestOnGpu:
+    pytestmark = needs_gpu
+
+    @pytest.mark.parametrize("name", IMPLEMENTATIONS)
+    @pytest.mark.parametrize("documents", [False, True])
+    @pytest.mark.parametrize("shape", [(2, 128, 4, 64), (3, 77, 2, 32)])
+    def test_every_implementation_that_runs(self, name, documents, shape):
+        reason = explain_attention(torch.device("cuda", 0), torch.bfloat16, shape[-1], documents=documents)[name]
+        if reason is not None:
+            pytest.skip(reason)
+        qkv = packed(*shape)[0].detach().cuda().bfloat16().requires_grad_()
+        ids = ids_of(*shape[:2]).cuda() if documents else None
+        got = attention(qkv, document_ids=ids, implementation=name)
+        exact = attention_reference(qkv.double(), runs(ids) if documents else None)
+        plain = attention_reference(qkv, runs(ids) if documents else None)
+        assert (got.double() - exact).norm() <= 1.5 * (plain.double() - exact).norm()
+        upstream = torch.randn_like(got)
+        ours, truth, theirs = (torch.autograd.grad(o, qkv, upstream.to(o.dtype))[0].double() for o in (got, exact, plain))
+        assert (ours - truth).norm() <= 1.5 * (theirs - truth).norm()

@@ -16,6 +16,7 @@ import torch
 
 from atat_fast import cli, evaluate, sample, train
 from atat_fast.errors import UsageError
+from atat_fast.ops import documents_of
 from atat_fast.training import checkpoint
 from atat_fast.training.trainer import Diverged, Trainer
 
@@ -81,6 +82,32 @@ def test_evaluation_repeats_the_runs_own_number(small, tmp_path, capsys):
     again = json.loads((tmp_path / "out.json").read_text())
     assert again["nll"] == pytest.approx(rows(folder, "eval")[-1]["nll"], rel=1e-6)
     assert again["nll_se"] == pytest.approx(rows(folder, "eval")[-1]["nll_se"], rel=1e-5)
+
+
+def test_attention_within_documents_is_trained_and_evaluated(small, tmp_path):
+    """Training and evaluation see the boundaries that the tokens have, and both depend on them."""
+    folders = {}
+    for name, flag in (("with", "true"), ("without", "false")):
+        trainer = run([*small, "--model.document_mask", flag, "--run.name", name, "--train.micro_batch", "2"])
+        seen = []
+        forward = trainer.forward
+        trainer.forward = lambda noisy, rows, target, *rest, seen=seen, forward=forward: (
+            seen.append((noisy, rows, target, rest[-1])) or forward(noisy, rows, target, *rest)
+        )
+        trainer.train()
+        for noisy, hidden, target, documents in seen:
+            assert (documents is None) == (flag == "false")
+            if documents is not None:
+                tokens = noisy.flatten().index_copy(0, hidden, target).view_as(noisy)
+                assert torch.equal(documents.ids, documents_of(tokens, trainer.tokenizer.eos_id).ids)
+        folders[name] = tmp_path / "runs" / name
+    assert losses(folders["with"]) != losses(folders["without"])
+    for name, folder in folders.items():
+        evaluate.main(
+            ["--run", str(folder), "--json", str(tmp_path / f"{name}.json"), "--checkpoint", "last", "--sequences", "8"]
+        )
+        again = json.loads((tmp_path / f"{name}.json").read_text())
+        assert again["nll"] == pytest.approx(rows(folder, "eval")[-1]["nll"], rel=1e-6)
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "ce"])

@@ -1,0 +1,156 @@
+"""attention beside the direct call of what it chooses: scaled_dot_product_attention on strided views, flash-attn packed.
+
+    pytest bench/bench_attention.py          a table, and bench/results/<device>/attention.json
+
+Every implementation that runs here, forward and training (forward and backward), with and without document boundaries, each
+checked against the specification first. `over_direct` is the time over that of the direct call: the choice may cost 3 %.
+"""
+
+from __future__ import annotations
+
+import importlib
+import json
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from atat_fast.config import TrainConfig
+from atat_fast.ops import Documents, attention, attention_cost, attention_reference, document_layout, explain_attention
+from atat_fast.ops.attention import MODULES
+from atat_fast.training.device import environment, resolve, short
+
+COMPUTE = resolve(TrainConfig())
+DEVICE = COMPUTE.device
+GPU = DEVICE.type == "cuda"
+SHAPES = ((8, 1024, 12, 64), (32, 1024, 12, 64), (8, 1024, 16, 128)) if GPU else ((8, 256, 4, 64), (2, 1024, 12, 64))
+ROUNDS = 100 if GPU else 15
+KERNELS = {
+    "cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION,
+    "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa_math": SDPBackend.MATH,
+}  # fmt: skip
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def ready(documents: bool) -> list[str]:
+    """What runs here, fastest first by the op's own order."""
+    device = torch.device("cuda", torch.cuda.current_device()) if GPU else DEVICE
+    return [name for name, why in explain_attention(device, COMPUTE.dtype, 64, documents=documents).items() if why is None]
+
+
+class Case:
+    """One packed projection with two documents a sequence."""
+
+    def __init__(self, shape: tuple[int, ...], documents: bool) -> None:
+        torch.manual_seed(0)
+        batch, length, heads, size = shape
+        self.qkv = torch.randn(batch, length, 3, heads, size, device=DEVICE).to(COMPUTE.dtype).requires_grad_()
+        self.ids = (torch.arange(length, device=DEVICE) >= length // 3).to(torch.int32).expand(batch, -1) if documents else None
+        self.upstream = torch.randn(batch, length, heads * size, device=DEVICE).to(COMPUTE.dtype)
+
+    def direct(self, name: str) -> Callable[[], torch.Tensor]:
+        """What someone who knew the answer would call."""
+        batch, length, _, heads, size = self.qkv.shape
+        layout = None if self.ids is None else document_layout(Documents(self.ids, 2 * batch), name)
+        if name in MODULES:
+            package = importlib.import_module(MODULES[name])
+            if layout is None:
+                return lambda: package.flash_attn_qkvpacked_func(self.qkv).reshape(batch, length, heads * size)
+            q, k, v = self.qkv.flatten(0, 1).unbind(1)
+            return lambda: package.flash_attn_varlen_func(q, k, v, layout, layout, length, length).view(batch, length, -1)
+
+        def call() -> torch.Tensor:
+            q, k, v = (part.transpose(1, 2) for part in self.qkv.unbind(2))
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=layout).transpose(1, 2).flatten(2)
+
+        if name == "sdpa_flash" and not GPU:  # PyTorch's own choice there
+            return call
+
+        def forced() -> torch.Tensor:
+            with sdpa_kernel(KERNELS[name]):
+                return call()
+
+        return forced
+
+    def ours(self, name: str) -> Callable[[], torch.Tensor]:
+        """The op; the layout of documents is made in each call, where a model makes it once a batch."""
+        most = None if self.ids is None else 2 * self.qkv.shape[0]
+        return lambda: attention(self.qkv, document_ids=self.ids, most_documents=most, implementation=name)
+
+    def timed(self, forward: Callable[[], torch.Tensor], kind: str) -> Callable[[], None]:
+        """Forward alone without gradients, or forward and backward."""
+        step = forward if kind == "forward" else lambda: torch.autograd.grad(forward(), self.qkv, self.upstream)
+
+        def call() -> None:
+            with torch.set_grad_enabled(kind == "train"):
+                step()
+            if GPU:
+                torch.cuda.synchronize(DEVICE)
+
+        return call
+
+
+@pytest.fixture(scope="module")
+def table() -> Iterator[list[dict[str, Any]]]:
+    """Rows gathered by the tests; printed and written when the last is done."""
+    rows: list[dict[str, Any]] = []
+    yield rows
+    if not rows:
+        return
+    print(f"\n\nattention, {short(COMPUTE.dtype)}, on {DEVICE}, {torch.get_num_threads()} threads")
+    print(
+        f"{'B x L x H x E':>18}  {'documents':<10}{'kind':<8}{'way':<24}{'median us':>10}{'25 %':>10}{'75 %':>10}{'TFLOP/s':>9}{'/direct':>9}"
+    )
+    for row in rows:
+        facts = ("shape", "documents", "kind", "name")
+        peer = [r["median_us"] for r in rows if r["way"] == "direct" and all(r[f] == row[f] for f in facts)]
+        row["over_direct"] = round(row["median_us"] / peer[0], 3) if peer and row["way"] == "op" else None
+        way = f"{row['name']}, {row['way']}"
+        print(
+            f"{' x '.join(map(str, row['shape'])):>18}  {row['documents']!s:<10}{row['kind']:<8}{way:<24}"
+            f"{row['median_us']:>10.1f}{row['low_us']:>10.1f}{row['high_us']:>10.1f}"
+            f"{row['flops'] / row['median_us'] / 1e6:>9.3f}{row['over_direct'] or '':>9}"
+        )
+    folder = RESULTS / ("cpu" if not GPU else torch.cuda.get_device_name(DEVICE).lower().replace(" ", "-"))
+    folder.mkdir(parents=True, exist_ok=True)
+    report = {"benchmark": "attention", "rounds": ROUNDS, "results": rows, "environment": environment(COMPUTE)}
+    (folder / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
+
+
+def cases() -> Iterator[Any]:
+    for shape in SHAPES:
+        for documents in (False, True):
+            for name in ready(documents):
+                for kind in ("forward", "train"):
+                    for way in ("direct", "op"):
+                        marks = f"{'x'.join(map(str, shape))}-{'documents' if documents else 'whole'}-{name}-{kind}-{way}"
+                        yield pytest.param(shape, documents, name, kind, way, id=marks)
+
+
+@pytest.mark.parametrize(("shape", "documents", "name", "kind", "way"), list(cases()))
+def test_attention(
+    benchmark: Any, table: list[dict[str, Any]], shape: tuple[int, ...], documents: bool, name: str, kind: str, way: str
+) -> None:
+    case = Case(shape, documents)
+    forward = case.direct(name) if way == "direct" else case.ours(name)
+    exact = attention_reference(case.qkv.detach()[:1].double(), None if case.ids is None else case.ids[:1])
+    plain = attention_reference(case.qkv.detach()[:1], None if case.ids is None else case.ids[:1]).double()
+    error = float((forward()[:1].double() - exact).norm())
+    assert error <= 1.5 * float((plain - exact).norm()) + 1e-6 * float(exact.norm())
+    benchmark.pedantic(case.timed(forward, kind), rounds=ROUNDS, warmup_rounds=3)
+    stats = benchmark.stats.stats
+    batch, length, heads, size = shape
+    cost = attention_cost(batch, length, heads * size)
+    if kind == "train":
+        cost = cost + attention_cost(batch, length, heads * size, backward=True)
+    table.append(
+        {
+            "shape": shape, "documents": documents, "kind": kind, "name": name, "way": way,
+            "median_us": round(stats.median * 1e6, 1), "low_us": round(stats.q1 * 1e6, 1), "high_us": round(stats.q3 * 1e6, 1),
+            "flops": cost.flops,
+        }
+    )  # fmt: skip
