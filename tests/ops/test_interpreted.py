@@ -22,6 +22,7 @@ MODULES = (
     "test_philox.py",
     "test_masking.py",
     "test_cross_entropy.py",
+    "test_linear_cross_entropy.py",
     "test_adaptive_norm_kernel.py",
     "test_rotary.py",
     "test_rotary_kernel.py",
