@@ -136,7 +136,7 @@ class TrainConfig:
         micro_batch: Sequences in one forward pass; 0 chooses the largest divisor of global_batch up to 32.
         seed: Seed of initial weights, data order, masks and dropout.
         device: cuda, cpu, or auto for cuda where there is one.
-        dtype: bf16 (autocast, fp32 master weights), fp32, or auto: bf16 on GPUs and on CPUs with AMX.
+        dtype: bf16 (autocast, fp32 master weights), fp32, or auto: bf16 on GPUs and on CPUs with AMX or AVX512-BF16.
         compile: Whether torch.compile is used; auto means on a GPU only.
         log_every: Steps between lines of metrics.jsonl.
         checkpoint_every: Steps between `last` checkpoints; 0 saves with each evaluation only.
