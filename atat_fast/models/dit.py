@@ -324,11 +324,12 @@ def _heads_for(dim: int) -> int:
 def step_cost(config: ModelConfig, vocab_size: int, batch: int, hidden_rows: int, *, backward: bool = True) -> Cost:
     """Floating-point operations and bytes of one pass over `batch` sequences whose head sees `hidden_rows` rows.
 
-    Matrix products and attention only: what a model-FLOPs utilisation counts. Bytes are those of the head.
+    Matrix products and attention only: what a model-FLOPs utilisation counts. Behind the last attention only hidden rows are
+    worked on. Bytes are those of the head.
     """
     rows, width = batch * config.length, config.dim
-    per_row = (4 + 2 * config.mlp_ratio) * width * width  # qkv and out, MLP up and down
-    matmul = 2 * per_row * rows * config.layers
+    after = 1 + 2 * config.mlp_ratio  # out, MLP up and down; qkv is 3 more
+    matmul = 2 * width * width * ((3 + after) * rows * config.layers - after * (rows - hidden_rows))
     attention = 2 * 2 * batch * config.length**2 * width * config.layers
     body = (matmul + attention) * (3 if backward else 1)
     return Cost(body, 0) + linear_cross_entropy_cost(hidden_rows, width, vocab_size, backward=backward)

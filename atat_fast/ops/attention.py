@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atat_fast.errors import nearest
+from atat_fast.errors import UsageError, nearest
 from atat_fast.ops.adaptive_norm import EPS, adaptive_layer_norm
 from atat_fast.ops.registry import Cost, autocast_dtype, register_composite
 from atat_fast.ops.rotary import rotary
@@ -193,7 +193,7 @@ def choose_attention(
 ) -> str:
     """The implementation that runs: `asked`, else $ATAT_FAST_ATTENTION, else the fastest that can.
 
-    Raises ValueError where one asked for by name cannot run. A compiled graph keeps its first answer.
+    Raises UsageError, a ValueError, where one asked for by name cannot run. A compiled graph keeps its first answer.
     """
     return _choose(device, dtype, head_dim, documents, asked or os.environ.get("ATAT_FAST_ATTENTION") or None)
 
@@ -205,9 +205,9 @@ def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, documents: 
     if asked is None:
         return ready[0]
     if asked not in reasons:
-        raise ValueError(f"there is no attention {asked!r}{nearest(asked, reasons)}; it is one of {', '.join(IMPLEMENTATIONS)}")
+        raise UsageError(f"there is no attention {asked!r}{nearest(asked, reasons)}; it is one of {', '.join(IMPLEMENTATIONS)}")
     if reasons[asked] is not None:
-        raise ValueError(f"attention cannot use {asked!r} here: {reasons[asked]}; what can run is {', '.join(ready)}")
+        raise UsageError(f"attention cannot use {asked!r} here: {reasons[asked]}; what can run is {', '.join(ready)}")
     return asked
 
 

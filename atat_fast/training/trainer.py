@@ -26,7 +26,7 @@ from atat_fast.diffusion.samplers import sample
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.likelihood import evaluate, evaluating, report
 from atat_fast.models.dit import DiT, Randomness, step_cost
-from atat_fast.ops.attention import documents_of
+from atat_fast.ops.attention import choose_attention, documents_of
 from atat_fast.training import checkpoint, run_folder
 from atat_fast.training.device import Compute, environment, peak_flops, resolve
 from atat_fast.training.optimizers import Average, Optimizers, learning_rate
@@ -53,6 +53,8 @@ class Trainer:
         self.config = config
         self.plan: Batches = check(config)
         self.compute: Compute = resolve(config.train)
+        head_dim = config.model.dim // config.model.heads
+        choose_attention(self.compute.device, self.compute.dtype, head_dim, config.model.document_mask)  # before a folder is made
         self.folder: Path = run_folder.choose_folder(config, resume=resume)
         saved = checkpoint.find(self.folder) if resume else None
         if saved is not None:

@@ -36,6 +36,24 @@ def test_throughput_checks_then_times_and_writes(tmp_path):
     assert record["results"]["mdlm"]["ratio"] == 1.0
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "arguments", "ways"),
+    [("bench_block.py", ["--length", 16], ("mdlm", "atat_fast")), ("last_block.py", ["--vocabulary", 50], ())],
+)
+def test_block_scripts_check_then_time_and_write(tmp_path, name, arguments, ways):
+    done = script(name, *arguments, "--batch", 2, "--rounds", 2, "--out", tmp_path / "out", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "agree to" in done.stdout
+    (path,) = (tmp_path / "out").iterdir()
+    record = json.loads(path.read_text())
+    assert record["agreement"] < 1e-3 and record["environment"]["torch"]
+    assert all(0 < record["results"][way]["low"] <= record["results"][way]["ms"] for way in ways)
+    assert ways or 0.8 < record["predicted_ratio"] < 1
+    refused = script(name, "--preset", "tny", cwd=tmp_path)
+    assert refused.returncode == 2 and "did you mean tiny" in refused.stderr
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--rounds", 0], "must be at least 1"), (["--preset", "tny"], "did you mean tiny"), (["--vocabulary", 100], "is below")],

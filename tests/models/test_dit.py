@@ -347,3 +347,5 @@ def test_the_cost_of_a_step_is_what_the_papers_count():
     """854 MFLOP a token forward and backward with every row through the head, at small and GPT-2's vocabulary."""
     cost = step_cost(ModelConfig(), 50_258, 1, 1024)
     assert cost.flops / 1024 == pytest.approx(854e6, rel=0.01)
+    half = step_cost(ModelConfig(), 50_258, 1, 512)
+    assert cost.flops - half.flops == 6 * 512 * 768 * (9 * 768 + 50_258)  # out, MLP and head of the rows that are not hidden

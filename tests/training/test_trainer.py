@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from atat_fast import cli, evaluate, sample, train
 from atat_fast.errors import UsageError
@@ -108,6 +109,22 @@ def test_attention_within_documents_is_trained_and_evaluated(small, tmp_path):
         )
         again = json.loads((tmp_path / f"{name}.json").read_text())
         assert again["nll"] == pytest.approx(rows(folder, "eval")[-1]["nll"], rel=1e-6)
+
+
+def test_a_checkpoint_with_tables_block_by_block_is_read(tmp_path):
+    parts = {f"blocks.{i}.modulation.bias/exp_avg": torch.randn(6) for i in range(2)}
+    parts |= {"final_modulation.bias/exp_avg": torch.randn(2), "final_norm/exp_avg": torch.randn(1)}
+    save_file(parts, tmp_path / checkpoint.OPTIMIZER)
+    read = checkpoint.Checkpoint(tmp_path, {}).tensors(checkpoint.OPTIMIZER)
+    assert set(read) == {"modulation.bias/exp_avg", "final_norm/exp_avg"}
+    assert torch.equal(read["modulation.bias/exp_avg"], torch.cat(list(parts.values())[:3]))
+
+
+def test_an_attention_that_cannot_run_is_refused_before_a_folder_is_made(small, tmp_path, monkeypatch):
+    monkeypatch.setenv("ATAT_FAST_ATTENTION", "flash_attn")
+    with pytest.raises(UsageError, match="attention cannot use 'flash_attn' here: it runs on CUDA tensors"):
+        run(small)
+    assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize("weighting", ["uniform", "ce"])
