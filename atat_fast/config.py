@@ -85,16 +85,75 @@ class DiffusionConfig:
             rate, as MDLM does.
         pairing: antithetic draws counts in pairs (k, L-k), stratified over the whole global batch; independent draws each
             on its own.
-        weighting: uniform is the bound's own weight, (L+1)/k; ce is the plain mean over hidden tokens (no time weight).
+        weighting: uniform is the bound's own weight, (L+1)/k; ce is the plain mean over hidden tokens (no time weight);
+            importance is uniform times exp(focus * score), normalised to mean 1 over a sequence's hidden tokens; order is
+            (L+1) times the chance that a hidden token is revealed next. The last two need an importance.source.
         sigma_min: Least total noise of the log-linear schedule (bernoulli only).
         sigma_max: Greatest total noise of the log-linear schedule (bernoulli only).
     """
 
     masking: Literal["exact", "bernoulli"] = "exact"
     pairing: Literal["antithetic", "independent"] = "antithetic"
-    weighting: Literal["uniform", "ce"] = "uniform"
+    weighting: Literal["uniform", "order", "importance", "ce"] = "uniform"
     sigma_min: float = 1e-4
     sigma_max: float = 20.0
+
+
+@dataclass
+class ImportanceConfig:
+    """How hard each token is thought to be, and what follows from it (docs/atat.md). Reported likelihoods never depend on it.
+
+    Args:
+        source: learned scores come from a small network trained with the model; frequency is the log-rank of a token in the
+            training text; full is 0.7 learned + 0.3 frequency; none leaves masks and weights alone.
+        sees: visible scores tokens from what stays visible, so that masks tell nothing of what they hide; clean scores the
+            text itself, an ablation whose training is biased. A frequency is a clean token's in either case.
+        rho: Share of the tokens that would stay visible which are hidden too while scores are made (visible only).
+        tilt: Odds exp(-tilt * score) of being revealed, at curriculum level 1. Above 0 hard tokens stay hidden longer.
+        focus: Weight exp(focus * score) of a hidden token, at curriculum level 1 (diffusion.weighting importance only).
+        loss_weight: Weight of the estimator's own loss.
+        differentiable_weights: Whether the model's loss reaches the estimator through the weights it makes.
+        width: Width of the estimator.
+        layers: Its transformer layers.
+        heads: Their attention heads; width / heads must be an even number.
+    """
+
+    source: Literal["none", "learned", "frequency", "full"] = "none"
+    sees: Literal["visible", "clean"] = "visible"
+    rho: float = 0.5
+    tilt: float = 2.0
+    focus: float = 1.0
+    loss_weight: float = 0.1
+    differentiable_weights: bool = False
+    width: int = 256
+    layers: int = 2
+    heads: int = 4
+
+
+@dataclass
+class CurriculumConfig:
+    """The level by which importance.tilt and importance.focus are multiplied, over the run.
+
+    Args:
+        kind: none is level 1 throughout; step keeps each phase's level; linear runs from each phase's level to the next one's,
+            exponential likewise but mostly at the phase's beginning; adaptive keeps a level until the watched loss stops falling.
+        phases: Names of the phases.
+        boundaries: Shares of the run at which phases end, one fewer than there are phases (adaptive finds its own).
+        levels: Level of each phase: below 0 easy tokens are stressed, above 0 hard ones.
+        cooldown: Share of the run over which the level goes back to 0 at the end, so that the uniform bound is what is left.
+        watch: What adaptive looks at: the held-out bound at evaluations, or the training loss at log lines.
+        patience: Values in a row without improvement after which adaptive goes to the next phase.
+        threshold: Nats a token by which a value must be below the phase's best to count as an improvement.
+    """
+
+    kind: Literal["none", "linear", "step", "exponential", "adaptive"] = "none"
+    phases: list[str] = field(default_factory=lambda: ["easy", "mixed", "hard"])
+    boundaries: list[float] = field(default_factory=lambda: [0.3, 0.7])
+    levels: list[float] = field(default_factory=lambda: [-1.0, 0.0, 1.0])
+    cooldown: float = 0.05
+    watch: Literal["valid", "train"] = "valid"
+    patience: int = 3
+    threshold: float = 0.01
 
 
 @dataclass
@@ -213,6 +272,8 @@ class Config:
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
     diffusion: DiffusionConfig = field(default_factory=DiffusionConfig)
+    importance: ImportanceConfig = field(default_factory=ImportanceConfig)
+    curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
@@ -23,19 +23,9 @@ def evaluate(model: DiT, split: TokenSplit, config: EvalConfig, autocast: Abstra
     The sequences are spread evenly over the split, and neither they nor the masks depend on the model, so that two models, or
     two steps of one run, are compared on the same masked tokens. Dropout is off.
     """
-    length = model.config.length
-    split.require_sequences(length)
-    available = split.num_sequences(length)
-    wanted = min(config.sequences or available, available)
     if config.draws < 1 or config.batch < 1:
         raise UsageError(f"eval.draws and eval.batch must be at least 1, got {config.draws} and {config.batch}")
-    device = model.cos.device
-
-    def tokens(first: int, count: int) -> Tensor:
-        which = [i * available // wanted for i in range(first, first + count)]
-        rows = np.stack([split.sequence(i, length) for i in which]).astype(np.int64)
-        return torch.from_numpy(rows).to(device)
-
+    tokens, wanted = spread(split, model.config.length, config.sequences, model.cos.device)
     with torch.no_grad(), autocast, evaluating(model):
         return estimate_nll(
             lambda masked: model.nll(masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents),
@@ -47,6 +37,22 @@ def evaluate(model: DiT, split: TokenSplit, config: EvalConfig, autocast: Abstra
             seed=config.seed,
             document_end=split.eos_id if model.config.document_mask else None,
         )
+
+
+def spread(split: TokenSplit, length: int, sequences: int, device: torch.device) -> tuple[Callable[[int, int], Tensor], int]:
+    """A reader of at most `sequences` sequences (0: all) spread evenly over the split, and their number: reader(first, count)
+    gives [count, length] int64 on the device.
+    """
+    split.require_sequences(length)
+    available = split.num_sequences(length)
+    wanted = min(sequences or available, available)
+
+    def tokens(first: int, count: int) -> Tensor:
+        which = [i * available // wanted for i in range(first, first + count)]
+        rows = np.stack([split.sequence(i, length) for i in which]).astype(np.int64)
+        return torch.from_numpy(rows).to(device)
+
+    return tokens, wanted
 
 
 @contextmanager

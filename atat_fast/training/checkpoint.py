@@ -3,6 +3,9 @@
     checkpoints/step-00000120/  manifest.json  weights.safetensors  ema.safetensors  optimizer.safetensors  tokenizer/
     checkpoints/last -> step-00000120         checkpoints/best -> step-00000090
 
+A run that trains by importance has importance.safetensors and importance_ema.safetensors too: the estimator, which evaluation and
+sampling do without.
+
 A checkpoint is written under another name, flushed to disk and renamed; the links are replaced in one step, so `last` and
 `best` always lead to something whole. Nothing is ever unpickled. The manifest holds the step, the settings, and the size and
 SHA-256 of every file, which are checked before a byte is used.
@@ -20,19 +23,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from atat_fast.config import Config, from_dict, to_dict
 from atat_fast.data.tokenizers import Tokenizer
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, merge_modulation
+from atat_fast.models.importance import ImportanceEstimator
 
 FORMAT = 1
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 WEIGHTS, EMA, OPTIMIZER = "weights.safetensors", "ema.safetensors", "optimizer.safetensors"
+IMPORTANCE, IMPORTANCE_EMA = "importance.safetensors", "importance_ema.safetensors"
 
 
 @dataclass(frozen=True)
@@ -158,10 +164,25 @@ def load_model(checkpoint: Checkpoint, *, average: bool = True) -> tuple[DiT, To
     return model, tokenizer
 
 
-def load_weights(model: DiT, checkpoint: Checkpoint, name: str) -> None:
-    """Copy one file's tensors into the model's parameters. Raises UsageError naming the first that does not fit."""
+def load_importance(checkpoint: Checkpoint, *, average: bool = True) -> ImportanceEstimator | None:
+    """The importance estimator of a checkpoint, on the CPU, or None where the run had none."""
+    counts = torch.zeros(checkpoint.manifest["vocabulary"])  # the table itself is in the file
+    estimator = ImportanceEstimator.of(checkpoint.config, counts)
+    if estimator is not None:
+        load_weights(estimator, checkpoint, IMPORTANCE_EMA if average else IMPORTANCE)
+    return estimator
+
+
+def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
+    """What a checkpoint keeps of a module: parameters, each once, and the buffers that belong to its state."""
+    state = module.state_dict()
+    return dict(module.named_parameters()) | {name: b for name, b in module.named_buffers() if name in state}
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint, name: str) -> None:
+    """Copy one file's tensors into a module. Raises UsageError naming the first that does not fit."""
     tensors = checkpoint.tensors(name)
-    parameters = dict(model.named_parameters())
+    parameters = saved_tensors(model)
     for key in parameters.keys() | tensors.keys():
         have = tuple(tensors[key].shape) if key in tensors else "missing"
         need = tuple(parameters[key].shape) if key in parameters else "not part of this model"

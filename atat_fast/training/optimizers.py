@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,12 @@ from atat_fast.config import OptimConfig
 from atat_fast.errors import UsageError
 
 State = dict[str, Tensor]
+Trained = nn.Module | Mapping[str, nn.Parameter]
+"""What is trained: a module, or its parameters by name."""
+
+
+def _named(model: Trained) -> dict[str, nn.Parameter]:
+    return dict(model.named_parameters() if isinstance(model, nn.Module) else model)
 
 
 def check_optim(config: OptimConfig) -> None:
@@ -45,8 +51,8 @@ class Optimizers:
     to AdamW's root-mean-square so that one learning rate serves both, and AdamW for the rest.
     """
 
-    def __init__(self, model: nn.Module, config: OptimConfig) -> None:
-        self.names: dict[Tensor, str] = {p: name for name, p in model.named_parameters()}
+    def __init__(self, model: Trained, config: OptimConfig) -> None:
+        self.names: dict[Tensor, str] = {p: name for name, p in _named(model).items()}
         named = [(name, p) for p, name in self.names.items() if p.requires_grad]
         blocks = [p for name, p in named if config.name == "muon" and _inner_matrix(name, p)]
         inside = set(blocks)
@@ -98,8 +104,8 @@ def _inner_matrix(name: str, p: Tensor) -> bool:
 class Average:
     """Moving average of a model's parameters, in fp32; its decay is (1 + step) / (10 + step) until that exceeds `decay`."""
 
-    def __init__(self, model: nn.Module, decay: float) -> None:
-        self.parameters = dict(model.named_parameters())
+    def __init__(self, model: Trained, decay: float) -> None:
+        self.parameters = _named(model)
         self.decay = decay
         self.values: State = {name: p.detach().clone() for name, p in self.parameters.items()}
 

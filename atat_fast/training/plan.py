@@ -7,8 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from atat_fast.config import Config
+from atat_fast.diffusion.adaptive import bias, check_importance
+from atat_fast.diffusion.curriculum import Curriculum, check_curriculum
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, check_model, step_cost
+from atat_fast.models.importance import ImportanceEstimator, importance_cost
 from atat_fast.ops.slabs import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU
 from atat_fast.training.device import Compute
 from atat_fast.training.optimizers import check_optim
@@ -55,6 +58,10 @@ def check(config: Config) -> Batches:
         raise UsageError(
             f"diffusion.sigma_min {config.diffusion.sigma_min} must be above 0 and below sigma_max {config.diffusion.sigma_max}"
         )
+    check_curriculum(
+        config.curriculum, max_steps=config.train.max_steps, eval_every=config.eval.every, log_every=config.train.log_every
+    )
+    check_importance(config.importance, config.diffusion, config.curriculum)
     return batches(config)
 
 
@@ -62,6 +69,11 @@ def empty_model(config: Config, vocab_size: int, mask_id: int) -> DiT:
     """The model with shapes and no memory."""
     with torch.device("meta"):
         return DiT(vocab_size, mask_id, **vars(config.model))
+
+
+def empty_estimator(config: Config, vocab_size: int) -> ImportanceEstimator | None:
+    """The importance estimator with shapes, where the run has one."""
+    return ImportanceEstimator.of(config, torch.zeros(vocab_size))
 
 
 @dataclass(frozen=True)
@@ -110,18 +122,53 @@ def describe(config: Config, vocab_size: int, mask_id: int, compute: Compute) ->
     head = "tied to the embedding" if m.tie_embeddings else "untied"
     tokens = plan.global_batch * length
     cost = step_cost(m, vocab_size, plan.global_batch, plan.global_batch * length // 2)
-    memory = estimate_memory(config, counts["total"], vocab_size, plan.micro_batch, compute)
+    scoring = importance_cost(config.importance, m, plan.global_batch).flops
+    estimator = empty_estimator(config, vocab_size)
+    scored = 0 if estimator is None else estimator.parameter_count()
+    memory = estimate_memory(config, counts["total"] + scored, vocab_size, plan.micro_batch, compute)
     sizes = f"{m.layers} layers, width {m.dim}, {m.heads} heads, length {length}"
     parts = "  ".join(f"{name} {counts[name]:,}" for name in ("embedding", "blocks", "conditioning", "head"))
     gib = 1 << 30
     held = "  ".join(f"{name} {size / gib:.2f}" for name, size in vars(memory).items())
     return [
         f"model        {sizes}, vocabulary {vocab_size:,}, head {head}",
-        f"parameters   {counts['total']:,}",
+        f"parameters   {counts['total']:,}" + (f" and {scored:,} of the importance estimator" if scored else ""),
         f"             {parts}",
+        *describe_atat(config, scored, scoring / (cost.flops + scoring)),
         f"batch        {plan.global_batch} sequences = {tokens:,} tokens a step ({plan.accumulation} x {plan.micro_batch})",
         f"run          {config.train.max_steps:,} steps = {config.train.max_steps * tokens:,} tokens",
-        f"work         {cost.flops / 1e12:,.2f} TFLOP a step (half of the rows through the head)",
+        f"work         {(cost.flops + scoring) / 1e12:,.2f} TFLOP a step (half of the rows through the head)",
         f"memory       about {memory.total / gib:.2f} GiB (estimate): {held}",
         f"compute      {compute.describe()}",
+    ]
+
+
+def describe_atat(config: Config, parameters: int, work: float) -> list[str]:
+    """Every part of adaptive time-aware masking with what it is set to. work: the estimator's share of a step's operations."""
+    importance, curriculum = config.importance, config.curriculum
+    if importance.source == "none":
+        return ["atat         off (importance.source none: uniform masks and weights)"]
+    seen = f"what stays visible, rho {importance.rho:g}" if importance.sees == "visible" else "the clean text"
+    made = {
+        "learned": f"learned from {seen}",
+        "frequency": "frequency of the token",
+        "full": f"0.7 learned from {seen}, 0.3 frequency",
+    }
+    weights = {
+        "importance": f"on   importance: exp(focus * score) with focus {importance.focus:g} at level 1"
+        + (", differentiable" if importance.differentiable_weights else ""),
+        "order": "on   order: the chance of being revealed next",
+    }
+    weighted = weights.get(config.diffusion.weighting, f"off  {config.diffusion.weighting}: importance is not asked")
+    masked = f"on   {config.diffusion.masking} counts, odds exp(-tilt * score) with tilt {importance.tilt:g} at level 1"
+    lines = [
+        ("estimator", f"on   {parameters:,} parameters, {work:.1%} of a step's work; scores: {made[importance.source]}"),
+        ("masking", masked if importance.tilt else "off  tilt 0: masks are uniform"),
+        ("loss", weighted),
+        ("curriculum", ("off  " if curriculum.kind == "none" else "on   ") + Curriculum(curriculum).describe()),
+    ]
+    tail = bias(importance)
+    return [
+        *(f"{'atat' if i == 0 else '':<13}{name:<11}{what}" for i, (name, what) in enumerate(lines)),
+        *([f"             note: {tail}"] if tail else []),
     ]

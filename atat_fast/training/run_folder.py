@@ -14,6 +14,7 @@ from atat_fast.errors import UsageError
 from atat_fast.training.checkpoint import FOLDER, disk_errors
 
 SETTINGS, FACTS, METRICS = "config.yaml", "run.json", "metrics.jsonl"
+IMPORTANCE = "importance.json"
 
 MAY_DIFFER = ("run.", "sample.", "train.log_every", "train.checkpoint_every", "train.micro_batch", "train.compile", "preset")
 """Settings a resumed run may change: they do not change what is learned (a micro-batch only how sums are rounded)."""
@@ -64,8 +65,9 @@ def read_settings(folder: Path) -> dict[str, Any]:
 def check_same_settings(config: Config, folder: Path) -> None:
     """Raise UsageError where a resumed run would learn something else than it began."""
     before, now = _flat(to_dict(from_dict(read_settings(folder)))), _flat(to_dict(config))
+    fixed = "train.log_every" if config.curriculum.kind == "adaptive" and config.curriculum.watch == "train" else None
     for name, value in now.items():
-        if before.get(name) != value and not name.startswith(MAY_DIFFER):
+        if before.get(name) != value and (name == fixed or not name.startswith(MAY_DIFFER)):
             raise UsageError(
                 f"{folder} was started with {name} {before.get(name)}, but this is {value}; "
                 "resume it with its own settings or start a new run"

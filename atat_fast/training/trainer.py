@@ -7,6 +7,7 @@ evaluation or a checkpoint.
 
 from __future__ import annotations
 
+import json
 import math
 import signal
 import time
@@ -21,14 +22,17 @@ from torch import Tensor
 
 from atat_fast.config import Config
 from atat_fast.data import Dataset, SequenceLoader, Tokenizer, prepare
-from atat_fast.diffusion.masking import hide_for_training
+from atat_fast.diffusion.adaptive import BadScores, bias
 from atat_fast.diffusion.samplers import sample
 from atat_fast.errors import UsageError
+from atat_fast.evaluation.importance import reliability, text_importance
 from atat_fast.evaluation.likelihood import evaluate, evaluating, report
-from atat_fast.models.dit import DiT, Randomness, step_cost
+from atat_fast.models.dit import DiT, step_cost
+from atat_fast.models.importance import ImportanceEstimator, importance_cost
 from atat_fast.ops.attention import choose_attention, documents_of
 from atat_fast.training import checkpoint, run_folder
 from atat_fast.training.device import Compute, environment, peak_flops, resolve
+from atat_fast.training.objective import PREFIX, Objective, baseline
 from atat_fast.training.optimizers import Average, Optimizers, learning_rate
 from atat_fast.training.plan import Batches, check
 from atat_fast.training.telemetry import Telemetry
@@ -70,28 +74,37 @@ class Trainer:
 
         torch.manual_seed(config.train.seed)
         self.model = DiT(self.tokenizer.model_vocab_size, self.tokenizer.mask_id, **vars(config.model)).to(self.compute.device)
-        self.optimizers = Optimizers(self.model, config.optim)
+        self.estimator = self._make_estimator()
+        self.objective = Objective(
+            self.model, config, self.compute, seed=config.train.seed, total=self.plan.global_batch, estimator=self.estimator
+        )
+        self.optimizers = Optimizers(self.objective.named_parameters(), config.optim)
         self.step = 0
         self.seconds = 0.0
         self.best = math.inf
         if saved is not None:
             checkpoint.load_weights(self.model, saved, checkpoint.WEIGHTS)
-        self.average = Average(self.model, config.optim.ema)
+            if self.estimator is not None:
+                checkpoint.load_weights(self.estimator, saved, checkpoint.IMPORTANCE)
+        self.average = Average(self.objective.named_parameters(), config.optim.ema)
         if saved is not None:
             self.average.load(saved.tensors(checkpoint.EMA))
+            if self.estimator is not None:
+                averaged, trained = saved.tensors(checkpoint.IMPORTANCE_EMA), dict(self.estimator.named_parameters())
+                self.average.load({PREFIX + name: value for name, value in averaged.items() if name in trained})
+                self.objective.curriculum.load(saved.manifest["curriculum"])
             self.optimizers.load(saved.tensors(checkpoint.OPTIMIZER))
             self.step, self.seconds, self.best = saved.step, saved.manifest["seconds"], saved.manifest["best"]
-        self.forward: Any = torch.compile(self.model) if self.compute.compile else self.model
         self.saved_step = self.step if saved is not None else None
         self._start_window()
         if saved is not None:  # a stop may fall between two log lines; what was summed until then belongs to the next one
             window = saved.manifest["window"]
             self._window_step = window["step"]
-            for name in ("loss", "norm"):
-                self._window[name].fill_(window[name])
+            for name in window.keys() - {"step"}:
+                self._window[name] = torch.tensor(window[name], device=self.compute.device)
 
         self.facts = environment(self.compute) | {
-            "parameters": self.model.parameter_counts(),
+            "parameters": self._parameter_counts(),
             "data": self.data.describe(),
             "tokens_per_step": self.plan.global_batch * config.model.length,
             "unigram_entropy": self.data.valid.unigram_entropy(),
@@ -149,10 +162,31 @@ class Trainer:
         """What is about to be trained, on what, where."""
         begin = f"resuming {self.folder} at step {self.step:,}" if self.step else f"training into {self.folder}"
         total = self.facts["parameters"]["total"]
+        note = bias(self.config.importance)
         return [
             f"{begin}: {total:,} parameters, {self.facts['tokens_per_step']:,} tokens a step, {self.compute.describe()}",
             self.data.describe(),
+            *([f"note: {note}"] if note else []),
         ]
+
+    def _make_estimator(self) -> ImportanceEstimator | None:
+        """The importance estimator, where settings ask for one; it is made after the model, whose weights stay what they were."""
+        needs_counts = self.config.importance.source in ("frequency", "full")
+        counts = torch.from_numpy(self.data.train.token_counts()) if needs_counts else None
+        estimator = ImportanceEstimator.of(self.config, counts)
+        return None if estimator is None else estimator.to(self.compute.device)
+
+    def _parameter_counts(self) -> dict[str, int]:
+        counts = self.model.parameter_counts()
+        if self.estimator is None:
+            return counts
+        total, extra = counts.pop("total"), self.estimator.parameter_count()
+        return counts | {"importance": extra, "total": total + extra}
+
+    @property
+    def progress(self) -> float:
+        """The share of the run that is over."""
+        return self.step / self.config.train.max_steps
 
     def _train_step(self) -> None:
         """One optimizer step: accumulate, clip, move, average."""
@@ -162,30 +196,18 @@ class Trainer:
             tokens, ids = self.loader.batch(self.step * plan.global_batch + slot, plan.micro_batch)
             documents = documents_of(tokens, self.tokenizer.eos_id) if config.model.document_mask else None
             tokens, ids = self._to_device(tokens), self._to_device(ids)
-            batch = hide_for_training(
-                tokens,
-                config.diffusion,
-                first=slot,
-                total=plan.global_batch,
-                mask_id=self.tokenizer.mask_id,
-                sample_ids=ids,
-                seed=config.train.seed,
-                step=self.step,
-            )
-            randomness = Randomness(config.train.seed, torch.full((), self.step, device=device), ids)
-            if documents is not None:
-                batch.documents = documents.to(device)
-            if self.compute.compile:  # one graph for every number of hidden rows
-                for tensor in (batch.rows, batch.target, batch.weights):
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            with self.compute.autocast():
-                loss, _ = self.forward(
-                    batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share, randomness, batch.documents
+            documents = None if documents is None else documents.to(device)
+            try:
+                loss, parts = self.objective.loss(
+                    tokens, ids, first=slot, step=self.step, progress=self.progress, documents=documents
                 )
-            loss = loss / (plan.global_batch * config.model.length)
+            except BadScores as error:
+                raise self._diverged(f"{error}, at step {self.step + 1:,}") from error
             loss.backward()
-            self._window["loss"] += loss.detach()
-        norm = torch.nn.utils.clip_grad_norm_(self.model.parameters(), config.optim.clip or math.inf)
+            self._window["loss"] += parts.pop("diffusion")
+            for name, part in parts.items():
+                self._window[name] = self._window[name] + part if name in self._window else part
+        norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), config.optim.clip or math.inf)
         self.optimizers.step(learning_rate(config.optim, self.step, config.train.max_steps))
         self.average.update(self.step)
         self.step += 1
@@ -210,7 +232,7 @@ class Trainer:
         step = int(self._window["bad"])
         if step >= 0:
             raise self._diverged(f"the loss or its gradient is not finite at step {step:,}")
-        norms = torch._foreach_norm([p.detach() for p in self.model.parameters()])
+        norms = torch._foreach_norm([p.detach() for p in self.objective.parameters()])
         if not bool(torch.stack(norms).isfinite().all()):
             raise self._diverged(f"the weights are not finite after step {self.step:,}")
 
@@ -239,10 +261,38 @@ class Trainer:
         if peak is not None:
             half = self.plan.global_batch * self.config.model.length // 2
             work = step_cost(self.config.model, self.tokenizer.model_vocab_size, self.plan.global_batch, half).flops
+            work += importance_cost(self.config.importance, self.config.model, self.plan.global_batch).flops
             row["mfu"] = (self.step - self._timed_from) * work / elapsed / peak
             row["memory_gib"] = torch.cuda.max_memory_allocated(self.compute.device) / (1 << 30)
+        row |= self._importance_row(steps)
         self.show.train(row)
+        if self.config.curriculum.watch == "train":
+            self.objective.curriculum.observe(row["loss"])
         self._start_window()
+
+    def _importance_row(self, steps: int) -> dict[str, Any]:
+        """What a line of the log says of importance: nothing where there is none.
+
+        tilt, focus, level and phase are those of the last step; the rest are means over the hidden tokens since the last line.
+        """
+        if self.estimator is None:
+            return {}
+        stage = self.objective.curriculum.at((self.step - 1) / self.config.train.max_steps)
+        mean = {name: float(self._window[name]) / steps for name in ("importance", "target", "score", "square_error")}
+        sums, counts = (self._window[name].tolist() for name in ("nll_quarters", "hidden_quarters"))
+        row: dict[str, Any] = {
+            "phase": stage.phase,
+            "level": stage.level,
+            "tilt": stage.level * self.config.importance.tilt,
+            "focus": stage.level * self.config.importance.focus if self.config.diffusion.weighting == "importance" else 0.0,
+            "importance_target": mean["target"],
+            "importance_score": mean["score"],
+            "importance_square_error": mean["square_error"],
+            "nll_quarters": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
+        }
+        if self.estimator.network is not None:
+            row |= {"importance_loss": mean["importance"], "importance_baseline": baseline(mean["target"])}
+        return row
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -257,7 +307,11 @@ class Trainer:
         begin = time.perf_counter()
         with self._paused(), self.average.applied():
             estimate = evaluate(self.model, self.data.valid, self.config.eval, self.compute.autocast())
-        row = {"step": self.step} | report(estimate, self.data.valid) | {"seconds": round(time.perf_counter() - begin, 3)}
+            record = self._evaluate_importance()
+        row = {"step": self.step} | report(estimate, self.data.valid) | record
+        row["seconds"] = round(time.perf_counter() - begin, 3)
+        if self.config.curriculum.watch == "valid":
+            self.objective.curriculum.observe(estimate.nll)
         better = estimate.nll < self.best
         self.best = min(self.best, estimate.nll)
         self.show.evaluation(row)
@@ -265,6 +319,18 @@ class Trainer:
         if better:
             checkpoint.point(self.folder, "best", path)
         return row
+
+    def _evaluate_importance(self) -> dict[str, Any]:
+        """The estimator on held-out text, with averaged weights: its reliability for the row, and importance.json."""
+        if self.estimator is None:
+            return {}
+        progress = min(self.progress, 1 - self.config.curriculum.cooldown)  # masks of level 0 would be none of importance's
+        found = reliability(self.objective, self.data.valid, self.config.eval, progress=progress)
+        passages = text_importance(self.objective, self.data.valid, self.tokenizer)
+        with checkpoint.disk_errors(self.folder):
+            page = json.dumps({"step": self.step, "passages": passages}, indent=1)
+            run_folder.write_aside(self.folder / run_folder.IMPORTANCE, page + "\n")
+        return {"reliability": found}
 
     def save(self, evaluation: dict[str, Any] | None = None) -> Path:
         """Write the `last` checkpoint, unless what would be saved is not finite (then Diverged is raised)."""
@@ -275,11 +341,7 @@ class Trainer:
                 self.folder,
                 self.step,
                 self.config,
-                {
-                    checkpoint.WEIGHTS: dict(self.model.named_parameters()),
-                    checkpoint.EMA: self.average.values,
-                    checkpoint.OPTIMIZER: self.optimizers.state(),
-                },
+                self._tensors(),
                 self.tokenizer,
                 {
                     "seconds": self.seconds + pending,
@@ -288,15 +350,29 @@ class Trainer:
                     "evaluation": evaluation,
                     "vocabulary": self.tokenizer.model_vocab_size,
                     "data": self._data_identity(),
-                    "window": {
-                        "step": self._window_step,
-                        "loss": float(self._window["loss"]),
-                        "norm": float(self._window["norm"]),
-                    },
+                    "window": {"step": self._window_step}
+                    | {name: value.tolist() for name, value in self._window.items() if name != "bad"},
+                    "curriculum": self.objective.curriculum.state(),
                 },
             )
         self.saved_step = self.step
         return path
+
+    def _tensors(self) -> dict[str, dict[str, Tensor]]:
+        """The files of a checkpoint. The estimator's, where there is one, hold its frequency table beside its parameters."""
+        own = {name: value for name, value in self.average.values.items() if not name.startswith(PREFIX)}
+        files: dict[str, dict[str, Tensor]] = {
+            checkpoint.WEIGHTS: dict(self.model.named_parameters()),
+            checkpoint.EMA: own,
+            checkpoint.OPTIMIZER: self.optimizers.state(),
+        }
+        if self.estimator is not None:
+            kept = checkpoint.saved_tensors(self.estimator)
+            files[checkpoint.IMPORTANCE] = kept
+            files[checkpoint.IMPORTANCE_EMA] = {
+                name: self.average.values.get(PREFIX + name, value) for name, value in kept.items()
+            }
+        return files
 
     def _data_identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to see the same tokens."""

@@ -91,8 +91,8 @@ def test_attention_within_documents_is_trained_and_evaluated(small, tmp_path):
     for name, flag in (("with", "true"), ("without", "false")):
         trainer = run([*small, "--model.document_mask", flag, "--run.name", name, "--train.micro_batch", "2"])
         seen = []
-        forward = trainer.forward
-        trainer.forward = lambda noisy, rows, target, *rest, seen=seen, forward=forward: (
+        forward = trainer.objective.forward
+        trainer.objective.forward = lambda noisy, rows, target, *rest, seen=seen, forward=forward: (
             seen.append((noisy, rows, target, rest[-1])) or forward(noisy, rows, target, *rest)
         )
         trainer.train()

@@ -1,0 +1,162 @@
+"""The importance estimator: how likely the backbone is to get each token wrong, from what it can see.
+
+- input: the backbone's own token embeddings of the noised sequence, normalised and projected to 256, plus an embedding of k / L;
+- two pre-norm transformer layers of 4 heads with rotary positions, a last norm, one number a token, a sigmoid;
+- learns, at the tokens that end up hidden, 1 - p(x_i | z) of the backbone by binary cross-entropy. Its head starts at zero, so
+  the first masks are uniform.
+`frequency` needs no network: a token's importance is the log-rank of its count in the training text, 0 for the commonest, 1 for
+the rarest. `full` is 0.7 learned + 0.3 frequency.
+"""
+
+from __future__ import annotations
+
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from atat_fast.config import Config, ImportanceConfig, ModelConfig
+from atat_fast.diffusion.masking import Scored
+from atat_fast.models.dit import TimeEmbedding
+from atat_fast.ops.attention import Documents, choose_attention, document_layout, self_attention
+from atat_fast.ops.registry import Cost, autocast_dtype
+from atat_fast.ops.rotary import rotary_table
+
+LEARNED_SHARE = 0.7  # of `full`
+TIME_SCALE = 1_000.0  # k / L times this is what the cosines see, whose slowest has a wavelength of about 60,000
+MLP_RATIO = 4
+
+
+class Layer(nn.Module):
+    """A pre-norm transformer layer: norms with a weight, projections of attention without bias, a GELU MLP with bias."""
+
+    def __init__(self, width: int, heads: int) -> None:
+        super().__init__()
+        self.heads = heads
+        self.norm1 = nn.LayerNorm(width, bias=False)
+        self.qkv = nn.Linear(width, 3 * width, bias=False)
+        self.out = nn.Linear(width, width, bias=False)
+        self.norm2 = nn.LayerNorm(width, bias=False)
+        self.up = nn.Linear(width, MLP_RATIO * width)
+        self.down = nn.Linear(MLP_RATIO * width, width)
+
+    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None, implementation: str | None) -> Tensor:
+        """[B, L, W] to [B, L, W]."""
+        x = x + self_attention(
+            self.norm1(x), self.qkv.weight, self.out.weight, cos, sin, heads=self.heads, documents=documents,
+            implementation=implementation,
+        )  # fmt: skip
+        return cast(Tensor, x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")))
+
+
+class Network(nn.Module):
+    """The learned part: embeddings [B, L, D] to a logit a token."""
+
+    cos: Tensor
+    sin: Tensor
+
+    def __init__(self, config: ImportanceConfig, dim: int, length: int) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(dim, bias=False)
+        self.project = nn.Linear(dim, config.width)
+        self.time = TimeEmbedding(config.width)
+        self.layers = nn.ModuleList([Layer(config.width, config.heads) for _ in range(config.layers)])
+        self.final_norm = nn.LayerNorm(config.width, bias=False)
+        self.head = nn.Linear(config.width, 1)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+        cos, sin = rotary_table(length, config.width // config.heads)
+        self.register_buffer("cos", cos, persistent=False)
+        self.register_buffer("sin", sin, persistent=False)
+
+    def forward(self, embedded: Tensor, hidden_share: Tensor, documents: Documents | None = None) -> Tensor:
+        """embedded [B, L, D], hidden_share [B] in [0, 1]; documents keep attention inside them. Returns logits [B, L] fp32."""
+        length = embedded.shape[1]
+        x = self.project(self.norm(embedded)) + self.time(TIME_SCALE * hidden_share)[:, None]
+        layers = cast("list[Layer]", list(self.layers))
+        layout = implementation = None
+        if documents is not None:
+            head_dim = x.shape[-1] // layers[0].heads
+            implementation = choose_attention(x.device, autocast_dtype(x), head_dim, True)
+            layout = document_layout(documents, implementation)
+        for layer in layers:
+            x = layer(x, self.cos[:length], self.sin[:length], layout, implementation)
+        return cast(Tensor, self.head(self.final_norm(x))[..., 0].float())
+
+
+class ImportanceEstimator(nn.Module):
+    """Scores in [0, 1] for every token of a batch, as `config.source` says.
+
+    Args:
+        config: source, width, layers and heads are read.
+        dim: Width D of the backbone, whose token embeddings come in.
+        length: Longest sequence L.
+        counts: [V] how often each id occurs in the training text; needed for the sources frequency and full.
+
+    Raises ValueError for source none, or where counts are needed and missing.
+    """
+
+    frequency: Tensor
+
+    def __init__(self, config: ImportanceConfig, dim: int, length: int, counts: Tensor | None = None) -> None:
+        super().__init__()
+        if config.source == "none":
+            raise ValueError("importance.source is none, which has no estimator; choose learned, frequency or full")
+        self.config = config
+        self.network = Network(config, dim, length) if config.source in ("learned", "full") else None
+        if config.source in ("frequency", "full"):
+            if counts is None:
+                raise ValueError(f"importance.source {config.source} needs the counts of every id in the training text")
+            self.register_buffer("frequency", log_rank(counts))
+
+    @classmethod
+    def of(cls, config: Config, counts: Tensor | None = None) -> ImportanceEstimator | None:
+        """The estimator a run with these settings has, or None."""
+        if config.importance.source == "none":
+            return None
+        return cls(config.importance, config.model.dim, config.model.length, counts)
+
+    def combine(self, logits: Tensor | None, clean: Tensor) -> Scored:
+        """Scores from the network's logits [B, L] and clean ids [B, L], with the logits they came from."""
+        learned = None if logits is None else torch.sigmoid(logits)
+        if self.config.source == "learned":
+            assert learned is not None
+            return Scored(learned, logits)
+        known = self.frequency[clean]
+        if learned is None:
+            return Scored(known)
+        return Scored(LEARNED_SHARE * learned + (1 - LEARNED_SHARE) * known, logits)
+
+    def parameter_count(self) -> int:
+        """Parameters that are trained."""
+        return sum(p.numel() for p in self.parameters())
+
+
+def log_rank(counts: Tensor) -> Tensor:
+    """Importance of each id by frequency, [V] fp32: log(1 + rank) / log V, rank 0 being the commonest, ties going by id."""
+    counts = counts.flatten()
+    order = torch.argsort(-counts.long(), stable=True)
+    rank = torch.empty(len(counts), dtype=torch.float64)
+    rank[order] = torch.arange(len(counts), dtype=torch.float64)
+    return (torch.log1p(rank) / torch.log(torch.tensor(max(2.0, len(counts)), dtype=torch.float64))).to(torch.float32)
+
+
+def importance_loss(logits: Tensor, target: Tensor) -> Tensor:
+    """Binary cross-entropy of each logit [R] with target [R] in [0, 1], the backbone's chance of error; [R] fp32 in nats."""
+    return F.binary_cross_entropy_with_logits(logits.float(), target.float(), reduction="none")
+
+
+def error_chance(nll: Tensor) -> Tensor:
+    """1 - p of the true token from its -log p, detached, in [0, 1]."""
+    return (-torch.expm1(-nll.detach())).clamp(0.0, 1.0)
+
+
+def importance_cost(config: ImportanceConfig, model: ModelConfig, batch: int, *, backward: bool = True) -> Cost:
+    """Floating-point operations of scoring `batch` sequences: matrix products and attention, as `step_cost` counts them."""
+    if config.source not in ("learned", "full"):
+        return Cost(0, 0)
+    rows, width = batch * model.length, config.width
+    per_row = model.dim * width + (4 + 2 * MLP_RATIO) * width * width * config.layers
+    attention = 2 * 2 * batch * model.length**2 * width * config.layers
+    return Cost((2 * rows * per_row + attention) * (3 if backward else 1), 0)
