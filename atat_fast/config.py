@@ -83,18 +83,32 @@ class DiffusionConfig:
     Args:
         masking: exact hides exactly k tokens, k uniform on 0..L; bernoulli hides each token with the log-linear schedule's
             rate, as MDLM does.
-        pairing: antithetic draws counts in pairs (k, L-k), stratified over the whole global batch; independent draws each
-            on its own.
-        weighting: uniform is the bound's own weight, (L+1)/k; ce is the plain mean over hidden tokens (no time weight);
-            importance is uniform times exp(focus * score), normalised to mean 1 over a sequence's hidden tokens; order is
-            (L+1) times the chance that a hidden token is revealed next. The last two need an importance.source.
+        pairing: antithetic draws counts in pairs (k, L-k), stratified over the whole global batch; stratified draws one in each
+            of global_batch equal parts, as MDLM does; independent draws each on its own.
+        mirror: Whether the two slots of an antithetic pair hold the same sequence with complementary masks, so that a step sees
+            global_batch / 2 sequences and hides each of their tokens exactly once. global_batch must be even.
+        counts: Law of k in training: uniform on 0..L, or bell, a Gaussian in k/L cut to 1..L. Needs exact masking.
+        counts_centre: Centre of the bell, a share of L.
+        counts_width: Standard deviation of the bell before it is cut, a share of L.
+        counts_anneal_from: Share of the run after which the bell gives way to uniform counts, linearly until the end; 1 is never.
+        weighting: uniform is the bound's own weight, (L+1)/k, divided by the law's ratio to uniform counts where there is one;
+            ce is the plain mean over hidden tokens (no time weight); importance is uniform times exp(focus * score), normalised
+            to mean 1 over a sequence's hidden tokens; order is (L+1) times the chance that a hidden token is revealed next. The
+            last two need an importance.source.
+        ce_until: Share of the run that is weighted by ce before `weighting` takes over.
         sigma_min: Least total noise of the log-linear schedule (bernoulli only).
         sigma_max: Greatest total noise of the log-linear schedule (bernoulli only).
     """
 
     masking: Literal["exact", "bernoulli"] = "exact"
-    pairing: Literal["antithetic", "independent"] = "antithetic"
+    pairing: Literal["antithetic", "stratified", "independent"] = "antithetic"
+    mirror: bool = False
+    counts: Literal["uniform", "bell"] = "uniform"
+    counts_centre: float = 0.35
+    counts_width: float = 0.2
+    counts_anneal_from: float = 1.0
     weighting: Literal["uniform", "order", "importance", "ce"] = "uniform"
+    ce_until: float = 0.0
     sigma_min: float = 1e-4
     sigma_max: float = 20.0
 

@@ -1,7 +1,8 @@
 """Batches as a function of the step: no state to save, nothing to restore.
 
 Sample s of a run (a running number: step · global_batch + its place in the batch) is sequence `permutation(epoch)[s mod n]`
-of epoch `s div n`. Every epoch has its own seeded permutation, so any process can produce any sample of any step.
+of epoch `s div n`; with c copies of each, s div c stands for s. Every epoch has its own seeded permutation, so any process can
+produce any sample of any step.
 """
 
 from __future__ import annotations
@@ -46,15 +47,17 @@ class SequenceLoader:
         split: Where they come from.
         length: Tokens L of each.
         seed: Seed of the order.
+        copies: How many samples in a row are the same sequence.
 
     Raises UsageError when the split is shorter than one sequence.
     """
 
-    def __init__(self, split: TokenSplit, length: int, seed: int) -> None:
+    def __init__(self, split: TokenSplit, length: int, seed: int, copies: int = 1) -> None:
         split.require_sequences(length)
         self.split = split
         self.length = length
         self.seed = seed
+        self.copies = copies
         self.num_sequences = split.num_sequences(length)
         self._orders: dict[int, np.ndarray] = {}
 
@@ -66,7 +69,7 @@ class SequenceLoader:
         sample_ids = np.arange(first_sample, first_sample + count, dtype=np.int64)
         tokens = np.empty((count, self.length), dtype=np.int64)
         for row, sample in enumerate(sample_ids.tolist()):
-            epoch, place = divmod(sample, self.num_sequences)
+            epoch, place = divmod(sample // self.copies, self.num_sequences)
             tokens[row] = self.split.sequence(int(self._order(epoch)[place]), self.length)
         return torch.from_numpy(tokens), torch.from_numpy(sample_ids)
 

@@ -138,6 +138,11 @@ def check_importance(importance: ImportanceConfig, diffusion: DiffusionConfig, c
                 "set importance.source learned, or curriculum.kind none"
             )
         return
+    if diffusion.mirror:
+        raise UsageError(
+            "diffusion.mirror hides two halves of one sequence, which importance cannot both choose; "
+            "set importance.source none, or diffusion.mirror false"
+        )
     if not 0 < importance.rho <= 1:
         raise UsageError(f"importance.rho must be above 0 and at most 1, got {importance.rho}")
     most = max((abs(level) for level in curriculum.levels), default=1.0) if curriculum.kind != "none" else 1.0

@@ -111,6 +111,15 @@ def exact_count_value(joint: Joint, law: HideLaw = uniform_law) -> float:
     )
 
 
+def count_law_value(joint: Joint, chances: Tensor, weights: Tensor, law: HideLaw = uniform_law) -> float:
+    """E_{k ~ chances} weights[k] * E sum of CE over the k hidden tokens, at the best model; chances and weights are [L + 1]."""
+    return sum(
+        float(chances[k] * weights[k]) * masked_cross_entropy(joint, hidden, chance)
+        for k in range(1, joint.length + 1)
+        for hidden, chance in law(joint.sequences, k).items()
+    )
+
+
 def bernoulli_value(joint: Joint, schedule: LogLinear) -> float:
     """The integral over time of weight(t) * E sum of CE at the best model, each token hidden with chance rate(t).
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atat_fast.diffusion.counts import draw_counts
 from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
 
 
@@ -20,11 +21,13 @@ def stratified_uniforms(first: int, count: int, total: int, *, seed: int, step: 
 
     antithetic: slots 2j and 2j + 1 get u and 1 - u with u in the j-th of total // 2 equal strata of (0, 1/2), so each number
     is uniform, the batch covers (0, 1) evenly, and every pair adds up to 1. A last odd slot draws on its own.
+    stratified: slot s gets u in the s-th of `total` equal strata of (0, 1), which is how MDLM draws its times.
     independent: each slot draws on its own.
     """
     slot = torch.arange(first, first + count, dtype=torch.int64)
-    if pairing == "independent":
-        return uniform(random_words(slot, seed, step, STREAM_COUNT)[0])
+    if pairing in ("independent", "stratified"):
+        own = uniform(random_words(slot, seed, step, STREAM_COUNT)[0])
+        return own if pairing == "independent" else (slot + own) / total
     pairs = total // 2
     pair, second = slot // 2, slot % 2 == 1
     jitter = uniform(random_words(pair, seed, step, STREAM_COUNT)[0])
@@ -32,14 +35,20 @@ def stratified_uniforms(first: int, count: int, total: int, *, seed: int, step: 
     return torch.where(second, 1 - u, u)
 
 
-def mask_counts(length: int, first: int, count: int, total: int, *, seed: int, step: int, pairing: str = "antithetic") -> Tensor:
-    """k for slots first .. first + count - 1 of a global batch of `total` sequences: int64 [count], uniform on 0..length.
+def mask_counts(
+    length: int, first: int, count: int, total: int, *, seed: int, step: int, pairing: str = "antithetic",
+    chances: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """k for slots first .. first + count - 1 of a global batch of `total` sequences: int64 [count], uniform on 0..length, or with
+    the given chances [length + 1] (atat_fast.diffusion.counts) at the same stratified points.
 
     With antithetic pairing slots 2j and 2j + 1 hide k and length - k tokens: an even slice of whole pairs hides exactly
-    count * length / 2, whatever the draw.
+    count * length / 2, whatever the draw. Under other chances a pair is the law's quantiles of u and 1 - u.
     """
     u = stratified_uniforms(first, count, total, seed=seed, step=step, pairing=pairing)
-    if pairing == "independent":
+    if chances is not None:
+        return draw_counts(u, chances)
+    if pairing != "antithetic":
         return (u * (length + 1)).long().clamp_(max=length)
     second = torch.arange(first, first + count) % 2 == 1
     low = (torch.where(second, 1 - u, u) * (length + 1)).long().clamp_(max=length)

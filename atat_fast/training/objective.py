@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import hide_by_importance, relative_weights
+from atat_fast.diffusion.counts import weighting_at
 from atat_fast.diffusion.curriculum import Curriculum
 from atat_fast.diffusion.masking import MaskedBatch, Scored, hidden_in_batch, hide_for_training
 from atat_fast.models.dit import DiT, Randomness
@@ -108,7 +109,7 @@ class Objective:
         loss = loss / (self.total * tokens.shape[1])
         parts = {"diffusion": loss.detach()}
         if batch.importance is not None:
-            own, more = self._importance(batch, batch.importance, nll, tokens.shape[1], step)
+            own, more = self._importance(batch, batch.importance, nll, tokens.shape[1], step, progress)
             loss, parts = loss + self.config.importance.loss_weight * own, parts | more
         return loss, parts
 
@@ -129,7 +130,7 @@ class Objective:
             "step": step,
         }  # fmt: skip
         if self.estimator is None:
-            batch = hide_for_training(tokens, config, **place)
+            batch = hide_for_training(tokens, config, progress=progress, **place)
             batch.documents = documents
             return batch
         level = self.curriculum.at(progress).level
@@ -142,10 +143,11 @@ class Objective:
             hide_by_importance, score=score, sees=importance.sees, rho=importance.rho, tilt=tilt, focus=focus
         )
 
-        learned = importance.differentiable_weights
+        learned = importance.differentiable_weights and weighting_at(config, progress) != "ce"
         batch = hide_for_training(
-            tokens, dataclasses.replace(config, weighting="uniform") if learned else config, choose=choose, **place
-        )
+            tokens, dataclasses.replace(config, weighting="uniform") if learned else config, progress=progress, choose=choose,
+            **place,
+        )  # fmt: skip
         if learned and batch.importance is not None:
             exponent = focus if config.weighting == "importance" else -tilt
             relative = relative_weights(batch.importance.scores, batch.noisy == self.model.mask_id, exponent)
@@ -163,13 +165,14 @@ class Objective:
         return self.estimator.combine(logits, clean)
 
     def _importance(
-        self, batch: MaskedBatch, scored: Scored, nll: Tensor, length: int, step: int
+        self, batch: MaskedBatch, scored: Scored, nll: Tensor, length: int, step: int, progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The estimator's loss at the hidden tokens (their share of the global batch's mean), and what is recorded of them."""
         hidden, rows = batch.hidden, batch.rows[: batch.hidden]  # what follows them is padding
         nll, target = nll[:hidden], error_chance(nll[:hidden])
         scores = scored.scores.detach().flatten()[rows]
-        mean = 1 / max(1.0, hidden_in_batch(self.config.diffusion, length, self.total, seed=self.seed, step=step))
+        everywhere = hidden_in_batch(self.config.diffusion, length, self.total, seed=self.seed, step=step, progress=progress)
+        mean = 1 / max(1.0, everywhere)
         loss = torch.zeros((), device=nll.device)
         if scored.logits is not None:
             loss = importance_loss(scored.logits.flatten()[rows], target).sum() * mean

@@ -8,6 +8,7 @@ import torch
 
 from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import bias, check_importance
+from atat_fast.diffusion.counts import check_counts
 from atat_fast.diffusion.curriculum import Curriculum, check_curriculum
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, check_model, step_cost
@@ -62,7 +63,9 @@ def check(config: Config) -> Batches:
         config.curriculum, max_steps=config.train.max_steps, eval_every=config.eval.every, log_every=config.train.log_every
     )
     check_importance(config.importance, config.diffusion, config.curriculum)
-    return batches(config)
+    plan = batches(config)
+    check_counts(config.diffusion, config.model.length, plan.global_batch)
+    return plan
 
 
 def empty_model(config: Config, vocab_size: int, mask_id: int) -> DiT:

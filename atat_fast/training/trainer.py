@@ -67,7 +67,9 @@ class Trainer:
         tokenizer = saved.tokenizer() if saved is not None else None
         self.data: Dataset = prepare(config.data, progress=show_progress, tokenizer=tokenizer)
         self.tokenizer: Tokenizer = self.data.tokenizer
-        self.loader = SequenceLoader(self.data.train, config.model.length, config.train.seed)
+        self.loader = SequenceLoader(
+            self.data.train, config.model.length, config.train.seed, copies=2 if config.diffusion.mirror else 1
+        )
         self.data.valid.require_sequences(config.model.length)
         if saved is not None and saved.manifest["data"] != self._data_identity():
             raise UsageError(f"the tokens of {config.data.corpus} are not those {self.folder} was started with; start a new run")

@@ -1,0 +1,99 @@
+"""The law of the number of hidden tokens in training, and the weights that keep the bound under any of them.
+
+The bound is (L + 1) / k per hidden token where k is uniform on 0..L. Under another law q it is that times the ratio of the two
+laws, (1 / (L + 1)) / q(k), which makes 1 / (k q(k)): exact for every q that is above 0 on 1..L, and clipped nowhere. Evaluation
+always draws uniform counts.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from atat_fast.config import DiffusionConfig
+from atat_fast.errors import UsageError
+
+RAREST = 2.0**-32
+"""The step of one random word: a count rarer than this is as good as never drawn."""
+
+
+@functools.lru_cache(maxsize=16)
+def bell(length: int, centre: float, width: float) -> Tensor:
+    """A Gaussian in k / L cut to the counts 1..L: chances [L + 1] fp64, 0 at k = 0, where there is nothing to learn from."""
+    k = torch.arange(length + 1, dtype=torch.float64)
+    score = -0.5 * ((k / max(1, length) - centre) / width) ** 2
+    score[0] = -torch.inf if length else 0.0
+    return torch.softmax(score, 0)
+
+
+def count_chances(config: DiffusionConfig, length: int, progress: float) -> Tensor | None:
+    """Chances [L + 1] fp64 of the counts at `progress`, the share of the run that is done; None where they are uniform on 0..L.
+
+    From `counts_anneal_from` on, the law is the mixture (1 - a) bell + a uniform with a rising from 0 there to 1 at the end: a
+    mixture is a law again, so weights stay exact all the way.
+    """
+    if config.counts == "uniform":
+        return None
+    start = config.counts_anneal_from
+    share = 0.0 if progress <= start else (progress - start) / (1 - start)
+    if share >= 1:
+        return None
+    return (1 - share) * bell(length, config.counts_centre, config.counts_width) + share / (length + 1)
+
+
+def draw_counts(u: Tensor, chances: Tensor) -> Tensor:
+    """The law's quantile of each u in (0, 1): int64, from the cumulated chances in fp64. Chance 0 is never drawn."""
+    cumulated = chances.cumsum(0)
+    return torch.searchsorted(cumulated, u * cumulated[-1], right=True).clamp_(max=len(chances) - 1)
+
+
+def bound_weights(chances: Tensor) -> Tensor:
+    """What a hidden token weighs for each count, [L + 1] fp64: 1 / (k q(k)), and 0 at k = 0 and where q(k) is 0."""
+    k = torch.arange(len(chances), dtype=torch.float64)
+    return torch.where(k * chances > 0, 1 / (k * chances), 0.0)
+
+
+def weighting_at(config: DiffusionConfig, progress: float) -> str:
+    """The weighting at `progress`: `ce` for the first `ce_until` of the run, `weighting` after."""
+    return "ce" if progress < config.ce_until else config.weighting
+
+
+def check_counts(config: DiffusionConfig, length: int, global_batch: int) -> None:
+    """Raise UsageError for counts, pairs and schedules that make no sense together."""
+    if not 0 <= config.counts_centre <= 1 or not config.counts_width > 0:
+        raise UsageError(
+            "diffusion.counts_centre must be a share from 0 to 1 and diffusion.counts_width above 0, "
+            f"got {config.counts_centre} and {config.counts_width}"
+        )
+    for name in ("counts_anneal_from", "ce_until"):
+        if not 0 <= getattr(config, name) <= 1:
+            raise UsageError(f"diffusion.{name} must be a share of the run from 0 to 1, got {getattr(config, name)}")
+    if config.ce_until and config.weighting == "ce":
+        raise UsageError(
+            f"diffusion.ce_until {config.ce_until} changes nothing where diffusion.weighting is ce all along; "
+            "give the weighting that is to follow, or leave ce_until at 0"
+        )
+    if config.masking == "bernoulli" and (config.counts != "uniform" or config.mirror):
+        raise UsageError("diffusion.counts bell and diffusion.mirror need exact counts; set diffusion.masking exact")
+    if config.counts == "bell" and config.weighting != "ce":
+        chances = bell(length, config.counts_centre, config.counts_width)
+        rarest = float(chances[1:].min())
+        if rarest < RAREST:
+            k = 1 + int(chances[1:].argmin())
+            raise UsageError(
+                f"diffusion.counts bell with width {config.counts_width} hides {k} of {length} tokens with chance {rarest:.1g}, "
+                f"too rarely for {config.weighting} weights to make up for; use a greater counts_width, or ce weights"
+            )
+    if config.mirror:
+        if config.counts != "uniform" or config.pairing != "antithetic":
+            raise UsageError(
+                "diffusion.mirror hides k and L-k tokens of the same sequence, so it needs diffusion.counts uniform and "
+                f"diffusion.pairing antithetic, got {config.counts} and {config.pairing}"
+            )
+        if global_batch % 2:
+            raise UsageError(
+                f"diffusion.mirror pairs the sequences of a step, and train.global_batch {global_batch} is odd; "
+                f"use {global_batch - 1 or 2} or {global_batch + 1}"
+            )

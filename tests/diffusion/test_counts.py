@@ -1,0 +1,273 @@
+"""Laws of the count: the bound is kept, draws follow them, and mirrored pairs estimate what single masks do."""
+
+from __future__ import annotations
+
+import itertools
+import math
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from atat_fast.config import Config, DiffusionConfig, ModelConfig, TrainConfig
+from atat_fast.data.loader import SequenceLoader
+from atat_fast.diffusion.audit import Joint, count_law_value
+from atat_fast.diffusion.counts import bell, bound_weights, count_chances, draw_counts, weighting_at
+from atat_fast.diffusion.masking import hide_for_training
+from atat_fast.diffusion.noise import mask_counts
+from atat_fast.errors import UsageError
+from atat_fast.training.plan import check
+
+BELL = DiffusionConfig(counts="bell", counts_centre=0.3, counts_width=0.25)
+
+
+def chi_square(seen, chances):
+    """The statistic over its degrees of freedom, in standard deviations from its mean."""
+    expected = chances * seen.sum()
+    some = expected > 0
+    assert int(seen[~some].sum()) == 0
+    value, freedom = float(((seen - expected)[some] ** 2 / expected[some]).sum()), int(some.sum()) - 1
+    return (value - freedom) / math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize(("vocabulary", "length", "seed"), [(3, 4, 0), (2, 5, 1), (4, 3, 2)])
+@pytest.mark.parametrize("progress", [0.0, 0.6, 0.9, 0.999])
+def test_weights_keep_the_bound_under_any_law(vocabulary, length, seed, progress):
+    """Equal to the entropy at the best model, under the bell, under uniform counts and under every mixture between."""
+    joint = Joint.random(vocabulary, length, seed=seed)
+    config = DiffusionConfig(counts="bell", counts_centre=0.3, counts_width=0.15, counts_anneal_from=0.5)
+    chances = count_chances(config, length, progress)
+    assert float(chances.sum()) == pytest.approx(1, abs=1e-12)
+    assert count_law_value(joint, chances, bound_weights(chances)) == pytest.approx(joint.entropy(), rel=1e-10)
+    unweighted = torch.tensor([0.0, *((length + 1) / k for k in range(1, length + 1))])
+    if progress < 0.9:
+        assert abs(count_law_value(joint, chances, unweighted) - joint.entropy()) > 0.01  # the audit would notice
+
+
+@given(st.integers(1, 400), st.floats(0, 1), st.floats(0.05, 3.0))
+def test_the_bell_is_a_distribution_over_counts_that_hide_something(length, centre, width):
+    chances = bell(length, centre, width)
+    assert chances.dtype is torch.float64 and len(chances) == length + 1
+    assert float(chances[0]) == 0 and float(chances.sum()) == pytest.approx(1, abs=1e-12)
+    ratio = math.exp(-0.5 * (((1 - centre) / width) ** 2 - ((1 / length - centre) / width) ** 2))
+    assert float(chances[length]) == pytest.approx(ratio * float(chances[1]), rel=1e-9)
+
+
+@given(st.lists(st.floats(0, 1), min_size=2, max_size=40).filter(lambda c: sum(c) > 0.1), st.data())
+def test_draws_are_the_laws_quantiles(raw, data):
+    chances = torch.tensor(raw, dtype=torch.float64) / sum(raw)
+    u = torch.tensor(data.draw(st.lists(st.floats(1e-9, 1 - 1e-9), min_size=1, max_size=20)), dtype=torch.float64)
+    for value, k in zip(u.tolist(), draw_counts(u, chances).tolist(), strict=True):
+        assert float(chances[k]) > 0
+        assert float(chances[:k].sum()) <= value + 1e-12 and value - 1e-12 <= float(chances[: k + 1].sum())
+
+
+@pytest.mark.parametrize("pairing", ["antithetic", "stratified", "independent"])
+@pytest.mark.parametrize(("length", "total"), [(7, 6), (20, 5), (3, 1)])
+def test_each_count_comes_as_often_as_the_law_says(pairing, length, total):
+    """Over steps, one slot a step picked so that every slot takes part: draws are then independent and chi-square applies."""
+    chances = bell(length, 0.3, 0.25)
+    seen = torch.zeros(length + 1, dtype=torch.float64)
+    options = {"seed": 3, "pairing": pairing, "chances": chances}
+    for step in range(1200):
+        slot = (step * 7919) % total
+        seen[mask_counts(length, slot, 1, total, step=step, **options)] += 1
+    if total == 1 or pairing == "independent":
+        assert abs(chi_square(seen, chances)) < 5
+    else:  # slots hold different strata: together they are the law, and closer to it than independent draws
+        assert chi_square(seen, chances) < 5
+
+
+def test_the_batch_follows_the_law_as_evenly_as_it_can():
+    """The sorted counts of a stratified batch of 64 are within one stratum of the law's quantiles."""
+    chances = bell(100, 0.3, 0.2)
+    cumulated = torch.cat([torch.zeros(1), chances.cumsum(0)])
+    counts = mask_counts(100, 0, 64, 64, seed=1, step=5, chances=chances).sort().values
+    place = torch.arange(64, dtype=torch.float64)
+    assert (cumulated[counts] <= (place + 1) / 64 + 1e-12).all() and (cumulated[counts + 1] >= place / 64 - 1e-12).all()
+
+
+def test_any_slice_of_a_bell_batch_is_the_same_as_the_whole():
+    options = {"seed": 5, "step": 9, "chances": bell(30, 0.3, 0.2)}
+    whole = mask_counts(30, 0, 11, 11, **options)
+    for first, count in itertools.product(range(11), range(1, 4)):
+        assert torch.equal(whole[first : first + count], mask_counts(30, first, min(count, 11 - first), 11, **options))
+
+
+def test_the_bell_gives_way_to_uniform_counts_where_it_is_told_to():
+    config = DiffusionConfig(counts="bell", counts_anneal_from=0.6)
+    start, end = bell(10, 0.35, 0.2), torch.full((11,), 1 / 11, dtype=torch.float64)
+    assert torch.equal(count_chances(config, 10, 0.0), start) and torch.equal(count_chances(config, 10, 0.6), start)
+    torch.testing.assert_close(count_chances(config, 10, 0.8), (start + end) / 2)
+    assert count_chances(config, 10, 1.0) is None and count_chances(DiffusionConfig(), 10, 0.5) is None
+    assert torch.equal(count_chances(DiffusionConfig(counts="bell"), 10, 1.0), start)
+
+
+def test_the_weighting_switches_exactly_once():
+    config = DiffusionConfig(weighting="uniform", ce_until=0.3)
+    names = [weighting_at(config, step / 50) for step in range(50)]
+    assert names == ["ce"] * 15 + ["uniform"] * 35
+    before, after = (batch(config, progress=p)[0].weights for p in (14 / 50, 15 / 50))
+    assert torch.equal(before, batch(DiffusionConfig(weighting="ce"))[0].weights)
+    assert torch.equal(after, batch(DiffusionConfig(weighting="uniform"))[0].weights)
+
+
+def batch(config, first=0, count=32, total=32, length=50, step=0, progress=0.0):
+    sequences = torch.randint(0, 90, (total, length), generator=torch.Generator().manual_seed(1))
+    if config.mirror:
+        sequences = sequences[: total // 2].repeat_interleave(2, 0)
+    tokens, ids = sequences[first : first + count], torch.arange(first, first + count)
+    options = {"first": first, "total": total, "mask_id": 99, "sample_ids": ids, "seed": 4, "step": step, "progress": progress}
+    return hide_for_training(tokens, config, **options), tokens
+
+
+MIRROR = DiffusionConfig(mirror=True)
+
+
+CUT = [
+    BELL,
+    MIRROR,
+    DiffusionConfig(mirror=True, weighting="ce"),
+    DiffusionConfig(counts="bell", weighting="ce"),
+    DiffusionConfig(pairing="stratified"),
+]
+
+
+@pytest.mark.parametrize("config", CUT)
+def test_masks_and_weights_are_the_same_however_the_batch_is_cut(config):
+    whole, tokens = batch(config)
+    hidden = whole.noisy == 99
+    assert torch.equal(hidden.flatten().nonzero().flatten(), whole.rows)
+    assert torch.equal(tokens.flatten()[whole.rows], whole.target) and torch.equal(whole.noisy[~hidden], tokens[~hidden])
+    torch.testing.assert_close(whole.hidden_share, hidden.float().mean(1))
+    if config.weighting == "ce":
+        torch.testing.assert_close(whole.weights.sum(), torch.tensor(float(tokens.numel())))
+    for size in (1, 2, 8):
+        parts = [batch(config, first, size)[0] for first in range(0, 32, size)]
+        assert torch.equal(whole.noisy, torch.cat([part.noisy for part in parts]))
+        assert torch.equal(whole.weights, torch.cat([part.weights for part in parts]))
+        assert torch.equal(whole.target, torch.cat([part.target for part in parts]))
+
+
+def test_bell_weights_are_those_of_the_law():
+    masked, _ = batch(BELL)
+    weights = bound_weights(bell(50, 0.3, 0.25))
+    counts = (masked.noisy == 99).sum(1)
+    torch.testing.assert_close(masked.weights, weights[counts].float().repeat_interleave(counts))
+    sums = [float(batch(BELL, step=s)[0].weights.sum()) / (32 * 50) for s in range(200)]
+    assert sum(sums) / 200 == pytest.approx(1, abs=0.02)  # a model that pays c nats for every token has a bound of c
+
+
+def test_a_mirrored_pair_hides_every_token_once_and_a_count_of_nothing_meets_all():
+    for step in range(20):
+        masked, tokens = batch(MIRROR, step=step)
+        hidden = masked.noisy == 99
+        assert (hidden[::2] ^ hidden[1::2]).all() and torch.equal(tokens[::2], tokens[1::2])
+    masked, _ = batch(MIRROR, total=2, count=2, length=1)  # one token: hidden in one slot, visible in the other
+    assert len(masked.rows) == 1
+
+
+def mask_frequencies(config, length, steps):
+    """How often each (slot, set of hidden positions) came, [2, 2^length]."""
+    seen = torch.zeros(2, 2**length, dtype=torch.float64)
+    for step in range(steps):
+        masked, _ = batch(config, count=2, total=2, length=length, step=step)
+        codes = ((masked.noisy == 99) * 2 ** torch.arange(length)).sum(1)
+        seen[torch.arange(2), codes] += 1
+    return seen
+
+
+def test_each_slot_of_a_mirrored_pair_draws_uniform_masks():
+    """P(M) = 1 / (L + 1) / C(L, |M|) for the drawn slot and for its complement: so each slot alone is the bound's estimate."""
+    length = 4
+    sizes = [bin(code).count("1") for code in range(2**length)]
+    law = torch.tensor([1 / (length + 1) / math.comb(length, k) for k in sizes], dtype=torch.float64)
+    seen = mask_frequencies(MIRROR, length, 1500)
+    for slot in range(2):  # with two slots a pair's u lies in (0, 1/2) for the first and beyond for the second
+        both = seen[slot] + seen[slot][[2**length - 1 - code for code in range(2**length)]]
+        folded = law + law[[2**length - 1 - code for code in range(2**length)]]
+        assert chi_square(both[: 2 ** (length - 1)], folded[: 2 ** (length - 1)]) < 5
+    assert chi_square(seen.sum(0), law) < 5
+
+
+def exact_nll(joint, masked):
+    """-log p*(x_i | visible) of each hidden token under the joint."""
+    out = []
+    for row, target in zip(masked.rows.tolist(), masked.target.tolist(), strict=True):
+        z, i = masked.noisy[row // joint.length], row % joint.length
+        fits = ((z == 99) | (joint.sequences == z)).all(1)
+        out.append(-(joint.chance[fits & (joint.sequences[:, i] == target)].sum() / joint.chance[fits].sum()).log())
+    return torch.stack(out).float() if out else torch.zeros(0)
+
+
+def estimates(joint, config, steps):
+    """The training loss of the best model, one step after another, on batches of 8 slots drawn from the joint."""
+    values = []
+    for step in range(steps):
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.multinomial(joint.chance, 8, replacement=True, generator=generator)
+        if config.mirror:
+            chosen = chosen[:4].repeat_interleave(2)
+        tokens = joint.sequences[chosen]
+        masked = hide_for_training(
+            tokens, config, first=0, total=8, mask_id=99, sample_ids=torch.arange(8) + 8 * step, seed=1, step=step
+        )
+        values.append(float((masked.weights * exact_nll(joint, masked)).sum()) / masked.tokens)
+    return torch.tensor(values, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("config", [MIRROR, BELL, DiffusionConfig(pairing="stratified")])
+def test_the_training_loss_of_the_best_model_is_the_entropy(config):
+    joint = Joint.random(3, 4, seed=0)
+    found = estimates(joint, config, 150)
+    assert abs(float(found.mean()) - joint.entropy() / 4) < 4 * float(found.std()) / math.sqrt(len(found))
+
+
+class Numbered:
+    """A split whose sequence i is the number i, repeated."""
+
+    def require_sequences(self, length):
+        pass
+
+    def num_sequences(self, length):
+        return 10
+
+    def sequence(self, i, length):
+        return [i] * length
+
+
+def test_the_loader_gives_each_sequence_twice_whatever_the_cut():
+    plain, twice = SequenceLoader(Numbered(), 3, 1), SequenceLoader(Numbered(), 3, 1, copies=2)
+    tokens, ids = twice.batch(0, 24)
+    assert torch.equal(ids, torch.arange(24)) and torch.equal(tokens[::2], tokens[1::2])
+    assert torch.equal(tokens[::2], plain.batch(0, 12)[0])
+    for size in (1, 3, 8):
+        assert torch.equal(tokens, torch.cat([twice.batch(first, size)[0] for first in range(0, 24, size)]))
+
+
+@pytest.mark.parametrize(
+    ("settings", "batch_size", "message"),
+    [
+        ({"mirror": True}, 5, "train.global_batch 5 is odd; use 4 or 6"),
+        ({"mirror": True, "counts": "bell", "weighting": "ce"}, 4, "diffusion.mirror"),
+        ({"mirror": True, "pairing": "independent"}, 4, "diffusion.pairing antithetic"),
+        ({"mirror": True, "masking": "bernoulli"}, 4, "exact counts"),
+        ({"counts": "bell", "masking": "bernoulli"}, 4, "exact counts"),
+        ({"counts": "bell", "counts_width": 0.0}, 4, "counts_width above 0"),
+        ({"counts": "bell", "counts_centre": 1.5}, 4, "counts_centre"),
+        ({"counts": "bell", "counts_centre": 0.1, "counts_width": 0.05}, 4, "too rarely for uniform weights"),
+        ({"counts_anneal_from": -0.1}, 4, "counts_anneal_from"),
+        ({"ce_until": 1.1}, 4, "ce_until"),
+        ({"ce_until": 0.5, "weighting": "ce"}, 4, "changes nothing"),
+    ],
+)
+def test_settings_that_make_no_sense_together(settings, batch_size, message):
+    config = Config(
+        model=ModelConfig(length=64), diffusion=DiffusionConfig(**settings), train=TrainConfig(global_batch=batch_size)
+    )
+    with pytest.raises(UsageError, match=message):
+        check(config)
+    if settings.get("counts_width") == 0.05:  # fine where nothing has to be made up for
+        config.diffusion.weighting = "ce"
+        check(config)
