@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -27,12 +27,16 @@ NllFunction = Callable[[MaskedBatch], Tensor]
 
 @dataclass(frozen=True)
 class Estimate:
-    """A mean in nats a token with its standard error, over `sequences` sequences of `length` tokens."""
+    """A mean in nats a token with its standard error, over `sequences` sequences of `length` tokens.
+
+    values [sequences] fp64 are the sequences' own means, whose differences compare two models on the same masks.
+    """
 
     nll: float
     se: float
     sequences: int
     length: int
+    values: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.float64), repr=False, compare=False)
 
     @property
     def perplexity(self) -> float:
@@ -89,8 +93,8 @@ def estimate_nll(
             if document_end is not None:
                 masked.documents = documents_of(x.cpu(), document_end).to(x.device)
             values[first : first + count, draw] = _per_sequence(nll(masked), k, length)
-    se = collapsed_standard_error(values[:, 0], strata[:, 0]) if draws == 1 else _plain_standard_error(values.mean(1))
-    return Estimate(float(values.mean()), se, sequences, length)
+    means = values.mean(1)
+    return Estimate(float(values.mean()), standard_error(means, strata), sequences, length, means)
 
 
 def _per_sequence(nll: Tensor, k: Tensor, length: int) -> Tensor:
@@ -98,6 +102,11 @@ def _per_sequence(nll: Tensor, k: Tensor, length: int) -> Tensor:
     owner = torch.repeat_interleave(torch.arange(len(k)), k)
     sums = torch.zeros(len(k), dtype=torch.float64).index_add_(0, owner, nll.double().cpu())
     return sums / k
+
+
+def standard_error(values: Tensor, strata: Tensor) -> float:
+    """Standard error of the mean of values [sequences], whose masks came from strata [sequences, draws] (evaluation_strata)."""
+    return collapsed_standard_error(values, strata[:, 0]) if strata.shape[1] == 1 else _plain_standard_error(values)
 
 
 def collapsed_standard_error(values: Tensor, strata: Tensor) -> float:

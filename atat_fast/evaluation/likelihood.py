@@ -12,7 +12,7 @@ from torch import Tensor
 
 from atat_fast.config import EvalConfig
 from atat_fast.data import TokenSplit
-from atat_fast.diffusion.objective import Estimate, estimate_nll
+from atat_fast.diffusion.objective import Estimate, NllFunction, estimate_nll
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT
 
@@ -25,10 +25,10 @@ def evaluate(model: DiT, split: TokenSplit, config: EvalConfig, autocast: Abstra
     """
     if config.draws < 1 or config.batch < 1:
         raise UsageError(f"eval.draws and eval.batch must be at least 1, got {config.draws} and {config.batch}")
-    tokens, wanted = spread(split, model.config.length, config.sequences, model.cos.device)
+    tokens, wanted = spread_sequences(split, model.config.length, config.sequences, model.cos.device)
     with torch.no_grad(), autocast, evaluating(model):
         return estimate_nll(
-            lambda masked: model.nll(masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents),
+            model_nll(model),
             tokens,
             wanted,
             mask_id=model.mask_id,
@@ -39,10 +39,15 @@ def evaluate(model: DiT, split: TokenSplit, config: EvalConfig, autocast: Abstra
         )
 
 
-def spread(split: TokenSplit, length: int, sequences: int, device: torch.device) -> tuple[Callable[[int, int], Tensor], int]:
-    """A reader of at most `sequences` sequences (0: all) spread evenly over the split, and their number: reader(first, count)
-    gives [count, length] int64 on the device.
-    """
+def model_nll(model: DiT) -> NllFunction:
+    """The model as the bound wants it."""
+    return lambda masked: model.nll(masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents)
+
+
+def spread_sequences(
+    split: TokenSplit, length: int, sequences: int, device: torch.device
+) -> tuple[Callable[[int, int], Tensor], int]:
+    """Up to `sequences` sequences (0: all) spread evenly over the split: tokens(first, count) [count, L], and their number."""
     split.require_sequences(length)
     available = split.num_sequences(length)
     wanted = min(sequences or available, available)

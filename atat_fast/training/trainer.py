@@ -11,7 +11,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -23,6 +23,7 @@ from torch import Tensor
 from atat_fast.config import Config
 from atat_fast.data import Dataset, SequenceLoader, Tokenizer, prepare
 from atat_fast.diffusion.adaptive import BadScores, bias
+from atat_fast.diffusion.objective import Estimate
 from atat_fast.diffusion.samplers import sample
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.importance import reliability, text_importance
@@ -84,6 +85,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.best = math.inf
+        self.estimate: Estimate | None = None
         if saved is not None:
             checkpoint.load_weights(self.model, saved, checkpoint.WEIGHTS)
             if self.estimator is not None:
@@ -159,6 +161,16 @@ class Trainer:
         finally:
             self.show.close()
         return last
+
+    def time_steps(self, steps: Sequence[int]) -> list[float]:
+        """Seconds of each of the given steps, data and the wait for the device included; the model moves, nothing is written."""
+        seconds = []
+        for self.step in steps:
+            begin = time.perf_counter()
+            self._train_step()
+            self._check_finite()
+            seconds.append(time.perf_counter() - begin)
+        return seconds
 
     def introduction(self) -> list[str]:
         """What is about to be trained, on what, where."""
@@ -308,7 +320,7 @@ class Trainer:
         self._check_finite()
         begin = time.perf_counter()
         with self._paused(), self.average.applied():
-            estimate = evaluate(self.model, self.data.valid, self.config.eval, self.compute.autocast())
+            self.estimate = estimate = evaluate(self.model, self.data.valid, self.config.eval, self.compute.autocast())
             record = self._evaluate_importance()
         row = {"step": self.step} | report(estimate, self.data.valid) | record
         row["seconds"] = round(time.perf_counter() - begin, 3)

@@ -147,7 +147,7 @@ def floats_to(inputs, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_the_size_of_a_slab_moves_no_more_than_one_last_place(dtype, backend):
-    inputs = floats_to(case(257, 16, 101, 200), dtype)
+    inputs = floats_to(case(257, 16, 101, 200) if backend != "triton" else case(67, 16, 101, 50), dtype)
     results = [linear_cross_entropy(**inputs, chunk_bytes=c, backend=backend) for c in (1, 101 * 4 * 64, 10**9)]
     grads = [gradients(r, inputs) for r in results]
     for loss, grad in zip(results[1:], grads[1:], strict=True):
@@ -192,6 +192,7 @@ def rmse(a, b):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("n", "d", "v"), [(512, 64, 997), (512, 64, 4096), (331, 96, 2), (331, 96, 7)])
 def test_bf16_errs_no_more_than_pytorchs_own_bf16(n, d, v, backend):
+    n = n if backend != "triton" else n // 5  # its interpreter takes milliseconds a row
     check_bf16(n, d, v, round(0.6 * n), backend)
 
 
