@@ -10,7 +10,7 @@ from torch import Tensor
 from atat_fast.config import EvalConfig
 from atat_fast.data import Tokenizer, TokenSplit
 from atat_fast.diffusion.masking import hide
-from atat_fast.evaluation.likelihood import evaluating, spread
+from atat_fast.evaluation.likelihood import evaluating, spread_sequences
 from atat_fast.models.importance import error_chance
 from atat_fast.ops.attention import documents_of
 
@@ -30,7 +30,9 @@ def reliability(objective: Objective, split: TokenSplit, config: EvalConfig, *, 
     Returns lists of BINS: count, predicted and observed (means, 0 where a bin is empty).
     """
     model = objective.model
-    tokens, wanted = spread(split, model.config.length, min(config.sequences or MOST_SEQUENCES, MOST_SEQUENCES), model.cos.device)
+    tokens, wanted = spread_sequences(
+        split, model.config.length, min(config.sequences or MOST_SEQUENCES, MOST_SEQUENCES), model.cos.device
+    )
     same = objective.alike(seed=config.seed, total=wanted)
     sums = torch.zeros(3, BINS, dtype=torch.float64)
     with torch.no_grad(), evaluating(model):
