@@ -13,6 +13,7 @@ from __future__ import annotations
 import importlib
 import itertools
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,10 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
+
+from timing import results_folder
 
 from atat_fast.config import TrainConfig
 from atat_fast.ops import (
@@ -42,7 +47,6 @@ STREAM, BRANCH = torch.float32, torch.bfloat16 if GPU else torch.float32
 ROUNDS = 100 if GPU else 30
 OPS = {"adaptive_layer_norm": ("x",), "gated_residual_norm": ("residual", "branch", "gate")}
 BACKENDS = [name for name, reason in registry.explain("gated_residual_norm", DEVICE).items() if reason is None]
-RESULTS = Path(__file__).resolve().parent / "results"
 
 Tensors = dict[str, torch.Tensor]
 Way = Callable[..., tuple[torch.Tensor, ...]]
@@ -194,8 +198,6 @@ def table() -> Iterator[list[dict[str, Any]]]:
             f"{row['median_us']:>10.1f}{row['low_us']:>9.1f}{row['high_us']:>9.1f}{row['bytes'] / row['median_us'] / 1e3:>8.1f}"
             f"{row['speedup_over_eager'] or 0:>8.2f}{row['speedup_over_copy'] or 0:>8.2f}"
         )
-    folder = RESULTS / (torch.cuda.get_device_name(DEVICE).lower().replace(" ", "-") if GPU else "cpu")
-    folder.mkdir(parents=True, exist_ok=True)
     report = {
         "benchmark": "adaptive_norm",
         "rounds": ROUNDS,
@@ -203,7 +205,7 @@ def table() -> Iterator[list[dict[str, Any]]]:
         "results": rows,
         "environment": environment(COMPUTE),
     }
-    (folder / "adaptive_norm.json").write_text(json.dumps(report, indent=1) + "\n")
+    (results_folder(DEVICE) / "adaptive_norm.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 @pytest.mark.parametrize("way", ["copy", *WAYS])

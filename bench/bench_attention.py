@@ -12,6 +12,7 @@ from __future__ import annotations
 import importlib
 import json
 import statistics
+import sys
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +22,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
+
+from timing import results_folder
 
 from atat_fast.config import TrainConfig
 from atat_fast.ops import Documents, attention, attention_cost, attention_reference, document_layout, explain_attention
@@ -36,7 +41,6 @@ KERNELS = {
     "cudnn": SDPBackend.CUDNN_ATTENTION, "sdpa_flash": SDPBackend.FLASH_ATTENTION,
     "sdpa_efficient": SDPBackend.EFFICIENT_ATTENTION, "sdpa_math": SDPBackend.MATH,
 }  # fmt: skip
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def ready(documents: bool) -> list[str]:
@@ -113,10 +117,8 @@ def table() -> Iterator[list[dict[str, Any]]]:
             f"{row['median_us']:>10.1f}{row['low_us']:>10.1f}{row['high_us']:>10.1f}{row['direct_us']:>11.1f}"
             f"{row['over_direct']:>9.3f}{row['flops'] / row['median_us'] / 1e6:>9.3f}"
         )
-    folder = RESULTS / ("cpu" if not GPU else torch.cuda.get_device_name(DEVICE).lower().replace(" ", "-"))
-    folder.mkdir(parents=True, exist_ok=True)
     report = {"benchmark": "attention", "rounds": ROUNDS, "results": rows, "environment": environment(COMPUTE)}
-    (folder / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
+    (results_folder(DEVICE) / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 def cases() -> Iterator[Any]:

@@ -9,12 +9,17 @@ tokens a sequence. Bytes are the op's own model, `mask_tokens_cost`: what any im
 from __future__ import annotations
 
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
+
+from timing import results_folder
 
 from atat_fast.config import TrainConfig
 from atat_fast.ops import mask_tokens, mask_tokens_cost, registry
@@ -26,7 +31,6 @@ ROUNDS = 200
 COMPUTE = resolve(TrainConfig())
 DEVICE = COMPUTE.device
 BACKENDS = [name for name, reason in registry.explain("mask_tokens", DEVICE).items() if reason is None]
-RESULTS = Path(__file__).resolve().parent / "results"
 
 Call = Callable[[], tuple[torch.Tensor, ...]]
 
@@ -106,10 +110,8 @@ def table() -> Iterator[list[dict[str, Any]]]:
             f"{row['high_us']:>9.1f}{row['bytes'] / 1e6:>8.2f}{row['bytes'] / row['median_us'] / 1e3:>8.2f}"
             f"{row['speedup_over_eager'] or 0:>9.2f}{row['speedup_over_torch'] or 0:>9.2f}"
         )
-    folder = RESULTS / ("cpu" if DEVICE.type == "cpu" else torch.cuda.get_device_name(DEVICE).lower().replace(" ", "-"))
-    folder.mkdir(parents=True, exist_ok=True)
     report = {"benchmark": "masking", "rounds": ROUNDS, "results": rows, "environment": environment(COMPUTE)}
-    (folder / "masking.json").write_text(json.dumps(report, indent=1) + "\n")
+    (results_folder(DEVICE) / "masking.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 @pytest.mark.parametrize("way", ["eager", "eager compiled", *BACKENDS])

@@ -10,12 +10,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
+
+from timing import results_folder
 
 from atat_fast.config import TrainConfig
 from atat_fast.ops import registry, rotary, rotary_cost, rotary_reference, rotary_table
@@ -29,7 +34,6 @@ ROUNDS = 200 if GPU else 30
 KINDS = ("inplace", "new", "train")
 BACKENDS = [name for name, reason in registry.explain("rotary", DEVICE).items() if reason is None]
 PEERS = ["eager", "compiled"] + (["flash-attn"] if GPU and importlib.util.find_spec("flash_attn") else [])
-RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def eager(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
@@ -122,10 +126,8 @@ def table() -> Iterator[list[dict[str, Any]]]:
             f"{row['low_us']:>9.1f}{row['high_us']:>9.1f}{row['bytes'] / 1e6:>8.2f}{row['bytes'] / row['median_us'] / 1e3:>8.2f}"
             f"{row['speedup_over_eager'] or 0:>9.2f}"
         )
-    folder = RESULTS / ("cpu" if not GPU else torch.cuda.get_device_name(DEVICE).lower().replace(" ", "-"))
-    folder.mkdir(parents=True, exist_ok=True)
     report = {"benchmark": "rotary", "rounds": ROUNDS, "results": rows, "environment": environment(COMPUTE)}
-    (folder / "rotary.json").write_text(json.dumps(report, indent=1) + "\n")
+    (results_folder(DEVICE) / "rotary.json").write_text(json.dumps(report, indent=1) + "\n")
 
 
 @pytest.mark.parametrize("way", [*PEERS, *BACKENDS])

@@ -21,11 +21,14 @@ from typing import Any
 
 import torch
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
+
+from timing import results_folder
+
 from atat_fast.config import TrainConfig
 from atat_fast.errors import UsageError
 from atat_fast.training.device import Compute, environment, resolve, short
 
-RESULTS = Path(__file__).resolve().parent / "results"
 PRODUCTS = {
     "cpu": ((512, 512, 512), (2048, 256, 1024)),
     "cuda": ((8192, 8192, 8192), (32_768, 768, 3072), (8192, 768, 50_304)),
@@ -115,9 +118,7 @@ def main(arguments: list[str] | None = None) -> int:
         scale = 1e12 if row["kind"] == "product" else 1e9
         shape = " x ".join(f"{n:,}" for n in row["shape"])
         print(f"{row['kind']:<8} {shape:<24} {row['dtype']:<5} {row['rate'] / scale:>9.3f} {unit}")
-    folder = args.out or RESULTS / compute.device.type
-    if args.out is None and compute.device.type == "cuda":
-        folder = RESULTS / torch.cuda.get_device_name(compute.device).lower().replace(" ", "-")
+    folder = args.out or results_folder(compute.device)
     folder.mkdir(parents=True, exist_ok=True)
     facts = environment(compute) | {"load_average": load}
     record = {"benchmark": "ceilings", "results": rows, "memory_bytes": memory_bytes(compute.device), "environment": facts}

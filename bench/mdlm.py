@@ -1,14 +1,15 @@
 """MDLM's training step as people run it, in plain PyTorch: the baseline every throughput figure is a ratio to.
 
-Eager modules, SDPA, fp32 LayerNorm and residual stream, logits of every token in fp32, log-probabilities over the whole
-vocabulary with visible tokens overwritten (SUBS), Bernoulli masks at stratified times, the 1 / t weights, fused AdamW and a
-foreach average. It is written from the published description of the model; parameters carry the names `atat_fast.models.DiT`
+Eager modules, SDPA or flash-attn, fp32 LayerNorm and residual stream, logits of every token in fp32, log-probabilities over the
+whole vocabulary with visible tokens overwritten (SUBS), Bernoulli masks at stratified times, the 1 / t weights, fused AdamW and
+a foreach average. It is written from the published description of the model; parameters carry the names `atat_fast.models.DiT`
 gives them, but for the modulation tables, which are each block's own here (`block_by_block`), so that both can hold the same
 weights and be checked against each other before either is timed.
 """
 
 from __future__ import annotations
 
+import importlib.util
 import math
 
 import torch
@@ -19,6 +20,8 @@ from atat_fast.config import ModelConfig
 from atat_fast.diffusion.noise import LogLinear
 
 NEVER = -1_000_000.0
+FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
+"""Whether flash-attn, which MDLM's own code calls, is installed."""
 
 
 def block_by_block(named: dict[str, Tensor], layers: int) -> dict[str, Tensor]:
@@ -41,6 +44,15 @@ def rotate_half(x: Tensor) -> Tensor:
 def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
     """x (1 + scale) + shift, one row of conditioning a sample."""
     return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """q, k, v [B, H, L, E] to [B, L, H, E]: flash-attn where it is installed and can run, SDPA elsewhere."""
+    if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and FLASH_ATTN:
+        from flash_attn import flash_attn_func
+
+        return flash_attn_func(*(x.transpose(1, 2) for x in (q, k, v)))
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2)
 
 
 class PlainBlock(nn.Module):
@@ -67,7 +79,7 @@ class PlainBlock(nn.Module):
         qkv = self.qkv(modulate(self.norm(x, self.norm1), shift1, scale1)).view(batch, length, 3, self.heads, -1)
         q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
         q, k = (p * cos.to(p.dtype) + rotate_half(p) * sin.to(p.dtype) for p in (q, k))
-        attended = F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(batch, length, width)
+        attended = plain_attention(q, k, v).reshape(batch, length, width)
         x = x + gate1[:, None] * F.dropout(self.out(attended), self.dropout, self.training)
         inner = F.gelu(self.up(modulate(self.norm(x, self.norm2), shift2, scale2)), approximate="tanh")
         return x + gate2[:, None] * F.dropout(self.down(inner), self.dropout, self.training)
@@ -119,6 +131,14 @@ class PlainMDLM(nn.Module):
         logits[visible, noisy[visible]] = 0
         nll = -logits.gather(-1, tokens[..., None])[..., 0]
         return (nll * weight[:, None]).sum() / tokens.numel()
+
+    def fusible_loss(self, tokens: Tensor, noisy: Tensor, weight: Tensor) -> Tensor:
+        """The same number in the form that compiles best: no assignment under a mask, no size that depends on data."""
+        logits = self.logits(noisy).float()
+        never = torch.arange(self.vocab_size, device=logits.device) == self.mask_id
+        log_p = torch.log_softmax(torch.where(never, NEVER, logits), dim=-1)
+        nll = -log_p.gather(-1, tokens[..., None])[..., 0]
+        return (torch.where(noisy == self.mask_id, nll, 0.0) * weight[:, None]).sum() / tokens.numel()
 
     def masks(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """(noisy, weight): each token hidden with chance t, times stratified over the batch."""

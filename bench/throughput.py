@@ -1,18 +1,26 @@
-"""Tokens a second of whole training steps: plain MDLM and atat_fast, in turn, in one run.
+"""Tokens a second of whole training steps: plain MDLM, the same compiled, atat_fast, and atat_fast with ATAT, in one run.
 
-    python bench/throughput.py [--preset tiny] [--vocabulary 30522] [--length 256] [--micro_batch 8] [--rounds 5] [--out FOLDER]
+    python bench/throughput.py                                at most three minutes anywhere, two CPU cores included
+    python bench/throughput.py --preset small --vocabulary 50258 --micro_batch 16 --largest --profile --sampling
+    torchrun --standalone --nproc-per-node 2 bench/throughput.py
 
-A step is everything a trainer does: read tokens, hide some, forward, backward, clip, optimizer, average. The two hold the same
-weights at the start, and before anything is timed their losses on the same masked batch must agree. Rounds are interleaved;
-the figures are medians with quartiles. Without arguments it takes two to three minutes on two CPU cores.
+A step is everything a trainer does: read tokens, hide some, forward, backward, clip, optimizer, average. The variants begin with
+the same weights, and before anything is timed plain MDLM's and atat_fast's losses and gradients on one masked batch must agree.
+Rounds are interleaved, figures are medians with quartiles. Where a step's time goes comes from steps of their own, memory from
+processes of their own, and power (on a GPU whose driver counts it) from the rounds. It leaves
+throughput-PRESET-VOCABULARY.json and .png in bench/results/<device>, with --profile a Chrome trace and a table by op too.
+
+What there is no time for is left out, from the least telling on, and said: first the compiled plain variant on a CPU, where it
+compiles for most of a minute and buys little, then rounds, then memory. --seconds 0 takes all the time it needs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import dataclasses
 import json
-import math
-import statistics
+import os
 import subprocess
 import sys
 import time
@@ -20,233 +28,428 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
-from mdlm import PlainMDLM, block_by_block
+import devices
+from power import EnergyMeter, figures
+from timing import RESULTS, peak_resident_bytes, results_folder, spread, synchronize
+from variants import (
+    ADAPTIVE,
+    COMPILED,
+    OURS,
+    PARTS,
+    PLAIN,
+    VARIANTS,
+    Setting,
+    Variant,
+    check_agreement,
+    missing,
+)
 
-from atat_fast.config import DataConfig, DiffusionConfig, ModelConfig, OptimConfig, TrainConfig, load_preset
+from atat_fast.config import DataConfig, TrainConfig, load_preset
 from atat_fast.data import SequenceLoader, prepare
-from atat_fast.diffusion.masking import hide_for_training
-from atat_fast.errors import UsageError
-from atat_fast.models import DiT
-from atat_fast.models.dit import Randomness
+from atat_fast.errors import UsageError, nearest
+from atat_fast.models.dit import step_cost
 from atat_fast.training.device import Compute, environment, resolve
-from atat_fast.training.optimizers import Average, Optimizers
 
-VARIANTS = ("mdlm", "atat_fast")
-LR = 1e-4
+DEFAULTS = {"cpu": ("tiny", 30_522), "cuda": ("small", 50_258)}
+"""Preset and vocabulary where nobody says: what a step of takes seconds on two CPU cores, and MDLM's own size on a GPU."""
+TURN_SECONDS = 1.0
+"""A variant's turn in a round lasts about this long on a GPU, for its counter of energy to move."""
+COMPILE_SECONDS = 60.0
+CHILD_SECONDS = 12.0
+"""Assumed of a CPU: what compiling the plain step takes, and starting a process and building a model."""
+NO_TIME = "no time left: on a CPU it compiles for most of a minute and buys little (--variants and --seconds decide)"
+LARGEST_SECONDS = 120.0
 
 
-class Bench:
-    """One variant: a model, its optimizer and average, and a step."""
+def arguments() -> argparse.ArgumentParser:
+    """The script's options."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--preset", default="", help="model sizes; tiny on a CPU and small on a GPU by default")
+    parser.add_argument("--vocabulary", type=int, default=0, help="ids of the model, the mask included; 30522 or 50258")
+    parser.add_argument("--length", type=int, default=0, help="tokens of a sequence; 0 is the preset's")
+    parser.add_argument("--micro_batch", type=int, default=8, help="sequences a step and rank")
+    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
+    parser.add_argument("--steps", type=int, default=0, help="steps of a round; 0 is one on a CPU, a second of them on a GPU")
+    parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(VARIANTS)}; all by default")
+    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
+    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
+    parser.add_argument("--seconds", type=float, default=150.0, help="time for all of it, about; 0 is no limit")
+    parser.add_argument("--largest", action="store_true", help="find the largest micro-batch that fits (GPU), by doubling")
+    parser.add_argument("--sampling", action="store_true", help="time the samplers too (bench/sampling.py)")
+    parser.add_argument("--profile", action="store_true", help="write a trace and a table by op too")
+    parser.add_argument("--out", type=Path, default=None, help="folder for what is written; bench/results/<device> by default")
+    parser.add_argument("--child", choices=("memory", "largest"), help=argparse.SUPPRESS)
+    return parser
 
-    def __init__(
-        self, name: str, config: ModelConfig, vocabulary: int, batch: int, compute: Compute, loader: SequenceLoader
-    ) -> None:
-        self.name, self.batch, self.compute, self.loader = name, batch, compute, loader
-        torch.manual_seed(0)
-        ours = DiT(vocabulary, vocabulary - 1, **vars(config))
-        with torch.no_grad():  # away from the all-zero start, so that every gradient is real
-            for p in ours.parameters():
-                p.add_(0.02 * torch.randn_like(p))
-        self.model: Any = ours
-        if name == "mdlm":
-            self.model = PlainMDLM(vocabulary, vocabulary - 1, config)
-            self.model.load_state_dict(block_by_block(ours.state_dict(), config.layers))
-        self.model.to(compute.device)
-        self.call = torch.compile(self.model) if compute.compile and name != "mdlm" else self.model
-        self.optimizers = Optimizers(self.model, OptimConfig())
-        self.average = Average(self.model, 0.9999)
-        self.losses: list[float] = []
-        self.count = 0
 
-    def loss(self, tokens: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
-        """Mask and forward; nats a token."""
-        if self.name == "mdlm":
-            noisy, weight = self.model.masks(tokens)
-            with self.compute.autocast():
-                return self.model.loss(tokens, noisy, weight)
-        masked = hide_for_training(
-            tokens,
-            DiffusionConfig(),
-            first=0,
-            total=self.batch,
-            mask_id=self.model.mask_id,
-            sample_ids=ids,
-            seed=1,
-            step=self.count,
+class Budget:
+    """Seconds that are left of `seconds`; a limit of 0 is none."""
+
+    def __init__(self, seconds: float) -> None:
+        self.end = time.monotonic() + seconds if seconds else float("inf")
+
+    def allows(self, seconds: float) -> bool:
+        """Whether this much is left."""
+        return time.monotonic() + seconds <= self.end
+
+    @property
+    def left(self) -> float:
+        """Seconds, below 0 where it is overdrawn."""
+        return self.end - time.monotonic()
+
+
+class Ranks:
+    """The processes that torchrun started, or one."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
+        self.device = device
+        if self.count > 1:
+            if device.type == "cuda":
+                self.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+                torch.cuda.set_device(self.device)
+            dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+
+    def agree(self, value: float) -> float:
+        """Rank 0's value, on every rank: what is decided by time has to be decided alike."""
+        if self.count == 1:
+            return value
+        box = torch.tensor(value, dtype=torch.float64, device=self.device)
+        dist.broadcast(box, 0)
+        return float(box)
+
+    def say(self, text: str) -> None:
+        """Print, on rank 0."""
+        if self.rank == 0:
+            print(text, flush=True)
+
+    def close(self) -> None:
+        """Leave the group."""
+        if self.count > 1:
+            dist.destroy_process_group()
+
+
+def chosen(names: list[str]) -> list[str]:
+    """The variants named, or all, in their order. Raises UsageError for a name that is none."""
+    for name in names:
+        if name not in VARIANTS:
+            raise UsageError(f"there is no variant {name!r}{nearest(name, VARIANTS)}; variants are {', '.join(VARIANTS)}")
+    return [name for name in VARIANTS if not names or name in names]
+
+
+def setting_of(args: argparse.Namespace, compute: Compute, ranks: Ranks) -> Setting:
+    """Sizes and data of a run; fills in args.preset and args.vocabulary. Raises UsageError where they make no sense."""
+    if args.rounds < 1 or args.micro_batch < 1 or min(args.steps, args.length, args.vocabulary, args.seconds) < 0:
+        raise UsageError(
+            "--rounds and --micro_batch must be at least 1; --steps, --length, --vocabulary and --seconds at least 0"
         )
-        randomness = Randomness(1, torch.full((), self.count, device=tokens.device), ids)
-        with self.compute.autocast():
-            loss, _ = self.call(masked.noisy, masked.rows, masked.target, masked.weights, None, randomness)
-        return loss / masked.tokens
-
-    def step(self) -> None:
-        """One whole training step."""
-        tokens, ids = self.loader.batch(self.count * self.batch, self.batch)
-        loss = self.loss(tokens.to(self.compute.device), ids.to(self.compute.device))
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(self.model.parameters(), 1.0)
-        self.optimizers.step(LR)
-        self.average.update(self.count)
-        self.count += 1
-        self.losses.append(loss.detach())
-
-    def timed(self, steps: int) -> float:
-        """Seconds a step."""
-        synchronize(self.compute.device)
-        begin = time.perf_counter()
-        for _ in range(steps):
-            self.step()
-        synchronize(self.compute.device)
-        return (time.perf_counter() - begin) / steps
+    preset, vocabulary = DEFAULTS[compute.device.type]
+    args.preset, args.vocabulary = args.preset or preset, args.vocabulary or vocabulary
+    config = load_preset(args.preset)
+    args.length = config.model.length = args.length or config.model.length
+    dataset = prepare(DataConfig(corpus="python-docs", tokenizer="bpe-4096"), progress=False)
+    if args.vocabulary < dataset.tokenizer.model_vocab_size:
+        raise UsageError(f"--vocabulary {args.vocabulary} is below the corpus's own {dataset.tokenizer.model_vocab_size}")
+    loader = SequenceLoader(dataset.train, config.model.length, 1)
+    return Setting(config, args.vocabulary, args.micro_batch, compute, loader, ranks.rank, ranks.count)
 
 
-def synchronize(device: torch.device) -> None:
-    """Wait for the device."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+def build(name: str, setting: Setting) -> tuple[Variant | None, str]:
+    """The variant after a first step, or None and why there is none."""
+    try:
+        variant = Variant(name, setting)
+        variant.timed(2 if name == COMPILED or setting.compute.compile else 1)
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        return None, f"out of memory with {setting.batch} sequences"
+    return variant, ""
 
 
-def check_agreement(plain: Bench, ours: Bench, tokens: torch.Tensor) -> float:
-    """The largest relative difference of loss and gradients on one masked batch without dropout; raises where they disagree."""
-    noisy, weight = plain.model.masks(tokens)
-    rows = (noisy == plain.model.mask_id).flatten().nonzero().flatten()
-    weights = weight.repeat_interleave((noisy == plain.model.mask_id).sum(1))
-    plain.model.eval()
-    with plain.compute.autocast():
-        want = plain.model.loss(tokens, noisy, weight)
-        got = ours.model(noisy, rows, tokens.flatten()[rows], weights)[0] / tokens.numel()
-    want.backward()
-    got.backward()
-    plain.model.train()
-    worst = abs(float(got.detach() - want.detach())) / abs(float(want.detach()))
-    theirs = {name: p.grad for name, p in plain.model.named_parameters()}
-    mine = block_by_block({name: p.grad for name, p in ours.model.named_parameters()}, len(ours.model.blocks))
-    for name, grad in mine.items():
-        scale = float(theirs[name].norm())
-        worst = max(worst, float((grad - theirs[name]).norm()) / scale if scale else 0.0)
-    limit = 5e-2 if plain.compute.dtype is torch.bfloat16 else 1e-3
-    if not worst < limit:
-        raise RuntimeError(f"the variants disagree: loss and gradients differ by up to {worst:.2e} of their size")
-    plain.model.zero_grad()
-    ours.model.zero_grad()
-    return worst
+def build_all(
+    names: list[str], args: argparse.Namespace, setting: Setting, ranks: Ranks, budget: Budget
+) -> tuple[Any, Any, float]:
+    """(variants, why others are missing, agreement). Plain and atat_fast first, checked before they are warmed up."""
+    found: dict[str, Variant] = {}
+    reasons = {name: reason for name in names if (reason := missing(name))}
+    checked = {name: Variant(name, setting) for name in (PLAIN, OURS)}
+    tokens = setting.loader.batch(0, min(setting.batch, 8))[0].to(setting.compute.device)
+    worst = check_agreement(checked[PLAIN], checked[OURS], tokens)
+    del checked
+    step = 0.0
+    for name in sorted(set(names) - set(reasons), key=lambda n: n == COMPILED):  # the one that time may not allow comes last
+        if name == COMPILED and setting.compute.device.type == "cpu" and not args.variants:
+            rest = COMPILE_SECONDS + 4 * step + sum(CHILD_SECONDS for _ in found)
+            if not ranks.agree(float(budget.allows(rest))):
+                reasons[name] = NO_TIME
+                continue
+        variant, reason = build(name, setting)
+        if variant is None:
+            reasons[name] = reason
+            continue
+        found[name] = variant
+        step += variant.timed(1)
+    return {name: found[name] for name in names if name in found}, reasons, worst
 
 
-def summary(seconds: list[float], tokens: int) -> dict[str, float]:
-    """Median and quartiles of tokens a second."""
-    rates = sorted(tokens / s for s in seconds)
-    low, middle, high = statistics.quantiles(rates, n=4) if len(rates) > 1 else (rates[0],) * 3
-    return {"tokens_per_second": middle, "low": low, "high": high}
+def rounds(
+    variants: dict[str, Variant], args: argparse.Namespace, ranks: Ranks, meter: EnergyMeter, budget: Budget
+) -> tuple[dict[str, list[float]], dict[str, float | None]]:
+    """Seconds a step of every round, and joules of all of a variant's steps. At least two rounds, whatever the time."""
+    steps = {}
+    for name, variant in variants.items():
+        one = variant.timed(1)
+        turn = args.steps or (1 if variant.device.type == "cpu" else max(1, round(TURN_SECONDS / one)))
+        steps[name] = int(ranks.agree(turn))
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    joules: dict[str, float | None] = dict.fromkeys(variants)
+    for i in range(args.rounds):
+        begin = time.monotonic()
+        for name, variant in variants.items():
+            synchronize(variant.device)
+            before = meter.joules()
+            seconds[name].append(variant.timed(steps[name]))
+            after = meter.joules()
+            if before is not None and after is not None:
+                joules[name] = (joules[name] or 0.0) + (after - before) / steps[name]
+        took = time.monotonic() - begin
+        rest = took * 2 + (CHILD_SECONDS + took) * len(variants) / 2
+        if i >= 1 and ranks.agree(float(not budget.allows(rest))):
+            break
+    return seconds, joules
 
 
-def peak_resident_bytes() -> int:
-    """Most memory this process has held. Read from Linux's own count: getrusage starts a child with its parent's peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))
+def child(kind: str, name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any] | None:
+    """What a process of its own says of one variant's memory, or None where it failed or took too long."""
+    passed = [f"--{k}={getattr(args, k)}" for k in ("preset", "vocabulary", "length", "micro_batch", "device", "dtype")]
+    command = [
+        sys.executable,
+        __file__,
+        *passed,
+        "--variants",
+        name,
+        "--child",
+        kind,
+        "--seconds",
+        str(min(seconds, LARGEST_SECONDS)),
+    ]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=seconds if seconds < 1e6 else None)
+        said = done.stdout
+    except subprocess.TimeoutExpired as error:
+        said = (error.stdout or b"").decode() if kind == "largest" else ""
+    lines = [line for line in said.splitlines() if line.startswith("{")]
+    return json.loads(lines[-1]) if lines else None
 
 
-def peak_memory(name: str, arguments: list[str]) -> int | None:
-    """Largest memory of a process that runs three steps of one variant, above one that only builds it, in bytes."""
-    sizes = []
-    for steps in ("0", "3"):
-        command = [sys.executable, __file__, *arguments, "--memory_of", name, "--memory_steps", steps]
-        done = subprocess.run(command, capture_output=True, text=True)
-        if done.returncode:
-            return None
-        sizes.append(int(done.stdout.split()[-1]))
-    return sizes[1] - sizes[0]
+def be_child(args: argparse.Namespace, setting: Setting) -> int:
+    """Print as JSON: the memory of two steps, or the largest micro-batch so far after each that fits."""
+    (name,) = args.variants
+    on_gpu = setting.compute.device.type == "cuda"
+    if args.child == "memory":
+        variant = Variant(name, setting)
+        held = torch.cuda.memory_allocated() if on_gpu else reset_peak_resident_bytes()
+        if on_gpu:
+            torch.cuda.reset_peak_memory_stats()
+        variant.timed(2)
+        peak = torch.cuda.max_memory_allocated() if on_gpu else peak_resident_bytes()
+        print(json.dumps({"step": peak - held, "peak": peak}))
+        return 0
+    budget, fits = Budget(args.seconds), 0
+    try:
+        while budget.allows(0):
+            batch = max(1, 2 * fits)
+            Variant(name, dataclasses.replace(setting, batch=batch)).timed(2)
+            fits = batch
+            print(json.dumps({"micro_batch": fits, "full": False}), flush=True)
+            torch.cuda.empty_cache()
+    except torch.OutOfMemoryError:
+        print(json.dumps({"micro_batch": fits, "full": True}))
+    return 0
+
+
+def reset_peak_resident_bytes() -> int:
+    """Look anew for the most memory this process holds, from what it holds now. Where Linux refuses, the peak so far stays."""
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak_resident_bytes()
+
+
+def summary(
+    variant: Variant, seconds: list[float], joules: float | None, parts: tuple[dict[str, float], float], peak: float | None
+) -> dict[str, Any]:
+    """One variant's figures."""
+    s, tokens = variant.setting, variant.setting.tokens
+    low, middle, high = spread(sorted(tokens / x for x in seconds))
+    by_part, step = parts
+    rows = s.batch * s.config.model.length
+    result: dict[str, Any] = {
+        "tokens_per_second": middle, "low": low, "high": high, "step_seconds": tokens / middle,
+        "parts": by_part, "parts_step_seconds": step, "mean_loss": variant.mean_loss(),
+    }  # fmt: skip
+    for key, head in (("mfu_all_rows", rows), ("mfu_hidden_rows", rows // 2)):
+        work = step_cost(s.config.model, s.vocabulary, s.batch, head).flops
+        result[key] = None if peak is None else work / (tokens / middle) / peak
+    result |= {"watts": None, "joules_per_million_tokens": None}
+    return result | figures(joules, sum(seconds), tokens / s.ranks * len(seconds))
+
+
+def measure(args: argparse.Namespace) -> int:
+    """What `main` does with parsed arguments."""
+    budget, names = Budget(args.seconds), chosen(args.variants)
+    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype))
+    ranks = Ranks(compute.device)
+    try:
+        compute = dataclasses.replace(compute, device=ranks.device)
+        setting = setting_of(args, compute, ranks)
+        return be_child(args, setting) if args.child else compare(names, args, setting, ranks, budget)
+    finally:
+        ranks.close()
+
+
+def compare(names: list[str], args: argparse.Namespace, setting: Setting, ranks: Ranks, budget: Budget) -> int:
+    """Check, time, print, write."""
+    compute = setting.compute
+    each = f"{args.micro_batch} x {args.length} tokens a step" + (f" and rank, {ranks.count} ranks" if ranks.count > 1 else "")
+    ranks.say(f"{compute.describe()}; preset {args.preset}, V={args.vocabulary:,}, {each}")
+    variants, reasons, worst = build_all(names, args, setting, ranks, budget)
+    ranks.say(f"checked: on one batch, losses and gradients agree to {worst:.1e}")
+    if not variants:
+        raise UsageError("none of these variants can run: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
+    meter = EnergyMeter(compute.device)
+    seconds, joules = rounds(variants, args, ranks, meter, budget)
+    facts = environment(compute) | {"load_average": os.getloadavg()[0]}
+    known = devices.find(facts, RESULTS)
+    peak = None if known is None or (compute.device.type == "cuda" and compute.dtype is not torch.bfloat16) else known.flops
+    results = {}
+    for name, variant in variants.items():
+        parts = variant.parts(1 if compute.device.type == "cpu" else 5)
+        results[name] = summary(variant, seconds[name], joules[name], parts, peak)
+    for r in results.values():
+        for key, base in (("ratio", PLAIN), ("ratio_compiled", COMPILED)):
+            r[key] = r["tokens_per_second"] / results[base]["tokens_per_second"] if base in results else None
+    folder = args.out or results_folder(compute.device)
+    stem = f"throughput-{args.preset}-{args.vocabulary}" + (f"-{ranks.count}-ranks" if ranks.count > 1 else "")
+    record: dict[str, Any] = {
+        "benchmark": "throughput",
+        "settings": {k: getattr(args, k) for k in ("preset", "vocabulary", "micro_batch", "steps", "length")}
+        | {"rounds": len(next(iter(seconds.values()))), "ranks": ranks.count},
+        "agreement": worst, "results": results, "missing": reasons, "environment": facts,
+    }  # fmt: skip
+    if args.profile and ranks.rank == 0:
+        from profiling import profile
+
+        record["profile"] = {name: profile(v, folder / f"{stem}-{name}.trace.json.gz", known) for name, v in variants.items()}
+    if args.sampling and ranks.rank == 0:
+        from sampling import time_samplers
+
+        model = (variants.get(OURS) or variants.get(ADAPTIVE) or Variant(OURS, setting)).model
+        record["sampling"] = time_samplers(model, compute, batch=2 if compute.device.type == "cpu" else 16, budget=budget.left)
+    del variants
+    if ranks.count == 1:
+        memory(results, args, budget, record)
+    if ranks.rank == 0:
+        print("\n".join(table(record)))
+        write(record, folder, stem)
+    return 0
+
+
+def memory(results: dict[str, Any], args: argparse.Namespace, budget: Budget, record: dict[str, Any]) -> None:
+    """Fill in the memory of a step, and with --largest the largest micro-batch, each from a process of its own."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    record["largest_micro_batch"] = {}
+    for name, r in sorted(results.items(), key=lambda item: item[0] == COMPILED):
+        enough = budget.allows(CHILD_SECONDS + 3 * r["step_seconds"])
+        found = child("memory", name, args, max(budget.left, 1.0)) if enough else None
+        r["step_memory_bytes"], r["peak_memory_bytes"] = (found["step"], found["peak"]) if found else (None, None)
+        if args.largest and record["environment"]["device"].startswith("CPU"):
+            record["largest_micro_batch"] = "not measured on a CPU"
+        elif args.largest:
+            record["largest_micro_batch"][name] = child("largest", name, args, LARGEST_SECONDS)
+
+
+def table(record: dict[str, Any]) -> list[str]:
+    """The results as lines: rates, then where a step's time goes."""
+    results, reasons = record["results"], record["missing"]
+
+    def mib(size: int | None) -> str:
+        return "-" if size is None else f"{size / (1 << 20):,.0f} MiB"
+
+    def of(value: float | None, text: str) -> str:
+        return "-" if value is None else format(value, text)
+
+    lines = [
+        f"{'variant':<16}{'tokens/s':>10}{'quartiles':>18}{'x mdlm':>8}{'x compiled':>11}{'a step adds':>13}{'peak':>12}"
+        f"{'MFU all':>9}{'hidden':>8}{'W':>6}{'J/Mtok':>9}{'loss':>8}"
+    ]
+    for name in VARIANTS:
+        if name in reasons:
+            lines.append(f"{name:<16}{reasons[name]}")
+        elif name in results:
+            r = results[name]
+            lines.append(
+                f"{name:<16}{r['tokens_per_second']:>10,.0f}{r['low']:>9,.0f} -{r['high']:>7,.0f}{of(r['ratio'], '.2f'):>8}"
+                f"{of(r['ratio_compiled'], '.2f'):>11}{mib(r.get('step_memory_bytes')):>13}{mib(r.get('peak_memory_bytes')):>12}"
+                f"{of(r['mfu_all_rows'], '.1%'):>9}{of(r['mfu_hidden_rows'], '.1%'):>8}{of(r['watts'], '.0f'):>6}"
+                f"{of(r['joules_per_million_tokens'], ',.0f'):>9}{r['mean_loss']:>8.3f}"
+            )
+    lines += ["", f"{'ms of a step':<16}" + "".join(f"{part:>10}" for part in PARTS) + f"{'sum':>10}{'step':>10}"]
+    for name, r in results.items():
+        total, step = sum(r["parts"].values()), r["step_seconds"]
+        off = "" if abs(total / step - 1) <= 0.1 else f"   the steps that were taken apart took {total / step:.2f} of a timed one"
+        lines.append(
+            f"{name:<16}"
+            + "".join(f"{r['parts'][part] * 1e3:>10.1f}" for part in PARTS)
+            + f"{total * 1e3:>10.1f}{step * 1e3:>10.1f}{off}"
+        )
+    if record.get("largest_micro_batch"):
+        lines += ["", "largest micro-batch: " + largest_text(record["largest_micro_batch"])]
+    for name, kept in record.get("profile", {}).items():
+        from profiling import op_table
+
+        lines += ["", *op_table(name, kept)]
+    if "sampling" in record:
+        from sampling import table as sampling_table
+
+        lines += ["", *sampling_table(record["sampling"])]
+    return lines
+
+
+def largest_text(found: Any) -> str:
+    """`atat_fast 64, mdlm at least 16`."""
+    if isinstance(found, str):
+        return found
+    say = {None: "unknown"}
+    return ", ".join(
+        f"{name} {say[None] if x is None else ('' if x['full'] else 'at least ') + str(x['micro_batch'])}"
+        for name, x in found.items()
+    )
+
+
+def write(record: dict[str, Any], folder: Path, stem: str) -> None:
+    """The JSON and the picture."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{stem}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    from report_pictures import throughput_png
+
+    picture = path.with_suffix(".png")
+    picture.write_bytes(throughput_png(record))
+    print(f"written to {path} and {picture.name}")
 
 
 def main() -> int:
-    """Time the variants, print the table, write the JSON."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--preset", default="tiny", help="model sizes")
-    parser.add_argument("--vocabulary", type=int, default=30_522, help="ids of the model, the mask included")
-    parser.add_argument("--length", type=int, default=0, help="tokens of a sequence; 0 is the preset's")
-    parser.add_argument("--micro_batch", type=int, default=8, help="sequences a step")
-    parser.add_argument("--rounds", type=int, default=5, help="interleaved rounds")
-    parser.add_argument("--steps", type=int, default=1, help="steps of each variant in a round")
-    parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
-    parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--out", type=Path, default=None, help="folder for the JSON; bench/results/<device> by default")
-    parser.add_argument("--memory_of", choices=VARIANTS, help=argparse.SUPPRESS)
-    parser.add_argument("--memory_steps", type=int, default=0, help=argparse.SUPPRESS)
-    args = parser.parse_args()
+    """The script: 0, or 2 on bad input."""
+    args = arguments().parse_args()
     try:
         return measure(args)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-
-
-def measure(args: argparse.Namespace) -> int:
-    """What `main` does with parsed arguments."""
-    if min(args.rounds, args.steps, args.micro_batch) < 1 or args.length < 0:
-        raise UsageError("--rounds, --steps and --micro_batch must be at least 1, and --length at least 0")
-    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype))
-    config = load_preset(args.preset).model
-    config.length = args.length or config.length
-    dataset = prepare(DataConfig(corpus="python-docs", tokenizer="bpe-4096"), progress=False)
-    if args.vocabulary < dataset.tokenizer.model_vocab_size:
-        raise UsageError(f"--vocabulary {args.vocabulary} is below the corpus's own {dataset.tokenizer.model_vocab_size}")
-    loader = SequenceLoader(dataset.train, config.length, 1)
-
-    def build(name: str) -> Bench:
-        return Bench(name, config, args.vocabulary, args.micro_batch, compute, loader)
-
-    if args.memory_of:
-        one = build(args.memory_of)
-        one.timed(args.memory_steps) if args.memory_steps else None
-        peak = torch.cuda.max_memory_allocated() if compute.device.type == "cuda" else peak_resident_bytes()
-        print(peak)
-        return 0
-
-    variants = {name: build(name) for name in VARIANTS}
-    tokens = args.micro_batch * config.length
-    worst = check_agreement(variants["mdlm"], variants["atat_fast"], loader.batch(0, args.micro_batch)[0].to(compute.device))
-    print(f"{compute.describe()}; preset {args.preset}, V={args.vocabulary}, {args.micro_batch} x {config.length} tokens a step")
-    print(f"checked: on one batch, losses and gradients agree to {worst:.1e}")
-    seconds: dict[str, list[float]] = {name: [] for name in VARIANTS}
-    for name in VARIANTS:
-        variants[name].timed(1)
-    for _ in range(args.rounds):
-        for name in VARIANTS:
-            seconds[name].append(variants[name].timed(args.steps))
-    passed = [f"--{k}={getattr(args, k)}" for k in ("preset", "vocabulary", "length", "micro_batch", "device", "dtype")]
-    results = {}
-    for name in VARIANTS:
-        loss = torch.stack([torch.as_tensor(x) for x in variants[name].losses]).mean()
-        results[name] = summary(seconds[name], tokens) | {
-            "step_memory_bytes": peak_memory(name, passed),
-            "mean_loss": float(loss),
-        }
-    base = results["mdlm"]["tokens_per_second"]
-    print(f"{'variant':12} {'tokens/s':>10} {'quartiles':>17} {'ratio':>7} {'memory of a step':>17} {'mean loss':>10}")
-    for name, r in results.items():
-        r["ratio"] = r["tokens_per_second"] / base
-        memory = "unknown" if r["step_memory_bytes"] is None else f"{r['step_memory_bytes'] / (1 << 20):,.0f} MiB"
-        spread = f"{r['low']:,.0f} to {r['high']:,.0f}"
-        print(f"{name:12} {r['tokens_per_second']:10,.0f} {spread:>17} {r['ratio']:6.2f}x {memory:>17} {r['mean_loss']:10.3f}")
-    settings = {k: getattr(args, k) for k in ("preset", "vocabulary", "micro_batch", "rounds", "steps")} | {
-        "length": config.length
-    }
-    record = {
-        "benchmark": "throughput",
-        "settings": settings,
-        "agreement": worst,
-        "results": results,
-        "environment": environment(compute),
-    }
-    assert all(math.isfinite(r["tokens_per_second"]) for r in results.values())
-    folder = args.out or Path(__file__).parent / "results" / compute.device.type
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"throughput-{args.preset}-{args.vocabulary}.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path}")
-    return 0
 
 
 if __name__ == "__main__":

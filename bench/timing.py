@@ -12,10 +12,10 @@ import torch
 RESULTS = Path(__file__).resolve().parent / "results"
 
 
-def results_folder(device: torch.device) -> Path:
+def results_folder(device: torch.device, results: Path = RESULTS) -> Path:
     """bench/results/cpu, or a folder named after the GPU; made where it is missing."""
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace(" ", "-")
-    folder = RESULTS / name
+    folder = results / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
 

@@ -17,12 +17,15 @@ import time
 from pathlib import Path
 from typing import Any
 
+sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
+
+from timing import results_folder
+
 from atat_fast.config import Config, load_preset
 from atat_fast.errors import UsageError
 from atat_fast.training.device import environment, resolve
 from atat_fast.training.trainer import Diverged, Trainer
 
-RESULTS = Path(__file__).resolve().parent / "results"
 VARIANTS = {
     "mdlm": {"masking": "bernoulli", "pairing": "independent", "weighting": "uniform"},
     "exact": {"masking": "exact", "pairing": "antithetic", "weighting": "uniform"},
@@ -62,7 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")
     parser.add_argument("--seeds", type=int, default=1, help="runs of each variant")
     parser.add_argument("--seconds", type=float, default=600, help="begin no run after this")
-    parser.add_argument("--out", type=Path, default=None, help="folder of training.json; bench/results/<device type> by default")
+    parser.add_argument("--out", type=Path, default=None, help="folder of training.json; bench/results/<device> by default")
     args = parser.parse_args(arguments)
     begin, rows, status = time.monotonic(), [], 0
     try:
@@ -91,7 +94,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    folder = args.out or RESULTS / compute.device.type
+    folder = args.out or results_folder(compute.device)
     folder.mkdir(parents=True, exist_ok=True)
     model = {"preset": args.preset, "length": base.model.length, "global_batch": base.train.global_batch}
     model["train_steps"] = args.steps

@@ -22,7 +22,8 @@ def script(name, *arguments, root=ROOT, cwd=None):
 
 @pytest.mark.slow
 def test_throughput_checks_then_times_and_writes(tmp_path):
-    small = ["--vocabulary", 30522, "--length", 128, "--micro_batch", 2, "--rounds", 2, "--out", tmp_path / "out"]
+    small = ["--vocabulary", 30522, "--length", 128, "--micro_batch", 2, "--rounds", 2, "--dtype", "fp32", "--seconds", 0,
+             "--variants", "mdlm", "atat_fast", "--out", tmp_path / "out"]  # fmt: skip
     done = script("throughput.py", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "losses and gradients agree to" in done.stdout

@@ -1,0 +1,310 @@
+"""The training steps that bench/throughput.py times: plain MDLM, the same compiled, atat_fast, and atat_fast with all of ATAT.
+
+All begin with the same weights and read the same tokens. A step is everything a trainer does: read tokens, hide some, forward,
+backward, clip, optimizer, average. Which part the time belongs to is noted by a clock, which does nothing unless it is started.
+Under torchrun each rank takes its slots of one global batch, and gradients are summed by DistributedDataParallel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from mdlm import PlainMDLM, block_by_block
+from timing import synchronize
+from torch import Tensor, nn
+
+from atat_fast.config import Config, OptimConfig, load_preset, preset_names
+from atat_fast.data import SequenceLoader
+from atat_fast.diffusion.masking import MaskedBatch, hide_for_training
+from atat_fast.models import DiT
+from atat_fast.models.dit import Randomness
+from atat_fast.training.device import Compute
+from atat_fast.training.optimizers import Average, Optimizers
+
+PLAIN, COMPILED, OURS, ADAPTIVE = VARIANTS = ("mdlm", "mdlm+compile", "atat_fast", "atat_fast+atat")
+MEANING = {
+    PLAIN: "MDLM as people run it: eager, SDPA, fp32 log-probabilities of every token",
+    COMPILED: "the same under torch.compile",
+    OURS: "atat_fast, uniform masks",
+    ADAPTIVE: "atat_fast with importance estimator, two-stage masks, importance weights and curriculum",
+}
+PARTS = ("data", "masking", "forward", "backward", "clip", "optimizer", "average")
+LR = 1e-4
+SEED = 1
+PROGRESS = 0.9
+"""Where in its curriculum the ATAT variant is held: in the last phase, where tilt and focus are not 0."""
+
+
+class Clock:
+    """Which part of a step the time belongs to: wall time on a CPU, events of the stream on a GPU, where nothing waits."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.on, self.current = device, False, ""
+        self.marks: list[tuple[str, Any]] = []
+
+    def _mark(self, name: str) -> None:
+        self.current = name
+        if self.device.type == "cuda":
+            stamp: Any = torch.cuda.Event(enable_timing=True)
+            stamp.record()
+        else:
+            stamp = time.perf_counter()
+        self.marks.append((name, stamp))
+
+    @contextlib.contextmanager
+    def part(self, name: str) -> Iterator[None]:
+        """Time inside belongs to `name`, and afterwards again to what it belonged to before."""
+        if not self.on:
+            yield
+            return
+        before = self.current
+        with torch.profiler.record_function(f"part:{name}"):
+            self._mark(name)
+            yield
+            self._mark(before)
+
+    @contextlib.contextmanager
+    def started(self) -> Iterator[None]:
+        """Within, parts are noted, from nothing."""
+        self.on, self.current, self.marks = True, "", []
+        try:
+            yield
+        finally:
+            self.on = False
+
+    def seconds(self) -> dict[str, float]:
+        """Seconds of every part since `started`, in the order of a step."""
+        synchronize(self.device)
+        total = dict.fromkeys(PARTS, 0.0)
+        for (name, begin), (_, end) in zip(self.marks, self.marks[1:], strict=False):
+            if name:
+                total[name] += begin.elapsed_time(end) / 1e3 if self.device.type == "cuda" else end - begin
+        return total
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What all variants share. `batch` sequences on each of `ranks` processes."""
+
+    config: Config
+    vocabulary: int
+    batch: int
+    compute: Compute
+    loader: SequenceLoader
+    rank: int = 0
+    ranks: int = 1
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step, over all ranks."""
+        return self.ranks * self.batch * self.config.model.length
+
+
+class Plain:
+    """Plain MDLM's loss with the interface of an objective."""
+
+    def __init__(self, model: PlainMDLM, compute: Compute, compiled: bool) -> None:
+        self.model, self.compute, self.estimator = model, compute, None
+        self.forward = model.loss
+        if compiled:
+            mode = "max-autotune-no-cudagraphs" if compute.device.type == "cuda" else "default"
+            self.forward = torch.compile(model.fusible_loss, mode=mode, dynamic=False)
+
+    def hide(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """(noisy, weight)."""
+        return self.model.masks(tokens)
+
+    def loss(self, tokens: Tensor, ids: Tensor, *, first: int, step: int, progress: float = 0.0) -> tuple[Tensor, dict[str, Any]]:
+        """The mean over this rank's tokens."""
+        noisy, weight = self.hide(tokens)
+        with self.compute.autocast():
+            return self.forward(tokens, noisy, weight), {}
+
+
+class Uniform:
+    """Uniform masks under the bound's weights: what a version without `atat_fast.training.objective` trains on."""
+
+    def __init__(self, model: DiT, config: Config, compute: Compute, *, seed: int, total: int) -> None:
+        self.model, self.config, self.compute, self.seed, self.total = model, config, compute, seed, total
+        self.estimator = None
+        self.forward: Any = torch.compile(model) if compute.compile else model
+
+    def hide(self, tokens: Tensor, ids: Tensor, *, first: int, step: int) -> MaskedBatch:
+        """Masks of slots first .. first + B - 1."""
+        return hide_for_training(
+            tokens, self.config.diffusion, first=first, total=self.total, mask_id=self.model.mask_id, sample_ids=ids,
+            seed=self.seed, step=step,
+        )  # fmt: skip
+
+    def loss(self, tokens: Tensor, ids: Tensor, *, first: int, step: int, progress: float = 0.0) -> tuple[Tensor, dict[str, Any]]:
+        """This rank's share of the global batch's nats a token."""
+        batch = self.hide(tokens, ids, first=first, step=step)
+        randomness = Randomness(self.seed, torch.full((), step, device=tokens.device), ids)
+        if self.compute.compile:  # one graph for every number of hidden rows
+            for tensor in (batch.rows, batch.target, batch.weights):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        with self.compute.autocast():
+            loss, _ = self.forward(batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share, randomness)
+        return loss / (self.total * tokens.shape[1]), {}
+
+
+def has_objective() -> bool:
+    """Whether this version of the package has ATAT."""
+    return importlib.util.find_spec("atat_fast.training.objective") is not None and "atat" in preset_names()
+
+
+def missing(name: str) -> str | None:
+    """Why a variant cannot be built at all, or None where it can."""
+    return "not in this version" if name == ADAPTIVE and not has_objective() else None
+
+
+def with_every_part(config: Config) -> Config:
+    """`config` with all of the `atat` preset's ATAT on, its estimator at the size that is default rather than the demo's."""
+    atat: Any = load_preset("atat")
+    source = dataclasses.replace(type(atat.importance)(), source=atat.importance.source, sees=atat.importance.sees,
+                                 tilt=atat.importance.tilt, focus=atat.importance.focus)  # fmt: skip
+    return dataclasses.replace(config, importance=source, curriculum=atat.curriculum, diffusion=atat.diffusion)
+
+
+def common_start(setting: Setting) -> DiT:
+    """The weights that all variants begin with, away from the all-zero start so that every gradient is real."""
+    torch.manual_seed(0)
+    model = DiT(setting.vocabulary, setting.vocabulary - 1, **vars(setting.config.model))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.02 * torch.randn_like(p))
+    return model
+
+
+def objective_of(name: str, setting: Setting) -> Any:
+    """The variant's loss, with its model on the device."""
+    ours, compute = common_start(setting), setting.compute
+    if name in (PLAIN, COMPILED):
+        plain = PlainMDLM(setting.vocabulary, setting.vocabulary - 1, setting.config.model)
+        plain.load_state_dict(block_by_block(ours.state_dict(), setting.config.model.layers))
+        return Plain(plain.to(compute.device), compute, name == COMPILED)
+    ours, total = ours.to(compute.device), setting.ranks * setting.batch
+    if not has_objective():
+        return Uniform(ours, setting.config, compute, seed=SEED, total=total)
+    from atat_fast.training.objective import Objective
+
+    config = with_every_part(setting.config) if name == ADAPTIVE else setting.config
+    estimator = None
+    if name == ADAPTIVE:
+        from atat_fast.models.importance import ImportanceEstimator
+
+        estimator = ImportanceEstimator.of(config, None).to(compute.device)
+    return Objective(ours, config, compute, seed=SEED, total=total, estimator=estimator)
+
+
+class Losses(nn.Module):
+    """An objective as a module, so that DistributedDataParallel can hold what it trains."""
+
+    def __init__(self, objective: Any) -> None:
+        super().__init__()
+        self.model, self.estimator, self.objective = objective.model, objective.estimator, objective
+
+    def forward(self, tokens: Tensor, ids: Tensor, first: int, step: int) -> Tensor:
+        """The scalar that is backpropagated."""
+        return self.objective.loss(tokens, ids, first=first, step=step, progress=PROGRESS)[0]
+
+
+class Variant:
+    """One way to train: a loss, its optimizer and average, and a step."""
+
+    def __init__(self, name: str, setting: Setting) -> None:
+        self.name, self.setting = name, setting
+        self.device, self.clock = setting.compute.device, Clock(setting.compute.device)
+        objective = objective_of(name, setting)
+        hide = objective.hide
+
+        def timed_hide(*arguments: Any, **named: Any) -> Any:
+            with self.clock.part("masking"):
+                return hide(*arguments, **named)
+
+        objective.hide = timed_hide
+        self.model, self.losses_of = objective.model, Losses(objective)
+        self.call: Any = self.losses_of
+        # Plain MDLM gives a rank's mean and DDP takes the mean of those; ours gives a share of the sum.
+        self.scale = setting.ranks if name in (OURS, ADAPTIVE) else 1
+        if setting.ranks > 1:
+            ids = [self.device] if self.device.type == "cuda" else None
+            self.call = nn.parallel.DistributedDataParallel(self.losses_of, device_ids=ids)
+        self.optimizers = Optimizers(self.losses_of, OptimConfig())
+        self.average = Average(self.losses_of, 0.9999)
+        self.losses: list[Tensor] = []
+        self.count = 0
+
+    def step(self) -> None:
+        """One whole training step; nothing in it waits for the device."""
+        s, part = self.setting, self.clock.part
+        first = s.rank * s.batch
+        with part("data"):
+            tokens, ids = s.loader.batch(self.count * s.ranks * s.batch + first, s.batch)
+            if self.device.type == "cuda":
+                tokens, ids = (t.pin_memory().to(self.device, non_blocking=True) for t in (tokens, ids))
+        with part("forward"):
+            loss = self.call(tokens, ids, first, self.count) * self.scale
+        with part("backward"):
+            loss.backward()
+        with part("clip"):
+            torch.nn.utils.clip_grad_norm_(self.losses_of.parameters(), 1.0)
+        with part("optimizer"):
+            self.optimizers.step(LR)
+        with part("average"):
+            self.average.update(self.count)
+        self.count += 1
+        self.losses.append(loss.detach())
+
+    def timed(self, steps: int) -> float:
+        """Seconds a step, from an idle device to an idle device."""
+        synchronize(self.device)
+        begin = time.perf_counter()
+        for _ in range(steps):
+            self.step()
+        synchronize(self.device)
+        return (time.perf_counter() - begin) / steps
+
+    def parts(self, steps: int) -> tuple[dict[str, float], float]:
+        """(seconds of each part, seconds) of a step, in steps of their own whose parts are noted."""
+        with self.clock.started():
+            whole = self.timed(steps)
+        return {name: total / steps for name, total in self.clock.seconds().items()}, whole
+
+    def mean_loss(self) -> float:
+        """Nats a token, over all steps so far."""
+        return float(torch.stack(self.losses).mean())
+
+
+def check_agreement(plain: Variant, ours: Variant, tokens: Tensor) -> float:
+    """The largest relative difference of loss and gradients on one masked batch without dropout; raises where they disagree."""
+    one, two = plain.model, ours.model
+    noisy, weight = one.masks(tokens)
+    rows = (noisy == one.mask_id).flatten().nonzero().flatten()
+    weights = weight.repeat_interleave((noisy == one.mask_id).sum(1))
+    one.eval()
+    with plain.setting.compute.autocast():
+        want = (one.fusible_loss if plain.name == COMPILED else one.loss)(tokens, noisy, weight)
+        got = two(noisy, rows, tokens.flatten()[rows], weights)[0] / tokens.numel()
+    want.backward()
+    got.backward()
+    one.train()
+    worst = abs(float(got.detach() - want.detach())) / abs(float(want.detach()))
+    theirs = {name: p.grad for name, p in one.named_parameters()}
+    mine = block_by_block({name: p.grad for name, p in two.named_parameters()}, len(two.blocks))
+    for name, grad in mine.items():
+        scale = float(theirs[name].norm())
+        worst = max(worst, float((grad - theirs[name]).norm()) / scale if scale else 0.0)
+    limit = 5e-2 if plain.setting.compute.dtype is torch.bfloat16 else 1e-3
+    if not worst < limit:
+        raise RuntimeError(f"the variants disagree: loss and gradients differ by up to {worst:.2e} of their size")
+    one.zero_grad()
+    two.zero_grad()
+    return worst
