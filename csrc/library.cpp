@@ -33,6 +33,20 @@ STABLE_TORCH_LIBRARY(atat_fast_c, m) {
       "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? token_weight, Tensor? hidden, Tensor? weight, Tensor? bias, "
       "bool gradient, Tensor(b!) nll, Tensor(c!)? max_probability, Tensor(d!)? entropy, Tensor(e!)? bias_gradient) -> ()");
   m.def("rotary(Tensor(a!) out, Tensor qkv, Tensor cos, Tensor sin, bool inverse) -> ()");
+  m.def(
+      "adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, Tensor? weight, float eps, ScalarType out_dtype) "
+      "-> (Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "adaptive_layer_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor? weight, Tensor mean, Tensor rstd, "
+      "ScalarType shift_dtype) -> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight)");
+  m.def(
+      "gated_residual_norm(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? weight, float dropout, "
+      "Tensor? seed, Tensor? step, Tensor? sample_ids, int stream, float eps, ScalarType out_dtype) "
+      "-> (Tensor total, Tensor y, Tensor mean, Tensor rstd)");
+  m.def(
+      "gated_residual_norm_backward(Tensor? dtotal, Tensor? dy, Tensor total, Tensor branch, Tensor gate, Tensor scale, "
+      "Tensor? weight, Tensor mean, Tensor rstd, float dropout, Tensor? seed, Tensor? step, Tensor? sample_ids, int stream, "
+      "ScalarType shift_dtype) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)");
 }
 
 // An op without a tensor argument has no device to dispatch on.

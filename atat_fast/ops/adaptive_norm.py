@@ -30,8 +30,8 @@ def adaptive_layer_norm(
     """LayerNorm without bias over the last dimension, then modulation.
 
     x: [B, L, D] fp32, bf16 or fp64.   shift, scale: [B, D] or [1, D].   weight: [D] or None for ones.
-    backend: "triton" or "torch"; the fastest that can run where the caller does not say. The kernels take fp32 and bf16, and D up
-             to 4,096; what they cannot take runs on PyTorch.
+    backend: "triton", "cpp" or "torch"; the fastest that can run where the caller does not say. The kernels take fp32 and bf16,
+             and D up to 4,096 on a GPU; what they cannot take runs on PyTorch.
     Returns [B, L, D], in autocast's dtype where autocast is on and in x's otherwise. Differentiable in every tensor, once.
     Raises ValueError when shapes or devices disagree, for fp16, or for a backend that cannot run.
     """
@@ -133,8 +133,9 @@ def _check_random(x: Tensor, *random: Tensor | None) -> None:
             raise ValueError(f"{name} must be int64 of {count} number(s), got shape {tuple(t.shape)} of {t.dtype}")
 
 
-_TOO_WIDE = (("triton", f"rows are wider than {WIDEST:,}, or empty"),)
-_NOT_ITS_DTYPES = (("triton", "the kernels take tensors of fp32 and bf16"),)
+_TOO_WIDE = (("triton", f"rows are wider than {WIDEST:,}"),)
+_EMPTY = tuple((name, "rows are empty") for name in ("triton", "cpp"))
+_NOT_ITS_DTYPES = tuple((name, "the kernels take tensors of fp32 and bf16") for name in ("triton", "cpp"))
 
 
 def _without(*tensors: Tensor | None) -> tuple[tuple[str, str], ...]:
@@ -143,7 +144,10 @@ def _without(*tensors: Tensor | None) -> tuple[tuple[str, str], ...]:
         if t is not None and t.dtype is not torch.float32 and t.dtype is not torch.bfloat16:
             return _NOT_ITS_DTYPES
     assert tensors[0] is not None
-    return () if 0 < tensors[0].shape[-1] <= WIDEST else _TOO_WIDE
+    width = tensors[0].shape[-1]
+    if width == 0:
+        return _EMPTY
+    return _TOO_WIDE if width > WIDEST else ()
 
 
 def adaptive_layer_norm_reference(
@@ -231,6 +235,10 @@ def _norm_triton(
     return outputs
 
 
+def _norm_cpp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.ops.atat_fast_c.adaptive_layer_norm.default(*arguments)  # type: ignore[no-any-return]
+
+
 def _norm_gradients(
     dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -293,6 +301,10 @@ def _norm_backward_triton(
     return dx, *sums
 
 
+def _norm_backward_cpp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    return torch.ops.atat_fast_c.adaptive_layer_norm_backward.default(*arguments)  # type: ignore[no-any-return]
+
+
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     x, shift, scale, weight, _, _, backend = inputs
     ctx.mark_non_differentiable(*output[1:])
@@ -346,6 +358,13 @@ def _gated_triton(
             STREAM_DROPOUT + (layer << 8), eps, *outputs,
         )  # fmt: skip
     return outputs
+
+
+def _gated_cpp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *tensors, layer, eps, out_dtype = arguments
+    return torch.ops.atat_fast_c.gated_residual_norm.default(  # type: ignore[no-any-return]
+        *tensors, STREAM_DROPOUT + (layer << 8), eps, out_dtype
+    )
 
 
 def _gated_backward(
@@ -402,6 +421,13 @@ def _gated_backward_triton(
     return outputs
 
 
+def _gated_backward_cpp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *tensors, layer, shift_dtype = arguments
+    return torch.ops.atat_fast_c.gated_residual_norm_backward.default(  # type: ignore[no-any-return]
+        *tensors, STREAM_DROPOUT + (layer << 8), shift_dtype
+    )
+
+
 def _gated_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     _, branch, gate, shift, scale, weight, dropout, seed, step, sample_ids, layer, _, _, backend = inputs
     total, _, mean, rstd = output
@@ -422,10 +448,10 @@ def _gated_autograd(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, *_: Any)
     return (dr, db, dgate, dshift, dscale, None if weight is None else dweight, *(None,) * 8)
 
 
-backends("adaptive_layer_norm", triton=_norm_triton, torch=_norm)
-backends("adaptive_layer_norm_backward", triton=_norm_backward_triton, torch=_norm_backward)
-backends("gated_residual_norm", triton=_gated_triton, torch=_gated)
-backends("gated_residual_norm_backward", triton=_gated_backward_triton, torch=_gated_backward)
+backends("adaptive_layer_norm", triton=_norm_triton, cpp=_norm_cpp, torch=_norm)
+backends("adaptive_layer_norm_backward", triton=_norm_backward_triton, cpp=_norm_backward_cpp, torch=_norm_backward)
+backends("gated_residual_norm", triton=_gated_triton, cpp=_gated_cpp, torch=_gated)
+backends("gated_residual_norm_backward", triton=_gated_backward_triton, cpp=_gated_backward_cpp, torch=_gated_backward)
 register(
     "adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, Tensor? weight, float eps, ScalarType out_dtype, str backend) "
     "-> (Tensor y, Tensor mean, Tensor rstd)",
