@@ -36,7 +36,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.masks < 0 or args.masks == 1:
         raise UsageError(f"masks must be 0, or at least 2 draws to have a spread, got {args.masks}")
     if args.masks_of is not None:
-        _print_masks(mask_errors_of(Path(args.masks_of), args.masks or 16, config), args.masks_of)
+        _print_masks(mask_errors_of(Path(args.masks_of), args.masks or 16, config))
         return 0
 
     from atat_fast.training import comparison, comparison_page
@@ -58,7 +58,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.masks:
         rows = mask_errors_of(folder / "runs" / f"{next(iter(plan.recipes))}-seed{config.train.seed}", args.masks, config)
         found["masks"] = rows
-        text += "\n\n" + _print_masks(rows, rows[0]["model"])
+        text += "\n\n" + _print_masks(rows)
     for path in comparison_page.write(plan, results, found, text):
         print(path)
     return int(any("diverged" in r for each in results.values() for r in each))
@@ -77,13 +77,13 @@ def mask_errors_of(run: Path, replicates: int, config: Any) -> list[dict[str, An
     compute = resolve(config.train)
     split = prepare(saved.config.data, tokenizer=tokenizer).valid
     errors = model_mask_errors(model.to(compute.device), split, config.eval, compute.autocast(), replicates=replicates)
-    return [{"model": str(run), "replicates": replicates} | row for row in mask_rows(errors)]
+    return [{"model": run.name, "replicates": replicates} | row for row in mask_rows(errors)]
 
 
-def _print_masks(rows: list[dict[str, Any]], model: str) -> str:
+def _print_masks(rows: list[dict[str, Any]]) -> str:
     from atat_fast.training.comparison_page import mask_table
 
-    head = f"Standard error that masks leave in one estimate, {rows[0]['replicates']} draws of each, {model}:"
+    head = f"Standard error that masks leave in one estimate, {rows[0]['replicates']} draws of each, model of {rows[0]['model']}:"
     print(f"\n{head}\n{mask_table(rows)}")
     return f"{head}\n{mask_table(rows)}"
 

@@ -249,6 +249,9 @@ def _page(run: Run, curves: Curves, light: dict[str, bytes], dark: dict[str, byt
     caption = "Dots are training steps as logged. "
     if flat.get("diffusion.weighting") == "ce":
         caption += "The training loss is the plain mean over hidden tokens, another quantity than val/nll."
+    elif isinstance(until := flat.get("diffusion.ce_until"), float) and 0 < until <= 1:
+        caption += f"Until {until:.0%} of the run the training loss is the plain mean over hidden tokens, "
+        caption += "another quantity than val/nll; after that it is the bound on a few sequences with fresh masks."
     else:
         caption += "The training loss is the bound on a few sequences with fresh masks, hence the scatter."
     sections = [

@@ -3,6 +3,7 @@
     python bench/report.py                      rewrite the tables and pictures
     python bench/report.py --check              exit 1 where a table is not what the files give
     python bench/report.py --record runs/demo   first keep a run's settings, facts and metrics under bench/results
+    python bench/report.py --record_compare compare/demo   first keep what a comparison of recipes found there
 
 Tables stand between <!-- NAME --> and <!-- /NAME --> in their document. A table for a device appears when its files do.
 """
@@ -19,11 +20,12 @@ from pathlib import Path
 from typing import Any
 
 from atat_fast.errors import UsageError
-from atat_fast.training.figures import compact, duration, overview_png
+from atat_fast.training.figures import compact, duration, measured, overview_png
 from atat_fast.training.run_reader import Run, curves_of, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README, DOCS = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs"
+COMPARED = DOCS / "atat.md"
 IMAGES = DOCS / "images"
 RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl")
 
@@ -60,6 +62,45 @@ def demo_table(run: Run) -> str:
         "on": f"{facts['device']}, {facts['cpu_threads']} threads, {facts['dtype']}",
     }
     return "\n".join(["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in rows.items())])
+
+
+def compare_table(results: Path) -> str:
+    """Recipes at equal cost, every device: the bound with its standard error, and paired differences from the first."""
+    lines: list[str] = []
+    for path in sorted(results.glob("*/compare.json")):
+        found = json.loads(path.read_text(encoding="utf-8"))
+        facts, s, first = found["environment"], found["settings"], found["results"][0]["recipe"]
+        differences = {d["minus"]: d for d in found["differences"] if d["of"] == first}
+        kind, amount = s["budget"].split("=")
+        cost = f"{compact(float(amount))} tokens" if kind == "tokens" else f"{amount} min of training"
+        what = f"Preset {s['preset']} on {s['corpus']}, {cost} a run, {s['seeds']} seeds; {facts['device']}, {facts['dtype']}."
+        lines += [*([""] if lines else []), what, ""]
+        lines += [
+            f"| recipe | steps | tokens | training | val/nll | bits per byte | below {first} | better in | as low after |",
+            "|---|---|---|---|---|---|---|---|---|",
+        ]
+        for r in found["results"]:
+            name, d = r["recipe"], differences.get(r["recipe"])
+            row = [name, f"{r['steps']:,}", compact(r["tokens"]), duration(r["train_seconds"])]
+            if r.get("nll") is None:
+                lines.append(f"| {' | '.join(row)} | diverged | | | | |")
+                continue
+            share = r["share_of_first"]
+            as_low = (
+                "" if d is None else "never" if share is None else f"{share:.0%} of its {'time' if kind == 'minutes' else kind}"
+            )
+            row += [measured(r["nll"], r["nll_se"]), f"{r['bits_per_byte']:.3f}"]
+            row += [
+                "" if d is None else measured(d["difference"], d["se"]),
+                "" if d is None else f"{d['better']} of {s['seeds']}",
+            ]
+            lines.append(f"| {' | '.join([*row, as_low])} |")
+        if found.get("masks"):
+            lines += ["", "| masks | se of an estimate | over MDLM's | over independent |", "|---|---|---|---|"]
+            for r in found["masks"]:
+                ratios = f"{r['of_mdlm']:.2f}x | {r['of_independent']:.2f}x"
+                lines.append(f"| {r['masks']}: {r['what']} | {r['se']:.4f} | {ratios} |")
+    return "\n".join(lines)
 
 
 def head_table(results: Path) -> str:
@@ -120,7 +161,10 @@ def tables() -> dict[Path, dict[str, str]]:
     readme: dict[str, str] = {"throughput": throughput_table(RESULTS)}
     if (RESULTS / "cpu" / "demo" / "metrics.jsonl").is_file():
         readme["demo"] = demo_table(read_run(RESULTS / "cpu" / "demo"))
-    return {README: readme, DOCS / "ops" / "linear_cross_entropy.md": {"linear_cross_entropy": head_table(RESULTS)}}
+    found = {README: readme, DOCS / "ops" / "linear_cross_entropy.md": {"linear_cross_entropy": head_table(RESULTS)}}
+    if any(RESULTS.glob("*/compare.json")):
+        found[COMPARED] = {"compare": compare_table(RESULTS)}
+    return found
 
 
 def rewrite(text: str, generated: dict[str, str], name_of_document: str = "README.md") -> str:
@@ -142,15 +186,39 @@ def record(folder: Path) -> None:
         shutil.copyfile(folder / name, kept / name)
 
 
+def record_compare(folder: Path) -> Path:
+    """Keep a comparison's compare.json and curves under its device's name. Raises UsageError where there is none."""
+    path = folder / "compare.json"
+    try:
+        found = json.loads(path.read_text(encoding="utf-8"))
+        device = found["environment"]["device"]
+        whole = found["benchmark"] == "compare" and found["results"] and found["differences"] is not None
+    except (OSError, ValueError, KeyError, TypeError):
+        whole = False
+    if not whole:
+        raise UsageError(
+            f"{folder} holds no compare.json of a finished comparison; give the --out of python -m atat_fast.compare"
+        )
+    kept = RESULTS / ("cpu" if device.startswith("CPU") else device.lower().replace(" ", "-"))
+    kept.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(path, kept / "compare.json")
+    IMAGES.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(folder / "curves.png", IMAGES / f"compare-{kept.name}.png")
+    return kept / "compare.json"
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a document is out of step")
     parser.add_argument("--record", type=Path, help="a run folder of the demo preset to keep")
+    parser.add_argument("--record_compare", type=Path, help="a folder of python -m atat_fast.compare to keep")
     args: Any = parser.parse_args(arguments)
     try:
         if args.record:
             record(args.record)
+        if args.record_compare:
+            record_compare(args.record_compare)
         stale = []
         for document, generated in tables().items():
             before = document.read_text(encoding="utf-8")

@@ -55,6 +55,14 @@ def bound_weights(chances: Tensor) -> Tensor:
     return torch.where(k * chances > 0, 1 / (k * chances), 0.0)
 
 
+def expected_share(config: DiffusionConfig, length: int, progress: float = 0.0) -> float:
+    """Share of the tokens that a step hides on average, which is what the vocabulary head sees."""
+    chances = count_chances(config, length, progress)
+    if chances is None:
+        return 0.5
+    return float((chances * torch.arange(length + 1, dtype=torch.float64)).sum()) / max(1, length)
+
+
 def weighting_at(config: DiffusionConfig, progress: float) -> str:
     """The weighting at `progress`: `ce` for the first `ce_until` of the run, `weighting` after."""
     return "ce" if progress < config.ce_until else config.weighting

@@ -8,7 +8,7 @@ import torch
 
 from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import bias, check_importance
-from atat_fast.diffusion.counts import check_counts
+from atat_fast.diffusion.counts import check_counts, expected_share
 from atat_fast.diffusion.curriculum import Curriculum, check_curriculum
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, check_model, step_cost
@@ -124,7 +124,8 @@ def describe(config: Config, vocab_size: int, mask_id: int, compute: Compute) ->
     m, length = config.model, config.model.length
     head = "tied to the embedding" if m.tie_embeddings else "untied"
     tokens = plan.global_batch * length
-    cost = step_cost(m, vocab_size, plan.global_batch, plan.global_batch * length // 2)
+    share = expected_share(config.diffusion, length)
+    cost = step_cost(m, vocab_size, plan.global_batch, round(tokens * share))
     scoring = importance_cost(config.importance, m, plan.global_batch).flops
     estimator = empty_estimator(config, vocab_size)
     scored = 0 if estimator is None else estimator.parameter_count()
@@ -140,7 +141,7 @@ def describe(config: Config, vocab_size: int, mask_id: int, compute: Compute) ->
         *describe_atat(config, scored, scoring / (cost.flops + scoring)),
         f"batch        {plan.global_batch} sequences = {tokens:,} tokens a step ({plan.accumulation} x {plan.micro_batch})",
         f"run          {config.train.max_steps:,} steps = {config.train.max_steps * tokens:,} tokens",
-        f"work         {(cost.flops + scoring) / 1e12:,.2f} TFLOP a step (half of the rows through the head)",
+        f"work         {(cost.flops + scoring) / 1e12:,.2f} TFLOP a step ({share:.0%} of the rows through the head)",
         f"memory       about {memory.total / gib:.2f} GiB (estimate): {held}",
         f"compute      {compute.describe()}",
     ]

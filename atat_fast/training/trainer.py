@@ -23,6 +23,7 @@ from torch import Tensor
 from atat_fast.config import Config
 from atat_fast.data import Dataset, SequenceLoader, Tokenizer, prepare
 from atat_fast.diffusion.adaptive import BadScores, bias
+from atat_fast.diffusion.counts import expected_share
 from atat_fast.diffusion.objective import Estimate
 from atat_fast.diffusion.samplers import sample
 from atat_fast.errors import UsageError
@@ -273,8 +274,9 @@ class Trainer:
         }
         peak = peak_flops(self.compute.device)
         if peak is not None:
-            half = self.plan.global_batch * self.config.model.length // 2
-            work = step_cost(self.config.model, self.tokenizer.model_vocab_size, self.plan.global_batch, half).flops
+            length, progress = self.config.model.length, self.step / self.config.train.max_steps
+            hidden = round(self.plan.global_batch * length * expected_share(self.config.diffusion, length, progress))
+            work = step_cost(self.config.model, self.tokenizer.model_vocab_size, self.plan.global_batch, hidden).flops
             work += importance_cost(self.config.importance, self.config.model, self.plan.global_batch).flops
             row["mfu"] = (self.step - self._timed_from) * work / elapsed / peak
             row["memory_gib"] = torch.cuda.max_memory_allocated(self.compute.device) / (1 << 30)

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from atat_fast.config import Config, DiffusionConfig, ModelConfig, TrainConfig
 from atat_fast.data.loader import SequenceLoader
 from atat_fast.diffusion.audit import Joint, count_law_value
-from atat_fast.diffusion.counts import bell, bound_weights, count_chances, draw_counts, weighting_at
+from atat_fast.diffusion.counts import bell, bound_weights, count_chances, draw_counts, expected_share, weighting_at
 from atat_fast.diffusion.masking import hide_for_training
 from atat_fast.diffusion.noise import mask_counts
 from atat_fast.errors import UsageError
@@ -102,6 +102,9 @@ def test_the_bell_gives_way_to_uniform_counts_where_it_is_told_to():
     torch.testing.assert_close(count_chances(config, 10, 0.8), (start + end) / 2)
     assert count_chances(config, 10, 1.0) is None and count_chances(DiffusionConfig(), 10, 0.5) is None
     assert torch.equal(count_chances(DiffusionConfig(counts="bell"), 10, 1.0), start)
+    counts = mask_counts(10, 0, 2000, 2000, seed=1, step=0, chances=start)
+    assert expected_share(config, 10) == pytest.approx(float(counts.double().mean()) / 10, abs=1e-3)
+    assert expected_share(config, 10, 1.0) == expected_share(DiffusionConfig(), 10) == 0.5
 
 
 def test_the_weighting_switches_exactly_once():
