@@ -22,8 +22,18 @@ from typing import Any
 
 from atat_fast.config import Config, to_dict
 from atat_fast.errors import UsageError
-from atat_fast.training.figures import DARK, Curves, compact, duration, loss_png, measured, overview_png, throughput_png
-from atat_fast.training.run_reader import Row, Run, curves_of, number_in, read_run, unigram_entropy
+from atat_fast.training.figures import (
+    DARK,
+    Curves,
+    compact,
+    duration,
+    importance_png,
+    loss_png,
+    measured,
+    overview_png,
+    throughput_png,
+)
+from atat_fast.training.run_reader import Row, Run, curves_of, importance_of, number_in, read_run, unigram_entropy
 
 FACTS = {
     "data": "data", "vocabulary": "vocabulary", "sequence_length": "sequence length", "tokens_per_step": "tokens per step",
@@ -39,9 +49,9 @@ BOUND = (
 )
 STYLE = """
 :root { color-scheme: light dark;
-  --paper: #fff; --ink: #1f2226; --faint: #646a73; --line: #e2e5e9; --wash: #f6f7f8; --accent: #0072b2 }
+  --paper: #fff; --ink: #1f2226; --faint: #646a73; --line: #e2e5e9; --wash: #f6f7f8; --accent: #0072b2; --hot: #d55e00 }
 @media (prefers-color-scheme: dark) { :root {
-  --paper: #16181c; --ink: #dfe2e6; --faint: #9aa0a9; --line: #2c3036; --wash: #1d2025; --accent: #56b4e9 } }
+  --paper: #16181c; --ink: #dfe2e6; --faint: #9aa0a9; --line: #2c3036; --wash: #1d2025; --accent: #56b4e9; --hot: #e69f00 } }
 * { box-sizing: border-box }
 body { max-width: 46rem; margin: 0 auto; padding: clamp(1.25rem, 5vw, 3.5rem) clamp(1rem, 4vw, 2rem); background: var(--paper);
   color: var(--ink); font: 1rem/1.6 system-ui, -apple-system, "Segoe UI", Roboto, sans-serif; overflow-wrap: anywhere }
@@ -68,10 +78,12 @@ th { white-space: nowrap } .numbers th + th, .numbers td { text-align: right; wh
 summary { cursor: pointer; color: var(--faint); padding: .35rem 0 }
 pre { font: .85rem/1.55 ui-monospace, Menlo, Consolas, monospace }
 """
+STYLE += "".join(f".i{i} {{ background: color-mix(in srgb, var(--hot) {7 * i}%, transparent) }}\n" for i in range(1, 10))
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Writes report.html, loss.png, throughput.png and overview.png into `out` (by default the run folder).
+    """Writes report.html, loss.png, throughput.png and overview.png into `out` (by default the run folder), and importance.png
+    where the run has importance.
 
     Returns the path of report.html. Raises UsageError when the run cannot be read or the folder not be written; the files
     of an earlier report are replaced only once all of the new ones are complete.
@@ -80,6 +92,9 @@ def write_report(run: Path, out: Path | None = None) -> Path:
     curves = curves_of(found)
     pictures = {"loss.png": loss_png(curves), "throughput.png": throughput_png(curves), "overview.png": overview_png(curves)}
     dark = {"loss.png": loss_png(curves, DARK), "throughput.png": throughput_png(curves, DARK)}
+    importance = importance_of(found)
+    if importance is not None:
+        pictures["importance.png"], dark["importance.png"] = importance_png(importance), importance_png(importance, DARK)
     page = _page(found, curves, pictures, dark)
     folder = Path(run if out is None else out)
     _write_all(folder, {**pictures, "report.html": page.encode()})
@@ -187,6 +202,42 @@ def _samples(run: Run) -> str:
     return (blocks[True] or "<p>None yet.</p>") + earlier
 
 
+def _importance(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> list[str]:
+    """The section on importance: pictures, the estimator's calibration, and two passages; nothing for a run without it."""
+    if "importance.png" not in light:
+        return []
+    caption = (
+        "Quarters are of each batch's hidden tokens by their score. In the last picture an area is the share of tokens, and the "
+        "broken line is where predictions are right on average; the masks are those of training."
+    )
+    parts = [
+        "<h2>Importance</h2>",
+        _figure("importance.png", "Curriculum, loss by importance, and reliability", caption, light, dark),
+    ]
+    last: Row = next((row for row in reversed(run.train) if "importance_loss" in row), {})
+    loss, floor = number_in(last, "importance_loss"), number_in(last, "importance_baseline")
+    if math.isfinite(loss) and math.isfinite(floor):
+        words = f"Cross-entropy of the scores at step {last['step']:,}: {loss:.4f} nats; always the mean would pay {floor:.4f}."
+        parts.append(f'<p class="note">{_text(words)}</p>')
+    passages = run.importance.get("passages")
+    for number, passage in enumerate(passages if isinstance(passages, list) else [], 1):
+        caption = f"Held-out passage {number} at step {run.importance.get('step')}: the darker, the more important a token"
+        parts.append(f"<figure><figcaption>{_text(caption)}</figcaption>{_coloured(passage)}</figure>")
+    return parts
+
+
+def _coloured(passage: Any) -> str:
+    """A passage's tokens, each on a wash of ten strengths; its score shows where the pointer rests."""
+    tokens, scores = (passage.get(name) if isinstance(passage, dict) else None for name in ("tokens", "scores"))
+    pairs = zip(tokens, scores, strict=False) if isinstance(tokens, list) and isinstance(scores, list) else ()
+    spans = ""
+    for token, score in pairs:
+        value = number_in({"score": score}, "score")
+        shade = min(9, max(0, int(10 * value))) if math.isfinite(value) else 0
+        spans += f'<span class="i{shade}" title="{value:.2f}">{_text(token)}</span>'
+    return f'<div class="sample" dir="auto" tabindex="0">{spans}</div>'
+
+
 def _flat(tree: Row, where: str = "") -> Row:
     flat: Row = {}
     for name, value in tree.items():
@@ -249,6 +300,8 @@ def _page(run: Run, curves: Curves, light: dict[str, bytes], dark: dict[str, byt
     caption = "Dots are training steps as logged. "
     if flat.get("diffusion.weighting") == "ce":
         caption += "The training loss is the plain mean over hidden tokens, another quantity than val/nll."
+    elif flat.get("importance.source", "none") != "none":
+        caption += "In training, masks and weights go by importance: its loss is another quantity than val/nll."
     elif isinstance(until := flat.get("diffusion.ce_until"), float) and 0 < until <= 1:
         caption += f"Until {until:.0%} of the run the training loss is the plain mean over hidden tokens, "
         caption += "another quantity than val/nll; after that it is the bound on a few sequences with fresh masks."
@@ -259,6 +312,7 @@ def _page(run: Run, curves: Curves, light: dict[str, bytes], dark: dict[str, byt
         *(f'<p class="note">{_text(note)}</p>' for note in notes),
         _figure("loss.png", "Training loss and val/nll against tokens seen, with the unigram entropy", caption, light, dark),
         _figure("throughput.png", "Training tokens per second against tokens seen", "", light, dark),
+        *_importance(run, light, dark),
         "<h2>Samples</h2>", _samples(run), "<h2>Evaluations</h2>", _evaluations(run, curves), f'<p class="faint">{BOUND}</p>',
         "<h2>Settings that differ from the defaults</h2>", _settings(run), "<h2>Facts</h2>", _facts(run),
     ]  # fmt: skip

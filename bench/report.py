@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from atat_fast.diffusion import audit
 from atat_fast.errors import UsageError
 from atat_fast.training.figures import compact, duration, measured, overview_png
 from atat_fast.training.run_reader import Run, curves_of, read_run
@@ -161,10 +162,11 @@ def tables() -> dict[Path, dict[str, str]]:
     readme: dict[str, str] = {"throughput": throughput_table(RESULTS)}
     if (RESULTS / "cpu" / "demo" / "metrics.jsonl").is_file():
         readme["demo"] = demo_table(read_run(RESULTS / "cpu" / "demo"))
-    found = {README: readme, DOCS / "ops" / "linear_cross_entropy.md": {"linear_cross_entropy": head_table(RESULTS)}}
+    atat = {"audit": audit.table()}
     if any(RESULTS.glob("*/compare.json")):
-        found[COMPARED] = {"compare": compare_table(RESULTS)}
-    return found
+        atat["compare"] = compare_table(RESULTS)
+    head = {"linear_cross_entropy": head_table(RESULTS)}
+    return {README: readme, DOCS / "ops" / "linear_cross_entropy.md": head, COMPARED: atat}
 
 
 def rewrite(text: str, generated: dict[str, str], name_of_document: str = "README.md") -> str:

@@ -10,6 +10,7 @@ import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -17,6 +18,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+Panel = Callable[["Axes", "Curves", "Theme"], None]
 Array = np.ndarray[Any, np.dtype[Any]]
 
 # One place for the look. Series colours are Okabe and Ito's, which stay apart for every common colour blindness.
@@ -77,6 +79,24 @@ class Curves:
     tokens_per_step: float | None
 
 
+@dataclass(frozen=True)
+class ImportanceCurves:
+    """What the pictures of importance show.
+
+    x, tilt, focus: one entry a training row, and quarters [n, 4] its mean nll by rising score (NaN where there is none);
+    count, predicted, observed: the last evaluation's reliability, empty where there is none. tokens_per_step as in `Curves`.
+    """
+
+    x: Array
+    tilt: Array
+    focus: Array
+    quarters: Array
+    count: Array
+    predicted: Array
+    observed: Array
+    tokens_per_step: float | None
+
+
 def compact(value: float, plain_below: float = 10_000) -> str:
     """A count for people: 950, 9,876, 12.3 k, 1.5 M, 2 B; three significant digits from `plain_below` on."""
     if not math.isfinite(value):
@@ -127,6 +147,14 @@ def overview_png(curves: Curves, theme: Theme = LIGHT) -> bytes:
     return _render((8.0, 3.4), 150, theme, [_draw_loss, _draw_throughput], curves, {"font.size": 8, "axes.labelsize": 8})
 
 
+def importance_png(curves: ImportanceCurves, theme: Theme = LIGHT) -> bytes:
+    """The curriculum, the loss by importance, and predicted against observed chance of error, one above the other."""
+    nothing = np.zeros(0)
+    axis = Curves(curves.x, nothing, nothing, nothing, nothing, nothing, None, curves.tokens_per_step)
+    panels: list[Panel] = [partial(draw, curves) for draw in (_draw_curriculum, _draw_quarters, _draw_reliability)]
+    return _render((6.4, 9.0), 160, theme, panels, axis, stacked=True)
+
+
 def smooth(x: Array, values: Array) -> tuple[Array, Array]:
     """A Gaussian running mean, about a fiftieth of the run wide.
 
@@ -150,9 +178,11 @@ def _render(
     size: tuple[float, float],
     dpi: int,
     theme: Theme,
-    panels: list[Callable[[Axes, Curves, Theme], None]],
+    panels: list[Panel],
     curves: Curves,
     extra: dict[str, Any] | None = None,
+    *,
+    stacked: bool = False,
 ) -> bytes:
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -177,7 +207,9 @@ def _render(
         figure = Figure(figsize=size, dpi=dpi, layout="constrained")
         canvas = FigureCanvasAgg(figure)
         ratios = [1.5, 1.0] if len(panels) == 2 else None
-        for axes, draw in zip(figure.subplots(1, len(panels), squeeze=False, width_ratios=ratios)[0], panels, strict=True):
+        shape = (len(panels), 1) if stacked else (1, len(panels))
+        grid = figure.subplots(*shape, squeeze=False, width_ratios=None if stacked else ratios)
+        for axes, draw in zip(grid.flatten(), panels, strict=True):
             draw(axes, curves, theme)
         buffer = io.BytesIO()
         canvas.print_png(buffer, metadata={"Software": None})  # the version would make equal pictures differ
@@ -254,6 +286,54 @@ def _draw_throughput(axes: Axes, curves: Curves, theme: Theme) -> None:
     _legend(axes)
 
 
+def _draw_curriculum(importance: ImportanceCurves, axes: Axes, curves: Curves, theme: Theme) -> None:
+    axes.set_title("Curriculum")
+    axes.set_ylabel("exponent")
+    _count_axis(axes, curves, theme)
+    axes.axhline(0, color=theme.faint, linewidth=0.8)
+    axes.plot(importance.x, importance.tilt, color=theme.train, linewidth=1.6, label="tilt of masks")
+    axes.plot(importance.x, importance.focus, color=theme.held_out, linewidth=1.6, label="focus of weights")
+    _legend(axes)
+
+
+def _draw_quarters(importance: ImportanceCurves, axes: Axes, curves: Curves, theme: Theme) -> None:
+    axes.set_title("Loss of hidden tokens by importance")
+    axes.set_ylabel("nats per token, unweighted")
+    _count_axis(axes, curves, theme)
+    if not np.isfinite(importance.quarters).any():
+        _say_nothing(axes, "none logged yet", theme)
+        return
+    names = ("least important quarter", "second", "third", "most important quarter")
+    for i, name in enumerate(names):
+        part = i / (len(names) - 1)
+        good = np.isfinite(importance.quarters[:, i])
+        where, line = smooth(importance.x[good], importance.quarters[good, i]) if good.any() else (importance.x[:0],) * 2
+        axes.plot(where, line, color=_mix(theme.train, theme.held_out, part), linewidth=1.5, label=name)
+    _legend(axes, columns=2)
+
+
+def _draw_reliability(importance: ImportanceCurves, axes: Axes, curves: Curves, theme: Theme) -> None:
+    axes.set_title("Reliability of importance on held-out text")
+    axes.set_xlabel("predicted chance of error")
+    axes.set_ylabel("observed")
+    axes.set_xlim(0, 1)
+    axes.set_ylim(0, 1.03)
+    axes.plot([0, 1], [0, 1], color=theme.faint, linewidth=1.0, linestyle=(0, (5, 3)))
+    some = importance.count > 0
+    if not some.any():
+        _say_nothing(axes, "none measured yet", theme)
+        return
+    size = 20 + 180 * importance.count[some] / importance.count.sum()
+    axes.plot(importance.predicted[some], importance.observed[some], color=theme.train, linewidth=1.1)
+    axes.scatter(importance.predicted[some], importance.observed[some], s=size, color=theme.train, linewidths=0, zorder=3)
+
+
+def _mix(first: str, second: str, part: float) -> tuple[float, ...]:
+    from matplotlib.colors import to_rgb
+
+    return tuple((1 - part) * a + part * b for a, b in zip(to_rgb(first), to_rgb(second), strict=True))
+
+
 def _count_axis(axes: Axes, curves: Curves, theme: Theme) -> None:
     """The x axis in tokens below and in steps above; in steps alone where tokens are not known."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
@@ -278,13 +358,13 @@ def _tick(value: float, _: int | None = None) -> str:
     return compact(value, 1_000)  # so that 5 k and 10 k on one axis look alike
 
 
-def _legend(axes: Axes) -> None:
+def _legend(axes: Axes, columns: int = 4) -> None:
     """The legend in a row below the axis, where no curve can run into it."""
     from matplotlib.transforms import ScaledTranslation
 
     below = axes.transAxes + ScaledTranslation(0, -(3 * _font_size() + 8) / 72, axes.figure.dpi_scale_trans)
     place: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (0, 0), "bbox_transform": below, "borderaxespad": 0}
-    axes.legend(ncols=4, markerscale=1.2, columnspacing=1.4, handletextpad=0.5, borderpad=0, **place)
+    axes.legend(ncols=columns, markerscale=1.2, columnspacing=1.4, handletextpad=0.5, borderpad=0, **place)
 
 
 def _font_size() -> float:

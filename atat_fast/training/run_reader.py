@@ -11,7 +11,7 @@ from typing import Any
 import yaml
 
 from atat_fast.errors import UsageError, nearest
-from atat_fast.training.figures import Curves
+from atat_fast.training.figures import Curves, ImportanceCurves
 
 Row = dict[str, Any]
 
@@ -30,6 +30,7 @@ class Run:
     evals: list[Row]
     samples: list[Row]
     notes: list[str]
+    importance: Row
 
 
 def read_run(folder: Path) -> Run:
@@ -52,12 +53,16 @@ def read_run(folder: Path) -> Run:
         facts = json.loads(_read(folder / "run.json", notes) or "{}")
     except ValueError as error:
         raise UsageError(f"{folder / 'run.json'} is not JSON ({error}); repair it or move it away") from None
-    for name, value in (("config.yaml", settings), ("run.json", facts)):
+    try:
+        importance = json.loads(_read(folder / "importance.json") if (folder / "importance.json").exists() else "{}")
+    except ValueError as error:
+        raise UsageError(f"{folder / 'importance.json'} is not JSON ({error}); repair it or move it away") from None
+    for name, value in (("config.yaml", settings), ("run.json", facts), ("importance.json", importance)):
         if not isinstance(value, dict):
             raise UsageError(f"{folder / name} holds a {type(value).__name__}, not names with values; repair it or move it away")
     own = settings.get("run")
     name = (own.get("name") if isinstance(own, dict) else None) or folder.resolve().name
-    return Run(str(name), settings, text, facts, rows["train"], rows["eval"], rows["sample"], notes)
+    return Run(str(name), settings, text, facts, rows["train"], rows["eval"], rows["sample"], notes, importance)
 
 
 def _read(path: Path, notes: list[str] | None = None) -> str:
@@ -135,6 +140,37 @@ def curves_of(run: Run) -> Curves:
         nll_se=column(run.evals, "nll_se"),
         unigram=unigram if math.isfinite(unigram) else None,
         tokens_per_step=scale if known else None,
+    )
+
+
+def importance_of(run: Run) -> ImportanceCurves | None:
+    """The series of the pictures of importance, or None for a run without it. What is missing or odd in a row is NaN."""
+    import numpy as np
+
+    rows = [row for row in run.train if "tilt" in row]
+    if not rows:
+        return None
+    per_step = number_in(run.facts, "tokens_per_step")
+    known = math.isfinite(per_step) and per_step > 0
+
+    def numbers(values: Any, count: int) -> list[float]:
+        found = values if isinstance(values, list) and len(values) == count else [None] * count
+        return [number_in({"value": value}, "value") for value in found]
+
+    last: Row = next((row["reliability"] for row in reversed(run.evals) if isinstance(row.get("reliability"), dict)), {})
+    bins = len(last["count"]) if isinstance(last.get("count"), list) else 0
+    count, predicted, observed = (
+        np.nan_to_num(np.array(numbers(last.get(name), bins), dtype=float)) for name in ("count", "predicted", "observed")
+    )
+    return ImportanceCurves(
+        x=np.array([row["step"] * (per_step if known else 1.0) for row in rows], dtype=float),
+        tilt=np.array([number_in(row, "tilt") for row in rows]),
+        focus=np.array([number_in(row, "focus") for row in rows]),
+        quarters=np.array([numbers(row.get("nll_quarters"), 4) for row in rows]),
+        count=count,
+        predicted=predicted,
+        observed=observed,
+        tokens_per_step=per_step if known else None,
     )
 
 
