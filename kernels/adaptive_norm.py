@@ -134,6 +134,7 @@ def _gated_forward_kernel(
     Total, Y, Mean, Rstd, Residual, Branch, Gate, Shift, Scale, Weight, Seed, Step, SampleIds,
     gate_stride, shift_stride, scale_stride, L, rows, stream, limit, inverse, eps,
     D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TILE_ROWS: tl.constexpr,
+    ROW_IDS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * rows
@@ -145,15 +146,18 @@ def _gated_forward_kernel(
     if Seed is not None:
         seed = tl.load(Seed)
         step = tl.load(Step)
-        token = tl.load(SampleIds + b) * L
+        if not ROW_IDS:
+            token = tl.load(SampleIds + b) * L
     for first in range(begin, end, TILE_ROWS):
         o_row = b * L + first + o_r
         m_row = first + o_r < end
+        if Seed is not None:
+            o_token = tl.load(SampleIds + first + o_r, mask=m_row, other=0) if ROW_IDS else token + first + o_r
         tiles = ()
         for i in tl.static_range(CHUNKS):
             addend = load_tile(Branch, o_row, m_row, i, D, CHUNK).to(tl.float32)
             if Seed is not None:
-                addend *= dropout_tile(token + first + o_r, i, seed, step, stream, limit, inverse, D, CHUNK, TILE_ROWS)
+                addend *= dropout_tile(o_token, i, seed, step, stream, limit, inverse, D, CHUNK, TILE_ROWS)
             total = load_tile(Residual, o_row, m_row, i, D, CHUNK).to(tl.float32) + gate[i] * addend
             store_tile(Total, total, o_row, m_row, i, D, CHUNK)
             tiles = tiles + (total,)  # the statistics are of the sum before a bf16 stream rounds it
@@ -233,6 +237,7 @@ def _gated_backward_kernel(
     Dresidual, Dbranch, Partials, Dtotal, Dy, Total, Branch, Gate, Scale, Weight, Mean, Rstd, Seed, Step, SampleIds,
     gate_stride, scale_stride, L, rows, stream, limit, inverse,
     D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TILE_ROWS: tl.constexpr,
+    ROW_IDS: tl.constexpr,
 ):  # fmt: skip
     b = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * rows
@@ -247,10 +252,13 @@ def _gated_backward_kernel(
     if Seed is not None:
         seed = tl.load(Seed)
         step = tl.load(Step)
-        token = tl.load(SampleIds + b) * L
+        if not ROW_IDS:
+            token = tl.load(SampleIds + b) * L
     for first in range(begin, end, TILE_ROWS):
         o_row = b * L + first + o_r
         m_row = first + o_r < end
+        if Seed is not None:
+            o_token = tl.load(SampleIds + first + o_r, mask=m_row, other=0) if ROW_IDS else token + first + o_r
         if Dy is not None:
             x = ()
             dy = ()
@@ -276,7 +284,7 @@ def _gated_backward_kernel(
             store_tile(Dresidual, dr, o_row, m_row, i, D, CHUNK)
             addend = load_tile(Branch, o_row, m_row, i, D, CHUNK).to(tl.float32)
             if Seed is not None:
-                dr *= dropout_tile(token + first + o_r, i, seed, step, stream, limit, inverse, D, CHUNK, TILE_ROWS)
+                dr *= dropout_tile(o_token, i, seed, step, stream, limit, inverse, D, CHUNK, TILE_ROWS)
             store_tile(Dbranch, dr * gate[i], o_row, m_row, i, D, CHUNK)
             gate_sums = gate_sums + (dgate[i] + dr * addend,)
         if Dy is not None:
@@ -391,11 +399,23 @@ def norm_forward(x, shift, scale, weight, eps, y, mean, rstd):
         )  # fmt: skip
 
 
+def as_one_sample(x, conditioning):
+    """Batch, length and width to launch for, and whether each row has a number of its own.
+
+    Single tokens [R, 1, D] under one row of conditioning, as the last block has them, go together as one sample of R rows: a
+    program, and a line of partial sums, for each of them would be most of the work.
+    """
+    batch, length, width = x.shape
+    if length == 1 and conditioning.shape[0] == 1:
+        return 1, batch, width, True
+    return batch, length, width, False
+
+
 def gated_forward(
     residual, branch, gate, shift, scale, weight, dropout, seed, step, sample_ids, stream, eps, total, y, mean, rstd
 ):
     """Fill total and y [B, L, D], mean and rstd [B, L, 1] fp32. seed, step and sample_ids are None without dropout."""
-    batch, length, width = residual.shape
+    batch, length, width, row_ids = as_one_sample(residual, scale)
     grid, rows, chunk, chunks, tile_rows, warps = plan(batch, length, width, BRIEF)
     limit, inverse = dropout_arguments(dropout)
     if limit is None:
@@ -404,7 +424,7 @@ def gated_forward(
         _gated_forward_kernel[grid](
             total, y, mean, rstd, residual, branch, gate, shift, scale, weight, seed, step, sample_ids,
             row_stride(gate), row_stride(shift), row_stride(scale), length, rows, stream, limit, inverse, eps,
-            width, chunk, chunks, tile_rows, num_warps=warps,
+            width, chunk, chunks, tile_rows, row_ids and seed is not None, num_warps=warps,
         )  # fmt: skip
 
 
@@ -429,7 +449,7 @@ def gated_backward(
 
     One of dtotal and dy may be None, for zeros.
     """
-    batch, length, width = total.shape
+    batch, length, width, row_ids = as_one_sample(total, scale)
     grid, rows, chunk, chunks, tile_rows, warps = plan(batch, length, width, RESIDENT)
     limit, inverse = dropout_arguments(dropout)
     if limit is None:
@@ -439,7 +459,7 @@ def gated_backward(
         _gated_backward_kernel[grid](
             dresidual, dbranch, partials, dtotal, dy, total, branch, gate, scale, weight, mean, rstd, seed, step, sample_ids,
             row_stride(gate), row_stride(scale), length, rows, stream, limit, inverse,
-            width, chunk, chunks, tile_rows, num_warps=warps, maxnreg=REGISTERS,
+            width, chunk, chunks, tile_rows, row_ids and seed is not None, num_warps=warps, maxnreg=REGISTERS,
         )  # fmt: skip
     sums(partials, grid[1], scale, weight, dshift, dscale, dgate, dweight)
 

@@ -100,13 +100,13 @@ def _check(x: Tensor, tensors: tuple[tuple[str, Tensor | None], ...], dense: int
         raise ValueError(f"the residual stream must be [batch, length, width], got shape {tuple(x.shape)}")
     batch, _, width = x.shape
     conditioning = tensors[dense:-1]
-    rows = set()
+    first = conditioning[0][1]
     for name, c in conditioning:
         assert c is not None
         if c.dim() != 2 or c.shape[1] != width or c.shape[0] not in (1, batch):
             raise ValueError(f"{name} must be [{batch}, {width}] or [1, {width}], got shape {tuple(c.shape)}")
-        rows.add(c.shape[0])
-        if len(rows) > 1:
+        assert first is not None
+        if c.shape[0] != first.shape[0]:  # a set of sizes would fix them in a compiled graph
             shapes = ", ".join(f"{name} {tuple(c.shape)}" for name, c in conditioning if c is not None)
             raise ValueError(f"conditioning must have one number of rows, 1 or {batch}; got {shapes}")
     device = x.device

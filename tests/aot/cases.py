@@ -137,7 +137,7 @@ def adaptive_norm() -> Iterator[Triton]:
     strides = tuple(name for name in kinds["i32"].split() if name.endswith("_stride"))
     no_dropout = "Seed Step SampleIds"
 
-    def case(kernel, width, without="", stream="*fp32", branch="*bf16", conditioning="*fp32"):
+    def case(kernel, width, without="", stream="*fp32", branch="*bf16", conditioning="*fp32", row_ids=False):
         given = {"stream": stream, "branch": branch, "conditioning": conditioning}
         absent = dict.fromkeys(without.split())
         types = {name: given.get(kind, kind) for kind, names in kinds.items() for name in names.split() if name not in absent}
@@ -146,10 +146,12 @@ def adaptive_norm() -> Iterator[Triton]:
         else:
             chunk, chunks, tile_rows, warps = configuration(width)
             sizes, options = {"CHUNK": chunk, "CHUNKS": chunks, "TILE_ROWS": tile_rows}, {"num_warps": warps}
+            if kernel.startswith("gated"):
+                sizes["ROW_IDS"] = row_ids
         if kernel.endswith("backward"):
             options["maxnreg"] = REGISTERS
         marks = [f"{name}={kind[1:]}" for name, kind in given.items()] + [f"without={'+'.join(absent)}"] * bool(absent)
-        name = f"{kernel}/{width}/{','.join(marks)}"
+        name = f"{kernel}/{width}/{','.join(marks)}" + ",row_ids" * row_ids
         return Triton(name, "adaptive_norm", f"_{kernel}_kernel", types, {"D": width} | sizes | absent, options, strides)
 
     for width in (256, 768, 1024, 2048, 4096):
@@ -170,6 +172,8 @@ def adaptive_norm() -> Iterator[Triton]:
     yield case("gated_backward", 4096)
     yield case("gated_backward", 1000, conditioning="*bf16")
     yield case("gated_backward", 1003)
+    yield case("gated_forward", 768, row_ids=True)
+    yield case("gated_backward", 768, row_ids=True)
 
 
 def rotary() -> Iterator[Triton]:

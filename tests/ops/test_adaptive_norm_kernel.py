@@ -118,6 +118,8 @@ def three_ways(device, inputs, *, dropout=0.0, unused=()):
         ((1, 1, 4096), {"stream": F32, "branch": BF16}, 0.1),
         ((2, 17, 67), {"stream": BF16, "branch": F32}, 0.5),
         ((3, 2, 1), {"shared": True, "weight": False}, 0.0),
+        ((37, 1, 256), {"shared": True, "branch": BF16}, 0.3),
+        ((19, 1, 96), {"shared": True}, 0.0),
     ],
     ids=str,
 )
