@@ -439,7 +439,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(Tensor residual, 
 std::tuple<Tensor, Tensor, Tensor> conditioning_gradients(BackwardArguments& a, const NormCall& call, const Tensor& scale,
                                                           const std::optional<Tensor>& weight, ScalarType shift_type) {
   Tensor dshift = call.row_gradient(shift_type), dscale = call.row_gradient(scale.scalar_type());
-  Tensor dweight = call.weight_gradient(weight);
+  Tensor dweight = call.weight_gradient((weight ? *weight : scale).scalar_type(), weight.has_value());
   a.dshift = dshift.mutable_data_ptr();
   a.half_dshift = is_half(shift_type);
   a.dscale = dscale.mutable_data_ptr();

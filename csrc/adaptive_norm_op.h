@@ -65,9 +65,7 @@ class NormCall {
   Tensor dense(ScalarType type) const { return fresh<3>({batch, length, width}, type); }
   Tensor statistic() const { return fresh<3>({batch, length, 1}, ScalarType::Float); }
   Tensor row_gradient(ScalarType type) const { return fresh<2>({groups, width}, type); }
-  Tensor weight_gradient(const std::optional<Tensor>& weight) const {
-    return fresh<1>({weight ? width : 0}, weight ? weight->scalar_type() : ScalarType::Float);
-  }
+  Tensor weight_gradient(ScalarType type, bool given) const { return fresh<1>({given ? width : 0}, type); }
 
   int64_t batch, length, width, groups;
 

@@ -38,9 +38,7 @@ def adaptive_layer_norm(
     out_dtype = autocast_dtype(x)
     _check(x, (("x", x), ("shift", shift), ("scale", scale), ("weight", weight)), 1, out_dtype)
     chosen = choose_backend("adaptive_layer_norm", x.device, backend, _without(x, shift, scale, weight))
-    return torch.ops.atat_fast.adaptive_layer_norm(  # type: ignore[no-any-return]
-        x, shift, scale, weight, eps, out_dtype, chosen
-    )[0]
+    return _NORM(x, shift, scale, weight, eps, out_dtype, chosen)[0]  # type: ignore[no-any-return]
 
 
 def gated_residual_norm(
@@ -89,7 +87,7 @@ def gated_residual_norm(
     if dropout and sample_ids is not None:
         random = (scalar(seed, residual), scalar(step, residual), sample_ids)
         _check_random(residual, *random)
-    return torch.ops.atat_fast.gated_residual_norm(  # type: ignore[no-any-return]
+    return _GATED(  # type: ignore[no-any-return]
         residual, branch, gate, shift, scale, weight, dropout, *random, layer, eps, out_dtype, chosen
     )[:2]
 
@@ -259,7 +257,7 @@ def _norm_gradients(
         )[0]
         dshift = dy.sum(1)
         dfull = (dy * ((x - mean) * rstd)).sum(1)
-    dweight = (dfull * gain).sum(0) if weight is not None else dfull.new_empty(0)
+    dweight = (dfull * gain).sum(0) if weight is not None else scale.new_empty(0)
     dscale = dfull if weight is None else dfull * weight.to(wide)
     return dx, dshift, dscale, dweight
 
@@ -317,9 +315,7 @@ def _norm_autograd(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 7
     x, scale, weight, mean, rstd = ctx.saved_tensors
-    dx, dshift, dscale, dweight = torch.ops.atat_fast.adaptive_layer_norm_backward(
-        dy, x, scale, weight, mean, rstd, ctx.shift_dtype, ctx.backend
-    )
+    dx, dshift, dscale, dweight = _NORM_BACKWARD(dy, x, scale, weight, mean, rstd, ctx.shift_dtype, ctx.backend)
     return dx, dshift, dscale, None if weight is None else dweight, None, None, None
 
 
@@ -441,7 +437,7 @@ def _gated_autograd(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, *_: Any)
     if dtotal is None and dy is None:
         return (None,) * 14
     total, branch, gate, scale, weight, mean, rstd, seed, step, sample_ids = ctx.saved_tensors
-    dr, db, dgate, dshift, dscale, dweight = torch.ops.atat_fast.gated_residual_norm_backward(
+    dr, db, dgate, dshift, dscale, dweight = _GATED_BACKWARD(
         dtotal, dy, total, branch, gate, scale, weight, mean, rstd, ctx.dropout, seed, step, sample_ids, ctx.layer,
         ctx.shift_dtype, ctx.backend,
     )  # fmt: skip
@@ -452,7 +448,7 @@ backends("adaptive_layer_norm", triton=_norm_triton, cpp=_norm_cpp, torch=_norm)
 backends("adaptive_layer_norm_backward", triton=_norm_backward_triton, cpp=_norm_backward_cpp, torch=_norm_backward)
 backends("gated_residual_norm", triton=_gated_triton, cpp=_gated_cpp, torch=_gated)
 backends("gated_residual_norm_backward", triton=_gated_backward_triton, cpp=_gated_backward_cpp, torch=_gated_backward)
-register(
+_NORM = register(
     "adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, Tensor? weight, float eps, ScalarType out_dtype, str backend) "
     "-> (Tensor y, Tensor mean, Tensor rstd)",
     dispatch("adaptive_layer_norm"),
@@ -460,13 +456,13 @@ register(
     backward=_norm_autograd,
     setup=_norm_setup,
 )
-register(
+_NORM_BACKWARD = register(
     "adaptive_layer_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor? weight, Tensor mean, Tensor rstd, "
     "ScalarType shift_dtype, str backend) -> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight)",
     dispatch("adaptive_layer_norm_backward"),
     _norm_backward_fake,
 )
-register(
+_GATED = register(
     "gated_residual_norm(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? weight, float dropout, "
     "Tensor? seed, Tensor? step, Tensor? sample_ids, int layer, float eps, ScalarType out_dtype, str backend) "
     "-> (Tensor total, Tensor y, Tensor mean, Tensor rstd)",
@@ -475,7 +471,7 @@ register(
     backward=_gated_autograd,
     setup=_gated_setup,
 )
-register(
+_GATED_BACKWARD = register(
     "gated_residual_norm_backward(Tensor? dtotal, Tensor? dy, Tensor total, Tensor branch, Tensor gate, Tensor scale, "
     "Tensor? weight, Tensor mean, Tensor rstd, float dropout, Tensor? seed, Tensor? step, Tensor? sample_ids, int layer, "
     "ScalarType shift_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
