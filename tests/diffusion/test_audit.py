@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 
 from atat_fast.diffusion.audit import (
+    MASKINGS,
+    SOURCES,
     Joint,
+    audit,
     bernoulli_value,
+    count_factors,
     exact_count_value,
+    frequency_example,
+    importance_law,
+    learned_example,
     masked_cross_entropy,
     plackett_luce_law,
     subsets,
+    table,
     uniform_law,
+    weighted_cross_entropy,
 )
 from atat_fast.diffusion.noise import LogLinear
 
@@ -126,3 +136,92 @@ def test_the_kernel_follows_the_law_that_is_audited():
             p = float(chance[which])
             seen = float((codes == sum(2**i for i in hidden)).double().mean())
             assert abs(seen - p) < 5 * math.sqrt(p * (1 - p) / trials) + 1e-9
+
+
+def test_the_table_in_the_docs_is_in_step():
+    text = (Path(__file__).resolve().parents[2] / "docs" / "atat.md").read_text(encoding="utf-8")
+    assert f"<!-- audit -->\n{table()}\n<!-- /audit -->" in text, "run python bench/report.py"
+
+
+def test_two_stage_laws_are_distributions_and_uniform_without_a_tilt():
+    joint = Joint.random(3, 4, seed=0)
+    for sees in ("visible", "clean"):
+        for k in range(1, 5):
+            for tilt in (0.0, 2.0):
+                law = importance_law(learned_example, sees=sees, tilt=tilt)(joint.sequences, k)
+                torch.testing.assert_close(sum(law.values()), torch.ones(81, k, dtype=torch.float64))
+                if tilt == 0:
+                    torch.testing.assert_close(
+                        torch.stack(list(law.values())), torch.full((len(law), 81, k), 1 / len(law)).double()
+                    )
+
+
+def test_clean_scores_give_the_plackett_luce_law():
+    sequences = Joint.random(3, 4, seed=0).sequences
+    ours = importance_law(frequency_example, sees="clean", tilt=2.0)(sequences, 2)
+    plain = plackett_luce_law(identity_score, 2.0)(sequences, 2)
+    for hidden, chance in plain.items():
+        torch.testing.assert_close(ours[hidden][:, 0], chance)
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "order", "importance", "ce"])
+def test_scores_of_visible_tokens_leave_the_posterior_alone(weighting):
+    """Whatever the weights: the best model is p(token | visible tokens), and masks depend on tokens that stay visible only."""
+    found = audit("learned", "visible", weighting)
+    assert found.off < 1e-12 and found.learns_the_posterior
+    sequences = Joint.random(3, 4, seed=0).sequences
+    for k in (1, 2, 3):
+        for hidden, chance in importance_law(learned_example, sees="visible", tilt=3.0)(sequences, k).items():
+            visible = [i for i in range(4) if i not in hidden]
+            same = (sequences[:, None, visible] == sequences[None, :, visible]).all(2)
+            assert float(((chance[:, None, 0] - chance[None, :, 0]).abs() * same).max()) < 1e-12
+
+
+@pytest.mark.parametrize(("source", "sees"), [key for key in SOURCES if key != ("learned", "visible")])
+def test_scores_of_clean_tokens_mislead_the_model(source, sees):
+    found = audit(source, sees, "uniform")
+    assert found.off > 0.05 and not found.learns_the_posterior
+    assert not found.is_bound("exact") and not found.is_bound("bernoulli")
+
+
+def test_only_the_plain_process_is_the_bound():
+    plain = audit("none", "visible", "uniform")
+    assert plain.low["exact"] == pytest.approx(0, abs=1e-10) == plain.high["exact"]
+    assert plain.is_bound("bernoulli") and plain.low["bernoulli"] < 0  # the rates that are clipped away
+    assert audit("none", "visible", "ce").low["exact"] > 0.1
+    assert not audit("learned", "visible", "uniform").is_bound("exact")
+
+
+@pytest.mark.parametrize("weighting", ["uniform", "ce"])
+@pytest.mark.parametrize("masking", MASKINGS)
+def test_factors_are_those_of_the_masks_that_are_drawn(masking, weighting):
+    """count_factors against weights and counts of hide_for_training: E over steps of sum(weights) / L by k."""
+    from atat_fast.config import DiffusionConfig
+    from atat_fast.diffusion.masking import hide_for_training
+
+    length, total, steps = 4, 512, 6
+    x, ids = torch.zeros(total, length, dtype=torch.int64), torch.arange(total)
+    config = DiffusionConfig(masking=masking, weighting=weighting)
+    by_count = torch.zeros(length + 1, dtype=torch.float64)
+    for step in range(steps):
+        batch = hide_for_training(x, config, first=0, total=total, mask_id=1, sample_ids=ids, seed=0, step=step)
+        k = (batch.noisy == 1).sum(1)
+        by_count.index_add_(0, k[batch.rows // length], batch.weights.double())
+    factors = count_factors(length, masking, weighting, LogLinear())
+    for k in range(1, length + 1):  # of each of the k hidden tokens a share 1 / k
+        assert float(by_count[k]) / (total * steps) / k == pytest.approx(factors[k], rel=0.12), k
+
+
+def test_minimisers_of_weighted_losses():
+    """Weights of (visible tokens, position) leave the minimiser; weights of the hidden token tilt it as w_v."""
+    joint = Joint.random(3, 3, seed=4)
+    x, hidden = joint.sequences, (1, 2)
+    honest = torch.stack([1.0 + x[:, 0], 3.0 - x[:, 0]], dim=1).double()
+    assert weighted_cross_entropy(joint, hidden, honest)[1] < 1e-12
+    tilted = 1.0 + x[:, [1, 2]].double()
+    _, off = weighted_cross_entropy(joint, hidden, tilted)
+    first = x[:, 0] == 0
+    p = torch.zeros(3, dtype=torch.float64).index_add_(0, x[first, 1], joint.chance[first])
+    p /= p.sum()
+    wrong = p * torch.tensor([1.0, 2.0, 3.0])
+    assert off >= float((wrong / wrong.sum() - p).abs().max()) - 1e-12

@@ -34,6 +34,10 @@ def rows(folder: Path, kind: str):
     return [row for row in map(json.loads, (folder / "metrics.jsonl").read_text().splitlines()) if row["kind"] == kind]
 
 
+def drop_times(row):
+    return {name: value for name, value in row.items() if name not in ("seconds", "tokens_per_second")}
+
+
 def losses(folder: Path):
     numbers = ("step", "loss", "grad_norm", "lr", "tokens")
     evals = ("step", "nll", "nll_se")
@@ -149,7 +153,27 @@ def test_accumulation_changes_nothing_but_rounding(small, weighting):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
-@pytest.mark.parametrize("options", [[], ["--optim.name", "adamw"], ["--diffusion.masking", "bernoulli"]])
+ATAT = [
+    "--importance.source", "learned", "--importance.width", "16", "--importance.heads", "2", "--importance.layers", "1",
+    "--diffusion.weighting", "importance", "--curriculum.kind", "linear",
+]  # fmt: skip
+ADAPTIVE = [
+    *ATAT[:8], "--importance.source", "full", "--curriculum.kind", "adaptive", "--curriculum.patience", "1",
+    "--curriculum.threshold", "1", "--eval.every", "2",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        [],
+        ["--optim.name", "adamw"],
+        ["--diffusion.masking", "bernoulli"],
+        ATAT,
+        ADAPTIVE,
+        [*ADAPTIVE, "--curriculum.watch", "train", "--train.log_every", "2", "--curriculum.threshold", "9"],
+    ],
+)
 def test_a_resumed_run_is_the_uninterrupted_one(small, tmp_path, options):
     """Stopped between two log lines, after an evaluation, with dropout on: every number is the same bit for bit."""
     arguments = [*small, *options]
@@ -171,10 +195,17 @@ def test_a_resumed_run_is_the_uninterrupted_one(small, tmp_path, options):
         file.write('{"kind": "train", "step": 4, "loss": 1')  # a line cut short
     run([*arguments, "--run.name", "parts"], resume=True).train()
     assert losses(tmp_path / "runs" / "whole") == losses(tmp_path / "runs" / "parts")
+    for kind in ("train", "eval"):
+        whole, parts = ([drop_times(row) for row in rows(tmp_path / "runs" / name, kind)] for name in ("whole", "parts"))
+        assert whole == parts
+    if "adaptive" in options:
+        assert len({row["phase"] for row in rows(tmp_path / "runs" / "whole", "train")}) > 1
     ends = [checkpoint.find(tmp_path / "runs" / name) for name in ("whole", "parts")]
-    for name in (checkpoint.WEIGHTS, checkpoint.EMA, checkpoint.OPTIMIZER):
+    estimator = (checkpoint.IMPORTANCE, checkpoint.IMPORTANCE_EMA) if "--importance.source" in options else ()
+    for name in (checkpoint.WEIGHTS, checkpoint.EMA, checkpoint.OPTIMIZER, *estimator):
         a, b = (end.tensors(name) for end in ends)
         assert a.keys() == b.keys() and all(torch.equal(a[key], b[key]) for key in a)
+    assert all(end.manifest["curriculum"] == ends[0].manifest["curriculum"] for end in ends)
 
 
 @pytest.mark.slow
@@ -319,3 +350,91 @@ def test_a_checkpoint_of_another_model_does_not_fit(small, tmp_path):
     other = checkpoint.load_model(saved)[0].__class__(300, 257, **(vars(saved.config.model)))
     with pytest.raises(UsageError, match=r"does not fit the model: .* is \(258,.* there, and here \(300,"):
         checkpoint.load_weights(other, saved, checkpoint.EMA)
+
+
+def test_a_run_with_every_part_of_atat_on(small, tmp_path, capsys):
+    """What it logs, saves and reports; its likelihood is the uniform one, with or without the estimator's files."""
+    assert train.main([*small, *ATAT, "--run.name", "atat"]) == 0
+    folder = tmp_path / "runs" / "atat"
+    lines = rows(folder, "train")
+    assert [row["level"] for row in lines] == pytest.approx([1 / 12, 1.0, 1.0])  # after steps 5, 10 and 12: progress 4/12, ...
+    for row in lines:
+        assert row["tilt"] == pytest.approx(2 * row["level"]) and row["focus"] == pytest.approx(row["level"])
+        assert 0 < row["importance_baseline"] < 0.7 and row["importance_loss"] > 0 and 0 <= row["importance_score"] <= 1
+        assert len(row["nll_quarters"]) == 4 and row["phase"] in ("easy", "mixed", "hard")
+    for row in rows(folder, "eval"):
+        assert sum(row["reliability"]["count"]) > 0 and len(row["reliability"]["predicted"]) == 10
+    passages = json.loads((folder / "importance.json").read_text())["passages"]
+    assert len(passages) == 2 and all(len(p["tokens"]) == len(p["scores"]) == 16 for p in passages)
+    page = (folder / "report.html").read_text()
+    assert "<h2>Importance</h2>" in page and 'class="i' in page and (folder / "importance.png").is_file()
+    facts = json.loads((folder / "run.json").read_text())["parameters"]
+    assert facts["importance"] > 0 and facts["total"] == sum(n for part, n in facts.items() if part != "total")
+
+    saved = checkpoint.find(folder)
+    estimator = checkpoint.load_importance(saved)
+    averaged = saved.tensors(checkpoint.IMPORTANCE_EMA)
+    assert all(torch.equal(p, averaged[name]) for name, p in estimator.named_parameters())
+    assert any(key.startswith("importance.layers") or "importance.network" in key for key in saved.tensors(checkpoint.OPTIMIZER))
+    capsys.readouterr()
+    assert evaluate.main(["--run", str(folder), "--sequences", "8", "--checkpoint", "last"]) == 0
+    printed = capsys.readouterr().out
+    assert f"{rows(folder, 'eval')[-1]['nll']:.4f}" in printed
+    manifest = json.loads((saved.path / checkpoint.MANIFEST).read_text())
+    for name in (checkpoint.IMPORTANCE, checkpoint.IMPORTANCE_EMA):
+        manifest["files"].pop(name)
+        (saved.path / name).unlink()
+    (saved.path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
+    assert evaluate.main(["--run", str(folder), "--sequences", "8", "--checkpoint", "last"]) == 0
+    assert [line for line in capsys.readouterr().out.splitlines() if "nll" in line] == [
+        line for line in printed.splitlines() if "nll" in line
+    ]
+    assert sample.main(["--run", str(folder), "--checkpoint", "last", "--steps", "3"]) == 0
+
+
+def test_the_reported_likelihood_does_not_depend_on_importance(small, tmp_path):
+    """The same weights evaluated under either kind of settings give the same number."""
+    from atat_fast.evaluation.likelihood import evaluate as bound
+
+    plain, atat = run([*small, "--run.name", "a"]), run([*small, *ATAT, "--run.name", "b"])
+    for name, p in atat.model.named_parameters():
+        assert torch.equal(p, dict(plain.model.named_parameters())[name])  # the estimator is made after the model
+    values = [bound(t.model, t.data.valid, t.config.eval, t.compute.autocast()) for t in (plain, atat)]
+    assert values[0] == values[1]
+
+
+def test_frequencies_are_kept_in_the_checkpoint(small, tmp_path):
+    trainer = run([*small, *ATAT[:8], "--importance.source", "frequency"])
+    assert any("importance.source frequency" in line for line in trainer.introduction())
+    trainer.train()
+    saved = checkpoint.find(trainer.folder)
+    assert torch.equal(saved.tensors(checkpoint.IMPORTANCE)["frequency"], trainer.estimator.frequency)
+    assert torch.equal(checkpoint.load_importance(saved).frequency, trainer.estimator.frequency)
+    assert "importance_loss" not in rows(trainer.folder, "train")[0] and "tilt" in rows(trainer.folder, "train")[0]
+
+
+def test_an_estimator_that_diverges_ends_the_run_in_a_sentence(small):
+    trainer = run([*small, *ATAT])
+    with torch.no_grad():
+        trainer.estimator.network.head.bias.fill_(torch.nan)
+    with pytest.raises(Diverged, match=r"importance scores hold NaN.*at step 1 .*there is no checkpoint yet"):
+        trainer.train()
+
+
+def test_atat_is_the_same_however_the_batch_is_cut(small):
+    settings = [*small, *ATAT, "--optim.name", "adamw", "--optim.lr", "2e-3", "--train.dtype", "fp32", "--model.dropout", "0"]
+    whole, parts = run(settings), run([*settings, "--train.micro_batch", "2"])
+    for trainer in (whole, parts):
+        trainer._train_step()
+        trainer._train_step()
+    for name, p in whole.objective.named_parameters().items():
+        torch.testing.assert_close(p, parts.objective.named_parameters()[name], rtol=1e-3, atol=1e-4)
+    a, b = (trainer._importance_row(2) for trainer in (whole, parts))
+    assert a["importance_loss"] == pytest.approx(b["importance_loss"], rel=1e-3)
+
+
+def test_a_resumed_adaptive_curriculum_keeps_its_log_lines(small, tmp_path):
+    arguments = [*small, *ADAPTIVE, "--curriculum.watch", "train", "--train.log_every", "2", "--run.name", "a"]
+    run(arguments).train()
+    with pytest.raises(UsageError, match=r"was started with train.log_every 2, but this is 3"):
+        run([*arguments, "--train.log_every", "3"], resume=True)
