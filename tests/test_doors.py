@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -73,6 +74,32 @@ def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize("preset", ["wikitext103", "openwebtext", "atat"])
+def test_dry_run_lists_every_part_of_atat(preset, capsys):
+    assert train.main(["--preset", preset, "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    for part in ("estimator", "masking", "loss", "curriculum"):
+        assert re.search(rf"^(atat)? +{part} +on ", printed, re.MULTILINE), part
+    assert " parameters, " in printed and "% of a step's work" in printed and "rho 0.5" in printed
+    if preset != "atat":
+        assert "1,906,177 parameters" in printed
+
+
+def test_dry_run_says_what_is_off_and_what_is_biased(capsys):
+    assert train.main(["--dry_run"]) == 0
+    assert "atat         off" in capsys.readouterr().out
+    assert train.main(["--preset", "atat", "--importance.sees", "clean", "--diffusion.weighting", "ce", "--dry_run"]) == 0
+    printed = capsys.readouterr().out
+    assert "note: importance.sees clean lets masks depend on the tokens they hide" in printed
+    assert "loss       off  ce: importance is not asked" in printed
+
+
+def test_lists_come_from_the_command_line():
+    got = settings("--preset", "atat", "--curriculum.levels", "[0.0, 2.0]", "--curriculum.boundaries", "[0.5]",
+                   "--curriculum.phases", "[a, b]").curriculum  # fmt: skip
+    assert (got.levels, got.boundaries, got.phases) == ([0.0, 2.0], [0.5], ["a", "b"])
+
+
 def test_help_names_every_setting(tmp_path):
     done = door("--help", cwd=tmp_path)
     assert done.returncode == 0
@@ -89,6 +116,11 @@ BAD = [
     (["--optim.name", "adam"], "adamw"),
     (["--train.global_batch", "24", "--train.micro_batch", "5"], "train.global_batch 24 does not divide into micro-batches of 5"),
     (["--train.max_steps", "0"], "train.max_steps must be at least 1"),
+    (["--diffusion.weighting", "importance"], "diffusion.weighting importance needs scores and importance.source is none"),
+    (["--importance.source", "learned", "--importance.rho", "0"], "importance.rho must be above 0 and at most 1, got 0"),
+    (["--importance.source", "learned", "--importance.tilt", "50"], "beyond 40, where fp32 keys"),
+    (["--preset", "atat", "--curriculum.boundaries", "[0.7, 0.3]"], "curriculum.boundaries [0.7, 0.3] are out of order"),
+    (["--preset", "atat", "--curriculum.kind", "adaptive", "--eval.every", "500"], "make eval.every 124 or less"),
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
     (["--data.corpus", "wikitext13"], "did you mean wikitext103"),
     (["--data.corpus", "wikitext2", "--data.tokenizer", "bytes"], "wikitext2"),

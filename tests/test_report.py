@@ -202,6 +202,47 @@ def test_other_files_may_be_missing(tmp_path: Path) -> None:
     assert "There is no config.yaml in this run" in text and "There is no run.json" in text and "4.123 ± 0.012" in text
 
 
+def importance(step: int, **change: Any) -> dict[str, Any]:
+    row = {"phase": "hard", "level": 1.0, "tilt": 2.0, "focus": 1.0, "importance_loss": 0.5, "importance_baseline": 0.6}
+    return train(step) | row | {"nll_quarters": [1.0, 2.0, 3.0, 4.0]} | change
+
+
+RELIABLE = {"count": [0, 30, 70], "predicted": [0.0, 0.4, 0.8], "observed": [0.0, 0.5, 0.7]}
+
+
+def test_importance_has_a_section_with_pictures_and_passages(tmp_path: Path) -> None:
+    rows = [*(importance(step) for step in (10, 20, 30)), evaluation(30, 4.0) | {"reliability": RELIABLE}]
+    run = make_run(tmp_path / "run", rows)
+    passages = [{"tokens": ["<u>", " x\x00", "end"], "scores": [0.04, 0.55, 1.0]}, "odd", {"tokens": [1]}]
+    (run / "importance.json").write_text(json.dumps({"step": 30, "passages": passages}), encoding="utf-8")
+    page = write(run)
+    assert (run / "importance.png").read_bytes().startswith(b"\x89PNG") and page.tags.count("img") == 3
+    assert "Held-out passage 1 at step 30" in page.text and "<u> x␀end" in page.text and "u" not in page.tags
+    assert [value for name, value in page.attributes if name == "class" and re.fullmatch(r"i\d", value)] == ["i0", "i5", "i9"]
+    assert "0.5000 nats; always the mean would pay 0.6000" in page.text
+    assert "url(" not in (run / "report.html").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    "rows",
+    [
+        [importance(10, nll_quarters=[None] * 4)],
+        [importance(10, nll_quarters="odd", tilt=None, focus="x", importance_loss=None)],
+        [train(10), importance(20), evaluation(20, 4.0) | {"reliability": {"count": [0, 0], "predicted": 3}}],
+        [importance(10), importance(20), evaluation(20, 4.0) | {"reliability": [1]}],
+    ],
+)
+@pytest.mark.filterwarnings("error")
+def test_importance_with_gaps(tmp_path: Path, rows: list[dict[str, Any]]) -> None:
+    curves = report.importance_of(report.read_run(make_run(tmp_path / "run", rows)))
+    assert curves is not None and report.importance_png(curves).startswith(b"\x89PNG")
+
+
+def test_a_run_without_importance_has_no_such_section(full: tuple[Path, Page]) -> None:
+    assert "Importance" not in full[1].text and not (full[0] / "importance.png").exists()
+    assert report.importance_of(report.read_run(full[0])) is None
+
+
 def test_cut_last_line_is_left_out_with_a_note(tmp_path: Path) -> None:
     run = make_run(tmp_path / "run", [train(10), evaluation(10, 5.0)], tail='{"kind": "eval", "step": 20, "nl')
     found = report.read_run(run)
@@ -232,6 +273,8 @@ def test_repeated_steps_count_once_as_written_last(tmp_path: Path) -> None:
         ("config.yaml", b"\xff\n", "config.yaml cannot be read"),
         ("run.json", b"{", "run.json is not JSON"),
         ("run.json", b"3", "run.json holds a int"),
+        ("importance.json", b"{", "importance.json is not JSON"),
+        ("importance.json", b"[]", "importance.json holds a list"),
     ],
 )
 def test_malformed_files_are_named_and_nothing_is_overwritten(tmp_path: Path, name: str, content: bytes, words: str) -> None:

@@ -126,9 +126,7 @@ def test_curricula_that_are_none(change, message):
 def test_adaptive_without_values_to_look_at_is_refused():
     config = CurriculumConfig(kind="adaptive", patience=3)
     check_curriculum(config, max_steps=1001, eval_every=250, log_every=1000)
-    with pytest.raises(
-        UsageError, match=r"sees 0 values of the valid loss before .* 1000 steps.*make eval.every 249 or"
-    ):
+    with pytest.raises(UsageError, match=r"sees 0 values of the valid loss before .* 1000 steps.*make eval.every 249 or"):
         check_curriculum(config, max_steps=1000, eval_every=1000, log_every=1)
     config.watch = "train"
     check_curriculum(config, max_steps=1000, eval_every=1000, log_every=1)

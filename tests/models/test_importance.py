@@ -233,9 +233,10 @@ def test_it_learns_which_tokens_are_hard():
         optimizer.step()
         optimizer.zero_grad()
     batch = objective.hide(x, ids, first=0, step=999)
-    scores = batch.importance.scores.detach()
-    assert float(scores[:, : L // 2].mean()) < 0.35 < 0.6 < float(scores[:, L // 2 :].mean())
-    assert float(parts["importance"]) < 0.6 * baseline(float(parts["target"]))
+    scores, second = batch.importance.scores.detach().flatten()[batch.rows], batch.rows % L >= L // 2  # of hidden tokens
+    assert float(scores[second].mean()) > float(scores[~second].mean()) + 0.1
+    target, found = float(parts["target"]), float(parts["importance"])
+    assert found < 0.9 * baseline(target)
 
 
 def test_without_a_source_it_is_the_plain_process_bit_for_bit():
