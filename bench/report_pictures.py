@@ -3,7 +3,12 @@
 from __future__ import annotations
 
 import io
+import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
+
+import devices
 
 COLOURS = {"mdlm": "#9aa3ab", "mdlm+compile": "#5f6b76", "atat_fast": "#1f77b4", "atat_fast+atat": "#17a589"}
 MIB = 1 << 20
@@ -68,3 +73,78 @@ def throughput_png(record: dict[str, Any]) -> bytes:
         panel.spines[["top", "right"]].set_visible(False)
     figure.suptitle(title_of(record), fontsize=9)
     return _png(figure)
+
+
+def head_memory_png(results: Path) -> bytes | None:
+    """Memory of one head call against the vocabulary, from the first device that has it; None without one."""
+    for path in sorted(results.glob("*/linear_cross_entropy.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        found = record.get("memory_by_vocabulary")
+        if not found:
+            continue
+        figure = _figure(6.4, 3.4)
+        axes = figure.add_subplot()
+        for name, sizes in found["bytes"].items():
+            axes.plot(found["v"], [size / MIB for size in sizes], marker="o", markersize=3.5, label=name)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log", base=2)
+        axes.set_xticks(found["v"], [f"{v:,}" for v in found["v"]])
+        axes.minorticks_off()
+        axes.yaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
+        axes.set_xlabel("vocabulary")
+        axes.set_ylabel("MiB a call adds, forward and backward")
+        facts = record["environment"]
+        axes.set_title(f"N={found['n']:,}, D={found['d']}, half hidden; {facts['device']}, {facts['dtype']}", fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=8, frameon=False)
+        return _png(figure)
+    return None
+
+
+def latest_throughput_png(results: Path) -> bytes | None:
+    """Bars of the throughput run that says most: a GPU's before a CPU's, then the one with the largest model."""
+    found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*/throughput-*.json"))]
+    if not found:
+        return None
+    return throughput_png(
+        max(found, key=lambda r: (not r["environment"]["device"].startswith("CPU"), r["settings"]["vocabulary"]))
+    )
+
+
+def roofline_png(results: Path) -> bytes | None:
+    """Rate against arithmetic intensity of every profiled group whose cost is known, under the roof of its device.
+
+    None where no profile has a device whose peaks are known.
+    """
+    for path in sorted(results.glob("*/throughput-*.json")):
+        record = json.loads(path.read_text(encoding="utf-8"))
+        device = devices.find(record["environment"], results)
+        if device is None or not record.get("profile"):
+            continue
+        figure = _figure(6.4, 4.0)
+        axes = figure.add_subplot()
+        for name, kept in record["profile"].items():
+            points = [(g["flops"] / g["bytes"], g["flops"] / g["seconds"], group)
+                      for group, g in kept["groups"].items() if g["flops"] and g["bytes"]]  # fmt: skip
+            axes.scatter([x for x, _, _ in points], [y / 1e9 for _, y, _ in points], s=18, color=COLOURS.get(name), label=name)
+            for x, y, group in points:
+                axes.annotate(group, (x, y / 1e9), fontsize=6, xytext=(3, 3), textcoords="offset points")
+        edges = [10 ** (i / 10) for i in range(-10, 51)]
+        axes.plot(edges, [min(device.flops, x * device.bandwidth) / 1e9 for x in edges], color="black", lw=1)
+        axes.set_xscale("log")
+        axes.set_yscale("log")
+        axes.set_xlabel("FLOP a byte, as the cost models count")
+        axes.set_ylabel("GFLOP/s")
+        axes.set_title(title_of(record), fontsize=9)
+        axes.grid(alpha=0.25)
+        axes.legend(fontsize=7, frameon=False)
+        return _png(figure)
+    return None
+
+
+DOCUMENT: dict[str, Callable[[Path], bytes | None]] = {
+    "throughput.png": latest_throughput_png,
+    "roofline.png": roofline_png,
+    "linear_cross_entropy_memory.png": head_memory_png,
+}
+"""Pictures of the documents by their names in docs/images."""

@@ -45,7 +45,6 @@ from variants import (
     Setting,
     Variant,
     check_agreement,
-    missing,
 )
 
 from atat_fast.config import DataConfig, TrainConfig, load_preset
@@ -174,13 +173,13 @@ def build_all(
 ) -> tuple[Any, Any, float]:
     """(variants, why others are missing, agreement). Plain and atat_fast first, checked before they are warmed up."""
     found: dict[str, Variant] = {}
-    reasons = {name: reason for name in names if (reason := missing(name))}
+    reasons: dict[str, str] = {}
     checked = {name: Variant(name, setting) for name in (PLAIN, OURS)}
     tokens = setting.loader.batch(0, min(setting.batch, 8))[0].to(setting.compute.device)
     worst = check_agreement(checked[PLAIN], checked[OURS], tokens)
     del checked
     step = 0.0
-    for name in sorted(set(names) - set(reasons), key=lambda n: n == COMPILED):  # the one that time may not allow comes last
+    for name in sorted(names, key=lambda n: n == COMPILED):  # the one that time may not allow comes last
         if name == COMPILED and setting.compute.device.type == "cpu" and not args.variants:
             rest = COMPILE_SECONDS + 4 * step + sum(CHILD_SECONDS for _ in found)
             if not ranks.agree(float(budget.allows(rest))):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.util
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -20,12 +19,12 @@ from mdlm import PlainMDLM, block_by_block
 from timing import synchronize
 from torch import Tensor, nn
 
-from atat_fast.config import Config, OptimConfig, load_preset, preset_names
+from atat_fast.config import Config, ImportanceConfig, OptimConfig, load_preset
 from atat_fast.data import SequenceLoader
-from atat_fast.diffusion.masking import MaskedBatch, hide_for_training
 from atat_fast.models import DiT
-from atat_fast.models.dit import Randomness
+from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.training.device import Compute
+from atat_fast.training.objective import Objective
 from atat_fast.training.optimizers import Average, Optimizers
 
 PLAIN, COMPILED, OURS, ADAPTIVE = VARIANTS = ("mdlm", "mdlm+compile", "atat_fast", "atat_fast+atat")
@@ -128,49 +127,12 @@ class Plain:
             return self.forward(tokens, noisy, weight), {}
 
 
-class Uniform:
-    """Uniform masks under the bound's weights: what a version without `atat_fast.training.objective` trains on."""
-
-    def __init__(self, model: DiT, config: Config, compute: Compute, *, seed: int, total: int) -> None:
-        self.model, self.config, self.compute, self.seed, self.total = model, config, compute, seed, total
-        self.estimator = None
-        self.forward: Any = torch.compile(model) if compute.compile else model
-
-    def hide(self, tokens: Tensor, ids: Tensor, *, first: int, step: int) -> MaskedBatch:
-        """Masks of slots first .. first + B - 1."""
-        return hide_for_training(
-            tokens, self.config.diffusion, first=first, total=self.total, mask_id=self.model.mask_id, sample_ids=ids,
-            seed=self.seed, step=step,
-        )  # fmt: skip
-
-    def loss(self, tokens: Tensor, ids: Tensor, *, first: int, step: int, progress: float = 0.0) -> tuple[Tensor, dict[str, Any]]:
-        """This rank's share of the global batch's nats a token."""
-        batch = self.hide(tokens, ids, first=first, step=step)
-        randomness = Randomness(self.seed, torch.full((), step, device=tokens.device), ids)
-        if self.compute.compile:  # one graph for every number of hidden rows
-            for tensor in (batch.rows, batch.target, batch.weights):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        with self.compute.autocast():
-            loss, _ = self.forward(batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share, randomness)
-        return loss / (self.total * tokens.shape[1]), {}
-
-
-def has_objective() -> bool:
-    """Whether this version of the package has ATAT."""
-    return importlib.util.find_spec("atat_fast.training.objective") is not None and "atat" in preset_names()
-
-
-def missing(name: str) -> str | None:
-    """Why a variant cannot be built at all, or None where it can."""
-    return "not in this version" if name == ADAPTIVE and not has_objective() else None
-
-
 def with_every_part(config: Config) -> Config:
     """`config` with all of the `atat` preset's ATAT on, its estimator at the size that is default rather than the demo's."""
-    atat: Any = load_preset("atat")
-    source = dataclasses.replace(type(atat.importance)(), source=atat.importance.source, sees=atat.importance.sees,
-                                 tilt=atat.importance.tilt, focus=atat.importance.focus)  # fmt: skip
-    return dataclasses.replace(config, importance=source, curriculum=atat.curriculum, diffusion=atat.diffusion)
+    atat = load_preset("atat")
+    chosen = {name: getattr(atat.importance, name) for name in ("source", "sees", "tilt", "focus")}
+    importance = ImportanceConfig(**chosen)
+    return dataclasses.replace(config, importance=importance, curriculum=atat.curriculum, diffusion=atat.diffusion)
 
 
 def common_start(setting: Setting) -> DiT:
@@ -190,18 +152,11 @@ def objective_of(name: str, setting: Setting) -> Any:
         plain = PlainMDLM(setting.vocabulary, setting.vocabulary - 1, setting.config.model)
         plain.load_state_dict(block_by_block(ours.state_dict(), setting.config.model.layers))
         return Plain(plain.to(compute.device), compute, name == COMPILED)
-    ours, total = ours.to(compute.device), setting.ranks * setting.batch
-    if not has_objective():
-        return Uniform(ours, setting.config, compute, seed=SEED, total=total)
-    from atat_fast.training.objective import Objective
-
     config = with_every_part(setting.config) if name == ADAPTIVE else setting.config
-    estimator = None
-    if name == ADAPTIVE:
-        from atat_fast.models.importance import ImportanceEstimator
-
-        estimator = ImportanceEstimator.of(config, None).to(compute.device)
-    return Objective(ours, config, compute, seed=SEED, total=total, estimator=estimator)
+    estimator = ImportanceEstimator.of(config, None) if name == ADAPTIVE else None
+    estimator = estimator and estimator.to(compute.device)
+    total = setting.ranks * setting.batch
+    return Objective(ours.to(compute.device), config, compute, seed=SEED, total=total, estimator=estimator)
 
 
 class Losses(nn.Module):

@@ -56,7 +56,7 @@ def report(load, tmp_path, monkeypatch):
 
 def test_a_recorded_comparison_becomes_a_table_in_its_document(report, tmp_path):
     folder, found = page_of(tmp_path)
-    assert report.COMPARED not in report.tables()
+    assert "compare" not in report.tables()[report.COMPARED]
     assert report.record_compare(folder) == tmp_path / "results" / "cpu" / "compare.json"
     assert (tmp_path / "images" / "compare-cpu.png").read_bytes() == (folder / "curves.png").read_bytes()
     table = report.tables()[report.COMPARED]["compare"]
