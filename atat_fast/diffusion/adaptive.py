@@ -64,7 +64,7 @@ def hide_by_importance(
     The batch has the scores, with their gradient. Raises BadScores, on a CPU, for scores outside [0, 1].
     """
     device, length, hidden = tokens.device, tokens.shape[1], int(counts.sum())
-    share = (counts / max(1, length)).to(device, torch.float32)
+    share = (counts / max(1, length)).to(device, torch.float32, non_blocking=True)
     eligible = None
     if sees == "visible":
         outer = context_counts(counts, length, rho)

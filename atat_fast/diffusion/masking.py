@@ -83,7 +83,7 @@ def hide(
         step=step,
         weighting=weighting,
     )
-    share = (counts / max(1, tokens.shape[1])).to(device, torch.float32)
+    share = (counts / max(1, tokens.shape[1])).to(device, torch.float32, non_blocking=True)
     return MaskedBatch(noisy, rows, tokens.flatten()[rows], weights, share, tokens.numel(), hidden=hidden)
 
 
@@ -105,14 +105,14 @@ def hide_mirrored(
     hidden = hidden.view(batch, length) ^ turned[:, None]
     rows = torch.nonzero_static(hidden.flatten(), size=int(counts.sum()))[:, 0]
     weights = _spread((length + 1) / counts.clamp(min=1).double(), counts, rows)
-    share = (counts / max(1, length)).to(tokens.device, torch.float32)
+    share = (counts / max(1, length)).to(tokens.device, torch.float32, non_blocking=True)
     noisy, target = tokens.masked_fill(hidden, mask_id), tokens.flatten()[rows]
     return MaskedBatch(noisy, rows, target, weights, share, tokens.numel(), hidden=len(rows))
 
 
 def _spread(per_sequence: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
     """One number a sequence as one a hidden token: fp32 on the device of rows."""
-    values, device = per_sequence.to(rows.device, torch.float32), rows.device
+    values, device = per_sequence.to(rows.device, torch.float32, non_blocking=True), rows.device
     return values.repeat_interleave(counts.to(device, non_blocking=True), output_size=len(rows))
 
 
@@ -179,5 +179,5 @@ def _hide_bernoulli(
     else:
         everywhere = stratified_uniforms(0, total, total, seed=seed, step=step, pairing=config.pairing)
         masked.weights.fill_(1 / float(schedule.rate(everywhere).mean()))
-    masked.hidden_share = schedule.rate(t).to(tokens.device, torch.float32)
+    masked.hidden_share = schedule.rate(t).to(tokens.device, torch.float32, non_blocking=True)
     return masked

@@ -1,0 +1,252 @@
+"""Every op on every backend a GPU has, at the model's sizes: against fp64, beside PyTorch's own error, and bit for bit twice.
+
+One function checks an op on a device at a size. A CPU runs it small, on the backends it has; a GPU at D = 768, L = 1,024 and an
+odd vocabulary near 50,304. With ATAT_FAST_SMALL=1 a GPU takes the small sizes too: compute-sanitizer needs minutes for each
+microsecond of a kernel. Gradients are those of a random signed upstream.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from atat_fast.ops import (
+    adaptive_layer_norm,
+    adaptive_layer_norm_reference,
+    attention,
+    attention_reference,
+    explain_attention,
+    gated_residual_norm,
+    gated_residual_norm_reference,
+    linear_cross_entropy,
+    linear_cross_entropy_reference,
+    mask_tokens,
+    registry,
+    rotary,
+    rotary_reference,
+    rotary_table,
+)
+
+GPU = torch.cuda.is_available()
+SMALL = "ATAT_FAST_SMALL"
+on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA device")]
+LIMIT = 1.5
+"""An op's error may be this much of PyTorch's own at the same dtype."""
+TOOLS = ("memcheck", "racecheck", "synccheck")
+
+
+@dataclass(frozen=True)
+class Size:
+    """Sequences, tokens of each, width, heads and vocabulary."""
+
+    batch: int
+    length: int
+    width: int
+    heads: int
+    vocabulary: int
+
+
+MODEL, TINY = Size(4, 1024, 768, 12, 50_257), Size(3, 40, 64, 4, 131)
+
+
+def size_for(device: str) -> Size:
+    """The model's sizes on a GPU, unless small ones are asked for."""
+    return MODEL if device == "cuda" and os.environ.get(SMALL) != "1" else TINY
+
+
+Tensors = tuple[Tensor, ...]
+
+
+@dataclass
+class Case:
+    """An op's inputs that want gradients, its call under a backend, and its specification on the same inputs in any dtype."""
+
+    inputs: Tensors
+    call: Callable[[str, Tensors], Tensors]
+    reference: Callable[[Tensors], Tensors]
+
+
+def draw(device: str, *shape: int, dtype: torch.dtype = torch.float32, scale: float = 1.0) -> Tensor:
+    """A normal tensor that wants a gradient; made on the host, so that every device sees the same."""
+    return (torch.randn(shape) * scale).to(device, dtype).requires_grad_()
+
+
+def head_case(size: Size, device: str, dtype: torch.dtype) -> Case:
+    """linear_cross_entropy over half of the rows, with a bias, weights of both signs and a forbidden id."""
+    n = size.batch * size.length
+    rows = torch.randperm(n)[: n // 2].sort().values.to(device)
+    target = torch.randint(0, size.vocabulary - 1, (len(rows),)).to(device)
+    mask_id = size.vocabulary - 1
+    inputs = (
+        draw(device, n, size.width, dtype=dtype), draw(device, size.vocabulary, size.width, scale=size.width**-0.5),
+        draw(device, size.vocabulary, scale=0.1), draw(device, len(rows)),
+    )  # fmt: skip
+
+    def call(backend: str, given: Tensors) -> Tensors:
+        h, w, b, t = given
+        return (linear_cross_entropy(h, w, target, bias=b, token_weight=t, rows=rows, forbidden=mask_id, backend=backend),)
+
+    def reference(given: Tensors) -> Tensors:
+        h, w, b, t = given
+        nll = linear_cross_entropy_reference(h, w.to(h.dtype), target, b.to(h.dtype), None, rows, mask_id)
+        return ((nll.to(t.dtype) * t).sum(),)
+
+    return Case(inputs, call, reference)
+
+
+def norm_case(size: Size, device: str, dtype: torch.dtype, *, gated: bool, shared: bool) -> Case:
+    """One of the norm chains; `shared` conditioning is one row for all samples."""
+    rows = 1 if shared else size.batch
+    shape = (size.batch, size.length, size.width)
+    x, weight = draw(device, *shape, dtype=dtype), draw(device, size.width)
+    modulation = [draw(device, rows, size.width, dtype=dtype, scale=0.3) for _ in range(3)]
+    if not gated:
+        inputs = (x, *modulation[:2], weight)
+        return Case(
+            inputs, lambda backend, given: (adaptive_layer_norm(*given, backend=backend),),
+            lambda given: (adaptive_layer_norm_reference(*given).to(given[0].dtype),),
+        )  # fmt: skip
+    inputs = (x, draw(device, *shape, dtype=dtype), *modulation, weight)
+    return Case(
+        inputs, lambda backend, given: gated_residual_norm(*given, backend=backend),
+        lambda given: tuple(t.to(given[0].dtype) for t in gated_residual_norm_reference(*given)),
+    )  # fmt: skip
+
+
+def rotary_case(size: Size, device: str, dtype: torch.dtype) -> Case:
+    """rotary on a packed projection."""
+    head_dim = size.width // size.heads
+    cos, sin = (t.to(device) for t in rotary_table(size.length, head_dim))
+    qkv = draw(device, size.batch, size.length, 3, size.heads, head_dim, dtype=dtype)
+
+    def table(dtype: torch.dtype) -> Tensors:
+        return (cos.double(), sin.double()) if dtype is torch.float64 else (cos, sin)
+
+    return Case(
+        (qkv,), lambda backend, given: (rotary(given[0], cos, sin, backend=backend),),
+        lambda given: (rotary_reference(given[0], *table(given[0].dtype)),),
+    )  # fmt: skip
+
+
+def attention_case(size: Size, device: str, dtype: torch.dtype) -> Case:
+    """attention; its backends are the implementations that can run."""
+    qkv = draw(device, size.batch, size.length, 3, size.heads, size.width // size.heads, dtype=dtype)
+    return Case(
+        (qkv,), lambda name, given: (attention(given[0], implementation=name),), lambda given: (attention_reference(given[0]),)
+    )
+
+
+CASES: dict[str, Callable[[Size, str, torch.dtype], Case]] = {
+    "linear_cross_entropy": head_case,
+    "adaptive_layer_norm": lambda *a: norm_case(*a, gated=False, shared=False),
+    "adaptive_layer_norm, shared": lambda *a: norm_case(*a, gated=False, shared=True),
+    "gated_residual_norm": lambda *a: norm_case(*a, gated=True, shared=False),
+    "gated_residual_norm, shared": lambda *a: norm_case(*a, gated=True, shared=True),
+    "rotary": rotary_case,
+    "attention": attention_case,
+}
+
+
+def backends_of(op: str, device: str, dtype: torch.dtype, size: Size) -> list[str]:
+    """What can run `op` here, fastest first."""
+    where = torch.device(device, 0 if device == "cuda" else None)
+    if op == "attention":
+        reasons = explain_attention(where, dtype, size.width // size.heads)
+    else:
+        reasons = registry.explain(op.split(",")[0], where)
+    return [name for name, reason in reasons.items() if reason is None]
+
+
+def results(call: Callable[[Tensors], Tensors], inputs: Tensors, upstream: Tensors) -> Tensors:
+    """Outputs, then gradients of the inputs."""
+    leaves = tuple(t.detach().requires_grad_() for t in inputs)
+    out = call(leaves)
+    grads = torch.autograd.grad(out, leaves, [u.to(o.dtype).reshape(o.shape) for u, o in zip(upstream, out, strict=True)])
+    return (*(o.detach() for o in out), *grads)
+
+
+def check(op: str, device: str, dtype: torch.dtype, size: Size) -> list[str]:
+    """Compare every backend with fp64 and with PyTorch's own error, and with itself; the backends that were checked."""
+    torch.manual_seed(0)
+    case = CASES[op](size, device, dtype)
+    exact_inputs = tuple(t.detach().double() for t in case.inputs)
+    upstream = tuple(torch.randn(o.shape).to(device) for o in case.reference(case.inputs))
+    exact = results(case.reference, exact_inputs, upstream)
+    plain = results(case.reference, case.inputs, upstream)
+    found = backends_of(op, device, dtype, size)
+    for backend in found:
+        got = results(lambda given, b=backend: case.call(b, given), case.inputs, upstream)
+        for i, (a, e, p) in enumerate(zip(got, exact, plain, strict=True)):
+            error, own = (float((t.double() - e).norm()) for t in (a, p))
+            assert error <= LIMIT * own + 1e-5 * float(e.norm()) + 1e-7, (
+                f"{op}, {backend}, result {i}: {error:.3e} against {own:.3e}"
+            )
+        if op != "attention":  # whose libraries promise it under use_deterministic_algorithms alone
+            again = results(lambda given, b=backend: case.call(b, given), case.inputs, upstream)
+            assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), f"{op}, {backend}: two runs differ"
+    return found
+
+
+BOTH = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=on_gpu, id="cuda")]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@pytest.mark.parametrize("op", CASES)
+@pytest.mark.parametrize("device", BOTH)
+def test_against_fp64_and_twice_the_same(device, op, dtype, poisoned):
+    found = check(op, device, dtype, size_for(device))
+    assert found and (device == "cpu" or op == "attention" or {"cuda", "triton"} & set(found))
+
+
+@pytest.mark.parametrize("device", BOTH)
+def test_masks_are_the_specification_s(device, poisoned):
+    size = size_for(device)
+    tokens = torch.randint(0, size.vocabulary - 1, (size.batch, size.length)).to(device)
+    counts = torch.randint(0, size.length + 1, (size.batch,))
+    scores = torch.rand(size.batch, size.length).to(device)
+    common = {
+        "mask_id": size.vocabulary - 1, "num_rows": int(counts.sum()), "sample_ids": torch.arange(size.batch, device=device),
+        "seed": torch.tensor(1, device=device), "step": torch.tensor(5, device=device),
+    }  # fmt: skip
+    for scored in (None, scores):
+        runs = [
+            mask_tokens(tokens, counts.to(device), backend=backend, scores=scored, tilt=0.0 if scored is None else 2.0, **common)
+            for backend in (*backends_of("mask_tokens", device, torch.int64, size), "torch") for _ in range(2)
+        ]  # fmt: skip
+        for run in runs[:-1]:
+            assert all(torch.equal(a, b) for a, b in zip(run[:1] if scored is not None else run, runs[-1], strict=False))
+
+
+def sanitized(tool: str, *more: str) -> list[str]:
+    """The command that runs the tests above, small, under a tool of compute-sanitizer."""
+    tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__)), "-m", "gpu"]
+    wanted = ["-k", "(fp64 or specification) and not attention"]
+    watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"] if tool else []
+    return [*watch, *tests, *wanted, *more]
+
+
+@pytest.mark.slow
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU or not shutil.which("compute-sanitizer"), reason="no CUDA device, or no compute-sanitizer")
+@pytest.mark.parametrize("tool", TOOLS)
+def test_sanitizer_finds_nothing(tool):
+    done = subprocess.run(sanitized(tool), env=os.environ | {SMALL: "1", "PYTORCH_NO_CUDA_MEMORY_CACHING": "1"},
+                          capture_output=True, text=True, timeout=280)  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+
+
+@pytest.mark.slow
+def test_the_sanitizer_s_command_finds_tests():
+    done = subprocess.run(sanitized("", "--collect-only"), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0 and "test_masks_are_the_specification_s[cuda]" in done.stdout, done.stdout + done.stderr
+    assert "[cuda-linear_cross_entropy-bf16]" in done.stdout and "[cuda-attention" not in done.stdout
+    assert sanitized("racecheck")[:3] == ["compute-sanitizer", "--tool", "racecheck"]
