@@ -7,6 +7,7 @@ first, and it then gets the steps that fit, so that its schedules know their end
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -33,6 +34,9 @@ def main(arguments: Sequence[str]) -> int:
     )  # fmt: skip
     parser.add_argument("--masks_of", type=str, default=None, help="Only that (--masks 16 by default), on the model of this run.")
     config, args = parse_config(parser, arguments)
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise UsageError(f"this version compares on one process, and {ranks} were started; start it without torchrun")
     if args.masks < 0 or args.masks == 1:
         raise UsageError(f"masks must be 0, or at least 2 draws to have a spread, got {args.masks}")
     if args.masks_of is not None:

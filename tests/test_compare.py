@@ -53,7 +53,7 @@ def found(folder: Path):
     return json.loads((folder / "compare.json").read_text())
 
 
-def test_two_recipes_and_two_seeds_through_the_door(tiny, tmp_path):
+def test_two_recipes_and_two_seeds_through_the_door(tiny, tmp_path, capsys):
     """A folder with a table, curves, every seed's numbers and paired differences; the same command again runs nothing."""
     command = [sys.executable, "-m", "atat_fast.compare", *tiny, "--recipes", "uniform,mdlm", "--seeds", "2"]
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(compare.__file__).parents[1])}
@@ -80,8 +80,7 @@ def test_two_recipes_and_two_seeds_through_the_door(tiny, tmp_path):
     assert yaml.safe_load((out / "recipes" / "mdlm.yaml").read_text())["diffusion"]["masking"] == "bernoulli"
 
     before = {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")}
-    again = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
-    assert again.returncode == 0 and table in again.stdout
+    assert compare.main(command[3:]) == 0 and table in capsys.readouterr().out
     assert {path: path.stat().st_mtime_ns for path in (out / "runs").rglob("*")} == before and found(out) == page
 
 
@@ -144,6 +143,20 @@ def test_a_run_that_diverges_is_said_to(tiny, tmp_path):
     page = found(tmp_path / "out")
     assert page["differences"] == [] and page["results"][0]["nll"] > 0 and page["results"][1]["diverged"] == 1
     assert "diverged in 1" in (tmp_path / "out" / "table.txt").read_text()
+
+
+def test_importance_is_a_recipe_like_others(tiny, tmp_path):
+    assert compare.main([*tiny, "--recipes", "elbo,atat", "--seeds", "1", "--importance.width", "16"]) == 0
+    plain, atat = (yaml.safe_load((tmp_path / "out" / "recipes" / f"{name}.yaml").read_text()) for name in ("elbo", "atat"))
+    assert plain["importance"]["source"] == "none" and plain["curriculum"]["kind"] == "none"
+    assert atat["importance"]["source"] == "learned" and atat["diffusion"]["weighting"] == "importance"
+    assert found(tmp_path / "out")["differences"][0]["difference"] != 0
+
+
+def test_several_processes_are_refused(tiny, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UsageError, match="compares on one process, and 2 were started"):
+        compare.main(tiny)
 
 
 def test_masks_are_compared_on_a_trained_model(tiny, tmp_path, capsys):
