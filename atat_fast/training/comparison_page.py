@@ -184,6 +184,7 @@ def curves_png(plan: Plan, results: Results) -> bytes:
                 if kept:
                     axes.plot(*(part.numpy() for part in mean_curve(found, x)), color=colour, linewidth=1.4, label=name)
             axes.set_xlabel(words)
+            axes.set_xlim(left=0)
             axes.xaxis.set_major_formatter(lambda value, _: compact(value, 1_000))
         panels[0].set_ylabel("val/nll, nats a token")
         if ends:
