@@ -11,6 +11,7 @@ Tables stand between <!-- NAME --> and <!-- /NAME --> in their document. A table
 from __future__ import annotations
 
 import argparse
+import json
 import re
 import shutil
 import sys
