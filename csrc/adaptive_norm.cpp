@@ -14,8 +14,8 @@
 #include <tuple>
 #include <type_traits>
 
-// One function body for three instruction sets, chosen when the library loads. The loops are written for the compiler to vectorise;
-// `omp simd` (-fopenmp-simd) says that their iterations do not depend on one another.
+// One function body for three instruction sets, chosen when the library loads. The loops are written for the compiler to
+// vectorise; `omp simd` (-fopenmp-simd) says that their iterations do not depend on one another.
 #if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
 #define ATAT_FAST_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
 #else
@@ -36,8 +36,8 @@ ATAT_FAST_INLINE float widened(Half value) { return from_bfloat16(value); }
 ATAT_FAST_INLINE void narrow(float& out, float value) { out = value; }
 ATAT_FAST_INLINE void narrow(Half& out, float value) { out = to_bfloat16(value); }
 
-// The sum of term(i) for i below n. It grows in sixteen lanes, so that additions do not wait for one another, and lanes are folded
-// by vectors: `omp simd reduction` would add them up one by one, which costs more than a short row.
+// The sum of term(i) for i below n. It grows in sixteen lanes, which are folded by vectors: `omp simd reduction` would add its
+// lanes up one by one, which costs more than a short row.
 constexpr int kLanes = 16;
 
 ATAT_FAST_INLINE float fold(float* lane) {
@@ -135,8 +135,8 @@ void load(float* out, const Conditioning& rows, int64_t group, int64_t count) {
   load(out, rows.values, group * rows.stride, count);
 }
 
-// Rows that go through each pass together: a pass ends in a few operations that wait for one another, and meanwhile the next row's
-// can begin. The block stays in the first-level cache.
+// Rows that go through each pass together: a pass ends in a few operations that wait for one another, and meanwhile the next
+// row's can begin. The block stays in the first-level cache.
 constexpr int64_t kMostRows = 8;
 inline int64_t block_rows(int64_t width) { return std::min(kMostRows, std::max<int64_t>(1, 2048 / width)); }
 
@@ -182,8 +182,8 @@ class Scratch {
   // Row k of a block.
   float* row(int64_t k) const { return begin_ + (6 + k) * pitch_; }
 
-  float *const gain = begin_, *const shift = begin_ + pitch_, *const gate = begin_ + 2 * pitch_, *const factor = begin_ + 3 * pitch_,
-               *const keep = begin_ + 4 * pitch_, *const zeros = begin_ + 5 * pitch_;
+  float *const gain = begin_, *const shift = begin_ + pitch_, *const gate = begin_ + 2 * pitch_;
+  float *const factor = begin_ + 3 * pitch_, *const keep = begin_ + 4 * pitch_, *const zeros = begin_ + 5 * pitch_;
 };
 
 // Rows first to last, at most block_rows of them.
@@ -244,7 +244,8 @@ ATAT_FAST_VECTORISED void forward_rows(const ForwardArguments& a, int64_t first,
 
 // Rows first to last, at most block_rows of them. `partials` holds the sums of dy, of dy * normed and of the gate's gradient.
 template <typename Stream, typename Branch, typename Out>
-ATAT_FAST_VECTORISED void backward_rows(const BackwardArguments& a, int64_t first, int64_t last, Scratch& scratch, float* partials) {
+ATAT_FAST_VECTORISED void backward_rows(const BackwardArguments& a, int64_t first, int64_t last, Scratch& scratch,
+                                        float* partials) {
   const int64_t width = a.width;
   const float inverse = 1.0f / static_cast<float>(width);
   const float *gain = scratch.gain, *factor = scratch.factor, *keep = scratch.keep;
@@ -310,7 +311,8 @@ void for_tasks(const NormArguments& a, const Tasks& tasks, const Body& body) {
     Scratch scratch(a.width);
     for (int64_t task = first; task < last; ++task) {
       if (task == first || tasks.group(task) != tasks.group(task - 1)) scratch.condition(a, tasks.group(task));
-      for (int64_t r = tasks.begin(task); r < tasks.end(task); r += block) body(task, r, std::min(r + block, tasks.end(task)), scratch);
+      const int64_t end = tasks.end(task);
+      for (int64_t r = tasks.begin(task); r < end; r += block) body(task, r, std::min(r + block, end), scratch);
     }
   });
 }
@@ -338,7 +340,8 @@ void store(void* out, bool half, int64_t offset, const float* values, int64_t co
 }
 
 // Columns start to start + count of all gradients that are sums over rows, from the tasks' partials [task, K, width].
-void add_partials(const BackwardArguments& a, const Tasks& tasks, const float* partials, int64_t sums, int64_t start, int64_t count) {
+void add_partials(const BackwardArguments& a, const Tasks& tasks, const float* partials, int64_t sums, int64_t start,
+                  int64_t count) {
   float total[kColumns], weight[kColumns], scale[kColumns], weight_total[kColumns];
   std::fill_n(weight_total, count, 0.0f);
   if (a.weight.data != nullptr) load(weight, a.weight, start, count);
@@ -384,7 +387,8 @@ void backward(const BackwardArguments& a) {
 }
 
 // What both ops and both directions are given alike.
-void fill(NormArguments& a, NormCall& call, bool gated, const Tensor& stream, const Tensor& scale, const std::optional<Tensor>& weight) {
+void fill(NormArguments& a, NormCall& call, bool gated, const Tensor& stream, const Tensor& scale,
+          const std::optional<Tensor>& weight) {
   a.gated = gated;
   a.batch = call.batch;
   a.length = call.length;
@@ -395,8 +399,8 @@ void fill(NormArguments& a, NormCall& call, bool gated, const Tensor& stream, co
   a.weight = call.values(weight, call.width);
 }
 
-std::tuple<Tensor, Tensor, Tensor> adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> weight, double eps,
-                                                       ScalarType out_type) {
+std::tuple<Tensor, Tensor, Tensor> adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> weight,
+                                                       double eps, ScalarType out_type) {
   NormCall call(x, scale);
   ForwardArguments a{};
   fill(a, call, false, x, scale, weight);
@@ -411,11 +415,10 @@ std::tuple<Tensor, Tensor, Tensor> adaptive_layer_norm(Tensor x, Tensor shift, T
   return {y, mean, rstd};
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale,
-                                                               std::optional<Tensor> weight, double dropout,
-                                                               std::optional<Tensor> seed, std::optional<Tensor> step,
-                                                               std::optional<Tensor> sample_ids, int64_t stream, double eps,
-                                                               ScalarType out_type) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(
+    Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, std::optional<Tensor> weight, double dropout,
+    std::optional<Tensor> seed, std::optional<Tensor> step, std::optional<Tensor> sample_ids, int64_t stream, double eps,
+    ScalarType out_type) {
   NormCall call(residual, scale);
   ForwardArguments a{};
   fill(a, call, true, residual, scale, weight);
@@ -454,8 +457,8 @@ float* statistic(NormCall& call, const Tensor& given) {
   return const_cast<float*>(static_cast<const float*>(call.values(given, call.batch * call.length).data));
 }
 
-std::tuple<Tensor, Tensor, Tensor, Tensor> adaptive_layer_norm_backward(Tensor dy, Tensor x, Tensor scale, std::optional<Tensor> weight,
-                                                                        Tensor mean, Tensor rstd, ScalarType shift_type) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> adaptive_layer_norm_backward(
+    Tensor dy, Tensor x, Tensor scale, std::optional<Tensor> weight, Tensor mean, Tensor rstd, ScalarType shift_type) {
   NormCall call(x, scale);
   BackwardArguments a{};
   fill(a, call, false, x, scale, weight);
@@ -471,8 +474,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> adaptive_layer_norm_backward(Tensor d
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_backward(
     std::optional<Tensor> dtotal, std::optional<Tensor> dy, Tensor total, Tensor branch, Tensor gate, Tensor scale,
-    std::optional<Tensor> weight, Tensor mean, Tensor rstd, double dropout, std::optional<Tensor> seed, std::optional<Tensor> step,
-    std::optional<Tensor> sample_ids, int64_t stream, ScalarType shift_type) {
+    std::optional<Tensor> weight, Tensor mean, Tensor rstd, double dropout, std::optional<Tensor> seed,
+    std::optional<Tensor> step, std::optional<Tensor> sample_ids, int64_t stream, ScalarType shift_type) {
   NormCall call(total, scale);
   BackwardArguments a{};
   fill(a, call, true, total, scale, weight);

@@ -40,8 +40,8 @@ STABLE_TORCH_LIBRARY(atat_fast_c, m) {
       "adaptive_layer_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor? weight, Tensor mean, Tensor rstd, "
       "ScalarType shift_dtype) -> (Tensor dx, Tensor dshift, Tensor dscale, Tensor dweight)");
   m.def(
-      "gated_residual_norm(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? weight, float dropout, "
-      "Tensor? seed, Tensor? step, Tensor? sample_ids, int stream, float eps, ScalarType out_dtype) "
+      "gated_residual_norm(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? weight, "
+      "float dropout, Tensor? seed, Tensor? step, Tensor? sample_ids, int stream, float eps, ScalarType out_dtype) "
       "-> (Tensor total, Tensor y, Tensor mean, Tensor rstd)");
   m.def(
       "gated_residual_norm_backward(Tensor? dtotal, Tensor? dy, Tensor total, Tensor branch, Tensor gate, Tensor scale, "
