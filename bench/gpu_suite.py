@@ -103,7 +103,8 @@ def steps() -> list[Step]:
     found.append(Step("ceilings", (python, "bench/ceilings.py"), 120, why="what the device reaches at best"))
     tests = ("tests", "-m", "gpu", "--continue-on-collection-errors")
     found.append(pytest_step("tests", 480, *tests, why="right numbers before fast ones"))
-    sizes = ("--preset", "small", "--vocabulary", "50258", "--micro_batch", "8", "--out", DEVICE_FOLDER)
+    sizes = ("--preset", "small", "--vocabulary", "50258", "--micro_batch", "8", "--profile", "--seconds", "400",
+             "--out", DEVICE_FOLDER)  # fmt: skip
     found.append(Step("throughput", (python, "bench/throughput.py", *sizes), 480, why="the figure the package is for"))
     for path in sorted(BENCH.glob("bench_*.py")):
         name = path.stem.removeprefix("bench_")

@@ -1,0 +1,267 @@
+"""bench/throughput.py and what it is made of: variants, parts, profiles, power, samplers, tables and pictures, all small."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from atat_fast.config import Config, ModelConfig
+from atat_fast.training.device import Compute
+
+ROOT = Path(__file__).resolve().parents[2]
+CPU = Compute(torch.device("cpu"), torch.float32, compile=False)
+VOCABULARY = 40
+
+
+class Loader:
+    """Sequences as a function of their number."""
+
+    def batch(self, first, count):
+        ids = torch.arange(first, first + count)
+        return (ids[:, None] * 7 + torch.arange(16)) % (VOCABULARY - 1), ids
+
+
+@pytest.fixture
+def setting(load):
+    config = Config(model=ModelConfig(dim=16, layers=2, heads=2, length=16, dropout=0.0))
+    return load("variants").Setting(config, VOCABULARY, 4, CPU, Loader())
+
+
+@pytest.fixture
+def variant(load, setting):
+    return lambda name: load("variants").Variant(name, setting)
+
+
+def test_every_variant_learns_the_same_data(load, variant):
+    for name in load("variants").VARIANTS:
+        if name != "mdlm+compile":
+            one = variant(name)
+            one.timed(3)
+            assert one.count == 3 and torch.isfinite(torch.stack(one.losses)).all()
+            assert all(p.grad is None for p in one.losses_of.parameters())
+
+
+def test_adaptive_variant_has_every_part_on(variant):
+    one = variant("atat_fast+atat")
+    objective = one.losses_of.objective
+    stage = objective.curriculum.at(0.9)
+    assert objective.estimator is not None and stage.level != 0 and objective.config.importance.tilt != 0
+    assert objective.config.diffusion.weighting == "importance"
+    before = [p.detach().clone() for p in objective.estimator.parameters()]
+    one.timed(2)
+    assert any(not torch.equal(a, b) for a, b in zip(before, objective.estimator.parameters(), strict=True))
+
+
+def test_the_form_that_compiles_is_the_same_loss(load, variant):
+    plain = variant("mdlm").model
+    tokens = Loader().batch(0, 4)[0]
+    noisy, weight = plain.masks(tokens)
+    results = []
+    for loss in (plain.loss, plain.fusible_loss):
+        value = loss(tokens, noisy, weight)
+        results.append((value, *torch.autograd.grad(value, list(plain.parameters()))))
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-6)
+
+
+def test_variants_agree_and_a_wrong_one_does_not(load, variant):
+    module, tokens = load("variants"), Loader().batch(0, 4)[0]
+    plain, ours = variant("mdlm"), variant("atat_fast")
+    assert module.check_agreement(plain, ours, tokens) < 1e-3
+    with torch.no_grad():
+        ours.model.head.bias[3] += 1.0
+    with pytest.raises(RuntimeError, match="the variants disagree"):
+        module.check_agreement(plain, ours, tokens)
+
+
+def test_parts_add_up_to_the_step(load, variant):
+    one = variant("atat_fast")
+    one.timed(1)
+    parts, step = one.parts(5)
+    assert list(parts) == list(load("variants").PARTS) and min(parts.values()) > 0
+    assert 0.9 * step <= sum(parts.values()) <= 1.001 * step
+    assert not one.clock.on
+    assert one.parts(1)[0].keys() == parts.keys()
+
+
+def test_profile_adds_up_and_knows_its_groups(load, variant, tmp_path):
+    profiling, devices = load("profiling"), load("devices")
+    for name in ("mdlm", "atat_fast"):
+        one = variant(name)
+        one.timed(1)
+        kept = profiling.profile(one, tmp_path / "out" / "a.trace.json.gz", devices.TABLE["h100"])
+        groups = kept["groups"]
+        assert sum(g["seconds"] for g in groups.values()) == pytest.approx(kept["step_seconds"], rel=0.1)
+        assert {"head products", "block products", "attention", "norm chains", "optimizer", "average", "clip"} <= set(groups)
+        assert groups["head products"]["flops"] > 0 and 0 < groups["optimizer"]["share_of_roofline"] < 1
+        assert (tmp_path / "out" / kept["trace"]).read_bytes()[:2] == b"\x1f\x8b"
+        lines = "\n".join(profiling.op_table(name, kept))
+        assert "sum" in lines and "head products" in lines
+    assert not list((tmp_path / "out").glob("*.json"))
+
+
+def test_trace_that_is_too_large_is_not_kept(load, variant, tmp_path, monkeypatch):
+    profiling = load("profiling")
+    monkeypatch.setattr(profiling, "LARGEST_TRACE", 10)
+    one = variant("mdlm")
+    kept = profiling.profile(one, tmp_path / "a.trace.json.gz", None, steps=1)
+    assert kept["trace"] is None and list(tmp_path.iterdir()) == []
+    assert "not kept" in "\n".join(profiling.op_table("mdlm", kept))
+
+
+def test_costs_count_what_the_model_s_own_cost_counts(load, variant, setting):
+    """All rows: products, attention and head together are step_cost, but for attention's backward, which runs five products."""
+    from atat_fast.models.dit import step_cost
+    from atat_fast.ops import attention_cost
+
+    known = load("profiling").costs(variant("mdlm"))
+    c, rows = setting.config.model, setting.batch * setting.config.model.length
+    extra = c.layers * (
+        sum(attention_cost(setting.batch, c.length, c.dim, backward=b).flops for b in (False, True))
+        - 3 * attention_cost(setting.batch, c.length, c.dim).flops
+    )
+    total = sum(known[name].flops for name in ("block products", "attention", "head products"))
+    assert total == step_cost(c, VOCABULARY, setting.batch, rows).flops + extra
+
+
+class Nvml:
+    """What pynvml would say of a GPU that draws 250 W."""
+
+    def __init__(self):
+        self.millijoules = 1_000_000
+
+    def nvmlInit(self):
+        pass
+
+    def nvmlDeviceGetHandleByUUID(self, uuid):
+        assert uuid == "GPU-1234"
+        return "handle"
+
+    def nvmlDeviceGetTotalEnergyConsumption(self, handle):
+        self.millijoules += 250
+        return self.millijoules
+
+
+def test_energy_meter(load, monkeypatch):
+    power = load("power")
+    assert power.EnergyMeter(torch.device("cpu")).joules() is None
+    monkeypatch.setitem(sys.modules, "pynvml", Nvml())
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
+    meter = power.EnergyMeter(torch.device("cuda", 0))
+    before, after = meter.joules(), meter.joules()
+    assert after - before == pytest.approx(0.25)
+    assert power.figures(500.0, 2.0, 1e6) == {"watts": 250.0, "joules_per_million_tokens": 500.0}
+    assert power.figures(None, 2.0, 1e6) == {}
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace())
+    assert power.EnergyMeter(torch.device("cuda", 0)).joules() is None
+
+
+def test_samplers_are_checked_and_timed(load, variant):
+    sampling, model = load("sampling"), variant("atat_fast").model
+    record = sampling.time_samplers(model, CPU, batch=2, steps=4, budget=5)
+    assert record["denoising_steps"] == 4 and set(record["results"]) == set(sampling.WAYS) and model.training
+    assert record["results"]["plain loop"]["ratio"] == 1.0 and "ddpm_cache" in "\n".join(sampling.table(record))
+    assert sampling.time_samplers(model, CPU, batch=1, steps=64, budget=1e-6)["denoising_steps"] < 64
+
+
+def row(rate, **more):
+    return {
+        "tokens_per_second": rate, "low": 0.9 * rate, "high": 1.1 * rate, "step_memory_bytes": 5 << 20, "mean_loss": 3.25,
+        "ratio": rate / 100,
+    } | more  # fmt: skip
+
+
+FACTS = {"device": "NVIDIA H100", "dtype": "bf16", "torch": "2.13", "commit": "abc"}
+SETTINGS = {"preset": "small", "vocabulary": 50_258, "micro_batch": 8, "length": 1024, "rounds": 5, "steps": 1}
+OLD = {
+    "benchmark": "throughput",
+    "settings": SETTINGS,
+    "results": {"mdlm": row(100.0), "atat_fast": row(400.0)},
+    "environment": FACTS,
+}
+
+
+def new_record():
+    parts = dict.fromkeys(("data", "masking", "forward", "backward", "clip", "optimizer", "average"), 0.01)
+    group = {"seconds": 0.02, "flops": 10**12, "bytes": 10**9, "share_of_roofline": 0.5}
+    more = {
+        "parts": parts, "step_seconds": 0.071, "ratio_compiled": None, "watts": 300.0, "joules_per_million_tokens": 750.0,
+        "mfu_all_rows": 0.4, "mfu_hidden_rows": 0.3, "peak_memory_bytes": None,
+    }  # fmt: skip
+    return OLD | {
+        "results": {"mdlm": row(100.0, **more), "atat_fast": row(400.0, **more)}, "missing": {"mdlm+compile": "no time left"},
+        "largest_micro_batch": {"mdlm": {"micro_batch": 16, "full": True}, "atat_fast": None},
+        "profile": {"atat_fast": {"step_seconds": 0.02, "unwatched_step_seconds": 0.02, "trace": None, "device": "H100",
+                                  "groups": {"head products": group}}},
+        "sampling": {"batch": 2, "length": 16, "denoising_steps": 8, "results": {"plain loop": row(1.0)}},
+    }  # fmt: skip
+
+
+def test_tables_of_old_and_new_files(load, tmp_path):
+    report_tables, throughput = load("report_tables"), load("throughput")
+    assert report_tables.throughput(tmp_path) == ""
+    for folder, record in (("a", OLD), ("b", new_record())):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "throughput-small-50258.json").write_text(json.dumps(record))
+    assert report_tables.throughput(tmp_path).count("4.00x") == 2
+    details = report_tables.throughput_details(tmp_path)
+    assert "no time left" in details and "| 16 |" in details and "750" in details
+    assert "70.0 | 71.0" in report_tables.step_parts(tmp_path)
+    assert "| 1,000.0 | 1,000.0 | 50% |" in report_tables.profile(tmp_path)
+    assert "small, V=50,258, 2 x 16 in 8 steps" in report_tables.sampling(tmp_path)
+    lines = throughput.table(new_record())
+    assert any(line.startswith("mdlm+compile") and "no time left" in line for line in lines)
+    assert "largest micro-batch: mdlm 16, atat_fast unknown" in lines
+    for table in report_tables.DOCUMENT.values():
+        assert len({line.count("|") for line in table(tmp_path).splitlines()}) <= 1, "a row has another number of cells"
+
+
+def test_pictures_of_old_and_new_files(load, tmp_path):
+    pictures = load("report_pictures")
+    assert pictures.latest_throughput_png(tmp_path) is None and pictures.roofline_png(tmp_path) is None
+    (tmp_path / "b").mkdir()
+    (tmp_path / "b" / "throughput-small.json").write_text(json.dumps(new_record()))
+    assert pictures.roofline_png(tmp_path).startswith(b"\x89PNG")
+    assert pictures.latest_throughput_png(tmp_path).startswith(b"\x89PNG")
+    assert pictures.throughput_png(OLD).startswith(b"\x89PNG")
+
+
+def run(*arguments, cwd, launcher=()):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, *launcher, *map(str, arguments)]
+    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=280)
+
+
+def test_unknown_variant_is_refused(load, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["throughput.py", "--variants", "atatfast"])
+    assert load("throughput").main() == 2
+    assert "did you mean atat_fast" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_two_ranks_share_a_global_batch(tmp_path):
+    launcher = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2")
+    small = ("--vocabulary", 4200, "--length", 16, "--micro_batch", 2, "--rounds", 2, "--seconds", 0, "--dtype", "fp32")
+    names = ("--variants", "mdlm", "atat_fast", "atat_fast+atat")
+    done = run(ROOT / "bench" / "throughput.py", *small, *names, "--out", tmp_path / "out", cwd=tmp_path, launcher=launcher)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("tokens/s") == 1 and "2 ranks" in done.stdout
+    record = json.loads((tmp_path / "out" / "throughput-tiny-4200-2-ranks.json").read_text())
+    assert record["settings"]["ranks"] == 2 and set(record["results"]) == {"mdlm", "atat_fast", "atat_fast+atat"}
+
+
+@pytest.mark.slow
+def test_sampling_script(tmp_path):
+    small = ("--vocabulary", 200, "--length", 16, "--batch", 1, "--denoising_steps", 4, "--seconds", 5, "--out", tmp_path / "out")
+    done = run(ROOT / "bench" / "sampling.py", *small, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "sampling.json").read_text())
+    assert record["results"]["ddpm_cache"]["tokens_per_second"] > 0 and record["settings"]["denoising_steps"] == 4
+    assert run(ROOT / "bench" / "sampling.py", "--denoising_steps", 0, cwd=tmp_path).returncode == 2
