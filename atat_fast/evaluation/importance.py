@@ -58,6 +58,7 @@ def text_importance(objective: Objective, split: TokenSplit, tokenizer: Tokenize
 
     Where scores see what stays visible, half of the passage is hidden, then the other half: a token is scored while it is hidden.
     """
+    objective = objective.alike(seed=objective.seed, total=objective.total)  # eager: two passages are no reason to compile
     model, available = objective.model, split.num_sequences(objective.model.config.length)
     length = model.config.length
     which = [min(available - 1, (2 * i + 1) * available // (2 * PASSAGES)) for i in range(min(PASSAGES, available))]
