@@ -76,7 +76,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--variants", nargs="+", default=[], metavar="NAME", help=f"of {', '.join(VARIANTS)}; all by default")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), default="auto")
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
-    parser.add_argument("--seconds", type=float, default=150.0, help="time for all of it, about; 0 is no limit")
+    parser.add_argument("--seconds", type=float, default=130.0, help="time for all of it, about; 0 is no limit")
     parser.add_argument("--largest", action="store_true", help="find the largest micro-batch that fits (GPU), by doubling")
     parser.add_argument("--sampling", action="store_true", help="time the samplers too (bench/sampling.py)")
     parser.add_argument("--profile", action="store_true", help="write a trace and a table by op too")
