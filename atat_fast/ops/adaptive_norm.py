@@ -36,8 +36,8 @@ def adaptive_layer_norm(
     Raises ValueError when shapes or devices disagree, for fp16, or for a backend that cannot run.
     """
     out_dtype = autocast_dtype(x)
-    _check(x, (("x", x), ("shift", shift), ("scale", scale), ("weight", weight)), 1, out_dtype)
-    chosen = choose_backend("adaptive_layer_norm", x.device, backend, _without(x, shift, scale, weight))
+    without = _check(x, (("x", x), ("shift", shift), ("scale", scale), ("weight", weight)), 1, out_dtype)
+    chosen = choose_backend("adaptive_layer_norm", x.device, backend, without)
     return _NORM(x, shift, scale, weight, eps, out_dtype, chosen)[0]  # type: ignore[no-any-return]
 
 
@@ -73,16 +73,14 @@ def gated_residual_norm(
     tensors = (
         ("residual", residual), ("branch", branch), ("gate", gate), ("shift", shift), ("scale", scale), ("weight", weight)
     )  # fmt: skip
-    _check(residual, tensors, 2, out_dtype)
+    without = _check(residual, tensors, 2, out_dtype)
     if branch.shape != residual.shape:
         raise ValueError(f"branch must have residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if dropout and sample_ids is None:
         raise ValueError("dropout needs sample_ids, the number of each sequence in the run, to draw its mask from")
-    chosen = choose_backend(
-        "gated_residual_norm", residual.device, backend, _without(residual, branch, gate, shift, scale, weight)
-    )
+    chosen = choose_backend("gated_residual_norm", residual.device, backend, without)
     random: tuple[Tensor | None, ...] = (None, None, None)
     if dropout and sample_ids is not None:
         random = (scalar(seed, residual), scalar(step, residual), sample_ids)
@@ -92,34 +90,48 @@ def gated_residual_norm(
     )[:2]
 
 
-def _check(x: Tensor, tensors: tuple[tuple[str, Tensor | None], ...], dense: int, out_dtype: torch.dtype) -> None:
-    """Raise ValueError for what does not fit together. The first `dense` tensors are [B, L, D], the last is the weight."""
+_TOO_WIDE = (("triton", f"rows are wider than {WIDEST:,}"),)
+_EMPTY = tuple((name, "rows are empty") for name in ("triton", "cpp"))
+_NOT_ITS_DTYPES = tuple((name, "the kernels take tensors of fp32 and bf16") for name in ("triton", "cpp"))
+
+
+def _check(
+    x: Tensor, tensors: tuple[tuple[str, Tensor | None], ...], dense: int, out_dtype: torch.dtype
+) -> tuple[tuple[str, str], ...]:
+    """Raise ValueError for what does not fit together. The first `dense` tensors are [B, L, D], the last is the weight.
+
+    Returns what keeps these tensors from a backend, for `choose_backend`.
+    """
     if x.dim() != 3:
         raise ValueError(f"the residual stream must be [batch, length, width], got shape {tuple(x.shape)}")
     batch, _, width = x.shape
-    conditioning = tensors[dense:-1]
-    first = conditioning[0][1]
-    for name, c in conditioning:
+    first = None
+    for name, c in tensors[dense:-1]:
         assert c is not None
-        if c.dim() != 2 or c.shape[1] != width or c.shape[0] not in (1, batch):
-            raise ValueError(f"{name} must be [{batch}, {width}] or [1, {width}], got shape {tuple(c.shape)}")
-        assert first is not None
-        if c.shape[0] != first.shape[0]:  # a set of sizes would fix them in a compiled graph
-            shapes = ", ".join(f"{name} {tuple(c.shape)}" for name, c in conditioning if c is not None)
+        shape = c.shape
+        if shape != (batch, width) and shape != (1, width):
+            raise ValueError(f"{name} must be [{batch}, {width}] or [1, {width}], got shape {tuple(shape)}")
+        first = first or shape
+        if shape != first:
+            shapes = ", ".join(f"{name} {tuple(c.shape)}" for name, c in tensors[dense:-1] if c is not None)
             raise ValueError(f"conditioning must have one number of rows, 1 or {batch}; got {shapes}")
-    device = x.device
+    device, without = x.device, _TOO_WIDE if width > WIDEST else () if width else _EMPTY
     for name, t in tensors:
         if t is None:
             continue
         if t.device != device:
             raise ValueError(f"{name} is on {t.device} and {tensors[0][0]} on {device}; move one of them")
-        if t.dtype is torch.float16:
-            raise ValueError(f"{name} is fp16, whose range a residual stream leaves; use bf16 or fp32")
+        dtype = t.dtype
+        if dtype is not torch.float32 and dtype is not torch.bfloat16:
+            if dtype is torch.float16:
+                raise ValueError(f"{name} is fp16, whose range a residual stream leaves; use bf16 or fp32")
+            without = _NOT_ITS_DTYPES
     if out_dtype is torch.float16:
         raise ValueError("autocast asks for fp16, whose range a residual stream leaves; use torch.autocast with bf16")
     weight = tensors[-1][1]
-    if weight is not None and tuple(weight.shape) != (width,):
+    if weight is not None and weight.shape != (width,):
         raise ValueError(f"weight must have shape ({width},), got {tuple(weight.shape)}")
+    return without
 
 
 def _check_random(x: Tensor, *random: Tensor | None) -> None:
@@ -129,23 +141,6 @@ def _check_random(x: Tensor, *random: Tensor | None) -> None:
             raise ValueError(f"{name} is on {t.device} and residual on {x.device}; move one of them")
         if t.dtype is not torch.int64 or t.numel() != count:
             raise ValueError(f"{name} must be int64 of {count} number(s), got shape {tuple(t.shape)} of {t.dtype}")
-
-
-_TOO_WIDE = (("triton", f"rows are wider than {WIDEST:,}"),)
-_EMPTY = tuple((name, "rows are empty") for name in ("triton", "cpp"))
-_NOT_ITS_DTYPES = tuple((name, "the kernels take tensors of fp32 and bf16") for name in ("triton", "cpp"))
-
-
-def _without(*tensors: Tensor | None) -> tuple[tuple[str, str], ...]:
-    """What keeps these tensors from a backend, for `choose_backend`."""
-    for t in tensors:
-        if t is not None and t.dtype is not torch.float32 and t.dtype is not torch.bfloat16:
-            return _NOT_ITS_DTYPES
-    assert tensors[0] is not None
-    width = tensors[0].shape[-1]
-    if width == 0:
-        return _EMPTY
-    return _TOO_WIDE if width > WIDEST else ()
 
 
 def adaptive_layer_norm_reference(

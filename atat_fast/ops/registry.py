@@ -191,13 +191,11 @@ def choose_backend(op: str, device: torch.device, asked: str | None = None, with
     `without` names backends that cannot take these shapes, each with its reason. A compiled graph keeps its first answer.
     Raises ValueError where `asked` cannot run: a backend asked for by name is never replaced by another.
     """
-    return _choose(op, device, asked, without, os.environ.get("ATAT_FAST_BACKEND", ""), os.environ.get("TRITON_INTERPRET", ""))
+    return _choose(op, device, asked, without, os.environ.get("ATAT_FAST_BACKEND", "") if asked is None else "")
 
 
 @functools.cache
-def _choose(
-    op: str, device: torch.device, asked: str | None, without: tuple[tuple[str, str], ...], wanted: str, interpret: str
-) -> str:
+def _choose(op: str, device: torch.device, asked: str | None, without: tuple[tuple[str, str], ...], wanted: str) -> str:
     reasons = explain(op, device) | dict(without)
     ready = [name for name, reason in reasons.items() if reason is None]
     if asked is None:

@@ -165,7 +165,8 @@ def test_modules_are_called_so_that_their_hooks_and_adapters_work():
     assert called == ["qkv", "mlp"] * plain.LAYERS
 
 
-@pytest.mark.parametrize("told", [False, pytest.param(True, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("told", [False, True])
 def test_one_graph(told):
     d = plain.filled(plain.DIT(layers=2, dropout=0.25)).eval()
     accelerate(d, time_conditioning=told)

@@ -153,7 +153,7 @@ def test_the_estimators_loss_reaches_the_estimator_and_the_embeddings_and_nothin
     x, ids = tokens()
     batch = objective.hide(x, ids, first=0, step=1)
     nll = torch.rand(len(batch.rows), requires_grad=True)
-    own, _ = objective._importance(batch, batch.importance, nll, L, 1)
+    own, _ = objective._importance(batch, batch.importance, nll, L, 1, 0.0)
     own.backward()
     reached = {name for name, p in objective.named_parameters().items() if p.grad is not None and p.grad.abs().sum() > 0}
     assert reached == {"embedding.weight"} | {n for n in objective.named_parameters() if n.startswith("importance.")}
