@@ -92,7 +92,9 @@ def test_every_case_is_one_the_library_takes(load):
 def test_counts_are_those_recorded_or_the_cause_is_in_the_code(load, tmp_path):
     """A whole run under valgrind: the counts repeat, and bench/compare.py reads them."""
     if os.environ.get("ATAT_FAST_VALGRIND") != "1" or shutil.which("valgrind") is None or not library.load():
-        pytest.skip("importing torch under valgrind takes minutes: ATAT_FAST_VALGRIND=1 asks for it; it needs the compiled library")
+        pytest.skip(
+            "importing torch under valgrind takes minutes: ATAT_FAST_VALGRIND=1 asks for it; it needs the compiled library"
+        )
     assert load("instructions").main(["--out", str(tmp_path)]) == 0
     path = tmp_path / "instructions.json"
     rows = json.loads(path.read_text())["results"]
