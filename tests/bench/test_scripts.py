@@ -48,7 +48,7 @@ def test_block_scripts_check_then_time_and_write(tmp_path, name, arguments, ways
     assert "agree to" in done.stdout
     (path,) = (tmp_path / "out").iterdir()
     record = json.loads(path.read_text())
-    assert record["agreement"] < 1e-3 and record["environment"]["torch"]
+    assert record["agreement"] < (5e-2 if record["environment"]["dtype"] == "bf16" else 1e-3) and record["environment"]["torch"]
     assert all(0 < record["results"][way]["low"] <= record["results"][way]["ms"] for way in ways)
     assert ways or 0.8 < record["predicted_ratio"] < 1
     refused = script(name, "--preset", "tny", cwd=tmp_path)

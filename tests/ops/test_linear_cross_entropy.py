@@ -198,7 +198,7 @@ def test_bf16_errs_no_more_than_pytorchs_own_bf16(n, d, v, backend):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("n", "v"), [(127, 30_522), (701, 50_257), (701, 50_258), (211, 131_072)])
+@pytest.mark.parametrize(("n", "v"), [(701, 30_522), (701, 50_257), (701, 50_258), (211, 131_072)])
 def test_bf16_at_full_vocabularies(n, v, backend):
     check_bf16(n, 64, v, round(0.6 * n), backend)
 
