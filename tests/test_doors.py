@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import platform
 import re
 import subprocess
 import sys
@@ -209,3 +210,34 @@ def test_several_processes_are_refused_in_a_sentence(tmp_path, monkeypatch):
 def test_nothing_heavy_is_imported_by_asking_for_help():
     code = "import sys, atat_fast.cli, atat_fast.train; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path.home()).returncode == 0
+
+
+MAPPED_BY_A_LARGE_TENSOR = """
+import ctypes
+from atat_fast.cli import run_door
+
+class Info(ctypes.Structure):
+    names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
+    _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
+
+def door(arguments):
+    libc = ctypes.CDLL(None)
+    libc.mallinfo2.restype = Info
+    libc.malloc.restype = ctypes.c_void_p
+    before = libc.mallinfo2().hblkhd
+    libc.malloc(ctypes.c_size_t(64 << 20))
+    print(libc.mallinfo2().hblkhd - before >= 64 << 20)
+    return 0
+
+run_door(door)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
+def test_doors_keep_freed_memory_unless_the_user_arranged_it():
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
+    for extra, mapped in (({}, "False"), ({"MALLOC_ARENA_MAX": "2"}, "True")):
+        done = subprocess.run(
+            [sys.executable, "-c", MAPPED_BY_A_LARGE_TENSOR], env=clean | extra, capture_output=True, text=True, check=True
+        )
+        assert done.stdout.strip() == mapped
