@@ -31,8 +31,10 @@ from atat_fast.training.recipes import label, with_recipe
 from atat_fast.training.trainer import Diverged, Trainer
 
 IDENTITY, RESULT, VALUES = "comparison.json", "result.json", "values.npy"
-WARM_UP, TIMED = 3, 12
-"""Steps of a calibration: the first ones compile and allocate, the others are spread over the run's schedule and timed."""
+WARM_UP, TIMED = 5, 12
+"""Steps of a pass of a calibration: the first ones compile and allocate, the others are spread over the schedule and timed."""
+PASSES = 3
+"""Passes over all recipes that are calibrated: what is slow for a while is slow for each of them."""
 LOG_LINES = 5
 """Log lines between two points of a curve."""
 
@@ -165,39 +167,52 @@ def _steps(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     """Steps of each recipe, kept in the folder: a comparison that goes on does not measure again."""
     path = plan.folder / IDENTITY
     kept = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else {}
+    missing = [name for name in plan.recipes if name not in kept]
     with checkpoint.disk_errors(plan.folder):
         (plan.folder / "recipes").mkdir(parents=True, exist_ok=True)
-        for name, config in plan.recipes.items():
-            if name not in kept:
-                kept[name] = _calibrate(plan, name, config, say)
-                run_folder.write_aside(_recipe_file(plan, name), yaml.safe_dump(to_dict(config), sort_keys=False))
-                run_folder.write_aside(path, json.dumps(_identity(plan) | {"steps": kept}, indent=1) + "\n")
+        run_folder.write_aside(path, json.dumps(_identity(plan) | {"steps": kept}, indent=1) + "\n")
+        for name, found in _calibrate(plan, missing, say).items():
+            run_folder.write_aside(_recipe_file(plan, name), yaml.safe_dump(to_dict(plan.recipes[name]), sort_keys=False))
+            kept[name] = found
+        run_folder.write_aside(path, json.dumps(_identity(plan) | {"steps": kept}, indent=1) + "\n")
     return kept
 
 
-def _calibrate(plan: Plan, name: str, config: Config, say: Callable[[str], None]) -> dict[str, Any]:
-    """Steps that the budget allows. Minutes are turned into steps by timing a few, so that schedules know their end."""
+def _calibrate(plan: Plan, names: Sequence[str], say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
+    """Steps that the budget allows each recipe. Minutes become steps by timing a few, so that schedules know their end."""
+    amount = plan.budget.amount
     if plan.budget.kind == "tokens":
-        return {"steps": max(1, round(plan.budget.amount / tokens_per_step(config)))}
+        return {name: {"steps": max(1, round(amount / tokens_per_step(plan.recipes[name])))} for name in names}
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    for _ in range(PASSES):
+        for name in names:
+            seconds[name] += _time_steps(plan, name)
+    found: dict[str, dict[str, Any]] = {}
+    for name in names:
+        each = statistics.median(seconds[name])
+        if not math.isfinite(each):
+            raise UsageError(f"recipe {name} diverges within its first steps, so its time cannot be measured; lower its optim.lr")
+        found[name] = {"steps": max(1, round(amount * 60 / each)), "seconds_a_step": each}
+        say(f"{name}: {each:.4g} s a step (median of {PASSES * TIMED}), so {found[name]['steps']:,} steps in {amount:g} min")
+    return found
+
+
+def _time_steps(plan: Plan, name: str) -> list[float]:
+    """Seconds of steps spread over the schedule of a run of this recipe; not a number where it diverges."""
     scratch = plan.folder / "calibration"
     shutil.rmtree(scratch, ignore_errors=True)
-    trial = copy.deepcopy(config)
+    trial = copy.deepcopy(plan.recipes[name])
     trial.train.max_steps = 1000
     trial.run.root, trial.run.name, trial.run.tensorboard = str(scratch), name, False
     trainer = Trainer(trial, show_progress=False)
     spread = [round(i * 999 / (TIMED - 1)) for i in range(TIMED)]
     try:
-        seconds = trainer.time_steps([*range(WARM_UP), *spread])[WARM_UP:]
+        return trainer.time_steps([*range(WARM_UP), *spread])[WARM_UP:]
     except Diverged:
-        seconds = [math.nan]
-    trainer.show.close()
-    shutil.rmtree(scratch, ignore_errors=True)
-    each = statistics.median(seconds)
-    if not math.isfinite(each):
-        raise UsageError(f"recipe {name} diverges within its first steps, so its time cannot be measured; try a lower optim.lr")
-    steps = max(1, round(plan.budget.amount * 60 / each))
-    say(f"{name}: {each:.4g} s a step (median of {TIMED}), so {steps:,} steps in {plan.budget.amount:g} min")
-    return {"steps": steps, "seconds_a_step": each}
+        return [math.nan]
+    finally:
+        trainer.show.close()
+        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _run_config(plan: Plan, name: str, recipe: Config, steps: int, seed: int) -> Config:
