@@ -213,6 +213,7 @@ class TrainConfig:
         compile: Whether torch.compile is used; auto means on a GPU only.
         log_every: Steps between lines of metrics.jsonl.
         checkpoint_every: Steps between `last` checkpoints; 0 saves with each evaluation only.
+        keep: Newest checkpoints that stay; the best one stays besides.
     """
 
     max_steps: int = 50_000
@@ -224,6 +225,38 @@ class TrainConfig:
     compile: Literal["auto", "on", "off"] = "auto"
     log_every: int = 50
     checkpoint_every: int = 0
+    keep: int = 1
+
+
+@dataclass
+class ParallelConfig:
+    """How the ranks of a run share it (docs/distributed.md). What is learned never depends on it, but for rounding.
+
+    Args:
+        mode: none is one process; ddp gives every rank a whole copy of the model; fsdp shards weights, gradients, moments and the
+            average over all ranks; hsdp shards them over shard_size ranks and copies the shards over the rest; auto chooses by
+            memory and link, and says why.
+        world_size: Ranks that --dry_run plans for; 0 is the number started. A run takes what torchrun started.
+        device: Card that --dry_run plans for, such as rtx4090 or h100; empty is this machine's.
+        shard_size: Ranks that hold one copy of the model between them under hsdp; 0 is the ranks of one host.
+        reshard_after_forward: Whether fsdp lets a block's gathered weights go between forward and backward; auto keeps them
+            where memory allows, which saves one gathering of every block a step.
+        param_dtype: Dtype that fsdp gathers the blocks' weights in. The masters that are stepped are fp32 either way.
+        reduce_dtype: Dtype gradients are summed over ranks in.
+        timeout: Seconds without progress after which a run gives up and names the rank that holds it back.
+        activation_checkpointing: Every n-th block is computed again in the backward pass instead of keeping what is inside; 0 is
+            none, 1 every block.
+    """
+
+    mode: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
+    world_size: int = 0
+    device: str = ""
+    shard_size: int = 0
+    reshard_after_forward: Literal["auto", "always", "never"] = "auto"
+    param_dtype: Literal["fp32", "bf16"] = "fp32"
+    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    timeout: float = 600.0
+    activation_checkpointing: int = 0
 
 
 @dataclass
@@ -290,6 +323,7 @@ class Config:
     curriculum: CurriculumConfig = field(default_factory=CurriculumConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
+    parallel: ParallelConfig = field(default_factory=ParallelConfig)
     eval: EvalConfig = field(default_factory=EvalConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     run: RunConfig = field(default_factory=RunConfig)

@@ -53,8 +53,8 @@ def check(config: Config) -> Batches:
             raise UsageError(f"train.{name} must be at least 1, got {getattr(config.train, name)}")
     if config.eval.every < 1 or config.eval.draws < 1 or config.eval.batch < 1 or config.eval.sequences < 0:
         raise UsageError("eval.every, eval.draws and eval.batch must be at least 1, and eval.sequences at least 0")
-    if config.train.checkpoint_every < 0 or config.sample.num_samples < 0:
-        raise UsageError("train.checkpoint_every and sample.num_samples must be at least 0")
+    if config.train.checkpoint_every < 0 or config.train.keep < 1 or config.sample.num_samples < 0:
+        raise UsageError("train.checkpoint_every and sample.num_samples must be at least 0, and train.keep at least 1")
     if not 0 < config.diffusion.sigma_min < config.diffusion.sigma_max:
         raise UsageError(
             f"diffusion.sigma_min {config.diffusion.sigma_min} must be above 0 and below sigma_max {config.diffusion.sigma_max}"

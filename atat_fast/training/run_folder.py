@@ -16,8 +16,11 @@ from atat_fast.training.checkpoint import FOLDER, disk_errors
 SETTINGS, FACTS, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 IMPORTANCE = "importance.json"
 
-MAY_DIFFER = ("run.", "sample.", "train.log_every", "train.checkpoint_every", "train.micro_batch", "train.compile", "preset")
-"""Settings a resumed run may change: they do not change what is learned (a micro-batch only how sums are rounded)."""
+MAY_DIFFER = (
+    "run.", "sample.", "parallel.", "train.log_every", "train.checkpoint_every", "train.keep", "train.micro_batch",
+    "train.compile", "preset",
+)  # fmt: skip
+"""Settings a resumed run may change: they do not change what is learned (micro-batches and ranks only how sums are rounded)."""
 
 
 def holds_run(folder: Path) -> bool:
