@@ -15,12 +15,13 @@ from __future__ import annotations
 
 import itertools
 import math
-from typing import Any, cast
+from typing import Any, NamedTuple, cast
 
 import torch
 import torch.nn.functional as F
 from huggingface_hub import PyTorchModelHubMixin
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from atat_fast.config import ModelConfig
 from atat_fast.errors import UsageError
@@ -58,19 +59,69 @@ class TimeEmbedding(nn.Module):
         return F.silu(self.outer(F.silu(self.inner(waves))))
 
 
+class Place(NamedTuple):
+    """What a block is told besides tensors that are trained.
+
+    cos, sin: the rotary tables. layer: the block's number. dropout: chance of dropping; before, after: the randomness of what
+    comes before and after the block's attention, or None where nothing is dropped. rows: flat indices [R] of the rows that go on
+    after attention, or None for all; apart: whether each of them is a sequence of its own. layout, implementation: attention's.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    layer: int
+    dropout: float
+    before: Randomness | None = None
+    after: Randomness | None = None
+    rows: Tensor | None = None
+    apart: bool = False
+    layout: Tensor | None = None
+    implementation: str | None = None
+
+
 class Block(nn.Module):
-    """Parameters of one block and its two branches; the residual stream and the modulation are the DiT's business."""
+    """One block, from the sum with what the block before it computed to its own MLP.
+
+    The gated sum and the norm before it are one op, so a block begins with the other's branch and leaves its own to the next one:
+    whatever it reads of its own parameters, it reads inside `forward`. That is where FSDP has them gathered, what is computed
+    again where `recompute` is set, and what is compiled where blocks are compiled one by one.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width, inner = config.dim, config.mlp_ratio * config.dim
         self.heads, self.qk_norm, self.activation = config.heads, config.qk_norm, config.activation
+        self.recompute = False
         self.norm1 = nn.Parameter(torch.ones(width))
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.out = nn.Linear(width, width, bias=False)
         self.norm2 = nn.Parameter(torch.ones(width))
         self.up = nn.Linear(width, inner)
         self.down = nn.Linear(inner, width)
+
+    def forward(self, x: Tensor, branch: Tensor | None, modulation: tuple[Tensor, ...], place: Place) -> tuple[Tensor, Tensor]:
+        """x [B, L, D] residual; branch [B, L, D], what is added to it first, or None; modulation: its gate, this block's shift
+        and scale, and behind the attention its gate, shift and scale. Returns the residual before the MLP, and the MLP's branch.
+        """
+        if self.recompute and torch.is_grad_enabled():  # dropout is a function of its place, so nothing random is kept
+            return checkpoint(  # type: ignore[no-any-return]
+                self.run, x, branch, modulation, place, use_reentrant=False, preserve_rng_state=False
+            )
+        return self.run(x, branch, modulation, place)
+
+    def run(self, x: Tensor, branch: Tensor | None, modulation: tuple[Tensor, ...], place: Place) -> tuple[Tensor, Tensor]:
+        """`forward` itself."""
+        gate, shift1, scale1, gate1, shift2, scale2 = modulation
+        if branch is None:
+            y = adaptive_layer_norm(x, shift1, scale1, self.norm1)
+        else:
+            x, y = join(x, branch, gate, shift1, scale1, self.norm1, place.dropout, place.before, 2 * place.layer - 1)
+        branch = self.attend(y, place.cos, place.sin, place.rows, place.layout, place.implementation)
+        if place.rows is not None:
+            x = x.flatten(0, 1).index_select(0, place.rows)
+            x, branch = (x[:, None], branch[:, None]) if place.apart else (x[None], branch[None])
+        x, y = join(x, branch, gate1, shift2, scale2, self.norm2, place.dropout, place.after, 2 * place.layer)
+        return x, self.mlp(y)
 
     def attend(
         self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None, documents: Tensor | None, implementation: str | None
@@ -86,6 +137,32 @@ class Block(nn.Module):
         inner = self.up(x)
         inner = F.gelu(inner, approximate="tanh") if self.activation == "gelu" else F.relu(inner).square()
         return cast(Tensor, self.down(inner))
+
+
+def join(
+    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, dropout: float,
+    randomness: Randomness | None, layer: int,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """x + gate * dropout(branch), and its adaptive norm; nothing is dropped without randomness."""
+    if randomness is None or dropout == 0:
+        return gated_residual_norm(x, branch, gate, shift, scale, weight)
+    return gated_residual_norm(
+        x, branch, gate, shift, scale, weight, dropout=dropout, layer=layer,
+        seed=randomness.seed, step=randomness.step, sample_ids=randomness.sample_ids,
+    )  # fmt: skip
+
+
+class Head(nn.Linear):
+    """The vocabulary head: logits, or the loss without them.
+
+    The loss is computed inside `forward`, where FSDP has put the whole weight together: the fused op takes plain tensors.
+    """
+
+    def forward(self, hidden: Tensor, target: Tensor | None = None, **options: Any) -> Any:
+        """hidden [R, D] to logits [R, V]; with target [R], what `linear_cross_entropy` gives for its options."""
+        if target is None:
+            return super().forward(hidden)
+        return linear_cross_entropy(hidden, self.weight, target, bias=self.bias, **options)
 
 
 class DiT(
@@ -124,7 +201,7 @@ class DiT(
         self.final_norm = nn.Parameter(torch.ones(config.dim))
         # Rows: each block's shift, scale, gate, shift, scale, gate, then the final norm's shift and scale; D of each.
         self.modulation = nn.Linear(config.conditioning_dim, (6 * config.layers + 2) * config.dim)
-        self.head = nn.Linear(config.dim, vocab_size)
+        self.head = Head(config.dim, vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         cos, sin = rotary_table(config.length, config.dim // config.heads)
@@ -178,10 +255,9 @@ class DiT(
         length = tokens.shape[1]
         if length > self.config.length:
             raise ValueError(f"the sequence has {length} tokens, but this model takes at most {self.config.length}")
-        cos, sin = self.cos[:length], self.sin[:length]
         blocks = cast("list[Block]", list(self.blocks))
         packed = self.modulation(self.conditioning(hidden_share)).unflatten(-1, (-1, self.config.dim))
-        modulation = packed.unbind(1)
+        table = packed.unbind(1)
 
         x = self.embedding(tokens)
         layout = implementation = None
@@ -189,51 +265,40 @@ class DiT(
             head_dim = self.config.dim // self.config.heads
             implementation = choose_attention(x.device, autocast_dtype(x), head_dim, True)
             layout = document_layout(documents, implementation)
-        y = adaptive_layer_norm(x, modulation[0], modulation[1], blocks[0].norm1)
+        dropped = self.config.dropout
+        place = Place(
+            self.cos[:length], self.sin[:length], 0, dropped, randomness, randomness, layout=layout, implementation=implementation
+        )
+        branch, tail = None, table[-6:]  # of what follows the last attention: gate, shift, scale, gate, shift, scale
         for i, block in enumerate(blocks):
-            # This block's, but for the shift and scale that y has already; then those of the norm that follows.
-            gate1, shift2, scale2, gate2, shift, scale = modulation[6 * i + 2 : 6 * i + 8]
-            last = i + 1 == len(blocks)
-            weight = self.final_norm if last else blocks[i + 1].norm1
-            branch = block.attend(y, cos, sin, rows if last else None, layout, implementation)
-            if last and rows is not None:
-                x, branch, picked, randomness = self._pick(x, branch, packed[:, -6:], rows, randomness)
-                gate1, shift2, scale2, gate2, shift, scale = picked
-            x, y = self._join(x, branch, gate1, shift2, scale2, block.norm2, randomness, 2 * i)
-            x, y = self._join(x, block.mlp(y), gate2, shift, scale, weight, randomness, 2 * i + 1)
+            before, after = (table[0], *table[:2]) if i == 0 else table[6 * i - 1 : 6 * i + 2], table[6 * i + 2 : 6 * i + 5]
+            place = place._replace(layer=i)
+            if i + 1 == len(blocks) and rows is not None:
+                tail, apart, after_rows = self._pick(packed[:, -6:], rows, length, randomness)
+                place, after = place._replace(rows=rows, apart=apart, after=after_rows), tail[:3]
+            x, branch = block(x, branch, (*before, *after), place)
+        assert branch is not None
+        _, y = join(x, branch, *tail[3:], self.final_norm, dropped, place.after, 2 * len(blocks) - 1)
         return y.flatten(0, 1)
 
     def _pick(
-        self, x: Tensor, branch: Tensor, modulation: Tensor, rows: Tensor, randomness: Randomness | None
-    ) -> tuple[Tensor, Tensor, tuple[Tensor, ...], Randomness | None]:
-        """Rows of x [B, L, D] beside a branch [R, D], as one sequence of R where the conditioning is one row and nothing is
-        dropped, and as R sequences of one token otherwise: each with its sample's modulation [B, 6, D], and named so that its
-        dropout is what it would have been. Padding names row 0 again; its gradient is 0.
+        self, modulation: Tensor, rows: Tensor, length: int, randomness: Randomness | None
+    ) -> tuple[tuple[Tensor, ...], bool, Randomness | None]:
+        """How rows that are picked from [B, L, D] are modulated: as one sequence of R where the conditioning is one row and
+        nothing is dropped, and as R sequences of one token otherwise (apart): each with its sample's modulation [B, 6, D], and
+        named so that its dropout is what it would have been. Padding names row 0 again; its gradient is 0.
         """
-        _, length, width = x.shape
-        x = x.flatten(0, 1).index_select(0, rows)
         dropped = randomness is not None and self.config.dropout > 0
         if modulation.shape[0] == 1 and not dropped:
-            return x[None], branch[None], modulation.unbind(1), None
+            return modulation.unbind(1), False, None
         owner = torch.div(rows, length, rounding_mode="floor")
         if randomness is not None:
             names = randomness.sample_ids[owner] * length + (rows - owner * length)
             randomness = Randomness(randomness.seed, randomness.step, names)
         if modulation.shape[0] > 1:  # an embedding's backward adds up in a fixed order, in fp32
             table = modulation.flatten(1).to(torch.promote_types(modulation.dtype, torch.float32))
-            modulation = F.embedding(owner, table).unflatten(1, (6, width))
-        return x[:, None], branch[:, None], modulation.unbind(1), randomness
-
-    def _join(
-        self, x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor,
-        randomness: Randomness | None, layer: int,
-    ) -> tuple[Tensor, Tensor]:  # fmt: skip
-        if randomness is None or self.config.dropout == 0:
-            return gated_residual_norm(x, branch, gate, shift, scale, weight)
-        return gated_residual_norm(
-            x, branch, gate, shift, scale, weight, dropout=self.config.dropout, layer=layer,
-            seed=randomness.seed, step=randomness.step, sample_ids=randomness.sample_ids,
-        )  # fmt: skip
+            modulation = F.embedding(owner, table).unflatten(1, (6, self.config.dim))
+        return modulation.unbind(1), True, randomness
 
     def logits(self, features: Tensor) -> Tensor:
         """[R, D] rows of `features` to [R, V] logits with -inf at the mask token (SUBS)."""
@@ -250,10 +315,8 @@ class DiT(
         documents: Documents | None = None,
     ) -> Tensor:
         """-log p of the hidden tokens, [R] fp32 in nats: what the likelihood bound is made of."""
-        return linear_cross_entropy(  # type: ignore[no-any-return]
-            self.features(noisy, hidden_share, rows=rows, documents=documents), self.head.weight, target, bias=self.head.bias,
-            forbidden=self.mask_id, reduction="none",
-        )  # fmt: skip
+        features = self.features(noisy, hidden_share, rows=rows, documents=documents)
+        return cast(Tensor, self.head(features, target, forbidden=self.mask_id, reduction="none"))
 
     def forward(
         self,
@@ -272,9 +335,8 @@ class DiT(
         Returns the fp32 scalar sum of weights * nll, and nll [R] detached, both in nats.
         """
         features = self.features(noisy, hidden_share, randomness, rows=rows, documents=documents)
-        return linear_cross_entropy(  # type: ignore[no-any-return]
-            features, self.head.weight, target, bias=self.head.bias, token_weight=weights, forbidden=self.mask_id, return_nll=True
-        )
+        loss, nll = self.head(features, target, token_weight=weights, forbidden=self.mask_id, return_nll=True)
+        return loss, nll
 
     def parameter_counts(self) -> dict[str, int]:
         """Parameters by part, each counted once, and their total."""
