@@ -10,6 +10,7 @@ which integrates the time of MDLM's continuous bound out exactly (the integral o
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -23,6 +24,19 @@ from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
 
 NllFunction = Callable[[MaskedBatch], Tensor]
 """A model for the bound: gives -log p of each hidden token, [R] fp32, in nats."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """How an evaluation is spread over processes: batch i of all is done by process i mod ranks, and nobody sits one out.
+
+    total: the sum of a tensor on the CPU over the processes. run: calls the model where its weights are whole.
+    """
+
+    rank: int = 0
+    ranks: int = 1
+    total: Callable[[Tensor], Tensor] = lambda values: values
+    run: Callable[[Callable[[], Tensor]], Tensor] = lambda function: function()
 
 
 @dataclass(frozen=True)
@@ -67,10 +81,11 @@ def evaluation_strata(sequences: int, draws: int, *, seed: int) -> Tensor:
 
 def estimate_nll(
     nll: NllFunction, tokens: Callable[[int, int], Tensor], sequences: int, *, mask_id: int, draws: int, batch: int, seed: int,
-    document_end: int | None = None,
+    document_end: int | None = None, spread: Spread = Spread(),  # noqa: B008, it cannot change
 ) -> Estimate:  # fmt: skip
     """The bound over `sequences` sequences; tokens(first, count) gives [count, L] on the model's device. With document_end, the
     id that closes a document, masked batches say where documents lie, and the bound is that of text whose ends are known.
+    Spread over processes, batches and sums are those of one process, and so is the result.
 
     Counts are stratified over 1..L; masks and counts depend on (seed, draw, sequence, position) alone, so two models are
     compared on the same masks. The standard error covers the choice of sequences and of masks. With one draw it is that of
@@ -80,19 +95,24 @@ def estimate_nll(
     strata = evaluation_strata(sequences, draws, seed=seed)
     values = torch.zeros(sequences, draws, dtype=torch.float64)
     length = 0
-    for draw in range(draws):
-        for first in range(0, sequences, batch):
-            count = min(batch, sequences - first)
-            x = tokens(first, count)
-            length = x.shape[1]
-            ids = torch.arange(first, first + count, dtype=torch.int64)
-            jitter = uniform(random_words(ids, seed, draw, STREAM_COUNT)[0])
-            share = (strata[first : first + count, draw] + jitter) / (sequences * draws)
-            k = 1 + (share * length).long().clamp_(max=length - 1)
-            masked = hide(x, k, mask_id=mask_id, sample_ids=ids.to(x.device), seed=seed, step=draw)
-            if document_end is not None:
-                masked.documents = documents_of(x.cpu(), document_end).to(x.device)
-            values[first : first + count, draw] = _per_sequence(nll(masked), k, length)
+    batches = [(draw, first) for draw in range(draws) for first in range(0, sequences, batch)]
+    for turn in range(-(-len(batches) // spread.ranks)):
+        mine = turn * spread.ranks + spread.rank
+        draw, first = batches[min(mine, len(batches) - 1)]  # one that is done twice counts once
+        count = min(batch, sequences - first)
+        x = tokens(first, count)
+        length = x.shape[1]
+        ids = torch.arange(first, first + count, dtype=torch.int64)
+        jitter = uniform(random_words(ids, seed, draw, STREAM_COUNT)[0])
+        share = (strata[first : first + count, draw] + jitter) / (sequences * draws)
+        k = 1 + (share * length).long().clamp_(max=length - 1)
+        masked = hide(x, k, mask_id=mask_id, sample_ids=ids.to(x.device), seed=seed, step=draw)
+        if document_end is not None:
+            masked.documents = documents_of(x.cpu(), document_end).to(x.device)
+        found = spread.run(functools.partial(nll, masked))
+        if mine < len(batches):
+            values[first : first + count, draw] = _per_sequence(found, k, length)
+    values = spread.total(values)
     means = values.mean(1)
     return Estimate(float(values.mean()), standard_error(means, strata), sequences, length, means)
 

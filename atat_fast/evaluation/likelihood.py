@@ -12,16 +12,22 @@ from torch import Tensor
 
 from atat_fast.config import EvalConfig
 from atat_fast.data import TokenSplit
-from atat_fast.diffusion.objective import Estimate, NllFunction, estimate_nll
+from atat_fast.diffusion.objective import Estimate, NllFunction, Spread, estimate_nll
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT
 
 
-def evaluate(model: DiT, split: TokenSplit, config: EvalConfig, autocast: AbstractContextManager[Any]) -> Estimate:
+def evaluate(
+    model: DiT,
+    split: TokenSplit,
+    config: EvalConfig,
+    autocast: AbstractContextManager[Any],
+    spread: Spread = Spread(),  # noqa: B008, it cannot change
+) -> Estimate:
     """The exact-count bound over `config.sequences` sequences of the split, in nats a token with its standard error.
 
     The sequences are spread evenly over the split, and neither they nor the masks depend on the model, so that two models, or
-    two steps of one run, are compared on the same masked tokens. Dropout is off.
+    two steps of one run, are compared on the same masked tokens. Dropout is off. Processes that share the work give `spread`.
     """
     if config.draws < 1 or config.batch < 1:
         raise UsageError(f"eval.draws and eval.batch must be at least 1, got {config.draws} and {config.batch}")
@@ -36,6 +42,7 @@ def evaluate(model: DiT, split: TokenSplit, config: EvalConfig, autocast: Abstra
             batch=config.batch,
             seed=config.seed,
             document_end=split.eos_id if model.config.document_mask else None,
+            spread=spread,
         )
 
 
