@@ -14,29 +14,55 @@ from atat_fast.errors import UsageError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The door. Status 0 when the run is complete, 1 when it diverged, 2 on bad input, 128 + N when signal N stopped it."""
+    """The door. Status 0 when the run is complete, 1 when it diverged, 2 on bad input, 128 + N when signal N stopped it.
+
+    Of several ranks only the first one speaks; all of them leave with the same status.
+    """
+    try:
+        return _main(arguments)
+    except UsageError:
+        if os.environ.get("RANK", "0") == "0":
+            raise
+        from atat_fast.training.ranks import leave_to_rank_0
+
+        leave_to_rank_0(2)
+
+
+def _main(arguments: Sequence[str]) -> int:
     parser = make_parser(prog="python -m atat_fast.train", description="Train a masked-diffusion language model.")
     parser.add_argument("--resume", action="store_true", help="Continue the run in the run folder from its last checkpoint.")
     parser.add_argument("--dry_run", action="store_true", help="Print parameters, tokens and memory of a step, and stop.")
     config, parsed = parse_config(parser, arguments)
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        raise UsageError(f"this version trains on one process, and {ranks} were started; use --nproc-per-node=1")
     if parsed.dry_run:
         return _dry_run(config)
 
     from atat_fast.report import write_report
+    from atat_fast.training.device import resolve
+    from atat_fast.training.modes import check_parallel
+    from atat_fast.training.plan import check
+    from atat_fast.training.ranks import Launch, Ranks, leave_to_rank_0
     from atat_fast.training.trainer import Diverged, Interrupted, Trainer
 
-    trainer = Trainer(config, resume=parsed.resume)
+    launch = Launch.of()
+    check_parallel(config.parallel, launch)
+    check(config, launch.size)
+    ranks = Ranks.start(resolve(config.train).device.type, config.parallel.timeout, launch)
+    trainer = Trainer(config, resume=parsed.resume, ranks=ranks)
     try:
         last = trainer.train()
     except Diverged as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+        if ranks.first or not error.everywhere:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+            return 1
+        leave_to_rank_0(1)
     except Interrupted as stop:
-        print(stop, file=sys.stderr)
-        return stop.code
+        if ranks.first:
+            print(stop, file=sys.stderr, flush=True)
+            return stop.code
+        leave_to_rank_0(stop.code)
+    ranks.leave()
+    if not ranks.first:
+        return 0
     page = write_report(trainer.folder)
     gain = last["unigram_entropy"] - last["nll"]
     side = "below" if gain >= 0 else "above"

@@ -81,7 +81,7 @@ def evaluation_strata(sequences: int, draws: int, *, seed: int) -> Tensor:
 
 def estimate_nll(
     nll: NllFunction, tokens: Callable[[int, int], Tensor], sequences: int, *, mask_id: int, draws: int, batch: int, seed: int,
-    document_end: int | None = None, spread: Spread = Spread(),  # noqa: B008, it cannot change
+    document_end: int | None = None, spread: Spread = Spread(),
 ) -> Estimate:  # fmt: skip
     """The bound over `sequences` sequences; tokens(first, count) gives [count, L] on the model's device. With document_end, the
     id that closes a document, masked batches say where documents lie, and the bound is that of text whose ends are known.

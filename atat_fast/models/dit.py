@@ -158,11 +158,11 @@ class Head(nn.Linear):
     The loss is computed inside `forward`, where FSDP has put the whole weight together: the fused op takes plain tensors.
     """
 
-    def forward(self, hidden: Tensor, target: Tensor | None = None, **options: Any) -> Any:
-        """hidden [R, D] to logits [R, V]; with target [R], what `linear_cross_entropy` gives for its options."""
+    def forward(self, input: Tensor, target: Tensor | None = None, **options: Any) -> Any:
+        """input [R, D] to logits [R, V]; with target [R], what `linear_cross_entropy` gives for its options."""
         if target is None:
-            return super().forward(hidden)
-        return linear_cross_entropy(hidden, self.weight, target, bias=self.bias, **options)
+            return super().forward(input)
+        return linear_cross_entropy(input, self.weight, target, bias=self.bias, **options)
 
 
 class DiT(
@@ -278,7 +278,8 @@ class DiT(
                 place, after = place._replace(rows=rows, apart=apart, after=after_rows), tail[:3]
             x, branch = block(x, branch, (*before, *after), place)
         assert branch is not None
-        _, y = join(x, branch, *tail[3:], self.final_norm, dropped, place.after, 2 * len(blocks) - 1)
+        gate, shift, scale = tail[3:]
+        _, y = join(x, branch, gate, shift, scale, self.final_norm, dropped, place.after, 2 * len(blocks) - 1)
         return y.flatten(0, 1)
 
     def _pick(

@@ -6,6 +6,9 @@
 A run that trains by importance has importance.safetensors and importance_ema.safetensors too: the estimator, which evaluation and
 sampling do without.
 
+A run on several ranks writes shards/*.safetensors in the place of these files (training/shards.py), which any number of ranks
+reads, and so do evaluation and sampling.
+
 A checkpoint is written under another name, flushed to disk and renamed; the links are replaced in one step, so `last` and
 `best` always lead to something whole. Nothing is ever unpickled. The manifest holds the step, the settings, and the size and
 SHA-256 of every file, which are checked before a byte is used.
@@ -33,8 +36,11 @@ from atat_fast.data.tokenizers import Tokenizer
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, merge_modulation
 from atat_fast.models.importance import ImportanceEstimator
+from atat_fast.training import shards
+from atat_fast.training.parallel import load_parts
 
-FORMAT = 1
+FORMAT, SHARDED = 1, 2
+SHARDS = "shards"
 FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 WEIGHTS, EMA, OPTIMIZER = "weights.safetensors", "ema.safetensors", "optimizer.safetensors"
@@ -58,14 +64,48 @@ class Checkpoint:
         """The settings of the run."""
         return from_dict(self.manifest["config"])
 
+    @property
+    def sharded(self) -> bool:
+        """Whether it was written by several ranks."""
+        return bool(self.manifest.get("format") == SHARDED)
+
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one file, on the CPU, under the names that parameters have now."""
+        if self.sharded:
+            named = {key: torch.empty(shape) for key, shape in self.shapes(name).items()}
+            shards.read(self.path / SHARDS, {shard_key(name, key): value for key, value in named.items()})
+            return named
         try:
             tensors = load_file(self.path / name)
         except (OSError, SafetensorError) as error:
             raise UsageError(f"{self.path / name} cannot be read: {_first_line(error)}") from error
         merge_modulation(tensors)
         return tensors
+
+    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
+        """The shapes of one file's tensors, by the names that parameters have now; empty where there is no such file."""
+        if self.sharded:
+            prefix = shard_key(name, "")
+            found = shards.shapes(self.path / SHARDS)
+            return {key.removeprefix(prefix): shape for key, shape in found.items() if key.startswith(prefix)}
+        if not (self.path / name).is_file():
+            return {}
+        return {key: tuple(value.shape) for key, value in self.tensors(name).items()}
+
+    def restore(self, files: dict[str, dict[str, Tensor]], group: Any = None) -> None:
+        """Fill tensors, spread over ranks in any way, with what the files hold under their names; in place.
+
+        group: the gloo group of the ranks that all call this, or None for one process. Raises UsageError naming the first tensor
+        that does not fit.
+        """
+        for name, targets in files.items():
+            check_fit(self, name, targets)
+        if self.sharded:
+            flat = {shard_key(name, key): value for name, named in files.items() for key, value in named.items()}
+            shards.read(self.path / SHARDS, flat, group)
+            return
+        for name, targets in files.items():
+            load_parts(targets, self.tensors(name))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the model was trained with."""
@@ -89,23 +129,32 @@ def save(
             for name, named in tensors.items():
                 save_file({key: value.detach().cpu().contiguous() for key, value in named.items()}, aside / name)
             tokenizer.save(aside / "tokenizer")
-            files = {str(f.relative_to(aside)): _fingerprint(f) for f in sorted(aside.rglob("*")) if f.is_file()}
+            files = {str(f.relative_to(aside)): fingerprint(f) for f in sorted(aside.rglob("*")) if f.is_file()}
             manifest = {"format": FORMAT, "step": step, "config": to_dict(config), "files": files, **facts}
-            (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-            for f in aside.rglob("*"):
-                _flush(f)
-            _flush(aside)
-            if final.exists():  # the same step again, after a resume: the same content
-                shutil.rmtree(final)
-            aside.rename(final)
+            complete(aside, final, manifest)
         finally:
             shutil.rmtree(aside, ignore_errors=True)
-        point(folder, "last", final)
+        point(folder, "last", final, config.train.keep)
     return final
 
 
-def point(folder: Path, link: str, target: Path) -> None:
-    """Make checkpoints/<link> lead to `target` in one step, and drop checkpoints that no link leads to."""
+def complete(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
+    """Write the manifest of a checkpoint that is otherwise there, flush everything to disk and give it its name."""
+    (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
+    for f in aside.rglob("*"):
+        _flush(f)
+    _flush(aside)
+    old = final.with_name(f".old-{final.name}")
+    if final.exists():  # the same step again, after a resume: the same content
+        final.rename(old)
+    aside.rename(final)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def point(folder: Path, link: str, target: Path, keep: int = 1) -> None:
+    """Make checkpoints/<link> lead to `target` in one step, and drop checkpoints that no link leads to and that are not among the
+    `keep` newest.
+    """
     root = folder / FOLDER
     with disk_errors(root):
         aside = root / f".{link}.{os.getpid()}"
@@ -114,21 +163,48 @@ def point(folder: Path, link: str, target: Path) -> None:
         aside.replace(root / link)
         _flush(root)
         kept = {path.resolve() for path in root.iterdir() if path.is_symlink()}
-        for path in root.glob("step-*"):
+        for path in steps(root)[keep:]:
             if path.resolve() not in kept:
                 shutil.rmtree(path, ignore_errors=True)
 
 
+def steps(root: Path) -> list[Path]:
+    """The complete checkpoints in a folder of them, newest first."""
+    return sorted((path for path in root.glob("step-*") if (path / MANIFEST).is_file()), reverse=True)
+
+
 def find(run: Path, which: str = "last") -> Checkpoint:
-    """The `last` or `best` checkpoint of a run folder, or a checkpoint folder itself. Raises UsageError where there is none."""
+    """The `last` or `best` checkpoint of a run folder, or a checkpoint folder itself. Where no link leads to one, the newest.
+
+    Raises UsageError where there is none, and for a damaged one, with the one before it.
+    """
     if (run / MANIFEST).is_file():
         return open_checkpoint(run)
     if not run.is_dir():
         raise UsageError(f"there is no run folder {run}; give the folder a training run wrote, such as runs/demo")
     for name in dict.fromkeys((which, "last")):
         if (run / FOLDER / name / MANIFEST).is_file():
-            return open_checkpoint((run / FOLDER / name).resolve())
+            return _open_or_offer((run / FOLDER / name).resolve())
+    for path in steps(run / FOLDER):
+        return _open_or_offer(path)
     raise UsageError(f"{run} holds no checkpoint: it has no {FOLDER}/{which}/{MANIFEST}")
+
+
+class Damaged(UsageError):
+    """A checkpoint whose files are not what its manifest lists."""
+
+
+def _open_or_offer(path: Path) -> Checkpoint:
+    """A checkpoint of a run; where it is damaged, the sentence says which other one is whole."""
+    try:
+        return open_checkpoint(path)
+    except Damaged as error:
+        for other in steps(path.parent):
+            with contextlib.suppress(UsageError):
+                if other != path:
+                    step = open_checkpoint(other).step
+                    raise Damaged(f"{error}; {other} (step {step:,}) is whole: delete {path.name} to go on from there") from None
+        raise Damaged(f"{error}; there is no other one in {path.parent}") from None
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
@@ -141,18 +217,16 @@ def open_checkpoint(path: Path) -> Checkpoint:
         raise UsageError(f"{path / MANIFEST} was written by another version of atat_fast: {error}") from error
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{path / MANIFEST} is not an atat_fast checkpoint's manifest") from error
-    if version != FORMAT:
-        raise UsageError(f"{path} has checkpoint format {version}; this version of atat_fast reads format {FORMAT}")
+    if version not in (FORMAT, SHARDED):
+        raise UsageError(f"{path} has checkpoint format {version}; this version of atat_fast reads format {FORMAT} or {SHARDED}")
     for name, saved in files.items():
         file = path / name
         if not file.is_file():
-            raise UsageError(f"{path} is damaged: {name} is missing; use another checkpoint")
+            raise Damaged(f"{path} is damaged: {name} is missing")
         if file.stat().st_size != saved["bytes"]:
-            raise UsageError(
-                f"{path} is damaged: {name} has {file.stat().st_size} bytes instead of {saved['bytes']}; use another"
-            )
-        if _fingerprint(file)["sha256"] != saved["sha256"]:
-            raise UsageError(f"{path} is damaged: {name} is not what was saved (its SHA-256 differs); use another checkpoint")
+            raise Damaged(f"{path} is damaged: {name} has {file.stat().st_size} bytes instead of {saved['bytes']}")
+        if fingerprint(file)["sha256"] != saved["sha256"]:
+            raise Damaged(f"{path} is damaged: {name} is not what was saved (its SHA-256 differs)")
     return Checkpoint(path, manifest)
 
 
@@ -181,15 +255,22 @@ def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, name: str) -> None:
     """Copy one file's tensors into a module. Raises UsageError naming the first that does not fit."""
-    tensors = checkpoint.tensors(name)
-    parameters = saved_tensors(model)
-    for key in parameters.keys() | tensors.keys():
-        have = tuple(tensors[key].shape) if key in tensors else "missing"
-        need = tuple(parameters[key].shape) if key in parameters else "not part of this model"
+    checkpoint.restore({name: saved_tensors(model)})
+
+
+def check_fit(checkpoint: Checkpoint, name: str, targets: dict[str, Tensor]) -> None:
+    """Raise UsageError where a file's tensors have not the names and shapes of these."""
+    shapes = checkpoint.shapes(name)
+    for key in targets.keys() | shapes.keys():
+        have = shapes.get(key, "missing")
+        need = tuple(targets[key].shape) if key in targets else "not part of this model"
         if have != need:
             raise UsageError(f"{checkpoint.path / name} does not fit the model: {key} is {have} there, and here {need}")
-    for key, p in parameters.items():
-        p.data.copy_(tensors[key])
+
+
+def shard_key(name: str, key: str) -> str:
+    """The name in shards of a file's tensor."""
+    return f"{name.removesuffix('.safetensors')}/{key}"
 
 
 @contextlib.contextmanager
@@ -206,7 +287,8 @@ def _first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def _fingerprint(file: Path) -> dict[str, Any]:
+def fingerprint(file: Path) -> dict[str, Any]:
+    """What a manifest says of a file: bytes and sha256."""
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 

@@ -211,7 +211,7 @@ def _time_steps(plan: Plan, name: str) -> list[float]:
     except Diverged:
         return [math.nan]
     finally:
-        trainer.show.close()
+        trainer.close()
         shutil.rmtree(scratch, ignore_errors=True)
 
 

@@ -27,6 +27,7 @@ from atat_fast.models.dit import DiT, Randomness
 from atat_fast.models.importance import ImportanceEstimator, error_chance, importance_loss
 from atat_fast.ops.attention import Documents
 from atat_fast.training.device import Compute
+from atat_fast.training.parallel import compile_blocks
 
 PREFIX = "importance."
 """Before the estimator's parameters, where they are named beside the model's."""
@@ -41,14 +42,16 @@ class Objective:
         model: The backbone.
         config: The run's settings; diffusion, importance, curriculum and the model's dropout are read.
         compute: Where and how; torch.compile makes one graph of the model's forward and one of the estimator's.
+        by_block: Whether it makes one of each block instead, as runs on several ranks want it.
         seed: Seed of masks and dropout.
         total: Sequences in a global batch.
         estimator: Where config.importance has a source: its scores. It lies on the model's device.
     """
 
     def __init__(
-        self, model: DiT, config: Config, compute: Compute, *, seed: int, total: int, estimator: ImportanceEstimator | None = None
-    ) -> None:
+        self, model: DiT, config: Config, compute: Compute, *, seed: int, total: int,
+        estimator: ImportanceEstimator | None = None, by_block: bool = False,
+    ) -> None:  # fmt: skip
         if (estimator is None) != (config.importance.source == "none"):
             have = "there is none" if estimator is None else "one is given"
             raise ValueError(f"importance.source is {config.importance.source}, and of estimators {have}")
@@ -56,7 +59,9 @@ class Objective:
         self.seed, self.total = seed, total
         self.curriculum = Curriculum(config.curriculum)
         network = None if estimator is None else estimator.network
-        self.forward: Any = torch.compile(model) if compute.compile else model
+        if compute.compile and by_block:
+            compile_blocks(model)
+        self.forward: Any = torch.compile(model) if compute.compile and not by_block else model
         self.score: Any = torch.compile(network) if compute.compile and network is not None else network
 
     def alike(self, *, seed: int, total: int) -> Objective:

@@ -8,9 +8,11 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from atat_fast.config import OptimConfig
 from atat_fast.errors import UsageError
+from atat_fast.training.parallel import local, part_like, whole
 
 State = dict[str, Tensor]
 Trained = nn.Module | Mapping[str, nn.Parameter]
@@ -65,9 +67,8 @@ class Optimizers:
             torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
         ]
         if blocks:
-            self.parts.append(
-                torch.optim.Muon(blocks, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw")
-            )
+            kind = ShardedMuon if isinstance(blocks[0], DTensor) else torch.optim.Muon
+            self.parts.append(kind(blocks, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
 
     def step(self, lr: float) -> None:
         """Move every parameter and drop the gradients."""
@@ -96,24 +97,70 @@ class Optimizers:
             p = by_name[name]
             owner[p].state[p][kind] = value.to(p.device)  # fused AdamW keeps its step count on the parameter's device too
 
+    def room(self, shapes: Mapping[str, tuple[int, ...]]) -> State:
+        """Empty tensors for a saved state of these shapes, spread as the parameters are."""
+        by_name = {name: p for p, name in self.names.items()}
+        room: State = {}
+        for key, shape in shapes.items():
+            p = by_name.get(key.rsplit("/", 1)[0])
+            if p is None:
+                raise UsageError(f"the checkpoint's optimizer state {key} belongs to no parameter of this model; start a new run")
+            room[key] = torch.zeros_like(p) if tuple(p.shape) == tuple(shape) else torch.zeros(shape, device=p.device)
+        return room
+
+
+class ShardedMuon(torch.optim.Muon):
+    """torch.optim.Muon for matrices that are sharded over ranks. Masters and momenta stay sharded; one update at a time is put
+    together on every rank, for only whole matrices can be made orthogonal. Its numbers are torch.optim.Muon's, but for rounding.
+    """
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.grad is None:
+                    continue
+                state = self.state[p]
+                if "momentum_buffer" not in state:
+                    state["momentum_buffer"] = torch.zeros_like(p)
+                grad, momentum, mine = local(p.grad), local(state["momentum_buffer"]), local(p)
+                momentum.lerp_(grad, 1 - group["momentum"])
+                update = p.grad.detach().clone()
+                local(update).lerp_(momentum, group["momentum"])
+                mine.mul_(1 - group["lr"] * group["weight_decay"]).add_(part_like(self._orthogonal(whole(update), group), p))
+
+    def _orthogonal(self, update: Tensor, group: dict[str, object]) -> Tensor:
+        """What torch.optim.Muon adds to a matrix for this update, by asking it: a step from zero, without memory or decay."""
+        scratch = nn.Parameter(torch.zeros_like(update))
+        scratch.grad = update
+        kept = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
+        torch.optim.Muon([scratch], momentum=0.0, nesterov=False, weight_decay=0.0, **kept).step()  # type: ignore[arg-type]
+        return scratch.detach()
+
 
 def _inner_matrix(name: str, p: Tensor) -> bool:
     return p.ndim == 2 and name.startswith("blocks.")
 
 
 class Average:
-    """Moving average of a model's parameters, in fp32; its decay is (1 + step) / (10 + step) until that exceeds `decay`."""
+    """Moving average of a model's parameters, in fp32; its decay is (1 + step) / (10 + step) until that exceeds `decay`.
+
+    It is spread over ranks as the parameters are.
+    """
 
     def __init__(self, model: Trained, decay: float) -> None:
         self.parameters = _named(model)
         self.decay = decay
         self.values: State = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self._pairs = [(local(self.values[name]), local(p)) for name, p in self.parameters.items()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the parameters as they are after step `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        torch._foreach_lerp_(list(self.values.values()), [p.detach() for p in self.parameters.values()], 1 - decay)
+        averages, parameters = zip(*self._pairs, strict=True)
+        torch._foreach_lerp_(list(averages), list(parameters), 1 - decay)
 
     @torch.no_grad()
     def load(self, values: State) -> None:
@@ -132,7 +179,7 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for name, p in self.parameters.items():
-            held = p.detach().clone()
-            p.copy_(self.values[name])
-            self.values[name].copy_(held)
+        for average, p in self._pairs:
+            held = p.clone()
+            p.copy_(average)
+            average.copy_(held)

@@ -22,30 +22,38 @@ LARGEST_MICRO_BATCH = 32
 
 @dataclass(frozen=True)
 class Batches:
-    """How a global batch is made: `accumulation` forward passes of `micro_batch` sequences."""
+    """How a global batch is made: on each of `ranks`, `accumulation` forward passes of `micro_batch` sequences."""
 
     global_batch: int
     micro_batch: int
     accumulation: int
+    ranks: int = 1
+
+    def slots(self, rank: int) -> list[int]:
+        """The first slot of each of a rank's micro-batches: a rank has its slots in a row."""
+        first = rank * self.micro_batch * self.accumulation
+        return [first + i * self.micro_batch for i in range(self.accumulation)]
 
 
-def batches(config: Config) -> Batches:
+def batches(config: Config, ranks: int = 1) -> Batches:
     """Micro-batch and accumulation for the stated global batch. Raises UsageError where it does not divide."""
     total, micro = config.train.global_batch, config.train.micro_batch
     if total < 1 or micro < 0:
         raise UsageError(f"train.global_batch must be at least 1 and train.micro_batch at least 0, got {total} and {micro}")
-    if micro == 0:
-        micro = max(d for d in range(1, min(total, LARGEST_MICRO_BATCH) + 1) if total % d == 0)
-    if total % micro:
-        near = sorted({max(1, total // micro) * micro, -(-total // micro) * micro})
+    if micro == 0 and total % ranks == 0:
+        micro = max(d for d in range(1, min(total // ranks, LARGEST_MICRO_BATCH) + 1) if total // ranks % d == 0)
+    whole = ranks * max(1, micro)
+    if total % whole:
+        near = sorted({max(1, total // whole) * whole, -(-total // whole) * whole})
+        parts = [f"{ranks} ranks"] * (ranks > 1) + [f"micro-batches of {micro}"] * (micro > 0)
         raise UsageError(
-            f"train.global_batch {total} does not divide into micro-batches of {micro}; try {' or '.join(str(n) for n in near)}"
+            f"train.global_batch {total} does not divide into {' x '.join(parts)}; try {' or '.join(str(n) for n in near)}"
         )
-    return Batches(total, micro, total // micro)
+    return Batches(total, micro, total // whole, ranks)
 
 
-def check(config: Config) -> Batches:
-    """Raise UsageError for settings no run can have; give the batch plan otherwise."""
+def check(config: Config, ranks: int = 1) -> Batches:
+    """Raise UsageError for settings no run on so many ranks can have; give the batch plan otherwise."""
     check_model(config.model)
     check_optim(config.optim)
     for name in ("max_steps", "log_every"):
@@ -63,7 +71,7 @@ def check(config: Config) -> Batches:
         config.curriculum, max_steps=config.train.max_steps, eval_every=config.eval.every, log_every=config.train.log_every
     )
     check_importance(config.importance, config.diffusion, config.curriculum)
-    plan = batches(config)
+    plan = batches(config, ranks)
     check_counts(config.diffusion, config.model.length, plan.global_batch)
     return plan
 

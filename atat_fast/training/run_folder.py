@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from filelock import FileLock, Timeout
 
 from atat_fast.config import Config, from_dict, to_dict
 from atat_fast.errors import UsageError
 from atat_fast.training.checkpoint import FOLDER, disk_errors
 
+LOCK = ".lock"
 SETTINGS, FACTS, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 IMPORTANCE = "importance.json"
 
@@ -21,6 +23,9 @@ MAY_DIFFER = (
     "train.compile", "preset",
 )  # fmt: skip
 """Settings a resumed run may change: they do not change what is learned (micro-batches and ranks only how sums are rounded)."""
+
+OF_A_HOST = ("data.cache_dir", "data.num_workers", "run.root")
+"""Settings that may be different on hosts that share a run."""
 
 
 def holds_run(folder: Path) -> bool:
@@ -54,6 +59,38 @@ def choose_folder(config: Config, *, resume: bool) -> Path:
     return root / names[-2]
 
 
+def last_folder(config: Config) -> Path:
+    """The folder that a run with these settings would be resumed in, whether there is one or not."""
+    try:
+        return choose_folder(config, resume=True)
+    except UsageError:
+        return Path(config.run.root) / (config.run.name or config.preset)
+
+
+def lock(folder: Path) -> FileLock:
+    """Take a run folder for this process. Raises UsageError where another one has it; the lock ends with its holder, however that
+    ends.
+    """
+    with disk_errors(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        held = FileLock(folder / LOCK)
+        try:
+            held.acquire(timeout=0)
+        except Timeout:
+            raise UsageError(f"{folder} is in use: another training run writes there; choose another --run.name") from None
+    return held
+
+
+def begun_by(folder: Path, launch: str) -> bool:
+    """Whether the run in this folder was begun by the launcher that starts this process again. launch: as in run.json."""
+    try:
+        before = str(json.loads((folder / FACTS).read_text(encoding="utf-8"))["launch"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    name, same_name = (text.split("@")[0] for text in (launch, before))
+    return launch == before or (name == same_name and name not in ("", "none"))
+
+
 def read_settings(folder: Path) -> dict[str, Any]:
     """The settings a run was started with, as nested dictionaries."""
     try:
@@ -67,7 +104,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 def check_same_settings(config: Config, folder: Path) -> None:
     """Raise UsageError where a resumed run would learn something else than it began."""
-    before, now = _flat(to_dict(from_dict(read_settings(folder)))), _flat(to_dict(config))
+    before, now = flat(to_dict(from_dict(read_settings(folder)))), flat(to_dict(config))
     fixed = "train.log_every" if config.curriculum.kind == "adaptive" and config.curriculum.watch == "train" else None
     for name, value in now.items():
         if before.get(name) != value and (name == fixed or not name.startswith(MAY_DIFFER)):
@@ -77,11 +114,12 @@ def check_same_settings(config: Config, folder: Path) -> None:
             )
 
 
-def _flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
+def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted names."""
+    found: dict[str, Any] = {}
     for name, value in settings.items():
-        flat |= _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
-    return flat
+        found |= flat(value, f"{prefix}{name}.") if isinstance(value, dict) else {f"{prefix}{name}": value}
+    return found
 
 
 def open_folder(folder: Path, config: Config, facts: dict[str, Any]) -> None:

@@ -18,14 +18,15 @@ QUIET_SECONDS = 15.0  # between lines where there is no terminal to redraw
 class Telemetry:
     """Rows go to metrics.jsonl and TensorBoard; the latest of them stand beside the progress bar.
 
-    Where standard output is no terminal, a plain line takes the bar's place at every evaluation and every 15 seconds.
+    Where standard output is no terminal, a plain line takes the bar's place at every evaluation and every 15 seconds. On ranks
+    other than 0 nothing is shown and nothing written.
     """
 
-    def __init__(self, folder: Path, *, max_steps: int, first_step: int, resumed: bool, tensorboard: bool) -> None:
-        self.console = Console(highlight=False, soft_wrap=True)
-        self.metrics = Metrics(folder, after=first_step if resumed else None)
+    def __init__(self, folder: Path, *, max_steps: int, first_step: int, resumed: bool, tensorboard: bool, rank: int = 0) -> None:
+        self.console = Console(highlight=False, soft_wrap=True, quiet=rank != 0)
+        self.metrics = Metrics(folder, after=first_step if resumed else None) if rank == 0 else None
         self.board: Any = None
-        if tensorboard:
+        if tensorboard and rank == 0:
             from torch.utils.tensorboard import SummaryWriter
 
             self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if resumed else None)
@@ -34,7 +35,7 @@ class Telemetry:
         self._last_line = time.monotonic()
         self._bar: Progress | None = None
         self._task = TaskID(0)
-        if self.console.is_terminal:
+        if rank == 0 and self.console.is_terminal:
             self._bar = Progress(
                 TextColumn("{task.description}"),
                 BarColumn(bar_width=None),
@@ -71,6 +72,10 @@ class Telemetry:
         """A row of generated texts."""
         self._write("sample", row)
 
+    def checkpoint(self, row: dict[str, Any]) -> None:
+        """A row of a checkpoint that was written: its step, bytes, seconds, and the seconds that training waited for it."""
+        self._write("checkpoint", row)
+
     def advance(self, step: int) -> None:
         """Move the bar to `step` steps done."""
         if self._bar is not None:
@@ -80,12 +85,14 @@ class Telemetry:
         """Stop the bar and close the files."""
         if self._bar is not None:
             self._bar.stop()
-        self.metrics.close()
+        if self.metrics is not None:
+            self.metrics.close()
         if self.board is not None:
             self.board.close()
 
     def _write(self, kind: str, row: dict[str, Any]) -> None:
-        self.metrics.write({"kind": kind, **row})
+        if self.metrics is not None:
+            self.metrics.write({"kind": kind, **row})
         if self.board is None:
             return
         for name, value in row.items():

@@ -1,30 +1,29 @@
 """The trainer: one loop, readable top to bottom.
 
-Where a step's data and noise come from is a function of the step, so there is no loader or generator state: a run stopped
-after any step and resumed goes on as if it had not been. Nothing in the loop waits for the device except at a log line, an
-evaluation or a checkpoint.
+Where a step's data and noise come from is a function of the step and of a slot's place in the global batch, so there is no loader
+or generator state: a run stopped after any step and resumed, on as many ranks as before or others, goes on as if it had not been.
+Nothing in the loop waits for the device except at a log line, an evaluation or a checkpoint.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from pathlib import Path
-from types import FrameType
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from atat_fast.config import Config
+from atat_fast.config import Config, to_dict
 from atat_fast.data import Dataset, SequenceLoader, Tokenizer, prepare
 from atat_fast.diffusion.adaptive import BadScores, bias
 from atat_fast.diffusion.counts import expected_share
-from atat_fast.diffusion.objective import Estimate
+from atat_fast.diffusion.objective import Estimate, Spread
 from atat_fast.diffusion.samplers import sample
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.importance import reliability, text_importance
@@ -34,82 +33,88 @@ from atat_fast.models.importance import ImportanceEstimator, importance_cost
 from atat_fast.ops.attention import choose_attention, documents_of
 from atat_fast.training import checkpoint, run_folder
 from atat_fast.training.device import Compute, environment, peak_flops, resolve
-from atat_fast.training.objective import PREFIX, Objective, baseline
+from atat_fast.training.modes import check_parallel, check_precision, choose_for
+from atat_fast.training.objective import Objective, baseline
 from atat_fast.training.optimizers import Average, Optimizers, learning_rate
+from atat_fast.training.parallel import Parallel, local, recompute_blocks
 from atat_fast.training.plan import Batches, check
+from atat_fast.training.ranks import FAILED, GO_ON, STOP, Launch, Ranks
+from atat_fast.training.state import State
+from atat_fast.training.stops import Diverged, Interrupted, catch_signals
 from atat_fast.training.telemetry import Telemetry
+from atat_fast.training.watch import Watch
+from atat_fast.training.window import Window
 
-
-class Diverged(RuntimeError):
-    """The loss or a gradient is no longer finite. Its text names the step and the last good checkpoint."""
-
-
-class Interrupted(Exception):
-    """SIGINT or SIGTERM: the run was saved. `code` is the exit status, 128 + the signal's number, which a launcher restarts."""
-
-    def __init__(self, code: int, text: str) -> None:
-        super().__init__(text)
-        self.code = code
+__all__ = ["Diverged", "Interrupted", "Trainer"]
 
 
 class Trainer:
-    """Everything a run holds. `train` runs it to the end."""
+    """Everything a run holds on one of its ranks. `train` runs it to the end.
 
-    def __init__(self, config: Config, *, resume: bool = False, show_progress: bool = True) -> None:
+    ranks: the processes that share the run, each with a Trainer; one process where it is not given. With `resume` the run goes on
+    from its last checkpoint; so it does by itself where a launcher starts its ranks again.
+    """
+
+    def __init__(self, config: Config, *, resume: bool = False, show_progress: bool = True, ranks: Ranks | None = None) -> None:
         self.config = config
-        self.plan: Batches = check(config)
+        self.ranks = ranks or Ranks(Launch())
+        self._lock: Any = None
+        try:
+            self._start(resume, show_progress)
+        except BaseException:
+            self._release()
+            raise
+
+    def _start(self, resume: bool, show_progress: bool) -> None:
+        config, ranks = self.config, self.ranks
+        check_parallel(config.parallel, ranks.launch)
+        self.plan: Batches = check(config, ranks.size)
         self.compute: Compute = resolve(config.train)
         head_dim = config.model.dim // config.model.heads
         choose_attention(self.compute.device, self.compute.dtype, head_dim, config.model.document_mask)  # before a folder is made
-        self.folder: Path = run_folder.choose_folder(config, resume=resume)
-        saved = checkpoint.find(self.folder) if resume else None
-        if saved is not None:
-            run_folder.check_same_settings(config, self.folder)
+        shared = {name: value for name, value in run_folder.flat(to_dict(config)).items() if name not in run_folder.OF_A_HOST}
+        ranks.require_same("settings", shared)
+        saved = self._open(resume)
 
-        tokenizer = saved.tokenizer() if saved is not None else None
-        self.data: Dataset = prepare(config.data, progress=show_progress, tokenizer=tokenizer)
-        self.tokenizer: Tokenizer = self.data.tokenizer
-        self.loader = SequenceLoader(
-            self.data.train, config.model.length, config.train.seed, copies=2 if config.diffusion.mirror else 1
-        )
-        self.data.valid.require_sequences(config.model.length)
+        with ranks.agree():
+            tokenizer = saved.tokenizer() if saved is not None else None
+            self.data: Dataset = prepare(config.data, progress=show_progress and ranks.first, tokenizer=tokenizer)
+            self.tokenizer: Tokenizer = self.data.tokenizer
+            self.loader = SequenceLoader(
+                self.data.train, config.model.length, config.train.seed, copies=2 if config.diffusion.mirror else 1
+            )
+            self.data.valid.require_sequences(config.model.length)
+        ranks.require_same("data", {f"{split} tokens of hash": value for split, value in self._data_identity().items()})
         if saved is not None and saved.manifest["data"] != self._data_identity():
             raise UsageError(f"the tokens of {config.data.corpus} are not those {self.folder} was started with; start a new run")
 
         torch.manual_seed(config.train.seed)
         self.model = DiT(self.tokenizer.model_vocab_size, self.tokenizer.mask_id, **vars(config.model)).to(self.compute.device)
         self.estimator = self._make_estimator()
+        parameters = self._parameter_counts()
+        with ranks.agree():
+            self.choice = choose_for(config, ranks.launch, parameters["total"], self.model, self.plan.micro_batch, self.compute)
+            check_precision(self.choice, config.parallel, self.compute)
+        recompute_blocks(self.model, config.parallel.activation_checkpointing)
         self.objective = Objective(
-            self.model, config, self.compute, seed=config.train.seed, total=self.plan.global_batch, estimator=self.estimator
-        )
+            self.model, config, self.compute, seed=config.train.seed, total=self.plan.global_batch, estimator=self.estimator,
+            by_block=ranks.size > 1 or config.parallel.activation_checkpointing > 0,
+        )  # fmt: skip
+        self.parallel = Parallel(self.model, self.estimator, self.choice, config.parallel, ranks.size, self.compute.device.type)
         self.optimizers = Optimizers(self.objective.named_parameters(), config.optim)
+        self.average = Average(self.objective.named_parameters(), config.optim.ema)
         self.step = 0
         self.seconds = 0.0
         self.best = math.inf
         self.estimate: Estimate | None = None
+        self.window = Window(ranks, self.compute.device, 0)
+        self.state = State(self)
         if saved is not None:
-            checkpoint.load_weights(self.model, saved, checkpoint.WEIGHTS)
-            if self.estimator is not None:
-                checkpoint.load_weights(self.estimator, saved, checkpoint.IMPORTANCE)
-        self.average = Average(self.objective.named_parameters(), config.optim.ema)
-        if saved is not None:
-            self.average.load(saved.tensors(checkpoint.EMA))
-            if self.estimator is not None:
-                averaged, trained = saved.tensors(checkpoint.IMPORTANCE_EMA), dict(self.estimator.named_parameters())
-                self.average.load({PREFIX + name: value for name, value in averaged.items() if name in trained})
-                self.objective.curriculum.load(saved.manifest["curriculum"])
-            self.optimizers.load(saved.tensors(checkpoint.OPTIMIZER))
-            self.step, self.seconds, self.best = saved.step, saved.manifest["seconds"], saved.manifest["best"]
+            self.state.load(saved)
         self.saved_step = self.step if saved is not None else None
-        self._start_window()
-        if saved is not None:  # a stop may fall between two log lines; what was summed until then belongs to the next one
-            window = saved.manifest["window"]
-            self._window_step = window["step"]
-            for name in window.keys() - {"step"}:
-                self._window[name] = torch.tensor(window[name], device=self.compute.device)
 
         self.facts = environment(self.compute) | {
-            "parameters": self._parameter_counts(),
+            "parameters": parameters,
             "data": self.data.describe(),
             "tokens_per_step": self.plan.global_batch * config.model.length,
             "unigram_entropy": self.data.valid.unigram_entropy(),
@@ -117,15 +122,55 @@ class Trainer:
             "vocabulary": self.tokenizer.model_vocab_size,
             "sequence_length": config.model.length,
             "resumed_from": self.step if saved is not None else None,
+            "ranks": ranks.size,
+            "parallel": self.choice.describe(ranks.size),
+            "launch": ranks.launch.name,
         }
-        run_folder.open_folder(self.folder, config, self.facts)
-        self.show = Telemetry(
-            self.folder,
-            max_steps=config.train.max_steps,
-            first_step=self.step,
-            resumed=resume,
-            tensorboard=config.run.tensorboard,
-        )
+        with ranks.agree():
+            if ranks.first:
+                if self._lock is None:
+                    self._lock = run_folder.lock(self.folder)
+                    if saved is None and not self._again and run_folder.holds_run(self.folder):
+                        raise UsageError(f"{self.folder} already holds a run, begun this moment; choose another --run.name")
+                run_folder.open_folder(self.folder, config, self.facts)
+            self.show = Telemetry(
+                self.folder,
+                max_steps=config.train.max_steps,
+                first_step=self.step,
+                resumed=saved is not None or self._again,
+                tensorboard=config.run.tensorboard,
+                rank=ranks.rank,
+            )
+        self.watch = Watch(ranks, config.parallel.timeout)
+
+    def _open(self, resume: bool) -> checkpoint.Checkpoint | None:
+        """Settle the run's folder on rank 0, for all; the checkpoint to go on from, whole and of this run's settings."""
+        ranks, found = self.ranks, None
+        with ranks.agree():
+            if ranks.first:
+                self._again = ranks.launch.restarts > 0 and run_folder.begun_by(
+                    run_folder.last_folder(self.config), ranks.launch.name
+                )
+                folder = run_folder.choose_folder(self.config, resume=resume or self._again)
+                saved = None
+                if resume or self._again:
+                    self._lock = run_folder.lock(folder)
+                    run_folder.check_same_settings(self.config, folder)
+                    if resume or checkpoint.steps(folder / checkpoint.FOLDER):  # else it was stopped before its first one
+                        saved = checkpoint.find(folder)
+                found = (folder, self._again, None if saved is None else (saved.path, saved.manifest))
+        self.folder, self._again, place = ranks.share(found)
+        return None if place is None else checkpoint.Checkpoint(*place)
+
+    def close(self) -> None:
+        """End what the run shows, watches and holds."""
+        self.watch.stop()
+        self.show.close()
+        self._release()
+
+    def _release(self) -> None:
+        if self._lock is not None:
+            self._lock.release()
 
     def train(self) -> dict[str, Any]:
         """Run to max_steps, evaluating and saving on the way. Returns the last evaluation's row.
@@ -137,7 +182,7 @@ class Trainer:
             with catch_signals() as caught:
                 for sentence in self.introduction():
                     self.show.say(sentence)
-                self._window_start = time.perf_counter()
+                self.window.begin = time.perf_counter()
                 while self.step < config.train.max_steps:
                     self._train_step()
                     self.show.advance(self.step)
@@ -148,20 +193,34 @@ class Trainer:
                         last = self._evaluate()
                     elif config.train.checkpoint_every and self.step % config.train.checkpoint_every == 0:
                         self.save()
-                    if caught and not final:
-                        self.save()
-                        number = caught[0]
-                        text = (
-                            f"{signal.Signals(number).name}: saved {self.folder} at step {self.step:,}; add --resume to continue"
-                        )
-                        raise Interrupted(128 + number, text)
+                    wish = FAILED if self.state.failed else STOP if caught else GO_ON
+                    decided = self.ranks.vote(wish) if not final else self.ranks.last_vote()
+                    if decided == FAILED:
+                        self.state.wait()
+                    elif decided == STOP and not final:
+                        self._leave(caught)
+                self.state.wait()
+                self._note_checkpoints()
             if last is None:  # resumed at its very end
                 last = self._evaluate()
-            if config.sample.num_samples:
-                self._sample()
+                self.state.wait()
+            with self.watch.patient("finishing"):
+                if config.sample.num_samples:
+                    self._sample()
+                self.ranks.barrier()
         finally:
-            self.show.close()
+            self.close()
         return last
+
+    def _leave(self, caught: Sequence[int]) -> None:
+        """Save and raise Interrupted, on all ranks at the same step."""
+        if self.saved_step != self.step:
+            self.save()
+        self.state.wait()
+        self.ranks.last_vote()
+        number = max(self.ranks.gather(caught[0] if caught else 0))
+        text = f"{signal.Signals(number).name}: saved {self.folder} at step {self.step:,}; add --resume to continue"
+        raise Interrupted(128 + number, text)
 
     def time_steps(self, steps: Sequence[int]) -> list[float]:
         """Seconds of each of the given steps, data and the wait for the device included; the model moves, nothing is written."""
@@ -181,6 +240,7 @@ class Trainer:
         return [
             f"{begin}: {total:,} parameters, {self.facts['tokens_per_step']:,} tokens a step, {self.compute.describe()}",
             self.data.describe(),
+            *([self.choice.describe(self.ranks.size)] if self.ranks.size > 1 else []),
             *([f"note: {note}"] if note else []),
         ]
 
@@ -205,71 +265,80 @@ class Trainer:
 
     def _train_step(self) -> None:
         """One optimizer step: accumulate, clip, move, average."""
-        config, plan, device = self.config, self.plan, self.compute.device
-        for micro in range(plan.accumulation):
-            slot = micro * plan.micro_batch
-            tokens, ids = self.loader.batch(self.step * plan.global_batch + slot, plan.micro_batch)
-            documents = documents_of(tokens, self.tokenizer.eos_id) if config.model.document_mask else None
-            tokens, ids = self._to_device(tokens), self._to_device(ids)
-            documents = None if documents is None else documents.to(device)
-            try:
-                loss, parts = self.objective.loss(
-                    tokens, ids, first=slot, step=self.step, progress=self.progress, documents=documents
-                )
-            except BadScores as error:
-                raise self._diverged(f"{error}, at step {self.step + 1:,}") from error
-            loss.backward()
-            self._window["loss"] += parts.pop("diffusion")
+        config, parallel = self.config, self.parallel
+        slots = self.plan.slots(self.ranks.rank)
+        for slot in slots:
+            self.watch.mark(self.step, "reading a batch")
+            batch = self._batch(slot)
+            self.watch.mark(self.step, "in the forward and backward pass")
+            with parallel.accumulating(last=slot == slots[-1]):
+                try:
+                    loss, parts = parallel.inside(lambda slot=slot, batch=batch: self._loss(slot, *batch))  # type: ignore[misc]
+                except BadScores as error:
+                    raise self._diverged(f"{error}, at step {self.step + 1:,}", [self.ranks.rank], everywhere=False) from error
+                parallel.backward(loss)
+            self.window.add("loss", parts.pop("diffusion"))
             for name, part in parts.items():
-                self._window[name] = self._window[name] + part if name in self._window else part
-        norm = torch.nn.utils.clip_grad_norm_(self.objective.parameters(), config.optim.clip or math.inf)
+                self.window.add(name, part)
+        self.watch.mark(self.step, "moving the weights")
+        norm = parallel.clip(self.objective.parameters(), config.optim.clip)
         self.optimizers.step(learning_rate(config.optim, self.step, config.train.max_steps))
         self.average.update(self.step)
         self.step += 1
-        self._window["norm"] += norm.detach()
-        bad = ~(torch.isfinite(norm) & torch.isfinite(self._window["loss"]))
-        self._window["bad"] = torch.where(bad & (self._window["bad"] < 0), self.step, self._window["bad"])
+        self.window.step(self.step, norm.detach())
+
+    def _batch(self, slot: int) -> tuple[Tensor, Tensor, Any]:
+        """Tokens, their numbers and documents of the micro-batch that begins at a slot of the global batch, on the device."""
+        tokens, ids = self.loader.batch(self.step * self.plan.global_batch + slot, self.plan.micro_batch)
+        documents = documents_of(tokens, self.tokenizer.eos_id) if self.config.model.document_mask else None
+        tokens, ids = self._to_device(tokens), self._to_device(ids)
+        return tokens, ids, None if documents is None else documents.to(self.compute.device)
+
+    def _loss(self, slot: int, tokens: Tensor, ids: Tensor, documents: Any) -> tuple[Tensor, dict[str, Tensor]]:
+        return self.objective.loss(tokens, ids, first=slot, step=self.step, progress=self.progress, documents=documents)
 
     def _to_device(self, tensor: Tensor) -> Tensor:
         if self.compute.device.type == "cpu":
             return tensor
         return tensor.pin_memory().to(self.compute.device, non_blocking=True)
 
-    def _start_window(self) -> None:
-        """Begin summing for the next log line; the sums stay on the device until it is written."""
-        zero = torch.zeros((), device=self.compute.device)
-        self._window = {"loss": zero.clone(), "norm": zero.clone(), "bad": torch.full_like(zero, -1, dtype=torch.int64)}
-        self._window_step = self._timed_from = self.step
-        self._window_start = time.perf_counter()
-
     def _check_finite(self) -> None:
         """Raise Diverged with the first step since the last log line that was not finite, or where a weight no longer is."""
-        step = int(self._window["bad"])
-        if step >= 0:
-            raise self._diverged(f"the loss or its gradient is not finite at step {step:,}")
-        norms = torch._foreach_norm([p.detach() for p in self.objective.parameters()])
-        if not bool(torch.stack(norms).isfinite().all()):
-            raise self._diverged(f"the weights are not finite after step {self.step:,}")
+        norms = torch._foreach_norm([local(p) for p in self.objective.parameters()])
+        fine = bool(torch.stack(norms).isfinite().all())
+        told = self.ranks.gather((int(self.window.sums["odd"]), int(self.window.sums["bad"]), fine))
+        for place in (0, 1):  # a rank's own loss tells whose fault it was; the gradient is everybody's sum
+            bad = {rank: row[place] for rank, row in enumerate(told) if row[place] >= 0}
+            if bad:
+                step = min(bad.values())
+                ranks = [rank for rank, first in bad.items() if first == step]
+                raise self._diverged(f"the loss or its gradient is not finite at step {step:,}", ranks)
+        ranks = [rank for rank, row in enumerate(told) if not row[2]]
+        if ranks:
+            raise self._diverged(f"the weights are not finite after step {self.step:,}", ranks)
 
-    def _diverged(self, what: str) -> Diverged:
+    def _diverged(self, what: str, ranks: list[int], *, everywhere: bool = True) -> Diverged:
         good = "there is no checkpoint yet"
         if self.saved_step is not None:
             good = f"the last good checkpoint is {self.folder / checkpoint.FOLDER / 'last'} (step {self.saved_step:,})"
-        return Diverged(f"{what} (rank 0); {good}; try a lower optim.lr")
+        where = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
+        return Diverged(f"{what} ({where}); {good}; try a lower optim.lr", everywhere=everywhere)
 
     def _log(self) -> None:
         """Write what happened since the last line."""
         self._check_finite()
-        steps, elapsed = self.step - self._window_step, time.perf_counter() - self._window_start
+        window = self.window
+        steps, elapsed = self.step - window.first, time.perf_counter() - window.begin
         self.seconds += elapsed
+        sums = window.totals()
         tokens = self.facts["tokens_per_step"]
         row = {
             "step": self.step,
-            "loss": float(self._window["loss"]) / steps,
+            "loss": sums["loss"] / steps,
             "lr": learning_rate(self.config.optim, self.step - 1, self.config.train.max_steps),
-            "grad_norm": float(self._window["norm"]) / steps,
+            "grad_norm": sums["norm"] / steps,
             "tokens": self.step * tokens,
-            "tokens_per_second": (self.step - self._timed_from) * tokens / elapsed,
+            "tokens_per_second": (self.step - window.timed_from) * tokens / elapsed,
             "seconds": round(self.seconds, 3),
         }
         peak = peak_flops(self.compute.device)
@@ -278,15 +347,16 @@ class Trainer:
             hidden = round(self.plan.global_batch * length * expected_share(self.config.diffusion, length, progress))
             work = step_cost(self.config.model, self.tokenizer.model_vocab_size, self.plan.global_batch, hidden).flops
             work += importance_cost(self.config.importance, self.config.model, self.plan.global_batch).flops
-            row["mfu"] = (self.step - self._timed_from) * work / elapsed / peak
+            row["mfu"] = (self.step - window.timed_from) * work / elapsed / (peak * self.ranks.size)
             row["memory_gib"] = torch.cuda.max_memory_allocated(self.compute.device) / (1 << 30)
-        row |= self._importance_row(steps)
+        row |= self._importance_row(steps, sums)
         self.show.train(row)
+        self._note_checkpoints()
         if self.config.curriculum.watch == "train":
             self.objective.curriculum.observe(row["loss"])
-        self._start_window()
+        self.window = Window(self.ranks, self.compute.device, self.step)
 
-    def _importance_row(self, steps: int) -> dict[str, Any]:
+    def _importance_row(self, steps: int, sums: dict[str, Any]) -> dict[str, Any]:
         """What a line of the log says of importance: nothing where there is none.
 
         tilt, focus, level and phase are those of the last step; the rest are means over the hidden tokens since the last line.
@@ -294,8 +364,8 @@ class Trainer:
         if self.estimator is None:
             return {}
         stage = self.objective.curriculum.at((self.step - 1) / self.config.train.max_steps)
-        mean = {name: float(self._window[name]) / steps for name in ("importance", "target", "score", "square_error")}
-        sums, counts = (self._window[name].tolist() for name in ("nll_quarters", "hidden_quarters"))
+        mean = {name: sums[name] / steps for name in ("importance", "target", "score", "square_error")}
+        quarters = zip(sums["nll_quarters"], sums["hidden_quarters"], strict=True)
         row: dict[str, Any] = {
             "phase": stage.phase,
             "level": stage.level,
@@ -304,7 +374,7 @@ class Trainer:
             "importance_target": mean["target"],
             "importance_score": mean["score"],
             "importance_square_error": mean["square_error"],
-            "nll_quarters": [total / count if count else None for total, count in zip(sums, counts, strict=True)],
+            "nll_quarters": [total / count if count else None for total, count in quarters],
         }
         if self.estimator.network is not None:
             row |= {"importance_loss": mean["importance"], "importance_baseline": baseline(mean["target"])}
@@ -315,15 +385,17 @@ class Trainer:
         """Keep what happens inside out of the training time."""
         begin = time.perf_counter()
         yield
-        self._window_start += time.perf_counter() - begin
+        self.window.begin += time.perf_counter() - begin
 
     def _evaluate(self) -> dict[str, Any]:
         """The held-out bound on averaged weights; saves `last`, and `best` where it is."""
         self._check_finite()
         begin = time.perf_counter()
-        with self._paused(), self.average.applied():
-            self.estimate = estimate = evaluate(self.model, self.data.valid, self.config.eval, self.compute.autocast())
-            record = self._evaluate_importance()
+        with self._averaged():
+            spread = Spread(self.ranks.rank, self.ranks.size, self.ranks.total, self._inside_evaluation)
+            estimate = evaluate(self.model, self.data.valid, self.config.eval, self.compute.autocast(), spread)
+            record = self.parallel.inside(self._evaluate_importance)
+        self.estimate = estimate
         row = {"step": self.step} | report(estimate, self.data.valid) | record
         row["seconds"] = round(time.perf_counter() - begin, 3)
         if self.config.curriculum.watch == "valid":
@@ -331,10 +403,18 @@ class Trainer:
         better = estimate.nll < self.best
         self.best = min(self.best, estimate.nll)
         self.show.evaluation(row)
-        path = self.save(row)
-        if better:
-            checkpoint.point(self.folder, "best", path)
+        self.save(row, best=better)
         return row
+
+    @contextmanager
+    def _averaged(self) -> Iterator[None]:
+        """Within, the model holds the averaged weights, on all ranks, and no time passes."""
+        with torch.no_grad(), self._paused(), self.average.applied(), self.parallel.settled():
+            yield
+
+    def _inside_evaluation(self, function: Any) -> Tensor:
+        self.watch.mark(self.step, "evaluating")
+        return self.parallel.inside(function)  # type: ignore[no-any-return]
 
     def _evaluate_importance(self) -> dict[str, Any]:
         """The estimator on held-out text, with averaged weights: its reliability for the row, and importance.json."""
@@ -343,65 +423,46 @@ class Trainer:
         progress = min(self.progress, 1 - self.config.curriculum.cooldown)  # masks of level 0 would be none of importance's
         found = reliability(self.objective, self.data.valid, self.config.eval, progress=progress)
         passages = text_importance(self.objective, self.data.valid, self.tokenizer)
-        with checkpoint.disk_errors(self.folder):
-            page = json.dumps({"step": self.step, "passages": passages}, indent=1)
-            run_folder.write_aside(self.folder / run_folder.IMPORTANCE, page + "\n")
+        if self.ranks.first:
+            with checkpoint.disk_errors(self.folder):
+                page = json.dumps({"step": self.step, "passages": passages}, indent=1)
+                run_folder.write_aside(self.folder / run_folder.IMPORTANCE, page + "\n")
         return {"reliability": found}
 
-    def save(self, evaluation: dict[str, Any] | None = None) -> Path:
-        """Write the `last` checkpoint, unless what would be saved is not finite (then Diverged is raised)."""
-        self._check_finite()
-        pending = time.perf_counter() - self._window_start
-        with self._paused():
-            path = checkpoint.save(
-                self.folder,
-                self.step,
-                self.config,
-                self._tensors(),
-                self.tokenizer,
-                {
-                    "seconds": self.seconds + pending,
-                    "tokens": self.step * self.facts["tokens_per_step"],
-                    "best": self.best,
-                    "evaluation": evaluation,
-                    "vocabulary": self.tokenizer.model_vocab_size,
-                    "data": self._data_identity(),
-                    "window": {"step": self._window_step}
-                    | {name: value.tolist() for name, value in self._window.items() if name != "bad"},
-                    "curriculum": self.objective.curriculum.state(),
-                },
-            )
-        self.saved_step = self.step
-        return path
+    def save(self, evaluation: dict[str, Any] | None = None, *, best: bool = False) -> None:
+        """Write the `last` checkpoint, and `best`, unless what would be saved is not finite (then Diverged is raised).
 
-    def _tensors(self) -> dict[str, dict[str, Tensor]]:
-        """The files of a checkpoint. The estimator's, where there is one, hold its frequency table beside its parameters."""
-        own = {name: value for name, value in self.average.values.items() if not name.startswith(PREFIX)}
-        files: dict[str, dict[str, Tensor]] = {
-            checkpoint.WEIGHTS: dict(self.model.named_parameters()),
-            checkpoint.EMA: own,
-            checkpoint.OPTIMIZER: self.optimizers.state(),
-        }
-        if self.estimator is not None:
-            kept = checkpoint.saved_tensors(self.estimator)
-            files[checkpoint.IMPORTANCE] = kept
-            files[checkpoint.IMPORTANCE_EMA] = {
-                name: self.average.values.get(PREFIX + name, value) for name, value in kept.items()
-            }
-        return files
+        On several ranks it is begun here, and written while training goes on.
+        """
+        self._check_finite()
+        pending = time.perf_counter() - self.window.begin
+        self.watch.mark(self.step, "saving")
+        with self._paused():
+            self.state.save(self.seconds + pending, evaluation, best=best)
+        self.saved_step = self.step
+
+    def _note_checkpoints(self) -> None:
+        for written in self.state.finished():
+            self.show.checkpoint(vars(written))
 
     def _data_identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to see the same tokens."""
         return {name: self.data.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
 
     def _sample(self) -> None:
-        """Draw the run's samples with the averaged weights."""
+        """Draw the run's samples with the averaged weights: on rank 0, which puts sharded ones together in a model of its own."""
         settings, device = self.config.sample, self.compute.device
-        start = torch.full((settings.num_samples, self.config.model.length), self.tokenizer.mask_id, device=device)
         sampler = "ancestral" if self.model.time_conditioning else settings.sampler
-        with self.average.applied(), evaluating(self.model), self.compute.autocast():
+        averaged: contextlib.AbstractContextManager[None] = self.average.applied()
+        model = self.model
+        if self.parallel.sharded:
+            model, averaged = self.state.whole_model(), contextlib.nullcontext()
+        if not self.ranks.first:
+            return
+        start = torch.full((settings.num_samples, self.config.model.length), self.tokenizer.mask_id, device=device)
+        with averaged, evaluating(model), self.compute.autocast():
             drawn = sample(
-                self.model,
+                model,
                 start,
                 steps=settings.steps,
                 sampler=sampler,
@@ -410,21 +471,3 @@ class Trainer:
             )
         texts = [self.tokenizer.decode(ids) for ids in drawn.tolist()]
         self.show.samples({"step": self.step, "sampler": sampler, "steps": settings.steps, "texts": texts})
-
-
-@contextmanager
-def catch_signals() -> Iterator[list[int]]:
-    """Within, SIGINT and SIGTERM are noted in the list instead of ending the process; a second one ends it."""
-    caught: list[int] = []
-
-    def note(number: int, frame: FrameType | None) -> None:
-        if caught:
-            raise KeyboardInterrupt
-        caught.append(number)
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield caught
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

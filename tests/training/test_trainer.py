@@ -429,7 +429,7 @@ def test_atat_is_the_same_however_the_batch_is_cut(small):
         trainer._train_step()
     for name, p in whole.objective.named_parameters().items():
         torch.testing.assert_close(p, parts.objective.named_parameters()[name], rtol=1e-3, atol=1e-4)
-    a, b = (trainer._importance_row(2) for trainer in (whole, parts))
+    a, b = (trainer._importance_row(2, trainer.window.totals()) for trainer in (whole, parts))
     assert a["importance_loss"] == pytest.approx(b["importance_loss"], rel=1e-3)
 
 

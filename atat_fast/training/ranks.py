@@ -1,0 +1,230 @@
+"""The processes of a run: how torchrun's ranks find each other, agree, vote to stop, and part.
+
+Every rank runs the same program on its part of each batch. What one of them finds wrong at the start all of them raise, so that
+one sentence is printed and every process leaves with the same status. In one process all of this is nothing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import datetime
+import os
+import signal
+import socket
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from types import FrameType
+from typing import Any, NoReturn
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
+
+from atat_fast.errors import UsageError
+
+NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+"""What torchrun tells each of several processes besides WORLD_SIZE."""
+SLACK = 120.0
+"""Seconds beyond `parallel.timeout` after which PyTorch itself gives up: the watch, which knows names, should be first."""
+GO_ON, STOP, FAILED = 0, 1, 2
+"""Votes after a step, by rising weight: go on, save and stop, writing a checkpoint failed."""
+
+
+@dataclass(frozen=True)
+class Launch:
+    """What the launcher says of this process: its number among all and on its host, and how often the run was restarted."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+    restarts: int = 0
+    name: str = ""
+
+    @classmethod
+    def of(cls, environment: Mapping[str, str] = os.environ) -> Launch:
+        """From the environment. Raises UsageError where several processes were started and one was not told which it is."""
+        size = _number(environment, "WORLD_SIZE", 1)
+        restarts = _number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
+        name = f"{environment.get('TORCHELASTIC_RUN_ID', '')}@{socket.gethostname()}:{os.getppid()}"
+        if size == 1:
+            return cls(restarts=restarts, name=name)
+        missing = [key for key in NEEDED if not environment.get(key)]
+        if missing:
+            raise UsageError(
+                f"WORLD_SIZE is {size}, but {', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set, so the ranks "
+                "cannot find each other; start them with torchrun"
+            )
+        rank, local_rank = (_number(environment, key, 0) for key in NEEDED[:2])
+        local_size = _number(environment, "LOCAL_WORLD_SIZE", size)
+        if not 0 <= rank < size:
+            raise UsageError(f"RANK is {rank}, outside the {size} ranks of WORLD_SIZE; start the ranks with torchrun")
+        return cls(rank, size, local_rank, local_size, restarts, name)
+
+
+def _number(environment: Mapping[str, str], key: str, default: int) -> int:
+    text = environment.get(key, "") or str(default)
+    try:
+        return int(text)
+    except ValueError:
+        raise UsageError(f"{key} is {text!r}, not a whole number; start the ranks with torchrun") from None
+
+
+class Ranks:
+    """The ranks of a run as one of them sees them. `start` joins them; `leave` parts.
+
+    Attributes:
+        rank, size: This one's number and how many there are.
+        control: A gloo group for words between hosts, which no device waits for; None in one process.
+        disk: Another one, for the thread that writes checkpoints.
+    """
+
+    def __init__(self, launch: Launch) -> None:
+        self.launch = launch
+        self.rank, self.size = launch.rank, launch.size
+        self.control: Any = None
+        self.disk: Any = None
+        self._vote: tuple[Tensor, Any] | None = None
+
+    @classmethod
+    def start(cls, device: str, timeout: float, launch: Launch | None = None) -> Ranks:
+        """Join the ranks the launcher started: gloo on CPUs, nccl on cards. device: cpu or cuda.
+
+        Raises UsageError for fewer cards than ranks, or where there is no meeting point at MASTER_ADDR.
+        """
+        ranks = cls(launch or Launch.of())
+        if ranks.size == 1:
+            return ranks
+        at = ranks.launch
+        place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
+        limit = datetime.timedelta(seconds=timeout + SLACK)
+        try:
+            store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=min(timeout, 300))))
+        except (OSError, ValueError, RuntimeError) as error:
+            raise UsageError(f"rank {at.rank} does not reach the meeting point {place}: {_first_line(error)}") from error
+        few = device == "cuda" and torch.cuda.device_count() < at.local_size
+        card = None
+        if device == "cuda" and not few:
+            card = torch.device("cuda", at.local_rank)
+            torch.cuda.set_device(card)
+        try:
+            dist.init_process_group(
+                "gloo" if card is None else "cpu:gloo,cuda:nccl",
+                store=PrefixStore("atat_fast", store), rank=at.rank, world_size=at.size, timeout=limit, device_id=card,
+            )  # fmt: skip
+        except RuntimeError as error:
+            raise UsageError(f"rank {at.rank} does not find the others at {place}: {_first_line(error)}") from error
+        ranks.control = dist.new_group(backend="gloo", timeout=limit)
+        ranks.disk = dist.new_group(backend="gloo", timeout=limit)
+        with ranks.agree():
+            if few:
+                have = torch.cuda.device_count()
+                raise UsageError(
+                    f"{at.local_size} ranks were started on {socket.gethostname()}, which has {have} CUDA device(s); "
+                    f"use --nproc-per-node={max(1, have)}"
+                )
+        return ranks
+
+    @property
+    def first(self) -> bool:
+        """Whether this is rank 0, which speaks for all."""
+        return self.rank == 0
+
+    def gather(self, value: Any, group: Any = None) -> list[Any]:
+        """Every rank's value, in the order of ranks, on every rank."""
+        if self.size == 1:
+            return [value]
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, group=group or self.control)
+        return values
+
+    def share(self, value: Any) -> Any:
+        """Rank 0's value on every rank."""
+        if self.size == 1:
+            return value
+        box = [value]
+        dist.broadcast_object_list(box, src=0, group=self.control)
+        return box[0]
+
+    def total(self, values: Tensor) -> Tensor:
+        """The sum over ranks of a tensor on the CPU, in fp64, added up in the order of ranks."""
+        return torch.stack([v.double() for v in self.gather(values)]).sum(0) if self.size > 1 else values
+
+    @contextlib.contextmanager
+    def agree(self) -> Iterator[None]:
+        """What is wrong with the user's input on one rank within is raised on all of them, as the first of them says it."""
+        problem: str | None = None
+        try:
+            yield
+        except UsageError as error:
+            if self.size == 1:
+                raise
+            problem = str(error)
+        problems = self.gather(problem)
+        for rank, found in enumerate(problems):
+            if found is not None:
+                raise UsageError(found if rank == 0 else f"rank {rank}: {found}")
+
+    def require_same(self, what: str, values: Mapping[str, Any]) -> None:
+        """Raise UsageError on all ranks where one of them has another value of anything. what: 'settings' and the like."""
+        everyone = self.gather(dict(values))
+        for rank, theirs in enumerate(everyone):
+            for name in everyone[0].keys() | theirs.keys():
+                mine, other = everyone[0].get(name), theirs.get(name)
+                if mine != other:
+                    raise UsageError(
+                        f"rank {rank} has {name} {other} where rank 0 has {mine}; start all ranks with the same {what}"
+                    )
+
+    def vote(self, wish: int) -> int:
+        """The weightiest wish of all ranks as of the call before this one (this one's own, in one process).
+
+        The answer to a vote is read at the next one, so no rank waits for another's step, and all of them act at the same step.
+        """
+        if self.size == 1:
+            return wish
+        decided = self.last_vote()
+        ballot = torch.tensor([wish])
+        self._vote = ballot, dist.all_reduce(ballot, dist.ReduceOp.MAX, group=self.control, async_op=True)
+        return decided
+
+    def last_vote(self) -> int:
+        """What the vote still under way decides; GO_ON where there is none. It must be called by all ranks or none."""
+        if self._vote is None:
+            return GO_ON
+        (ballot, work), self._vote = self._vote, None
+        work.wait()
+        return int(ballot)
+
+    def barrier(self) -> None:
+        """Wait for all ranks."""
+        if self.size > 1:
+            self.gather(None)
+
+    def leave(self) -> None:
+        """Part from the others, however things stand."""
+        if self.size > 1 and dist.is_initialized():
+            self.control = self.disk = None
+            with contextlib.suppress(RuntimeError):
+                dist.destroy_process_group()
+
+
+def leave_to_rank_0(status: int, seconds: float = 20.0) -> NoReturn:
+    """End a rank that has nothing to add to rank 0's sentence: it waits until the launcher ends it, for if it left first, the
+    launcher would end rank 0 before it has spoken.
+    """
+
+    def end(number: int, frame: FrameType | None) -> NoReturn:
+        os._exit(status)
+
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, end)
+    time.sleep(seconds)
+    os._exit(status)
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -1,0 +1,88 @@
+"""Tensors of several ranks in one folder of safetensors files, read back by any other number of ranks.
+
+torch.distributed.checkpoint plans who writes what (a replicated tensor once, a sharded one in parts) and who reads what; its
+Hugging Face storage writes safetensors whose headers say where a part belongs. Nothing is pickled to disk.
+"""
+
+from __future__ import annotations
+
+import warnings
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.state_dict_loader import load
+from torch.distributed.checkpoint.state_dict_saver import async_save
+
+from atat_fast.errors import UsageError
+
+SCALAR = "/scalar"
+"""After the name of a number."""
+
+
+def write(folder: Path, tensors: dict[str, Tensor], group: Any) -> Future[Any]:
+    """Copy tensors (plain ones the same on all ranks, or DTensors) aside, and begin to write them under `folder` in a thread.
+
+    Every rank of `group`, a gloo group that nothing else uses meanwhile, calls this with the same names. Tensors may change once
+    it has returned. The future's result raises CheckpointException on all ranks where one could not write.
+    """
+    # On a CPU the library would keep the tensors themselves.
+    held = {name: t.clone() if t.device.type == "cpu" else t for name, t in _sliceable(tensors).items()}
+    writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    with _quiet():
+        future: Any = async_save(held, storage_writer=writer, process_group=group)
+    return future  # type: ignore[no-any-return]
+
+
+def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
+    """The whole shape of every tensor in the folder. Raises UsageError for files that are no shards."""
+    try:
+        found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
+    except Exception as error:
+        raise UsageError(f"{folder} cannot be read: {_first_line(error)}") from error
+    sizes = {name: tuple(entry.size) for name, entry in found.items()}  # type: ignore[union-attr]
+    return {name.removesuffix(SCALAR): () if name.endswith(SCALAR) else size for name, size in sizes.items()}
+
+
+def read(folder: Path, targets: dict[str, Tensor], group: Any = None) -> None:
+    """Fill tensors, plain or DTensors of any spread, with what the folder holds under their names; in place.
+
+    group: the ranks that read together, or None to read alone. Raises UsageError where files cannot be read.
+    """
+    wanted = _sliceable(targets)
+    try:
+        with _quiet():
+            load(wanted, storage_reader=HuggingFaceStorageReader(str(folder)), process_group=group, no_dist=group is None)
+    except (CheckpointException, OSError, ValueError, RuntimeError, AssertionError) as error:
+        raise UsageError(f"{folder} cannot be read: {reason(error)}") from error
+
+
+def reason(error: BaseException) -> str:
+    """Why a checkpoint could not be written or read, in words; of several ranks, the first one's reason and its number."""
+    if isinstance(error, CheckpointException):
+        rank, (inner, _) = min(error.failures.items())
+        return f"{reason(inner)} (rank {rank})"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return _first_line(error)
+
+
+def _sliceable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors without their history; scalars, of which there are no slices, as vectors of one under a name that says so."""
+    plain = {name: t.detach() for name, t in tensors.items()}
+    return {name if t.dim() else name + SCALAR: t if t.dim() else t.view(1) for name, t in plain.items()}
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class _quiet(warnings.catch_warnings):
+    """No word about reading alone, or about scalars of a type that is being replaced."""
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        warnings.simplefilter("ignore")
