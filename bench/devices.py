@@ -1,93 +1,16 @@
-"""What devices are sold as, and what is assumed of how much of it a training step gets. bench/project.py computes from this.
+"""The package's table of devices (`atat_fast.training.devices`), and the processors that were measured beside it.
 
-Peaks are those of `atat_fast.training.device.PEAK_BF16_FLOPS`. Memory is what nvidia-smi reports for such a card. All other
-numbers carry their source in words; a share is an assumption until a file in bench/results says otherwise.
+A share is an assumption until a file in bench/results says otherwise; a CPU is known by what bench/ceilings.py found on it.
 """
 
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atat_fast.errors import UsageError, nearest
-from atat_fast.training.device import PEAK_BF16_FLOPS
-
-MIB = 1 << 20
-GB = 10**9
-
-
-@dataclass(frozen=True)
-class Shares:
-    """How much of a device's peaks is assumed to arrive, and what starting a kernel is assumed to cost.
-
-    gemm, attention: of the peak rate, in matrix products of these widths and in attention with heads of 64.
-    bandwidth: of the memory's rate, in kernels that only move data.   gap: seconds between two kernels of a stream.
-    overlap: of the last backward pass, during which gradients are already being summed over cards.
-    """
-
-    gemm: float
-    attention: float
-    bandwidth: float
-    gap: float
-    overlap: float
-    source: str
-
-
-@dataclass(frozen=True)
-class Device:
-    """One card: floating-point operations and bytes a second, bytes of memory, and all-reduce bytes a second between cards.
-
-    `link` is with peer-to-peer and `link_host` through host memory, both as nccl-tests count it (bus bandwidth).
-    """
-
-    key: str
-    name: str
-    flops: float
-    bandwidth: float
-    memory: int
-    link: float
-    link_host: float
-    p2p: bool
-    element: int
-    shares: Shares
-    source: str
-    link_source: str
-
-
-PCIE4 = "an assumption: PCIe 4 x16 carries 32 GB/s each way in name; through host memory every byte crosses it twice"
-PCIE5 = (
-    "an assumption: PCIe 5 x16 carries 63 GB/s each way in name; a public NCCL issue (number 1639) has 28 GB/s for eight cards "
-    "of a two-socket server and 35 for four"
-)
-GEFORCE = "; GeForce drivers offer no peer-to-peer"
-NVLINK = "an assumption: NVLink 4 carries 450 GB/s each way in name, and rings of eight reach about 80 % of it"
-ADA = Shares(
-    gemm=0.70, attention=0.55, bandwidth=0.85, gap=2e-6, overlap=0.7,
-    source="assumed; a public GPT-2 run at 55 % of this card's peak over a whole step (nanoGPT issue 182) bounds them from below",
-)  # fmt: skip
-HOPPER = Shares(
-    gemm=0.65, attention=0.40, bandwidth=0.85, gap=2e-6, overlap=0.7,
-    source="assumed; an H100 has given 798 TFLOP/s (81 %) for 8192-wide products and 3.0 TB/s (90 %) for copies, and products "
-    "of width 768 give less",
-)  # fmt: skip
-SHEET = "vendor's data sheet: dense bf16 products with fp32 sums, and memory bandwidth"
-
-TABLE = {
-    device.key: device
-    for device in (
-        Device("rtx4090", "RTX 4090", PEAK_BF16_FLOPS["RTX 4090"], 1008 * GB, 24_564 * MIB, 20 * GB, 10 * GB, False, 2, ADA,
-               SHEET + " of GDDR6X at 21 Gb/s on 384 bits", PCIE4 + GEFORCE),
-        Device("rtx5090", "RTX 5090", PEAK_BF16_FLOPS["RTX 5090"], 1792 * GB, 32_607 * MIB, 45 * GB, 25 * GB, False, 2, ADA,
-               SHEET + " of GDDR7 at 28 Gb/s on 512 bits", PCIE5 + GEFORCE),
-        Device("l40s", "L40S", PEAK_BF16_FLOPS["L40S"], 864 * GB, 46_068 * MIB, 20 * GB, 10 * GB, True, 2, ADA, SHEET, PCIE4),
-        Device("h100", "H100", PEAK_BF16_FLOPS["H100"], 3350 * GB, 81_559 * MIB, 360 * GB, 20 * GB, True, 2, HOPPER,
-               SHEET + " of the SXM card", NVLINK),
-        Device("h200", "H200", PEAK_BF16_FLOPS["H200"], 4800 * GB, 143_771 * MIB, 360 * GB, 20 * GB, True, 2, HOPPER,
-               SHEET + " of the SXM card", NVLINK),
-    )
-}  # fmt: skip
+from atat_fast.training.devices import CPU, TABLE, Device, of_name
 
 
 def named(key: str, results: Path) -> Device:
@@ -107,14 +30,10 @@ def from_ceilings(record: dict[str, Any]) -> Device:
     """A processor by what bench/ceilings.py measured on it."""
     best = {kind: max(row["rate"] for row in record["results"] if row["kind"] == kind) for kind in ("product", "copy")}
     facts = record["environment"]
-    shares = Shares(
-        gemm=0.85, attention=0.40, bandwidth=0.5, gap=1e-5, overlap=0.0,
-        source="assumed, of the measured ceilings: eager ops pass over their tensors more often than the cost models count",
-    )  # fmt: skip
     measured = f"bench/ceilings.py on this {facts['device']}, {facts['cpu_threads']} threads, {facts['dtype']}"
     size = 2 if facts["dtype"] == "bf16" else 4
     return Device(
-        "cpu", facts["device"], best["product"], best["copy"], record["memory_bytes"], 0.0, 0.0, False, size, shares, measured,
+        "cpu", facts["device"], best["product"], best["copy"], record["memory_bytes"], 0.0, 0.0, False, size, CPU, measured,
         "one process",
     )  # fmt: skip
 
@@ -129,4 +48,4 @@ def find(facts: dict[str, Any], results: Path) -> Device | None:
         record = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {"environment": {}}
         alike = all(record["environment"].get(key) == facts.get(key) for key in ("device", "cpu_threads", "dtype"))
         return from_ceilings(record) if alike else None
-    return next((device for device in TABLE.values() if device.name in name and "PCIe" not in name), None)
+    return of_name(name)

@@ -3,17 +3,13 @@
     python bench/project.py --device rtx4090 --gpus 6 --preset small [--micro_batch 8] [--length 1024]
                             [--p2p | --no-p2p] [--vocabulary 50258] [--accumulation 1] [--out FILE.json]
 
-Work comes from the ops' own cost models, peaks from bench/devices.py, and how much of a peak arrives is assumed, part by part,
-and printed. Nothing that this prints was measured, except where it says so: for every device that has a throughput file in
-bench/results it also gives the measured figure and its own error. `--device cpu` projects from what bench/ceilings.py measured.
+Work comes from the ops' own cost models, peaks from atat_fast/training/devices.py, and how much of a peak arrives is assumed,
+part by part, and printed. Nothing that this prints was measured, except where it says so: for every device that has a throughput
+file in bench/results it also gives the measured figure and its own error. `--device cpu` projects from what bench/ceilings.py
+measured.
 
-    products      2 N (4 + 2 r) D^2 a block, times 3 with backward: rate
-    attention     its own products: rate
-    head          three products over hidden rows, and a pass over their logits: rate, and bytes
-    norm chains   gate, residual, LayerNorm, modulate: bytes
-    elementwise   rotary, the MLP's activation, embedding, casts of weights, gradient sums: bytes
-    gaps          kernels times the time between two of them
-    optimizer     clipping, AdamW, average, once a step: bytes
+The parts of a step are those of atat_fast/training/step_time.py; between cards there is one more:
+
     all-reduce    fp32 gradients in a ring, less what overlaps the last backward pass: link
 """
 
@@ -22,63 +18,30 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
-import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
-
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
 import devices
-from devices import Device
 
-from atat_fast.config import Config, ModelConfig, load_preset
+from atat_fast.config import Config, ImportanceConfig, ModelConfig, load_preset
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import step_cost
-from atat_fast.ops import (
-    adaptive_layer_norm_cost,
-    attention_cost,
-    gated_residual_norm_cost,
-    linear_cross_entropy_cost,
-    rotary_cost,
-)
-from atat_fast.training.device import Compute
-from atat_fast.training.plan import LARGEST_MICRO_BATCH, check, empty_model, estimate_memory
+from atat_fast.training.devices import TABLE, Device
+from atat_fast.training.parallel_cost import Layout, Sizes, card_memory, largest_micro_batch
+from atat_fast.training.plan import LARGEST_MICRO_BATCH, check
+from atat_fast.training.step_time import Part, optimizer_part, pass_parts
 
 RESULTS = Path(__file__).resolve().parent / "results"
 LABEL = "PROJECTION, not a measurement"
 MOST_CARDS = 8
 GIB = 1 << 30
 
-# Kernels of one pass, counted from the model's own calls: a block's forward has four products, rotary, attention, activation and
-# two norm chains; its backward two products for each, three for attention, two for each chain, bias sums; then casts of weights.
-KERNELS_PER_BLOCK = 32
-KERNELS_PER_SLAB = 6
-KERNELS_PER_PASS = 20
-KERNELS_PER_STEP = 30
-SLAB_BYTES = 256 << 20
-
-# Bytes a parameter: clipping reads the gradient twice and writes it (12), AdamW reads four and writes three (28), the average
-# reads two and writes one (12).
-OPTIMIZER_BYTES = 52
-# Bytes a parameter and pass: a cast of the weight (read 4, write 2) and a sum into the gradient (read 2 + 4, write 4).
-CAST_BYTES = 16
+# Bytes a parameter: gradients are summed over cards in fp32.
 GRADIENT_BYTES = 4
-RESERVED_BYTES = 3 * GIB // 2
-"""Context, workspaces of libraries, and what the allocator cannot use."""
-
-
-@dataclass(frozen=True)
-class Part:
-    """One part of a step: what it does, and how long that is projected to take."""
-
-    name: str
-    flops: float
-    bytes: float
-    seconds: float
 
 
 @dataclass(frozen=True)
@@ -114,49 +77,12 @@ class Projection:
         return flops / self.seconds / self.device.flops
 
 
-def pass_parts(config: ModelConfig, vocabulary: int, batch: int, parameters: int, device: Device) -> list[Part]:
-    """The parts of one forward and backward pass over `batch` sequences, half of whose tokens are hidden."""
-    rows, width, layers, size = batch * config.length, config.dim, config.layers, device.element
-    hidden, shares = rows // 2, device.shares
-    head = linear_cross_entropy_cost(hidden, width, vocabulary, element_size=size)
-    attend = [attention_cost(batch, config.length, width, element_size=size, backward=b) for b in (False, True)]
-    # step_cost counts attention's backward as twice its forward; its own model counts what runs: scores again, five products.
-    products = step_cost(config, vocabulary, batch, hidden).flops - head.flops - 3 * layers * attend[0].flops
-    attention = layers * sum(cost.flops for cost in attend)
-
-    chains = [gated_residual_norm_cost(rows, width, branch_bytes=size, backward=b).bytes for b in (False, True)]
-    first = [adaptive_layer_norm_cost(rows, width, branch_bytes=size, backward=b).bytes for b in (False, True)]
-    norm_bytes = 2 * layers * sum(chains) + sum(first)
-    turns = 2 * layers * rotary_cost(rows, config.heads, width // config.heads, element_size=size).bytes
-    activation = 5 * rows * config.mlp_ratio * width * size * layers
-    embedding = 4 * rows * width * 4 + 4 * vocabulary * width
-    casts = CAST_BYTES * parameters if size == 2 else 0
-    plain = turns + activation + embedding + casts
-
-    over_logits = 2 * hidden * vocabulary * size  # the row pass: it follows the product and cannot overlap it
-    rate, moved = device.flops * shares.gemm, device.bandwidth * shares.bandwidth
-    head_seconds = max(head.flops / rate, (head.bytes - over_logits) / moved) + over_logits / moved
-    slabs = math.ceil(hidden * vocabulary * size / SLAB_BYTES)
-    kernels = KERNELS_PER_BLOCK * layers + KERNELS_PER_SLAB * slabs + KERNELS_PER_PASS
-    return [
-        Part("products", products, 0, products / rate),
-        Part("attention", attention, 0, attention / (device.flops * shares.attention)),
-        Part("head", head.flops, head.bytes, head_seconds),
-        Part("norm chains", 0, norm_bytes, norm_bytes / moved),
-        Part("elementwise", 0, plain, plain / moved),
-        Part("gaps", 0, 0, kernels * shares.gap),
-    ]
-
-
 def step_parts(
     config: ModelConfig, vocabulary: int, batch: int, accumulation: int, parameters: int, device: Device, gpus: int, p2p: bool
 ) -> tuple[Part, ...]:
     """The parts of a whole step of one card among `gpus`."""
     once = pass_parts(config, vocabulary, batch, parameters, device)
-    parts = [Part(p.name, p.flops * accumulation, p.bytes * accumulation, p.seconds * accumulation) for p in once]
-    moved = OPTIMIZER_BYTES * parameters
-    gaps = KERNELS_PER_STEP * device.shares.gap
-    parts.append(Part("optimizer", 0, moved, moved / (device.bandwidth * device.shares.bandwidth) + gaps))
+    parts = [*(p.times(accumulation) for p in once), optimizer_part(parameters, device)]
     if gpus > 1:
         sent = 2 * (gpus - 1) / gpus * GRADIENT_BYTES * parameters
         backward = 2 / 3 * sum(p.seconds for p in once)
@@ -165,30 +91,9 @@ def step_parts(
     return tuple(parts)
 
 
-def memory_parts(config: Config, vocabulary: int, batch: int, parameters: int, device: Device, gpus: int) -> dict[str, int]:
-    """Bytes one card holds, by what holds them: the trainer's own estimate, and what it does not count."""
-    dtype = torch.bfloat16 if device.element == 2 else torch.float32
-    kind = torch.device("cpu" if device.key == "cpu" else "cuda")
-    parts = dict(vars(estimate_memory(config, parameters, vocabulary, batch, Compute(kind, dtype, compile=True))))
-    parts["weights in bf16"] = 2 * parameters if device.element == 2 else 0
-    parts["buckets"] = GRADIENT_BYTES * parameters if gpus > 1 else 0
-    parts["reserved"] = RESERVED_BYTES
-    return parts
-
-
-def largest_micro_batch(config: Config, vocabulary: int, parameters: int, device: Device, gpus: int) -> int:
-    """Most sequences a pass can have before memory is full; 0 where not even one fits."""
-
-    def fits(batch: int) -> bool:
-        return sum(memory_parts(config, vocabulary, batch, parameters, device, gpus).values()) <= device.memory
-
-    low, high = 0, 1
-    while fits(high):
-        low, high = high, 2 * high
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if fits(middle) else (low, middle)
-    return low
+def layout_of(batch: int, accumulation: int, gpus: int) -> Layout:
+    """Every card holds the whole model."""
+    return Layout("ddp" if gpus > 1 else "none", gpus, 1, 1, True, 4, GRADIENT_BYTES, batch, accumulation)
 
 
 def project(
@@ -207,8 +112,9 @@ def project(
         raise UsageError("--micro_batch must be at least 0, --accumulation and --length at least 1, --vocabulary at least 2")
     check(config)
     p2p = device.p2p if p2p is None else p2p
-    parameters = empty_model(config, vocabulary, vocabulary - 1).parameter_counts()["total"]
-    largest = largest_micro_batch(config, vocabulary, parameters, device, gpus)
+    sizes = Sizes.of(dataclasses.replace(config, importance=ImportanceConfig()), vocabulary)
+    parameters, layout = sizes.total, layout_of(1, accumulation, gpus)
+    largest = largest_micro_batch(config, sizes, layout, device)
     if max(micro_batch, 1) > largest:
         raise UsageError(
             f"a micro-batch of {max(micro_batch, 1)} x {config.model.length} tokens does not fit into {device.name}'s "
@@ -221,7 +127,7 @@ def project(
     return Projection(
         device, gpus, p2p, batch, accumulation, config.model.length, vocabulary, parameters,
         step_parts(config.model, vocabulary, batch, accumulation, parameters, device, gpus, p2p),
-        memory_parts(config, vocabulary, batch, parameters, device, gpus), largest, cost[0], cost[1],
+        card_memory(config, sizes, dataclasses.replace(layout, micro_batch=batch), device), largest, cost[0], cost[1],
     )  # fmt: skip
 
 
@@ -320,7 +226,7 @@ def as_record(p: Projection, errors: list[dict[str, Any]]) -> dict[str, Any]:
 def main(arguments: list[str] | None = None) -> int:
     """The script: 0, or 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="rtx4090", help=f"one of {', '.join(devices.TABLE)}, cpu")
+    parser.add_argument("--device", default="rtx4090", help=f"one of {', '.join(TABLE)}, cpu")
     parser.add_argument("--gpus", type=int, default=1, help="cards of one machine, 1 to 8")
     parser.add_argument("--preset", default="small", help="model sizes")
     parser.add_argument("--micro_batch", type=int, default=0, help="sequences of a pass; 0 is the largest that fits, up to 32")

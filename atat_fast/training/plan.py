@@ -104,15 +104,20 @@ class Memory:
         return sum(vars(self).values())
 
 
-def estimate_memory(config: Config, parameters: int, vocab_size: int, micro_batch: int, compute: Compute) -> Memory:
+def estimate_memory(
+    config: Config, parameters: int, vocab_size: int, micro_batch: int, compute: Compute, *, recomputed: int = 0
+) -> Memory:
     """fp32 weights, gradients and two moments (one where Muon holds most), the average, and what backward keeps.
 
     Kept for one row of one block, in elements of width D: two residual sums (fp32), and in the compute dtype two norms'
     outputs, q, k, v before and after rotation, attention's output, two branches, and the MLP's inside before and after its
-    activation. The head keeps its rows, one slab of logits and the gradient of its weight.
+    activation. Of the `recomputed` blocks, which backward runs again, the residual sum and the norm's output they began with are
+    kept, and all of the one that is being run. The head keeps its rows, one slab of logits and the gradient of its weight.
     """
     rows, width, small = micro_batch * config.model.length, config.model.dim, compute.dtype.itemsize
     per_row = 2 * 4 * width + (2 + 6 + 1 + 2 + 2 * config.model.mlp_ratio) * small * width
+    begun = (4 + small) * width
+    kept = config.model.layers - recomputed + (1 if recomputed else 0)
     slab = CHUNK_BYTES_GPU if compute.device.type == "cuda" else CHUNK_BYTES_CPU
     moments = 4 if config.optim.name == "muon" else 8
     return Memory(
@@ -120,7 +125,7 @@ def estimate_memory(config: Config, parameters: int, vocab_size: int, micro_batc
         gradients=4 * parameters,
         optimizer=moments * parameters,
         average=4 * parameters,
-        activations=rows * (per_row * config.model.layers + 2 * small * width),
+        activations=rows * (per_row * kept + begun * recomputed + 2 * small * width),
         head=slab + 4 * vocab_size * width + rows // 2 * width * small,
     )
 
