@@ -185,6 +185,8 @@ class OptimConfig:
         weight_decay: Decoupled weight decay, on matrices only.
         clip: Greatest global gradient norm; 0 leaves gradients as they are.
         ema: Decay of the weight average that is evaluated and sampled; early steps use (1 + step) / (10 + step) if less.
+        state: Precision of the moments. bf16 halves them, with stochastic rounding; 8bit (adamw only, needs torchao) quarters
+            them. Weights, gradients' sums and the average stay fp32.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -197,6 +199,7 @@ class OptimConfig:
     weight_decay: float = 0.01
     clip: float = 1.0
     ema: float = 0.9999
+    state: Literal["fp32", "bf16", "8bit"] = "fp32"
 
 
 @dataclass
@@ -304,11 +307,15 @@ class RunConfig:
             preset's is taken, or the next free one of NAME-2, NAME-3, ...
         root: Folder of all runs.
         tensorboard: Whether TensorBoard events are written too.
+        wandb: Whether rows go to Weights & Biases too; needs the package wandb.
+        trackio: Whether rows go to Trackio too; needs the package trackio.
     """
 
     name: str | None = None
     root: str = "runs"
     tensorboard: bool = True
+    wandb: bool = False
+    trackio: bool = False
 
 
 @dataclass

@@ -30,6 +30,8 @@ STREAM_SAMPLE = 3
 """Which tokens a sampler reveals (word 0) and what they become (words of the vocabulary's own stream)."""
 STREAM_COUNT = 4
 """How many tokens are hidden."""
+STREAM_MOMENTS = 16
+"""Rounding of an optimizer's bf16 moments; the parameter's number is in the stream's bits 8 and up."""
 
 
 def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import math
 from collections.abc import Iterator, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from atat_fast.config import OptimConfig
 from atat_fast.errors import UsageError
+from atat_fast.training.low_precision import AdamWBf16, adamw_8bit, check_state
 from atat_fast.training.parallel import local, part_like, whole
 
 State = dict[str, Tensor]
@@ -32,6 +34,7 @@ def check_optim(config: OptimConfig) -> None:
     for name in ("beta1", "beta2", "ema"):
         if not 0 <= getattr(config, name) < 1:
             raise UsageError(f"optim.{name} must be in [0, 1), got {getattr(config, name)}")
+    check_state(config.state, config.name)
 
 
 def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
@@ -50,10 +53,12 @@ class Optimizers:
     """One or two torch optimizers stepped as one, with state that is saved by parameter name.
 
     adamw: fused, weight decay on matrices only. muon: torch.optim.Muon for the matrices inside the blocks, its updates scaled
-    to AdamW's root-mean-square so that one learning rate serves both, and AdamW for the rest.
+    to AdamW's root-mean-square so that one learning rate serves both, and AdamW for the rest. adamw may keep its moments in bf16
+    or 8 bits (`low_precision.py`).
     """
 
     def __init__(self, model: Trained, config: OptimConfig) -> None:
+        check_state(config.state, config.name)
         self.names: dict[Tensor, str] = {p: name for name, p in _named(model).items()}
         named = [(name, p) for p, name in self.names.items() if p.requires_grad]
         blocks = [p for name, p in named if config.name == "muon" and _inner_matrix(name, p)]
@@ -63,9 +68,7 @@ class Optimizers:
             {"params": [p for p in rest if p.ndim >= 2], "weight_decay": config.weight_decay},
             {"params": [p for p in rest if p.ndim < 2], "weight_decay": 0.0},
         ]
-        self.parts: list[torch.optim.Optimizer] = [
-            torch.optim.AdamW(groups, lr=config.lr, betas=(config.beta1, config.beta2), fused=True)
-        ]
+        self.parts: list[torch.optim.Optimizer] = [_adamw(groups, config)]
         if blocks:
             kind = ShardedMuon if isinstance(blocks[0], DTensor) else torch.optim.Muon
             self.parts.append(kind(blocks, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
@@ -74,7 +77,10 @@ class Optimizers:
         """Move every parameter and drop the gradients."""
         for part in self.parts:
             for group in part.param_groups:
-                group["lr"] = lr
+                if isinstance(group["lr"], Tensor):  # torchao's, which is compiled with it
+                    group["lr"].fill_(lr)
+                else:
+                    group["lr"] = lr
             part.step()
             part.zero_grad(set_to_none=True)
 
@@ -137,6 +143,15 @@ class ShardedMuon(torch.optim.Muon):
         kept = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
         torch.optim.Muon([scratch], momentum=0.0, nesterov=False, weight_decay=0.0, **kept).step()  # type: ignore[arg-type]
         return scratch.detach()
+
+
+def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:
+    betas = (config.beta1, config.beta2)
+    if config.state == "bf16":
+        return AdamWBf16(groups, lr=config.lr, betas=betas)
+    if config.state == "8bit":
+        return adamw_8bit(groups, lr=config.lr, betas=betas)
+    return torch.optim.AdamW(groups, lr=config.lr, betas=betas, fused=True)
 
 
 def _inner_matrix(name: str, p: Tensor) -> bool:
