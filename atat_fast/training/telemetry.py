@@ -1,35 +1,48 @@
-"""What a run shows while it runs: a progress bar, metrics.jsonl, TensorBoard."""
+"""What a run shows while it runs: a progress bar, and rows for its trackers (metrics.jsonl, TensorBoard, services).
+
+Only rank 0 shows and writes anything.
+"""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
+from atat_fast.config import RunConfig
 from atat_fast.training.figures import compact
-from atat_fast.training.run_folder import Metrics
+from atat_fast.training.trackers import Tracker, open_trackers
 
 QUIET_SECONDS = 15.0  # between lines where there is no terminal to redraw
 
 
 class Telemetry:
-    """Rows go to metrics.jsonl and TensorBoard; the latest of them stand beside the progress bar.
+    """Rows go to the trackers; the latest of them stand beside the progress bar.
 
     Where standard output is no terminal, a plain line takes the bar's place at every evaluation and every 15 seconds. On ranks
     other than 0 nothing is shown and nothing written.
+
+    Args:
+        folder: The run's folder.
+        run: Which trackers there are besides metrics.jsonl.
+        max_steps, first_step: Where the run ends and where it begins or goes on.
+        resumed: Whether an earlier start wrote into the folder.
+        rank: This process's number.
+        settings: What services show beside the curves: the run's settings, nested or flat.
     """
 
-    def __init__(self, folder: Path, *, max_steps: int, first_step: int, resumed: bool, tensorboard: bool, rank: int = 0) -> None:
+    def __init__(
+        self, folder: Path, run: RunConfig, *, max_steps: int, first_step: int, resumed: bool, rank: int = 0,
+        settings: Mapping[str, Any] | None = None,
+    ) -> None:  # fmt: skip
         self.console = Console(highlight=False, soft_wrap=True, quiet=rank != 0)
-        self.metrics = Metrics(folder, after=first_step if resumed else None) if rank == 0 else None
-        self.board: Any = None
-        if tensorboard and rank == 0:
-            from torch.utils.tensorboard import SummaryWriter
-
-            self.board = SummaryWriter(str(folder / "tensorboard"), purge_step=first_step + 1 if resumed else None)
+        self.trackers: list[Tracker] = []
+        if rank == 0:
+            self.trackers = open_trackers(run, folder, first_step=first_step, resumed=resumed, settings=settings)
         self.max_steps = max_steps
         self._text = {"loss": "", "nll": "", "speed": ""}
         self._last_line = time.monotonic()
@@ -58,7 +71,7 @@ class Telemetry:
         """A row of the training loss."""
         self._text["loss"] = f"loss {row['loss']:.3f}"
         speed = f"{compact(row['tokens_per_second'])} tok/s"
-        self._text["speed"] = speed + (f"  mfu {row['mfu']:.1%}" if "mfu" in row else "")
+        self._text["speed"] = speed + (f"  mfu {row['mfu']:.1%}" if "mfu" in row else "") + _cards(row)
         self._write("train", row)
         self._line(row["step"], now=False)
 
@@ -85,21 +98,12 @@ class Telemetry:
         """Stop the bar and close the files."""
         if self._bar is not None:
             self._bar.stop()
-        if self.metrics is not None:
-            self.metrics.close()
-        if self.board is not None:
-            self.board.close()
+        for tracker in self.trackers:
+            tracker.close()
 
     def _write(self, kind: str, row: dict[str, Any]) -> None:
-        if self.metrics is not None:
-            self.metrics.write({"kind": kind, **row})
-        if self.board is None:
-            return
-        for name, value in row.items():
-            if isinstance(value, (int, float)) and name not in ("step", "tokens"):
-                self.board.add_scalar(f"{'val' if kind == 'eval' else kind}/{name}", value, row["step"])
-        if kind == "sample":
-            self.board.add_text("samples", "\n\n---\n\n".join(row["texts"]), row["step"])
+        for tracker in self.trackers:
+            tracker.write(kind, row)
 
     def _line(self, step: int, *, now: bool) -> None:
         text = "  ".join(part for part in self._text.values() if part)
@@ -108,3 +112,10 @@ class Telemetry:
         elif now or time.monotonic() - self._last_line > QUIET_SECONDS:
             self._last_line = time.monotonic()
             self.say(f"step {step:,} of {self.max_steps:,}  {text}")
+
+
+def _cards(row: Mapping[str, Any]) -> str:
+    """Power of all cards and what holds them back, where the driver says."""
+    watts = row.get("watts_total", row.get("watts"))
+    text = "" if watts is None else f"  {watts:.0f} W"
+    return text + ("  throttled" if row.get("throttled") else "")

@@ -42,6 +42,7 @@ from atat_fast.training.ranks import FAILED, GO_ON, STOP, Launch, Ranks
 from atat_fast.training.state import State
 from atat_fast.training.stops import Diverged, Interrupted, catch_signals
 from atat_fast.training.telemetry import Telemetry
+from atat_fast.training.trackers import require
 from atat_fast.training.watch import Watch
 from atat_fast.training.window import Window
 
@@ -68,6 +69,7 @@ class Trainer:
     def _start(self, resume: bool, show_progress: bool) -> None:
         config, ranks = self.config, self.ranks
         check_parallel(config.parallel, ranks.launch)
+        require(config.run)
         self.plan: Batches = check(config, ranks.size)
         self.compute: Compute = resolve(config.train)
         head_dim = config.model.dim // config.model.heads
@@ -135,11 +137,12 @@ class Trainer:
                 run_folder.open_folder(self.folder, config, self.facts)
             self.show = Telemetry(
                 self.folder,
+                config.run,
                 max_steps=config.train.max_steps,
                 first_step=self.step,
                 resumed=saved is not None or self._again,
-                tensorboard=config.run.tensorboard,
                 rank=ranks.rank,
+                settings=to_dict(config),
             )
         self.watch = Watch(ranks, config.parallel.timeout)
 
