@@ -73,12 +73,24 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _dry_run(config) -> int:  # type: ignore[no-untyped-def]
+    """The plan, for the cards of parallel.device and parallel.world_size, or for this machine's."""
     from atat_fast.data.tokenizers import vocabulary
     from atat_fast.training.device import resolve
+    from atat_fast.training.devices import facts_of, named
+    from atat_fast.training.parallel_plan import describe_parallel
     from atat_fast.training.plan import describe
+    from atat_fast.training.trackers import require
 
+    require(config.run)
     size, mask_id = vocabulary(config.data.tokenizer)
-    print("\n".join(describe(config, size, mask_id, resolve(config.train))))
+    compute = resolve(config.train)
+    device = named(config.parallel.device) if config.parallel.device else facts_of(compute)
+    ranks = config.parallel.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    lines = describe(config, size, mask_id, compute)
+    if ranks > 1 or config.parallel.device:  # what follows says these for all cards
+        lines = [line for line in lines if not line.startswith(("batch ", "memory ", "compute "))]
+        lines += describe_parallel(config, size, ranks, device, cards_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", "0")))
+    print("\n".join(lines))
     return 0
 
 
