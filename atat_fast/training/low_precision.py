@@ -10,7 +10,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ from torch.distributed.tensor import DTensor, Shard
 
 from atat_fast.errors import UsageError
 from atat_fast.ops.philox import STREAM_MOMENTS, random_words
+from atat_fast.training.parallel import local
 
 LOW_BITS = 0xFFFF
 INSTALL = "pip install torchao"
@@ -42,9 +43,35 @@ def adamw_8bit(groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[floa
     return made
 
 
-def local(t: Tensor) -> Tensor:
-    """This rank's part of a sharded tensor; others as they are."""
-    return t.to_local() if isinstance(t, DTensor) else t
+CODES, SCALE = ".codes", ".scale"
+"""After the name of an 8-bit moment: its two parts in a checkpoint."""
+SIGNED = "exp_avg"
+
+
+def parts_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """A parameter's state as plain tensors: an 8-bit moment is its codes (uint8) and its scales (fp32)."""
+    parts: dict[str, Tensor] = {}
+    for kind, value in state.items():
+        if hasattr(value, "codes"):
+            parts[kind + CODES], parts[kind + SCALE] = value.codes, value.scale
+        elif isinstance(value, Tensor):
+            parts[kind] = value
+    return parts
+
+
+def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """'<parameter>/<kind>' to tensors, with what `parts_of` took apart put together again. 8-bit moments need torchao."""
+    whole = {name: value for name, value in state.items() if not name.endswith((CODES, SCALE))}
+    names = [name.removesuffix(CODES) for name in state if name.endswith(CODES)]
+    if names:
+        kind: Any = importlib.import_module("torchao.optim.subclass_8bit").OptimState8bit
+        for name in names:
+            codes, scale = state[name + CODES], state[name + SCALE]
+            empty = kind.zeros(
+                codes.shape, name.endswith(f"/{SIGNED}"), codes.numel() // scale.numel(), codes.device, torch.float32
+            )
+            whole[name] = kind(codes, scale, empty.qmap, empty.signed, empty.dtype)
+    return whole
 
 
 def first_element(p: Tensor) -> int:

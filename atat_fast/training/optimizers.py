@@ -13,7 +13,7 @@ from torch.distributed.tensor import DTensor
 
 from atat_fast.config import OptimConfig
 from atat_fast.errors import UsageError
-from atat_fast.training.low_precision import AdamWBf16, adamw_8bit, check_state
+from atat_fast.training.low_precision import AdamWBf16, adamw_8bit, check_state, joined, parts_of
 from atat_fast.training.parallel import local, part_like, whole
 
 State = dict[str, Tensor]
@@ -90,15 +90,14 @@ class Optimizers:
             f"{self.names[p]}/{kind}": value
             for part in self.parts
             for p, kinds in part.state.items()
-            for kind, value in kinds.items()
-            if isinstance(value, Tensor)
+            for kind, value in parts_of(kinds).items()
         }
 
     def load(self, state: State) -> None:
         """Take back what `state` gave."""
         by_name = {name: p for p, name in self.names.items()}
         owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
-        for key, value in state.items():
+        for key, value in joined(state).items():
             name, kind = key.rsplit("/", 1)
             p = by_name[name]
             owner[p].state[p][kind] = value.to(p.device)  # fused AdamW keeps its step count on the parameter's device too

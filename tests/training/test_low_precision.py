@@ -19,7 +19,8 @@ from atat_fast.training.optimizers import Optimizers
 
 TORCHAO = importlib.util.find_spec("torchao") is not None
 SMALL = {"dim": 64, "layers": 2, "heads": 2, "length": 12, "conditioning_dim": 8, "dropout": 0.0}
-STATES = ["bf16", pytest.param("8bit", marks=pytest.mark.skipif(not TORCHAO, reason="torchao is not installed"))]
+NEEDS_TORCHAO = pytest.mark.skipif(not TORCHAO, reason="torchao is not installed")
+STATES = ["bf16", pytest.param("8bit", marks=[pytest.mark.slow, NEEDS_TORCHAO])]  # torchao compiles
 
 
 def words(count, step=0, seed=0, first=0):
@@ -139,7 +140,7 @@ def test_a_shard_rounds_as_the_whole_does():
 
 
 def test_what_cannot_be_had_is_refused(monkeypatch):
-    with pytest.raises(UsageError, match="optim.state bf16 is for optim.name adamw"):
+    with pytest.raises(UsageError, match=r"optim\.state bf16 is for optim\.name adamw"):
         check_state("bf16", "muon")
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(UsageError, match="pip install torchao"):
