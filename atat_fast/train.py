@@ -77,19 +77,24 @@ def _dry_run(config) -> int:  # type: ignore[no-untyped-def]
     from atat_fast.data.tokenizers import vocabulary
     from atat_fast.training.device import resolve
     from atat_fast.training.devices import facts_of, named
+    from atat_fast.training.modes import check_parallel
     from atat_fast.training.parallel_plan import describe_parallel
     from atat_fast.training.plan import describe
+    from atat_fast.training.ranks import Launch
     from atat_fast.training.trackers import require
 
     require(config.run)
     size, mask_id = vocabulary(config.data.tokenizer)
     compute = resolve(config.train)
     device = named(config.parallel.device) if config.parallel.device else facts_of(compute)
-    ranks = config.parallel.world_size or int(os.environ.get("WORLD_SIZE", "1"))
+    launch = Launch.of()
+    ranks = config.parallel.world_size or launch.size
+    per_host = launch.local_size if launch.size > 1 else 0
+    check_parallel(config.parallel, Launch(size=ranks, local_size=per_host or min(ranks, device.cards)))
     lines = describe(config, size, mask_id, compute)
     if ranks > 1 or config.parallel.device:  # what follows says these for all cards
         lines = [line for line in lines if not line.startswith(("batch ", "memory ", "compute "))]
-        lines += describe_parallel(config, size, ranks, device, cards_per_host=int(os.environ.get("LOCAL_WORLD_SIZE", "0")))
+        lines += describe_parallel(config, size, ranks, device, cards_per_host=per_host)
     print("\n".join(lines))
     return 0
 

@@ -8,14 +8,10 @@ import torch
 
 from atat_fast.config import Config, ParallelConfig
 from atat_fast.errors import UsageError
-from atat_fast.models.dit import DiT
 from atat_fast.training.device import Compute, short
-from atat_fast.training.plan import estimate_memory
+from atat_fast.training.devices import facts_of
+from atat_fast.training.parallel_plan import choose_mode
 from atat_fast.training.ranks import Launch
-
-GIB = 1 << 30
-KEEP_SHARE = 0.5
-"""Share of a device's free memory that gathered blocks may take where reshard_after_forward is auto."""
 
 
 @dataclass(frozen=True)
@@ -71,32 +67,8 @@ def check_precision(choice: Choice, config: ParallelConfig, compute: Compute) ->
         raise UsageError("parallel.reduce_dtype bf16 under ddp needs cards; use parallel.mode fsdp, or reduce_dtype fp32")
 
 
-def choose(config: Config, launch: Launch, *, needed: int, memory: int | None, blocks: int) -> Choice:
-    """The mode of a run. needed: bytes a rank would hold with a whole copy; memory: bytes it has, or None where unknown; blocks:
-    bytes of all blocks gathered.
-    """
-    settings, size = config.parallel, launch.size
-    if size == 1:
-        return Choice("none", 1, "one rank was started")
-    mode, reason = settings.mode, "as parallel.mode says"
-    if mode == "auto":
-        fits = memory is None or needed < 0.9 * memory
-        mode = "ddp" if fits else "fsdp"
-        have = "" if memory is None else f" of {memory / GIB:.1f} GiB"
-        reason = f"a whole copy needs about {needed / GIB:.2f} GiB{have}, {'which fits' if fits else 'too much'}"
-    shard = {"ddp": 1, "fsdp": size, "hsdp": settings.shard_size or launch.local_size}[mode]
-    keep = settings.reshard_after_forward == "never"
-    if settings.reshard_after_forward == "auto" and mode in ("fsdp", "hsdp"):
-        left = None if memory is None else memory - needed / shard
-        keep = left is None or blocks < KEEP_SHARE * left
-    return Choice(mode, shard, reason, keep)
-
-
-def choose_for(config: Config, launch: Launch, parameters: int, model: DiT, micro_batch: int, compute: Compute) -> Choice:
-    """`choose` for a model and the device it runs on: by the plan's estimate of memory and what the device has."""
-    needed = estimate_memory(config, parameters, model.vocab_size, micro_batch, compute).total
-    memory = None
-    if compute.device.type == "cuda":
-        memory = torch.cuda.get_device_properties(compute.device).total_memory
-    size = 2 if config.parallel.param_dtype == "bf16" else 4
-    return choose(config, launch, needed=needed, memory=memory, blocks=size * model.parameter_counts()["blocks"])
+def choose_for(config: Config, launch: Launch, vocab_size: int, compute: Compute) -> Choice:
+    """The way of a run on the ranks that were started, as `parallel_plan` decides it for the device they run on."""
+    device = facts_of(compute, launch.local_size)
+    decision = choose_mode(config, vocab_size, launch.size, device, cards_per_host=launch.local_size)
+    return Choice(decision.mode, decision.shard_size, decision.reason, not decision.reshard_after_forward)

@@ -6,7 +6,7 @@
 - what a card cannot hold is out; where nothing fits, the layout that holds least is taken, and the reason says what is missing;
 - ddp is taken where it fits and no sharded layout is estimated to take less than three quarters of its time: it is the plainest,
   and how much communication hides behind computing is the roughest of all estimates;
-- otherwise the fastest of those that fit; hsdp is asked only where there are several hosts, or where shard_size says so.
+- otherwise the fastest of those that fit; hsdp is looked at only where there are several hosts.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from atat_fast.config import Config
 from atat_fast.errors import UsageError
 from atat_fast.training.devices import Device
 from atat_fast.training.parallel_cost import GIB, Estimate, Layout, Sizes, estimate, largest_micro_batch
-from atat_fast.training.plan import LARGEST_MICRO_BATCH
+from atat_fast.training.plan import batches
 
 FASTER = 0.75
 """Share of ddp's step that a sharded layout must stay below to be taken instead."""
@@ -85,7 +85,7 @@ def layouts(config: Config, world_size: int, device: Device, cards_per_host: int
     shards = []
     if wanted.mode in ("auto", "fsdp"):
         shards.append(("fsdp", world_size))
-    if wanted.mode == "hsdp" or (wanted.mode == "auto" and (hosts > 1 or wanted.shard_size)):
+    if wanted.mode == "hsdp" or (wanted.mode == "auto" and hosts > 1):
         size = wanted.shard_size or cards
         if not 1 < size < world_size or world_size % size:
             if wanted.mode == "hsdp":
@@ -94,6 +94,13 @@ def layouts(config: Config, world_size: int, device: Device, cards_per_host: int
                 raise UsageError(f"parallel.mode hsdp cannot split {world_size} ranks into shards of {size}; {fix}")
         else:
             shards.append(("hsdp", size))
+    if config.optim.state == "8bit":
+        if wanted.mode in ("fsdp", "hsdp"):
+            raise UsageError(
+                f"optim.state 8bit is for parallel.mode ddp or one process: its blocks of 256 numbers do not divide over ranks "
+                f"under {wanted.mode}; use optim.state bf16"
+            )
+        shards = []
     for mode, size in shards:
         for gathered in keeps:
             yield Layout(
@@ -105,19 +112,8 @@ def split(config: Config, world_size: int) -> tuple[int, int]:
     """(micro-batch, accumulation) of every rank. Raises UsageError where the global batch does not divide."""
     if world_size < 1:
         raise UsageError(f"a run needs at least one rank, got parallel.world_size {world_size}")
-    total, micro = config.train.global_batch, config.train.micro_batch
-    if total < 1 or micro < 0:
-        raise UsageError(f"train.global_batch must be at least 1 and train.micro_batch at least 0, got {total} and {micro}")
-    each = total // world_size
-    if micro == 0 and total % world_size == 0:
-        micro = max(d for d in range(1, min(each, LARGEST_MICRO_BATCH) + 1) if each % d == 0)
-    unit = world_size * max(micro, 1)
-    if total % unit:
-        near = " or ".join(str(n) for n in sorted({max(1, total // unit) * unit, -(-total // unit) * unit}))
-        raise UsageError(
-            f"train.global_batch {total} does not divide into {world_size} ranks x micro-batches of {max(micro, 1)}; try {near}"
-        )
-    return micro, each // micro
+    plan = batches(config, world_size)
+    return plan.micro_batch, plan.accumulation
 
 
 def _hosts(world_size: int, cards: int) -> tuple[int, int]:
@@ -160,8 +156,8 @@ def _advice(config: Config, best: Estimate) -> str:
         options.append("--parallel.activation_checkpointing 1")
     if best.layout.micro_batch > 1:
         options.append(f"a --train.micro_batch below {best.layout.micro_batch}")
-    if config.optim.state == "fp32":
-        options.append("--optim.state 8bit")
+    if config.optim.state == "fp32" and config.optim.name == "adamw":
+        options.append("--optim.state bf16")
     options.append("more cards")
     return "try " + ", ".join(options)
 
@@ -183,7 +179,7 @@ def variants(config: Config, micro: int) -> Iterator[tuple[str, Config]]:
         if getattr(parallel, name) == "fp32":
             yield f"parallel.{name} bf16", shared(**{name: "bf16"})
     for state in ("bf16", "8bit"):
-        if state != optim.state and not (optim.name == "muon" and state == "8bit"):
+        if state != optim.state and optim.name == "adamw":
             yield f"optim.state {state}", replace(config, optim=replace(optim, state=state))
     for smaller in (micro // 2, micro // 4):
         if smaller and train.global_batch % smaller == 0:

@@ -17,6 +17,8 @@ from atat_fast.config import RunConfig
 from atat_fast.training.figures import compact
 from atat_fast.training.trackers import Tracker, open_trackers
 
+SLOW = 0.2
+"""Share by which the slowest rank's own time may exceed the median's before it is shown."""
 QUIET_SECONDS = 15.0  # between lines where there is no terminal to redraw
 
 
@@ -115,7 +117,8 @@ class Telemetry:
 
 
 def _cards(row: Mapping[str, Any]) -> str:
-    """Power of all cards and what holds them back, where the driver says."""
+    """Power of all cards and what holds them back, where the driver says; and a rank that holds the others back."""
     watts = row.get("watts_total", row.get("watts"))
     text = "" if watts is None else f"  {watts:.0f} W"
-    return text + ("  throttled" if row.get("throttled") else "")
+    text += "  throttled" if row.get("throttled") else ""
+    return text + (f"  rank {row['slowest_rank']} is slow" if row.get("spread", 0.0) > SLOW else "")

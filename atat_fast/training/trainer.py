@@ -33,6 +33,7 @@ from atat_fast.models.importance import ImportanceEstimator, importance_cost
 from atat_fast.ops.attention import choose_attention, documents_of
 from atat_fast.training import checkpoint, run_folder
 from atat_fast.training.device import Compute, environment, peak_flops, resolve
+from atat_fast.training.hardware import Monitor, Stopwatch, by_card, card_of, stragglers
 from atat_fast.training.modes import check_parallel, check_precision, choose_for
 from atat_fast.training.objective import Objective, baseline
 from atat_fast.training.optimizers import Average, Optimizers, learning_rate
@@ -95,7 +96,7 @@ class Trainer:
         self.estimator = self._make_estimator()
         parameters = self._parameter_counts()
         with ranks.agree():
-            self.choice = choose_for(config, ranks.launch, parameters["total"], self.model, self.plan.micro_batch, self.compute)
+            self.choice = ranks.share(choose_for(config, ranks.launch, self.model.vocab_size, self.compute))
             check_precision(self.choice, config.parallel, self.compute)
         recompute_blocks(self.model, config.parallel.activation_checkpointing)
         self.objective = Objective(
@@ -144,7 +145,9 @@ class Trainer:
                 rank=ranks.rank,
                 settings=to_dict(config),
             )
+        self.stopwatch = Stopwatch(self.compute.device)
         self.watch = Watch(ranks, config.parallel.timeout)
+        self.monitor = Monitor(card_of(self.compute.device))
 
     def _open(self, resume: bool) -> checkpoint.Checkpoint | None:
         """Settle the run's folder on rank 0, for all; the checkpoint to go on from, whole and of this run's settings."""
@@ -168,6 +171,7 @@ class Trainer:
     def close(self) -> None:
         """End what the run shows, watches and holds."""
         self.watch.stop()
+        self.monitor.close()
         self.show.close()
         self._release()
 
@@ -276,7 +280,8 @@ class Trainer:
             self.watch.mark(self.step, "in the forward and backward pass")
             with parallel.accumulating(last=slot == slots[-1]):
                 try:
-                    loss, parts = parallel.inside(lambda slot=slot, batch=batch: self._loss(slot, *batch))  # type: ignore[misc]
+                    with self.stopwatch.own():
+                        loss, parts = parallel.inside(lambda slot=slot, batch=batch: self._loss(slot, *batch))  # type: ignore[misc]
                 except BadScores as error:
                     raise self._diverged(f"{error}, at step {self.step + 1:,}", [self.ranks.rank], everywhere=False) from error
                 parallel.backward(loss)
@@ -352,12 +357,18 @@ class Trainer:
             work += importance_cost(self.config.importance, self.config.model, self.plan.global_batch).flops
             row["mfu"] = (self.step - window.timed_from) * work / elapsed / (peak * self.ranks.size)
             row["memory_gib"] = torch.cuda.max_memory_allocated(self.compute.device) / (1 << 30)
-        row |= self._importance_row(steps, sums)
+        row |= self._importance_row(steps, sums) | self._hardware_row()
         self.show.train(row)
         self._note_checkpoints()
         if self.config.curriculum.watch == "train":
             self.objective.curriculum.observe(row["loss"])
         self.window = Window(self.ranks, self.compute.device, self.step)
+
+    def _hardware_row(self) -> dict[str, Any]:
+        """What a line of the log says of all ranks' cards, and of the slowest rank where there are several."""
+        cards: dict[str, Any] = dict(by_card(self.ranks.gather(self.monitor.row())))
+        own = self.stopwatch.seconds()
+        return cards | (stragglers(own, self.ranks.gather) if self.ranks.size > 1 else {})
 
     def _importance_row(self, steps: int, sums: dict[str, Any]) -> dict[str, Any]:
         """What a line of the log says of importance: nothing where there is none.

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atat_fast.training.hardware import Card, Monitor, by_card, card_of, stragglers, summarise
+from atat_fast.training.hardware import Card, Monitor, Stopwatch, by_card, card_of, stragglers, summarise
 
 
 class NVMLError(Exception):
@@ -150,3 +150,13 @@ def test_the_slowest_rank_is_named():
 def test_nobody_is_slower_than_the_slowest(seconds):
     found = stragglers(seconds[0], lambda own: seconds)
     assert found["slowest_seconds"] == max(seconds) == seconds[int(found["slowest_rank"])] and found["spread"] >= 0
+
+
+def test_a_stopwatch_counts_what_is_the_rank_s_own(monkeypatch):
+    ticks = iter([1.0, 1.5, 7.0, 8.0])
+    monkeypatch.setattr("atat_fast.training.hardware.time.perf_counter", lambda: next(ticks))
+    watch = Stopwatch(torch.device("cpu"))
+    for _ in range(2):
+        with watch.own():
+            pass
+    assert watch.seconds() == 0.75 and watch.seconds() == 0.0
