@@ -1,0 +1,148 @@
+"""Blocks that are computed again in the backward pass: the same bits, and less memory."""
+
+from __future__ import annotations
+
+import weakref
+
+import pytest
+import torch
+
+from atat_fast.models import DiT
+from atat_fast.models.dit import Randomness
+from atat_fast.ops import documents_of
+from atat_fast.training.parallel import recompute_blocks
+
+SIZE = {"dim": 32, "layers": 4, "heads": 2, "length": 16, "conditioning_dim": 8, "dropout": 0.2}
+OPTIONS = [
+    {},
+    {"time_conditioning": True},
+    {"qk_norm": True, "activation": "relu2", "tie_embeddings": True},
+    {"dropout": 0.0},
+    {"document_mask": True},
+]
+
+
+def build(every, **options):
+    torch.manual_seed(1)
+    model = DiT(19, 18, **(SIZE | options))
+    with torch.no_grad():  # away from the all-zero start, where half of the model has no gradient
+        for p in model.parameters():
+            p.add_(0.1 * torch.randn_like(p))
+    recompute_blocks(model, every)
+    return model
+
+
+def step(model, *, dtype=torch.float32, forward=None):
+    """The loss and every gradient of one batch."""
+    torch.manual_seed(2)
+    tokens, share = torch.randint(0, 18, (3, 16)), torch.tensor([0.2, 0.5, 0.9])
+    documents = documents_of(tokens, 5) if model.config.document_mask else None
+    rows = torch.tensor([0, 3, 4, 20, 21, 40, 47])
+    noisy = tokens.flatten().index_fill(0, rows, 18).view(3, 16)
+    randomness = Randomness(7, torch.tensor(3), torch.arange(3))
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
+        loss, _ = (forward or model)(noisy, rows, tokens.flatten()[rows], torch.ones(7), share, randomness, documents)
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_losses_and_gradients_are_the_same_bits(options, dtype):
+    loss, gradients = step(build(0, **options), dtype=dtype)
+    for every in (1, 2, 3):
+        again, other = step(build(every, **options), dtype=dtype)
+        assert torch.equal(loss, again)
+        for name, gradient in gradients.items():
+            same = other[name] is None if gradient is None else torch.equal(gradient, other[name])
+            assert same, (every, name)
+
+
+def noted(model):
+    """Numbers of the model's blocks, in the order in which they are run from now on."""
+    runs = []
+
+    def note(i, plain):
+        return lambda *arguments: runs.append(i) or plain(*arguments)
+
+    for i, block in enumerate(model.blocks):
+        block.run = note(i, block.run)
+    return runs
+
+
+def test_every_n_th_block_is_run_again_and_no_other():
+    for every, again in ((0, []), (1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), (9, [])):
+        model = build(every)
+        runs = noted(model)
+        step(model)
+        assert runs[:4] == [0, 1, 2, 3] and sorted(runs[4:]) == again
+
+
+def test_an_evaluation_runs_every_block_once():
+    model = build(1)
+    runs = noted(model)
+    with torch.no_grad():
+        model.features(torch.zeros(1, 16, dtype=torch.int64))
+    assert runs == [0, 1, 2, 3]
+
+
+class Peak(torch.utils._python_dispatch.TorchDispatchMode):
+    """The most bytes that tensors made within have held at once, by their storages' lives."""
+
+    def __init__(self):
+        super().__init__()
+        self.now, self.most, self.alive = 0, 0, {}
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        out = function(*args, **(kwargs or {}))
+        for t in torch.utils._pytree.tree_leaves(out):
+            if isinstance(t, torch.Tensor):
+                storage = t.untyped_storage()
+                key = storage._cdata
+                if key not in self.alive:
+                    size = storage.nbytes()
+                    self.alive[key] = size
+                    self.now += size
+                    self.most = max(self.most, self.now)
+                    weakref.finalize(storage, self._gone, key, size)
+        return out
+
+    def _gone(self, key, size):
+        if self.alive.pop(key, None) is not None:
+            self.now -= size
+
+
+def test_peak_memory_falls():
+    """Of a step whose activations are most of what it holds."""
+    most = {}
+    for every in (0, 2, 1):
+        torch.manual_seed(0)
+        model = DiT(19, 18, dim=64, layers=8, heads=2, length=64, conditioning_dim=8, dropout=0.1)
+        recompute_blocks(model, every)
+        tokens, rows = torch.randint(0, 18, (16, 64)), torch.arange(0, 1024, 2)
+        with Peak() as peak:
+            loss, _ = model(tokens, rows, tokens.flatten()[rows], torch.ones(512), None, Randomness(1, 0, torch.arange(16)))
+            loss.backward()
+        most[every] = peak.most
+        del loss
+    assert most[1] < 0.45 * most[0] and most[1] < most[2] < 0.8 * most[0]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"time_conditioning": True}])
+def test_it_compiles_as_a_block_and_as_a_whole(options):
+    loss, gradients = step(build(0, **options))
+    whole = build(2, **options)
+    compiled, other = step(whole, forward=torch.compile(whole, fullgraph=True))
+    torch.testing.assert_close(compiled, loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    parts = build(1, **options)
+    for block in parts.blocks:
+        block.run = torch.compile(block.run)
+    by_block, others = step(parts)
+    torch.testing.assert_close(by_block, loss, rtol=1e-5, atol=1e-6)
+    for name, gradient in gradients.items():
+        if gradient is not None:
+            torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
