@@ -111,14 +111,14 @@ def estimate_nll(
             masked.documents = documents_of(x.cpu(), document_end).to(x.device)
         found = spread.run(functools.partial(nll, masked))
         if mine < len(batches):
-            values[first : first + count, draw] = _per_sequence(found, k, length)
+            values[first : first + count, draw] = per_sequence(found, k)
     values = spread.total(values)
     means = values.mean(1)
     return Estimate(float(values.mean()), standard_error(means, strata), sequences, length, means)
 
 
-def _per_sequence(nll: Tensor, k: Tensor, length: int) -> Tensor:
-    """Each sequence's draw of the bound in nats a token: (L / k) * sum / L = the mean over its hidden tokens."""
+def per_sequence(nll: Tensor, k: Tensor) -> Tensor:
+    """Each sequence's draw of the bound in nats a token: (L / k) * sum / L = the mean of nll [R] over its k[b] hidden tokens."""
     owner = torch.repeat_interleave(torch.arange(len(k)), k)
     sums = torch.zeros(len(k), dtype=torch.float64).index_add_(0, owner, nll.double().cpu())
     return sums / k

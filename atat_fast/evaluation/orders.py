@@ -1,0 +1,219 @@
+"""Likelihood of text revealed in an order: exact where a rule decides the order, a bound where chance does.
+
+A sampler that reveals tokens one after another by a rule F gives a text x, revealed from nothing, the probability
+
+    p(x) = product over passes of  p(x_F(z) | z),          z: what was revealed before, F(z): the tokens this pass reveals.
+
+Where F looks at z alone (left to right; where the model is most confident) there is one way to arrive at x, so this is the
+probability that the sampler writes x, exactly, and it sums to 1 over all texts (DUEL, arXiv 2603.01367). Several tokens a pass
+are drawn independently, in the sampler and here, so they leave it exact, of that faster sampler.
+
+Where chance decides (importance: odds exp(-tilt * score of z)), many ways lead to x, and the mean over drawn orders of -log p of
+what was revealed is a bound on the negative log-likelihood of the sampler that uses the same policy. Policies that saw the
+hidden tokens would bound nothing (diffusion/audit.py), so scores come from z.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atat_fast.data import TokenSplit
+from atat_fast.diffusion.objective import Estimate
+from atat_fast.errors import UsageError, nearest
+from atat_fast.evaluation.likelihood import evaluating, spread_sequences
+from atat_fast.models.dit import DiT
+from atat_fast.models.importance import ImportanceEstimator
+from atat_fast.ops.attention import Documents, documents_of
+from atat_fast.ops.masking import reveal_keys
+from atat_fast.ops.philox import STREAM_SAMPLE, random_words
+
+EXACT = {
+    "left_to_right": "the first hidden token",
+    "confidence": "where the most likely token has the highest probability",
+    "margin": "where the most likely token is furthest ahead of the second",
+    "entropy": "where the model's distribution has the least entropy",
+}
+"""Rules that look at what is revealed alone: their likelihood is exact."""
+BOUNDS = {"importance": "by chance, with odds exp(-tilt * score) of the model's own estimator"}
+ORDERS = (*EXACT, *BOUNDS)
+TIE = 1e-3  # nats or probability: what two ranks differ by is told apart from here on
+SLAB_BYTES = 64 << 20  # of logits at a time
+
+Scorer = Callable[[Tensor, Tensor], Tensor]
+"""(ids with the mask where they are hidden [B, L], share that is hidden [B]) -> scores in [0, 1], [B, L]."""
+
+
+def check_orders(orders: list[str], estimator: ImportanceEstimator | None) -> None:
+    """Raise UsageError for an order there is not, or one that this model cannot follow."""
+    for order in orders:
+        if order not in ORDERS:
+            raise UsageError(f"there is no order {order!r}{nearest(order, ORDERS)}; orders are {', '.join(ORDERS)}")
+        if order == "importance" and estimator is None:
+            raise UsageError(
+                f"order importance needs a model with an importance estimator, and this one has none; choose {', '.join(EXACT)}"
+            )
+        if order == "importance" and estimator is not None and estimator.config.source != "learned":
+            raise UsageError(
+                f"order importance needs scores of what is visible, and importance.source {estimator.config.source} reads the "
+                f"hidden tokens themselves; choose {', '.join(EXACT)}"
+            )
+
+
+def evaluate_order(
+    model: DiT,
+    split: TokenSplit,
+    order: str,
+    *,
+    sequences: int,
+    batch: int,
+    seed: int,
+    autocast: AbstractContextManager[Any],
+    per_pass: int = 1,
+    estimator: ImportanceEstimator | None = None,
+    tilt: float | None = None,
+    on_batch: Callable[[int, int], None] | None = None,
+) -> Estimate:
+    """Nats a token in this order over up to `sequences` sequences (0: all) spread over the split; se: of the choice of text.
+
+    An importance order is drawn once for each sequence, so there the error covers orders too. tilt: by default the one the
+    model was trained with. on_batch(done, all) is called after each batch. Raises UsageError as `check_orders` does.
+    """
+    check_orders([order], estimator)
+    if per_pass < 1:
+        raise UsageError(f"tokens revealed in a pass must be at least 1, got {per_pass}")
+    tokens, wanted = spread_sequences(split, model.config.length, sequences, model.cos.device)
+    score = None if estimator is None else scorer(model, estimator)
+    if tilt is None and estimator is not None:
+        tilt = estimator.config.tilt
+    found = []
+    with torch.no_grad(), autocast, evaluating(model):
+        for first in range(0, wanted, batch):
+            x = tokens(first, min(batch, wanted - first))
+            documents = documents_of(x.cpu(), split.eos_id).to(x.device) if model.config.document_mask else None
+            ids = torch.arange(first, first + len(x), device=x.device)
+            hidden = torch.ones_like(x, dtype=torch.bool)
+            nll, _ = order_nll(
+                model, x, hidden, order, per_pass=per_pass, sample_ids=ids, seed=seed, score=score, tilt=tilt or 0.0,
+                documents=documents,
+            )  # fmt: skip
+            found.append(nll.cpu() / x.shape[1])
+            if on_batch is not None:
+                on_batch(first + len(x), wanted)
+    values = torch.cat(found)
+    se = float(values.std() / math.sqrt(wanted)) if wanted > 1 else math.inf
+    return Estimate(float(values.mean()), se, wanted, model.config.length, values)
+
+
+def order_nll(
+    model: DiT,
+    tokens: Tensor,
+    hidden: Tensor,
+    order: str,
+    *,
+    per_pass: int = 1,
+    sample_ids: Tensor | None = None,
+    seed: int = 0,
+    score: Scorer | None = None,
+    tilt: float = 0.0,
+    documents: Documents | None = None,
+) -> tuple[Tensor, Tensor]:
+    """-log p of the hidden tokens given the others, revealed in `order`, per_pass tokens at a time.
+
+    tokens [B, L] clean ids; hidden [B, L] bool, which of them are to be said (the others are given: a prompt). Sequences may
+    hide different numbers. seed, sample_ids, score and tilt matter to importance alone.
+    Returns nats a sequence, fp64 [B]; and bool [B], whether each token was the model's most likely one when it was revealed.
+    """
+    batch, length = tokens.shape
+    hidden = hidden.clone()
+    total = torch.zeros(batch, dtype=torch.float64, device=tokens.device)
+    greedy = torch.ones(batch, dtype=torch.bool, device=tokens.device)
+    ids = torch.arange(batch, device=tokens.device) if sample_ids is None else sample_ids
+    position = torch.arange(length, device=tokens.device)
+    for step in range(-(-int(hidden.sum(1).max()) // per_pass)):
+        z = tokens.masked_fill(hidden, model.mask_id)
+        share = hidden.float().mean(1)
+        if order in ("left_to_right", "importance"):  # known before the model is asked: it is asked there alone
+            if order == "left_to_right":
+                rank = -position.double().expand(batch, length)
+            else:
+                assert score is not None
+                word = random_words(ids[:, None] * length + position, seed, step, STREAM_SAMPLE)[0]
+                rank = reveal_keys(word, score(z, share), tilt).double()  # the largest key is shown first
+            rows = _first(rank, hidden, per_pass, 0.0 if order == "importance" else TIE)
+            nll, best = _read(model, z, rows, tokens, share, documents, None)
+        else:
+            everywhere = hidden.flatten().nonzero().flatten()
+            rank = torch.full((batch * length,), -torch.inf, dtype=torch.float64, device=tokens.device)
+            values, sure = torch.zeros_like(rank), torch.zeros_like(rank, dtype=torch.bool)
+            values[everywhere], sure[everywhere] = _read(model, z, everywhere, tokens, share, documents, (order, rank))
+            rows = _first(rank.view(batch, length), hidden, per_pass, TIE)
+            nll, best = values[rows], sure[rows]
+        owner = torch.div(rows, length, rounding_mode="floor")
+        total.index_add_(0, owner, nll)
+        greedy[owner[~best]] = False
+        hidden.view(-1)[rows] = False
+    return total, greedy
+
+
+def _first(rank: Tensor, hidden: Tensor, count: int, tie: float) -> Tensor:
+    """Flat indices of the `count` hidden tokens of highest rank [B, L] in each sequence, fewer at the end.
+
+    Of those within `tie` of the highest the earliest is taken. Where everything is hidden a model without absolute positions
+    says the same everywhere, and rounding must not decide.
+    """
+    rank, left = rank.clone(), hidden.clone()
+    flat = []
+    start = torch.arange(len(rank), device=rank.device) * rank.shape[1]
+    for _ in range(count):
+        rank.masked_fill_(~left, -torch.inf)
+        place = (rank >= rank.amax(1, keepdim=True) - tie).int().argmax(1)  # the first of them
+        flat.append((start + place)[left.any(1)])
+        left.scatter_(1, place[:, None], False)
+    return torch.cat(flat)
+
+
+def _read(
+    model: DiT, z: Tensor, rows: Tensor, tokens: Tensor, share: Tensor, documents: Documents | None, by: tuple[str, Tensor] | None
+) -> tuple[Tensor, Tensor]:
+    """-log p of the true tokens at rows, fp64 [R], and whether each is the most likely one; `by`: (order, ranks to fill in)."""
+    features = model.features(z, share, rows=rows, documents=documents)
+    target = tokens.flatten()[rows]
+    nll, best = [], []
+    for first in range(0, len(rows), max(1, SLAB_BYTES // (4 * model.vocab_size))):
+        part = slice(first, first + max(1, SLAB_BYTES // (4 * model.vocab_size)))
+        logp = F.log_softmax(model.logits(features[part]).float(), dim=-1)
+        nll.append(-logp.gather(1, target[part, None])[:, 0].double())
+        best.append(logp.argmax(1) == target[part])
+        if by is not None:
+            by[1][rows[part]] = _rank(logp, by[0])
+    return torch.cat(nll), torch.cat(best)
+
+
+def _rank(logp: Tensor, order: str) -> Tensor:
+    """How early a token is revealed, from log-probabilities [R, V] with -inf at the mask: the highest first."""
+    if order == "confidence":
+        return logp.amax(1).double()
+    if order == "margin":
+        two = logp.topk(2, dim=1).values.exp().double()
+        return two[:, 0] - two[:, 1]
+    chance = logp.exp()
+    minus_entropy: Tensor = torch.special.xlogy(chance, chance).sum(1)  # 0 log 0 is 0
+    return minus_entropy.double()
+
+
+def scorer(model: DiT, estimator: ImportanceEstimator) -> Scorer:
+    """The estimator's scores of what is visible: what its network makes of a sequence with masks in it."""
+
+    def score(z: Tensor, share: Tensor) -> Tensor:
+        assert estimator.network is not None
+        scores: Tensor = torch.sigmoid(estimator.network(model.embedding(z), share))
+        return scores
+
+    return score

@@ -1,0 +1,174 @@
+"""Likelihoods in an order: exact ones sum to one, and an importance order's is a bound."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+
+from atat_fast.config import ImportanceConfig
+from atat_fast.errors import UsageError
+from atat_fast.evaluation.orders import EXACT, check_orders, order_nll, scorer
+from atat_fast.models.dit import DiT
+from atat_fast.models.importance import ImportanceEstimator
+
+VOCABULARY, LENGTH = 3, 4  # and the mask
+
+
+def model(**changes):
+    torch.manual_seed(5)
+    made = DiT(VOCABULARY + 1, VOCABULARY, dim=16, layers=1, heads=2, length=LENGTH, dropout=0.0, **changes)
+    with torch.no_grad():
+        for name, parameter in made.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.03 if "modulation" in name else 0.4))
+        made.head.weight.mul_(0.1)  # chances that differ, and none too small to be added up
+    return made.eval()
+
+
+def estimator(**changes):
+    torch.manual_seed(6)
+    config = ImportanceConfig(source="learned", width=8, layers=1, heads=2, tilt=3.0)
+    made = ImportanceEstimator(config, 16, LENGTH, None)
+    with torch.no_grad():
+        for parameter in made.parameters():
+            parameter.add_(torch.randn_like(parameter))
+    return made.eval()
+
+
+def every_text():
+    return torch.tensor(list(itertools.product(range(VOCABULARY), repeat=LENGTH)))
+
+
+def everything(x):
+    return torch.ones_like(x, dtype=torch.bool)
+
+
+def chances(net, z, share):
+    """p of every token at every place, fp64 [L, V]."""
+    return torch.softmax(net.logits(net.features(z[None], torch.tensor([share]))).double(), -1)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("time_conditioning", [False, True])
+@pytest.mark.parametrize("per_pass", [1, 2, 3])
+@pytest.mark.parametrize("order", EXACT)
+def test_exact_likelihoods_sum_to_one(order, per_pass, time_conditioning):
+    net, x = model(time_conditioning=time_conditioning), every_text()
+    nll, _ = order_nll(net, x, everything(x), order, per_pass=per_pass)
+    assert float(torch.exp(-nll).sum()) == pytest.approx(1, abs=1e-5)
+    assert 0.3 < nll.std() < 5
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", EXACT)
+def test_a_text_has_the_chance_that_the_rule_gives_it(order):
+    """One text at a time, by the definition: ask the model, reveal where the rule says, multiply."""
+    net = model()
+    for x in every_text()[::17]:
+        z, hidden, total = torch.full((LENGTH,), VOCABULARY), list(range(LENGTH)), 0.0
+        while hidden:
+            p = chances(net, z, len(hidden) / LENGTH)
+            top = p.sort(-1, descending=True).values
+            rank = {
+                "left_to_right": [-float(i) for i in range(LENGTH)],
+                "confidence": top[:, 0].tolist(),
+                "margin": (top[:, 0] - top[:, 1]).tolist(),
+                "entropy": [float((row[row > 0] * row[row > 0].log()).sum()) for row in p],
+            }[order]
+            best = max(rank[place] for place in hidden)
+            i = min(place for place in hidden if rank[place] >= best - 1e-3)
+            total -= float(p[i, x[i]].log())
+            z[i] = x[i]
+            hidden.remove(i)
+        nll, _ = order_nll(net, x[None], everything(x[None]), order)
+        assert float(nll) == pytest.approx(total, rel=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("order", EXACT)
+def test_a_prompt_is_given_and_not_scored(order):
+    """The chances of all continuations of a prompt sum to one, whatever is around them."""
+    net = model()
+    x = every_text()
+    hidden = everything(x)
+    hidden[:, [0, 2]] = False
+    same = (x[:, 0] == 1) & (x[:, 2] == 2)
+    nll, _ = order_nll(net, x[same], hidden[same], order)
+    assert float(torch.exp(-nll).sum()) == pytest.approx(1, abs=1e-5)
+
+
+@torch.no_grad()
+def test_sequences_that_hide_different_numbers_do_not_disturb_each_other():
+    net, x = model(), every_text()[[5, 40, 77]]
+    hidden = torch.tensor([[1, 1, 1, 1], [0, 1, 0, 0], [0, 0, 0, 0]], dtype=torch.bool)
+    for order in EXACT:
+        together, greedy = order_nll(net, x, hidden, order)
+        for i in range(3):
+            alone, sure = order_nll(net, x[i : i + 1], hidden[i : i + 1], order)
+            assert float(alone) == pytest.approx(float(together[i]), abs=1e-5) and bool(sure) == bool(greedy[i])
+        assert together[2] == 0 and bool(greedy[2])
+
+
+@torch.no_grad()
+def test_greedy_says_whether_greedy_decoding_would_write_it():
+    net = model()
+    z = torch.full((LENGTH,), VOCABULARY)
+    for i in range(LENGTH):
+        z[i] = chances(net, z, 1 - i / LENGTH)[i].argmax()
+    x = every_text()
+    _, greedy = order_nll(net, x, everything(x), "left_to_right")
+    assert x[greedy].tolist() == [z.tolist()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tilt", [3.0, -3.0, 0.0])
+def test_an_importance_order_bounds_its_sampler(tilt):
+    """Enumerated: the sampler's chance of a text is the sum over orders; the drawn figure's mean is above -log of it."""
+    net, guess = model(), estimator()
+    score = scorer(net, guess)
+    x = torch.tensor([2, 0, 1, 1])
+    log_p, mean = enumerate_orders(net, score, x, tilt)
+    drawn = order_nll(
+        net, x.expand(3_000, LENGTH), everything(x.expand(3_000, LENGTH)), "importance", score=score, tilt=tilt, seed=4
+    )[0]
+    error = float(drawn.std() / len(drawn) ** 0.5)
+    assert abs(float(drawn.mean()) - mean) < 4 * error
+    assert mean > -log_p + 1e-6
+
+
+def enumerate_orders(net, score, x, tilt):
+    """(log of the sum over orders of chance of order and text, mean over orders of -log p of the text along it)."""
+
+    def visit(z, hidden, weight, nll):
+        if not hidden:
+            return weight * torch.exp(-nll), weight * nll
+        share = torch.tensor([len(hidden) / LENGTH])
+        odds = torch.exp(-tilt * score(z[None], share)[0].double())
+        p = chances(net, z, float(share))
+        total = [torch.zeros((), dtype=torch.float64) for _ in range(2)]
+        for i in hidden:
+            shown = z.clone()
+            shown[i] = x[i]
+            chance = odds[i] / odds[hidden].sum()
+            parts = visit(shown, [j for j in hidden if j != i], weight * chance, nll - p[i, x[i]].log())
+            total = [a + b for a, b in zip(total, parts, strict=True)]
+        return total
+
+    start = torch.full((LENGTH,), VOCABULARY)
+    one = torch.ones((), dtype=torch.float64)
+    both, mean = visit(start, list(range(LENGTH)), one, one * 0)
+    return float(both.log()), float(mean)
+
+
+def test_orders_that_there_are_not():
+    with pytest.raises(UsageError, match="did you mean confidence"):
+        check_orders(["confidense"], None)
+    with pytest.raises(UsageError, match="needs a model with an importance estimator"):
+        check_orders(["importance"], None)
+    full = ImportanceEstimator(
+        ImportanceConfig(source="full", width=8, layers=1, heads=2), 16, LENGTH, torch.ones(VOCABULARY + 1)
+    )
+    with pytest.raises(UsageError, match=r"importance\.source full reads the hidden tokens"):
+        check_orders(["importance"], full)
+    check_orders([*EXACT, "importance"], estimator())
