@@ -20,6 +20,9 @@ from typing import Any
 from atat_fast.errors import UsageError
 
 KNOCK_SECONDS = 4.0
+NO_NETWORK = (
+    "use corpus python-docs, the path of a local .txt, .jsonl or .parquet, or download the data set where there is a network"
+)
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 
@@ -28,8 +31,17 @@ def is_repository(name: str) -> bool:
     return _REPOSITORY.fullmatch(name) is not None
 
 
-def load_dataset(repository: str, configuration: str | None, revision: str | None, split: str | None, corpus: str) -> Any:
-    """`datasets.load_dataset` for `corpus`, each failure a UsageError that names the corpus and the ways out."""
+def load_dataset(
+    repository: str,
+    configuration: str | None,
+    revision: str | None,
+    split: str | None,
+    corpus: str,
+    *,
+    what: str = "corpus",
+    remedy: str = NO_NETWORK,
+) -> Any:
+    """`datasets.load_dataset` for `corpus`, each failure a UsageError that names it (`what` it is) and the ways out."""
     import datasets
 
     offline = False
@@ -41,11 +53,10 @@ def load_dataset(repository: str, configuration: str | None, revision: str | Non
     except Exception as error:
         if offline:
             raise UsageError(
-                f"corpus {corpus} needs the data set {repository}, which is not in the local cache, and the hub cannot be "
-                "reached; use corpus python-docs, the path of a local .txt, .jsonl or .parquet, or download the data set "
-                "where there is a network"
+                f"{what} {corpus} needs the data set {repository}, which is not in the local cache, and the hub cannot be "
+                f"reached; {remedy}"
             ) from error
-        raise UsageError(f"corpus {corpus}: data set {repository} cannot be loaded: {_first_line(error)}") from error
+        raise UsageError(f"{what} {corpus}: data set {repository} cannot be loaded: {_first_line(error)}") from error
 
 
 def tokenizer_file(repository: str) -> Path:

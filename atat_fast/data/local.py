@@ -37,6 +37,12 @@ def find_files(path: str) -> list[Path]:
     return [root]
 
 
+def without_folders(setting: str) -> str:
+    """A corpus or tokenizer setting that may be shown to others: a path's last part, and any other setting as it is."""
+    looks_local = setting.startswith(("/", ".", "~")) or setting.endswith((*SUFFIXES, ".json")) or exists(setting)
+    return Path(setting).name or setting if looks_local else setting
+
+
 def exists(path: str) -> bool:
     """Whether there is a file or folder `path`."""
     return Path(path).expanduser().exists()

@@ -18,18 +18,21 @@ import tokenizers as backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from atat_fast.data import hub
+from atat_fast.data.local import without_folders
 from atat_fast.data.text import valid_unicode
 from atat_fast.errors import UsageError, nearest
 
 MASK = "[MASK]"
 END = "<|endoftext|>"
 MASK_NAMES = (MASK, "<mask>", "<|mask|>", "<|mdm_mask|>")
+START_NAMES = ("<s>", "[BOS]", "<bos>", "<|begin_of_text|>", "[CLS]")
 END_NAMES = (END, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "[SEP]")
 NUM_BYTES = 256
 SMALLEST_BPE = NUM_BYTES + 3  # the bytes, both specials and at least one merge
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 KNOWN_VOCABULARIES = {"gpt2": (50_258, 50_257), "bert-base-uncased": (30_522, 103)}
+OURS = "atat_fast"  # in a tokenizer_config.json that transformers reads too, the part that is ours
 SAVED = ("vocab_size", "model_vocab_size", "mask_id", "eos_id", "fingerprint")
 
 
@@ -105,10 +108,24 @@ class Tokenizer:
         text = self._backend.decode(kept, skip_special_tokens=False)
         return text if self._mask_text == MASK else text.replace(self._mask_text, MASK)
 
-    def save(self, folder: str | Path) -> None:
-        """Writes tokenizer.json and tokenizer_config.json into `folder`, making it where needed."""
+    def save(self, folder: str | Path, *, longest: int | None = None) -> None:
+        """Writes tokenizer.json and tokenizer_config.json into `folder`, making it where needed.
+
+        With `longest`, a model's length, the settings are those that transformers' AutoTokenizer reads, ours among them, and a
+        path the tokenizer came from is left out but for its last part: a folder to give away.
+        """
         folder = Path(folder)
-        settings = {"name": self.name, **{key: getattr(self, key) for key in SAVED}}
+        settings: dict[str, Any] = {"name": self.name, **{key: getattr(self, key) for key in SAVED}}
+        if longest is not None:
+            settings["name"] = without_folders(self.name)
+            settings = {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "model_max_length": longest,
+                "clean_up_tokenization_spaces": False,
+                "mask_token": self._mask_text,
+                "eos_token": self._backend.id_to_token(self.eos_id),
+                OURS: settings,
+            }
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / TOKENIZER_FILE).write_text(self._content(), encoding="utf-8")
@@ -123,8 +140,9 @@ class Tokenizer:
         path = folder / SETTINGS_FILE
         try:
             saved = json.loads(path.read_text(encoding="utf-8"))
+            saved = saved.get(OURS, saved)
             missing = [key for key in ("name", *SAVED) if key not in saved]
-        except (OSError, ValueError, TypeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError) as error:
             raise UsageError(f"{folder} holds no tokenizer saved by atat_fast: {path.name} cannot be read") from error
         if missing:
             raise UsageError(f"{path} was not saved by atat_fast: it has no {missing[0]}")
@@ -132,6 +150,12 @@ class Tokenizer:
         if any(getattr(tokenizer, key) != saved[key] for key in SAVED):
             raise UsageError(f"{folder / TOKENIZER_FILE} is not the tokenizer that was saved there; restore the folder")
         return tokenizer
+
+    @property
+    def bos_id(self) -> int:
+        """The id that some protocols put before a text: the vocabulary's own start, else its end of document (as GPT-2's)."""
+        named = (self._backend.token_to_id(name) for name in START_NAMES)
+        return next((i for i in named if i is not None), self.eos_id)
 
     @functools.cached_property
     def _words_hold_spaces(self) -> bool:
