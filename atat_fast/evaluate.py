@@ -1,75 +1,240 @@
-"""Evaluate a run:  python -m atat_fast.evaluate --run runs/demo [--json FILE]"""
+"""Evaluate a model:  python -m atat_fast.evaluate --run runs/demo [--se 0.005] [--order confidence] [--zero_shot all]
+
+Or text that somebody wrote:  python -m atat_fast.evaluate --samples samples.jsonl [--causal_lm gpt2-large]
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from atat_fast.cli import make_parser, run_door
-from atat_fast.config import TrainConfig
+from atat_fast.config import Config, DataConfig, TrainConfig, from_dict
 from atat_fast.errors import UsageError
 
+if TYPE_CHECKING:
+    from atat_fast.data import Dataset, Tokenizer
+    from atat_fast.models.dit import DiT
+    from atat_fast.models.importance import ImportanceEstimator
 
-def main(arguments: Sequence[str]) -> int:
-    """The door. Prints the held-out bound and what stands beside it; status 0, or 2 on bad input."""
-    parser = make_parser(prog="python -m atat_fast.evaluate", description="The held-out likelihood of a run's model.")
-    parser.add_argument("--run", type=str, required=True, help="A run folder, or one of its checkpoints.")
+
+@dataclass(frozen=True)
+class Subject:
+    """What is evaluated: a model, what reads its text, and the settings it was trained under, where those are known."""
+
+    model: DiT
+    tokenizer: Tokenizer
+    estimator: ImportanceEstimator | None
+    config: Config
+    facts: dict[str, Any]
+    title: str
+    corpus: str | None
+    trained_on: dict[str, Any]
+
+
+def _parser() -> Any:
+    parser = make_parser(prog="python -m atat_fast.evaluate", description="Likelihoods of a model, or the quality of samples.")
+    parser.add_argument("--run", type=str, default=None, help="A run folder, or one of its checkpoints.")
+    parser.add_argument("--model", type=str, default=None, help="A saved model instead of a run: a folder, or owner/name.")
+    parser.add_argument("--tokenizer", type=str, default=None, help="What reads text for a --model saved without its tokenizer.")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="Averaged weights, or the last step's.")
     parser.add_argument("--corpus", type=str, default=None, help="Another corpus: a name or path, tokenised as the run's was.")
     parser.add_argument("--split", type=Literal["valid", "train"], default="valid", help="Which split of the corpus.")
-    parser.add_argument("--sequences", type=int, default=0, help="Sequences read, spread over the split; 0 reads all.")
+    parser.add_argument(
+        "--zero_shot", type=str, default=None, help="Zero-shot sets instead, by MDLM's protocol: all, or ptb,lambada=FILE,..."
+    )
+    parser.add_argument("--sequences", type=int, default=0, help="Sequences read, spread over the text; 0 reads all.")
     parser.add_argument("--draws", type=int, default=1, help="Masks drawn for each sequence; more give a smaller error.")
+    parser.add_argument("--se", type=float | None, default=None, help="Draw masks until their standard error is at most this.")
+    parser.add_argument("--max_draws", type=int, default=256, help="Where --se gives up, in masks of each sequence.")
+    parser.add_argument(
+        "--order",
+        type=str,
+        default=None,
+        help="Likelihoods in these orders too: left_to_right, confidence, margin, entropy (exact), importance (a bound).",
+    )
+    parser.add_argument("--order_sequences", type=int, default=16, help="Sequences read for orders; 0 reads all.")
+    parser.add_argument("--tokens_per_pass", type=int, default=1, help="Tokens an order reveals at a time.")
+    parser.add_argument("--tilt", type=float | None, default=None, help="Of the importance order; by default the run's own.")
+    parser.add_argument("--samples", type=str, default=None, help="Measure these texts instead: .jsonl, .txt or .parquet.")
+    parser.add_argument("--causal_lm", type=str, default=None, help="Generative perplexity of --samples under this model.")
+    parser.add_argument("--reference", type=str, default=None, help="Text by people that --samples are compared with (MAUVE).")
     parser.add_argument("--batch", type=int, default=32, help="Sequences in one forward pass.")
-    parser.add_argument("--seed", type=int, default=None, help="Seed of the masks; by default the run's own.")
+    parser.add_argument("--seed", type=int | None, default=None, help="Seed of the masks; by default the run's own.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
     parser.add_argument("--dtype", type=Literal["auto", "bf16", "fp32"], default="auto", help="Precision.")
     parser.add_argument("--json", type=str, default=None, help="Also write the numbers to this file.")
-    args = parser.parse_args(list(arguments))
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The door. Prints figures with their errors; status 0, or 2 on bad input."""
+    args = _parser().parse_args(list(arguments))
     if args.json is not None and not Path(args.json).absolute().parent.is_dir():
         raise UsageError(f"cannot write {args.json}: its folder does not exist")
+    if args.run is not None and args.model is not None:
+        raise UsageError("give --run, a folder of training, or --model, a saved model, not both")
+    if args.samples is not None:
+        return _samples(args)
+    for name in ("causal_lm", "reference"):
+        if getattr(args, name) is not None:
+            raise UsageError(f"--{name} measures samples; give them with --samples FILE")
+    if args.run is None and args.model is None:
+        raise UsageError("nothing to evaluate: give --run runs/NAME, --model FOLDER, or --samples FILE")
+    if args.zero_shot is not None and args.corpus is not None:
+        raise UsageError("give --corpus, one text, or --zero_shot, sets with a protocol of their own, not both")
+    return _likelihoods(args)
 
-    from atat_fast.data import prepare
-    from atat_fast.evaluation.likelihood import evaluate, report
-    from atat_fast.training import checkpoint
+
+def _likelihoods(args: Any) -> int:
+    from atat_fast.data.zero_shot import open_set, parse_sets
+    from atat_fast.evaluation import measure as figures_of
+    from atat_fast.evaluation.orders import check_orders
     from atat_fast.training.device import environment, resolve
 
-    saved = checkpoint.find(Path(args.run), args.checkpoint)
-    model, tokenizer = checkpoint.load_model(saved, average=args.weights == "ema")
-    config = saved.config
+    sets = parse_sets(args.zero_shot) if args.zero_shot is not None else {}
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
-    data = config.data if args.corpus is None else dataclasses.replace(config.data, corpus=args.corpus, valid=None)
-    dataset = prepare(data, tokenizer=tokenizer)
-    split = dataset.valid if args.split == "valid" else dataset.train
-    settings = dataclasses.replace(
-        config.eval,
-        sequences=args.sequences,
-        draws=args.draws,
-        batch=args.batch,
-        seed=config.eval.seed if args.seed is None else args.seed,
-    )
-    estimate = evaluate(model.to(compute.device), split, settings, compute.autocast())
-    row = report(estimate, split)
-    print(f"{saved.path}  step {saved.step:,}  {args.weights} weights")
-    print(dataset.describe())
-    hashes = {name: dataset.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
-    if args.corpus is None and hashes != saved.manifest["data"]:
-        print(f"note: the tokens of {data.corpus} are not those this run was trained with, which may differ between machines")
-    print(f"sequences        {row['sequences']:,} of {row['length']:,} tokens, {args.draws} mask(s) each")
-    print(f"nll              {row['nll']:.4f} ± {row['nll_se']:.4f} nats a token (upper bound)")
-    print(f"perplexity       {row['perplexity']:.3f}")
-    print(f"bits per token   {row['bits_per_token']:.4f}")
-    print(f"bits per byte    {row['bits_per_byte']:.4f}  ({row['bytes_per_token']:.3f} bytes a token)")
-    print(f"unigram entropy  {row['unigram_entropy']:.4f} nats a token")
-    if args.json is not None:
-        facts = {"checkpoint": str(saved.path), "step": saved.step, "weights": args.weights, "draws": args.draws}
-        facts |= {"corpus": data.corpus, "split": args.split, "seed": settings.seed, "environment": environment(compute)}
-        with checkpoint.disk_errors(Path(args.json)):
-            Path(args.json).write_text(json.dumps(row | facts, indent=1) + "\n", encoding="utf-8")
+    subject = _subject(args)
+    orders = tuple(dict.fromkeys(part.strip() for part in (args.order or "").split(",") if part.strip()))
+    check_orders(list(orders), subject.estimator)
+    seed = subject.config.eval.seed if args.seed is None else args.seed
+    settings = dataclasses.replace(subject.config.eval, sequences=args.sequences, draws=args.draws, batch=args.batch, seed=seed)
+    plan = figures_of.Plan(settings, args.se, args.max_draws, orders, args.order_sequences, args.tokens_per_pass, args.tilt)
+    model = subject.model.to(compute.device)
+    if subject.estimator is not None:
+        subject.estimator.to(compute.device)
+
+    out = figures_of.console()
+    out.print(subject.title, markup=False)
+    written: dict[str, Any] = {}
+    figures: list[dict[str, Any]] = []
+    if sets:
+        for name, path in sets.items():
+            blocks = open_set(name, subject.tokenizer, model.config.length, path)
+            found = figures_of.measure(model, blocks, plan, compute.autocast, subject.estimator)
+            figures += [{"text": name, "source": blocks.source} | figure for figure in found]
+    else:
+        dataset = _dataset(args, subject)
+        split = dataset.valid if args.split == "valid" else dataset.train
+        out.print(dataset.describe(), markup=False)
+        hashes = {name: dataset.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
+        if args.corpus is None and subject.trained_on and hashes != subject.trained_on:
+            out.print(
+                f"note: the tokens of {dataset.manifest['corpus']} are not those this model was trained with, which may differ "
+                "between machines",
+                markup=False,
+            )
+        found = figures_of.measure(model, split, plan, compute.autocast, subject.estimator)
+        corpus = str(dataset.manifest["corpus"])
+        figures = [{"text": f"{Path(corpus).name} {args.split}"} | figure for figure in found]
+        written = found[0] | {"corpus": corpus, "split": args.split}
+        _print_bound(out, found[0])
+    if sets or len(figures) > 1:
+        out.print(figures_of.table(figures))
+    written |= subject.facts | {"figures": figures, "seed": seed, "environment": environment(compute)}
+    _write(args.json, written)
     return 0
+
+
+def _print_bound(out: Any, f: dict[str, Any]) -> None:
+    lines = [
+        ("sequences", f"{f['sequences']:,} of {f['length']:,} tokens, {f['draws']} mask(s) each"),
+        ("nll", f"{f['nll']:.4f} ± {f['nll_se']:.4f} nats a token (upper bound; the error of {f['error_of']})"),
+    ]
+    if f["error_of"] == "masks":
+        lines.append(("", f"{'':6} ± {f['nll_se_text']:.4f} with the choice of text"))
+    lines += [
+        ("perplexity", f"{f['perplexity']:.3f}"),
+        ("bits per token", f"{f['bits_per_token']:.4f}"),
+        ("bits per byte", f"{f['bits_per_byte']:.4f}  ({f['bytes_per_token']:.3f} bytes a token)"),
+        ("unigram entropy", f"{f['unigram_entropy']:.4f} nats a token"),
+        ("tokens", f"sha256 {f['tokens_sha256'][:12]}"),
+    ]
+    for name, value in lines:
+        out.print(f"{name:17}{value}", markup=False)
+
+
+def _subject(args: Any) -> Subject:
+    """The model of --run or --model, on the CPU. Raises UsageError."""
+    if args.tokenizer is not None and args.model is None:
+        raise UsageError("--tokenizer goes with --model; a run carries its own")
+    if args.run is not None:
+        from atat_fast.training import checkpoint
+
+        saved = checkpoint.find(Path(args.run), args.checkpoint)
+        average = args.weights == "ema"
+        model, tokenizer = checkpoint.load_model(saved, average=average)
+        # Only an importance order asks the estimator; every other figure does without.
+        ordered = "importance" in (args.order or "")
+        estimator = checkpoint.load_importance(saved, average=average) if ordered else None
+        facts = {"checkpoint": str(saved.path), "step": saved.step, "weights": args.weights}
+        title = f"{saved.path}  step {saved.step:,}  {args.weights} weights"
+        trained_on = saved.manifest.get("data", {})
+        return Subject(model, tokenizer, estimator, saved.config, facts, title, saved.config.data.corpus, trained_on)
+
+    from atat_fast.models import hub
+
+    found = hub.from_pretrained(args.model, tokenizer=args.tokenizer)
+    known = found.facts.get("config")
+    config = from_dict(known) if isinstance(known, dict) else Config()
+    facts = {"model": args.model} | {name: found.facts[name] for name in ("step", "weights") if name in found.facts}
+    title = f"{args.model}" + (f"  step {facts['step']:,}  {facts.get('weights', '')} weights" if "step" in facts else "")
+    trained_on = found.facts.get("data", {}).get("sha256", {})
+    corpus = config.data.corpus if isinstance(known, dict) else None
+    return Subject(found.model, found.tokenizer, found.estimator, config, facts, title, corpus, trained_on)
+
+
+def _dataset(args: Any, subject: Subject) -> Dataset:
+    from atat_fast.data import prepare
+
+    data: DataConfig = subject.config.data
+    if args.corpus is not None:
+        data = dataclasses.replace(data, corpus=args.corpus, valid=None)
+    elif subject.corpus is None:
+        raise UsageError(f"{args.model} does not say what it was trained on; give --corpus NAME-OR-PATH, or --zero_shot all")
+    return prepare(data, tokenizer=subject.tokenizer)
+
+
+def _samples(args: Any) -> int:
+    """Quality of generated text."""
+    from atat_fast.evaluation import generation
+    from atat_fast.evaluation.measure import console
+    from atat_fast.training.device import environment, resolve
+
+    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
+    tokenizer = _subject(args).tokenizer if args.run is not None or args.model is not None else None
+    found = generation.measure_samples(
+        args.samples, tokenizer=tokenizer, causal_lm=args.causal_lm, reference=args.reference, batch=args.batch, compute=compute
+    )
+    out = console()
+    for line in generation.describe(found):
+        out.print(line, markup=False)
+    _write(args.json, found | {"environment": environment(compute)})
+    return 0
+
+
+def _write(path: str | None, values: dict[str, Any]) -> None:
+    """JSON beside the table; what is no number there is null."""
+    if path is None:
+        return
+    from atat_fast.training.checkpoint import disk_errors
+
+    with disk_errors(Path(path)):
+        Path(path).write_text(json.dumps(_finite(values), indent=1) + "\n", encoding="utf-8")
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {name: _finite(item) for name, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 if __name__ == "__main__":

@@ -34,3 +34,23 @@ def poisoned() -> Iterator[None]:
     assert torch.empty(3).isnan().all()
     yield
     torch.use_deterministic_algorithms(before)
+
+
+@pytest.fixture(scope="session")
+def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run folder of a model with an importance estimator, trained for 12 steps on 60 documents of bytes."""
+    from atat_fast import train
+
+    root = tmp_path_factory.mktemp("trained")
+    words = ("the", "a", "of", "to", "list", "dict", "value", "key", "returns", "raises", "file", "path", "open", "read")
+    lines = [" ".join(words[(7 * i + j * (j + i)) % len(words)] for j in range(60)) for i in range(60)]
+    (root / "text.jsonl").write_text("".join(f'{{"text": "{i} {line}"}}\n' for i, line in enumerate(lines)), encoding="utf-8")
+    settings = {
+        "data.corpus": root / "text.jsonl", "data.tokenizer": "bytes", "data.cache_dir": root / "cache",
+        "model.dim": 16, "model.layers": 1, "model.heads": 2, "model.length": 16, "model.dropout": 0.0, "optim.lr": 0.01,
+        "train.max_steps": 12, "train.global_batch": 4, "eval.every": 6, "eval.sequences": 8, "sample.num_samples": 1,
+        "sample.steps": 4, "run.root": root / "runs", "run.name": "small", "run.tensorboard": "false",
+        "importance.source": "learned", "importance.width": 16, "importance.layers": 1, "importance.heads": 2,
+    }  # fmt: skip
+    assert train.main([part for name, value in settings.items() for part in (f"--{name}", str(value))]) == 0
+    return root / "runs" / "small"

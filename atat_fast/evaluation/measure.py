@@ -1,0 +1,171 @@
+"""Figures that can be cited: what was measured, on which tokens, with which error, and whether it is a bound.
+
+Every figure is a row with the SHA-256 of the tokens it was measured on. Two figures with the same hash, length and measure may be
+compared; two with different hashes were not measured on the same text, whatever their names say.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from atat_fast.config import EvalConfig
+from atat_fast.data import TokenSplit
+from atat_fast.data.zero_shot import tokens_hash
+from atat_fast.errors import UsageError
+from atat_fast.evaluation.likelihood import evaluate, evaluating, model_nll, report, spread_sequences
+from atat_fast.evaluation.orders import EXACT, evaluate_order
+from atat_fast.evaluation.precision import estimate_to
+from atat_fast.models.dit import DiT
+from atat_fast.models.importance import ImportanceEstimator
+
+Figure = dict[str, Any]
+Autocast = Callable[[], AbstractContextManager[Any]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What is measured on each text.
+
+    eval: sequences, draws, batch and seed of the uniform bound. se: draw masks until their error is this small; None makes
+    eval.draws of each sequence. most_draws: where that gives up. orders: likelihoods in these orders too, on order_sequences
+    sequences (0: all), per_pass tokens at a time, an importance order with this tilt (None: the model's own).
+    """
+
+    eval: EvalConfig
+    se: float | None = None
+    most_draws: int = 256
+    orders: tuple[str, ...] = ()
+    order_sequences: int = 16
+    per_pass: int = 1
+    tilt: float | None = None
+
+
+def uniform(model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast) -> Figure:
+    """The uniform bound of a split as a figure.
+
+    nll_se is what masks leave where plan.se asks for it (error_of says "masks"); otherwise masks and the choice of text together,
+    as in training's val/nll. nll_se_text is always both. Raises UsageError where plan.most_draws do not reach plan.se.
+    """
+    settings = plan.eval
+    if settings.batch < 1 or settings.draws < 1 or settings.sequences < 0:
+        raise UsageError(
+            f"--batch and --draws must be at least 1 and --sequences at least 0, got {settings.batch}, {settings.draws} and "
+            f"{settings.sequences}"
+        )
+    if plan.se is None:
+        estimate = evaluate(model, split, settings, autocast())
+        draws, of, text = settings.draws, "masks and text", estimate.se
+    else:
+        tokens, wanted = spread_sequences(split, model.config.length, settings.sequences, model.cos.device)
+        with torch.no_grad(), autocast(), evaluating(model), _progress(f"{split.name}: drawing masks") as show:
+            precise = estimate_to(
+                model_nll(model), tokens, wanted, mask_id=model.mask_id, se=plan.se, most_draws=plan.most_draws,
+                batch=settings.batch, seed=settings.seed, document_end=split.eos_id if model.config.document_mask else None,
+                on_pass=lambda done, error: show(done, plan.most_draws, f"{done} masks each, ± {error:.4f}"),
+            )  # fmt: skip
+        estimate, draws, of, text = precise.estimate, precise.draws, "masks", precise.se_text
+        if not precise.met:
+            needed = math.ceil(draws * (estimate.se / plan.se) ** 2)
+            raise UsageError(
+                f"--se {plan.se:g} is not reached with {draws} masks of each of {wanted:,} sequences: the error is "
+                f"{estimate.se:.4f}; about {needed:,} would do (--max_draws {needed + 10}), or ask for "
+                f"--se {estimate.se * 1.05:.2g}"
+            )
+    return report(estimate, split) | {
+        "measure": "uniform",
+        "kind": "upper bound",
+        "error_of": of,
+        "nll_se_text": text,
+        "draws": draws,
+        "seed": settings.seed,
+        "tokens_sha256": tokens_hash(split, model.config.length, settings.sequences),
+    }
+
+
+def in_order(
+    model: DiT, split: TokenSplit, order: str, plan: Plan, autocast: Autocast, estimator: ImportanceEstimator | None
+) -> Figure:
+    """The likelihood in an order as a figure: exact, or for an importance order a bound."""
+    if plan.order_sequences < 0:
+        raise UsageError(f"--order_sequences must be at least 0, which reads all, got {plan.order_sequences}")
+    with _progress(f"{split.name}: {order}") as show:
+        estimate = evaluate_order(
+            model, split, order, sequences=plan.order_sequences, batch=plan.eval.batch, seed=plan.eval.seed, autocast=autocast(),
+            per_pass=plan.per_pass, estimator=estimator, tilt=plan.tilt, on_batch=lambda done, total: show(done, total, ""),
+        )  # fmt: skip
+    figure = report(estimate, split) | {
+        "measure": order,
+        "kind": "exact" if order in EXACT else "upper bound",
+        "error_of": "text" if order in EXACT else "orders and text",
+        "nll_se_text": estimate.se,
+        "tokens_per_pass": plan.per_pass,
+        "tokens_sha256": tokens_hash(split, model.config.length, plan.order_sequences),
+    }
+    if order not in EXACT and estimator is not None:
+        figure |= {"tilt": estimator.config.tilt if plan.tilt is None else plan.tilt, "seed": plan.eval.seed}
+    return figure
+
+
+def measure(
+    model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast, estimator: ImportanceEstimator | None = None
+) -> list[Figure]:
+    """Everything the plan asks for of one text: the uniform bound first, then each order."""
+    figures = [uniform(model, split, plan, autocast)]
+    return figures + [in_order(model, split, order, plan, autocast, estimator) for order in plan.orders]
+
+
+def table(figures: list[Figure]) -> Table:
+    """Figures as a table: one row each, with the hash of its tokens."""
+    shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    for name, side in (
+        ("text", "left"), ("measure", "left"), ("nats a token", "right"), ("± error of", "left"), ("perplexity", "right"),
+        ("bits/byte", "right"), ("is", "left"), ("sequences", "right"), ("tokens", "left"),
+    ):  # fmt: skip
+        shown.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
+    for f in figures:
+        shown.add_row(
+            str(f.get("text", "")),
+            f["measure"] + (f", {f['tokens_per_pass']} a pass" if f.get("tokens_per_pass", 1) > 1 else ""),
+            f"{f['nll']:.4f}",
+            f"± {f['nll_se']:.4f} {f['error_of']}",
+            f"{f['perplexity']:.3f}",
+            f"{f['bits_per_byte']:.4f}",
+            f["kind"],
+            f"{f['sequences']:,} x {f['length']:,}",
+            f["tokens_sha256"][:12],
+        )
+    return shown
+
+
+def console() -> Console:
+    """Where tables are printed: as wide as they need to be where nobody looks at a terminal."""
+    out = Console(highlight=False, soft_wrap=True)
+    return out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
+
+
+def settings_of(config: EvalConfig, **given: Any) -> EvalConfig:
+    """A run's evaluation settings with those that were given laid over them."""
+    return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
+
+
+@contextmanager
+def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
+    """show(done, total, text), a bar on standard error where that is a terminal."""
+    if not sys.stderr.isatty():
+        yield lambda done, total, text: None
+        return
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.fields[text]}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bars:
+        task = bars.add_task(title, total=None, text="")
+        yield lambda done, total, text: bars.update(task, completed=done, total=total, text=text)
