@@ -1,0 +1,176 @@
+"""Quality of samples against values worked out by hand, and a causal LM made here."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import types
+
+import pytest
+import torch
+
+from atat_fast import evaluate
+from atat_fast.errors import UsageError
+from atat_fast.evaluation.generation import distinct, entropy, read_texts
+
+
+def test_entropy_by_hand():
+    assert entropy("aaaa") == 0.0
+    assert entropy("ab") == pytest.approx(math.log(2))
+    assert entropy("aaab") == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
+    assert entropy(list(range(50))) == pytest.approx(math.log(50))
+
+
+def test_distinct_by_hand():
+    assert distinct(["abab", "ab"], 1) == 2 / 6
+    assert distinct(["abab", "ab"], 2) == 2 / 4  # ab ba ab, ab: none reaches from one text into the next
+    assert distinct(["abc"], 3) == 1.0
+    assert math.isnan(distinct(["ab", ""], 3))
+
+
+def test_texts_of_a_file(tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"text": "one", "prompt": "o"}\n{"text": "", "prompt": "o"}\n')
+    assert read_texts(str(tmp_path / "a.jsonl")) == ["one", ""]
+    (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
+    with pytest.raises(UsageError, match=r"samples .*b\.jsonl hold no text"):
+        read_texts(str(tmp_path / "b.jsonl"))
+
+
+def samples(tmp_path, texts):
+    path = tmp_path / "samples.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return str(path)
+
+
+def door(capsys, tmp_path, *arguments):
+    assert evaluate.main([*map(str, arguments), "--json", str(tmp_path / "out.json"), "--dtype", "fp32"]) == 0
+    return json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
+
+
+def test_the_door_measures_words_or_a_models_tokens(trained_run, tmp_path, capsys):
+    path = samples(tmp_path, ["a b a b", "c", ""])
+    found, printed = door(capsys, tmp_path, "--samples", path)
+    assert (found["texts"], found["empty"], found["tokens"], found["unit"]) == (3, 1, 5, "words")
+    assert found["entropy"] == pytest.approx((math.log(2) + 0) / 2)
+    assert (found["distinct_1"], found["distinct_2"], found["distinct_4"]) == (3 / 5, 2 / 3, 1.0)
+    assert f"entropy          {math.log(2) / 2:.4f} ±" in printed and "distinct-2       0.6667" in printed
+    found, _ = door(capsys, tmp_path, "--samples", path, "--run", trained_run)
+    assert found["unit"] == "tokens of bytes" and found["tokens"] == 8 and found["distinct_1"] == 4 / 8
+
+
+WORDS = ["<unk>", "a", "b", "c", "d"]
+
+
+@pytest.fixture
+def causal_lm(tmp_path):
+    """A random GPT-2 of five words that reads eight tokens at once."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    torch.manual_seed(3)
+    config = transformers.GPT2Config(vocab_size=5, n_positions=8, n_embd=8, n_layer=1, n_head=2, bos_token_id=0, eos_token_id=0)
+    model = transformers.GPT2LMHeadModel(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter) * 0.3)
+    backend = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    folder = tmp_path / "lm"
+    model.save_pretrained(folder)
+    transformers.PreTrainedTokenizerFast(tokenizer_object=backend, unk_token="<unk>").save_pretrained(folder)
+    return folder, model
+
+
+@torch.no_grad()
+def test_generative_perplexity_is_the_models_own(causal_lm, tmp_path, capsys):
+    folder, model = causal_lm
+    texts = ["a b c d a", "d d", "c", "a b " * 7]  # the third has nothing to score, the last fills two windows
+    found, printed = door(capsys, tmp_path, "--samples", samples(tmp_path, texts), "--causal_lm", folder, "--batch", 2)
+    nll, count = [], []
+    for text in texts:
+        ids = [WORDS.index(word) for word in text.split()]
+        parts = [0.0, 0]
+        for first in range(0, len(ids), 8):
+            window = torch.tensor([ids[first : first + 8]])
+            logp = torch.log_softmax(model(window).logits.double(), -1)
+            parts[0] -= float(logp[0, :-1].gather(1, window[0, 1:, None]).sum())
+            parts[1] += window.shape[1] - 1
+        nll.append(parts[0])
+        count.append(parts[1])
+    assert found["causal_tokens"] == sum(count) == 4 + 1 + 0 + 7 + 5
+    mean = sum(nll) / sum(count)
+    assert found["causal_nll"] == pytest.approx(mean, rel=1e-5)
+    assert found["generative_perplexity"] == pytest.approx(math.exp(mean), rel=1e-5)
+    squares = sum((n - mean * c) ** 2 for n, c in zip(nll, count, strict=True) if c)
+    assert found["causal_nll_se"] == pytest.approx(math.sqrt(squares * 3 / 2) / sum(count), rel=1e-4)
+    assert f"generative ppl   {math.exp(mean):.3f}" in printed
+
+
+def test_mauve_gets_features_of_both_sides(causal_lm, tmp_path, capsys, monkeypatch):
+    folder, model = causal_lm
+    seen = {}
+
+    def compute_mauve(*, p_features, q_features, verbose):
+        seen.update(p=p_features, q=q_features)
+        return types.SimpleNamespace(mauve=0.5)
+
+    monkeypatch.setitem(sys.modules, "mauve", types.SimpleNamespace(compute_mauve=compute_mauve))
+    people = tmp_path / "people.jsonl"
+    people.write_text('{"text": "c c"}\n{"text": "a b c"}\n{"text": "never read: one for each sample"}\n')
+    path = samples(tmp_path, ["a b c", "d"])
+    found, printed = door(capsys, tmp_path, "--samples", path, "--causal_lm", folder, "--reference", people)
+    assert found["mauve"] == 0.5 and "MAUVE            0.5000" in printed
+    with torch.no_grad():
+        want = model(torch.tensor([[1, 2, 3]]), output_hidden_states=True).hidden_states[-1][0, -1].numpy()
+    assert seen["p"].shape == seen["q"].shape == (2, 8)
+    for side in seen.values():
+        assert min(abs(row - want).max() for row in side) < 1e-5  # "a b c" is on both sides
+
+
+def test_mauve_where_it_is_installed(causal_lm, tmp_path, capsys):
+    pytest.importorskip("mauve", reason="mauve-text is not installed")
+    folder, _ = causal_lm
+    texts = [" ".join(WORDS[1 + (i * j) % 4] for j in range(1, 6)) for i in range(12)]
+    path = samples(tmp_path, texts)
+    people = tmp_path / "people.jsonl"
+    people.write_text("".join(json.dumps({"text": "d d d d d"}) + "\n" for _ in texts))
+    values = []
+    for reference in (path, people):
+        found, _ = door(capsys, tmp_path, "--samples", path, "--causal_lm", folder, "--reference", reference)
+        values.append(found["mauve"])
+    assert 0 < values[1] < values[0] <= 1  # nearer to itself than to one word over and over
+
+
+def test_models_that_are_not_there_are_one_sentence(tmp_path, monkeypatch):
+    path = samples(tmp_path, ["a b"])
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    with pytest.raises(
+        UsageError, match=r"needs the package transformers, which is not installed: pip install 'atat_fast\[eval\]'"
+    ):
+        evaluate.main(["--samples", path, "--causal_lm", "gpt2"])
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("nobody/nothing", "causal LM nobody/nothing is no folder here, it is not in the local cache, and the hub cannot be"),
+        ("./nothing", r"there is no folder \./nothing, and it is no hub id"),
+        ("empty", "causal LM empty cannot be loaded: "),
+    ],
+)
+def test_causal_lms_that_cannot_be_had(name, message, tmp_path, monkeypatch):
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(UsageError, match=message) as raised:
+        evaluate.main(["--samples", samples(tmp_path, ["a b"]), "--causal_lm", name])
+    assert "\n" not in str(raised.value)
+
+
+def test_without_mauve_a_reference_says_so(causal_lm, tmp_path, monkeypatch):
+    folder, _ = causal_lm
+    monkeypatch.setitem(sys.modules, "mauve", None)
+    path = samples(tmp_path, ["a b"])
+    with pytest.raises(UsageError, match="needs the package mauve-text, which is not installed"):
+        evaluate.main(["--samples", path, "--causal_lm", str(folder), "--reference", path])
