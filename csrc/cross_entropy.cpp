@@ -103,17 +103,28 @@ ATAT_FAST_VECTORISED float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
+// Logits to z - elapsed * rate, and a gradient without rates to one with them.
+ATAT_FAST_VECTORISED void age(float* z, const float* rates, float elapsed, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) z[i] -= elapsed * rates[i];
+}
+
+ATAT_FAST_VECTORISED void scale_by_rates(float* gradient, const float* rates, float speed, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) gradient[i] *= rates[i] - speed;
+}
+
 ATAT_FAST_INLINE float widened(uint16_t value) { return from_bfloat16(value); }
 ATAT_FAST_INLINE float widened(float value) { return value; }
 
 // A row is worked on where it lies only if that is fp32 and becomes the gradient.
 bool in_place(const RowArguments& a) { return !a.half && a.gradient; }
 
-// Working memory of one thread: a row in fp32, and each block's part.
+// Working memory of one thread: a row in fp32, and each block's part and sum of rate * e^(z - its largest).
 struct Scratch {
-  explicit Scratch(const RowArguments& a) : row(in_place(a) ? 0 : a.columns), parts((a.columns + kBlock - 1) / kBlock) {}
+  explicit Scratch(const RowArguments& a)
+      : row(in_place(a) ? 0 : a.columns), parts((a.columns + kBlock - 1) / kBlock), rated(a.rates == nullptr ? 0 : parts.size()) {}
   std::vector<float> row;
   std::vector<RowPart> parts;
+  std::vector<float> rated;
 };
 
 // As stored, or computed again from the inputs where they are given: a bf16 logit is rounded.
@@ -128,6 +139,7 @@ void empty_row(const RowArguments& a, int64_t i) {
   a.nll[i] = 0;
   if (a.max_probability != nullptr) a.max_probability[i] = 0;
   if (a.entropy != nullptr) a.entropy[i] = 0;
+  if (a.velocity != nullptr) a.velocity[i] = 0;
   if (!a.gradient) return;
   const int64_t size = a.half ? sizeof(uint16_t) : sizeof(float);
   memset(static_cast<char*>(a.logits) + i * a.stride * size, 0, a.columns * size);
@@ -141,7 +153,9 @@ void one_row(const RowArguments& a, int64_t i, float* bias_gradient, Scratch& sc
   float* row = in_place(a) ? floats : scratch.row.data();
   const int64_t target = a.target[i];
   const bool inside = target >= 0 && target < a.vocabulary;
-  const float at_target = !inside ? NAN : a.half ? target_logit<uint16_t>(a, i, target) : target_logit<float>(a, i, target);
+  float at_target = !inside ? NAN : a.half ? target_logit<uint16_t>(a, i, target) : target_logit<float>(a, i, target);
+  const float elapsed = a.elapsed == nullptr ? 0.0f : a.elapsed[i], own_rate = a.rates != nullptr && inside ? a.rates[target] : 0.0f;
+  at_target -= elapsed * own_rate;
   const int64_t target_block = inside ? target / kBlock : -1;
 
   RowPart others = no_logits();
@@ -153,7 +167,9 @@ void one_row(const RowArguments& a, int64_t i, float* bias_gradient, Scratch& sc
       std::copy_n(floats + start, count, row + start);
     }
     if (k == target_block) row[target] = -INFINITY;
+    if (a.elapsed != nullptr) age(row + start, a.rates + start, elapsed, count);
     scratch.parts[k] = exponentials(row + start, count, a.entropy != nullptr);
+    if (a.rates != nullptr) scratch.rated[k] = dot(row + start, a.rates + start, count);
     others = merge(others, scratch.parts[k]);
   }
 
@@ -162,13 +178,23 @@ void one_row(const RowArguments& a, int64_t i, float* bias_gradient, Scratch& sc
   a.nll[i] = result.nll;
   if (a.max_probability != nullptr) a.max_probability[i] = result.max_probability;
   if (a.entropy != nullptr) a.entropy[i] = result.entropy;
+  RateResult rates{0, result.at_target};
+  if (a.rates != nullptr) {
+    float of_others = 0;
+    for (size_t k = 0; k < scratch.parts.size(); ++k) {
+      if (scratch.parts[k].sum != 0) of_others += scratch.rated[k] * std::exp(scratch.parts[k].largest - result.largest);
+    }
+    rates = finish_rates(result, of_others * result.max_probability, own_rate, weight);
+    a.velocity[i] = inside ? rates.speed : NAN;
+  }
   if (!a.gradient) return;
 
   for (int64_t start = 0, k = 0; start < a.columns; start += kBlock, ++k) {
     const int64_t count = std::min(kBlock, a.columns - start);
     const RowPart part = scratch.parts[k];
     scale(row + start, part.sum == 0 ? 0.0f : result.scale * std::exp(part.largest - result.largest), count);
-    if (k == target_block) row[target] = result.at_target;
+    if (a.rates != nullptr) scale_by_rates(row + start, a.rates + start, rates.speed, count);
+    if (k == target_block) row[target] = rates.at_target;
     if (a.half) narrow(halves + start, row + start, count);
     if (bias_gradient != nullptr) add(bias_gradient + start, row + start, count);
   }
@@ -195,8 +221,10 @@ void cross_entropy_cpu(const RowArguments& a) {
 
 void cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> token_weight, std::optional<Tensor> hidden,
                    std::optional<Tensor> weight, std::optional<Tensor> bias, bool gradient, Tensor nll,
-                   std::optional<Tensor> max_probability, std::optional<Tensor> entropy, std::optional<Tensor> bias_gradient) {
-  const RowCall call(logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient);
+                   std::optional<Tensor> max_probability, std::optional<Tensor> entropy, std::optional<Tensor> bias_gradient,
+                   std::optional<Tensor> rates, std::optional<Tensor> elapsed, std::optional<Tensor> velocity) {
+  const RowCall call(logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient,
+                     rates, elapsed, velocity);
   cross_entropy_cpu(call.arguments);
 }
 

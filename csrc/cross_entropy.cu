@@ -22,9 +22,9 @@ struct Limits {
   int of_cta, of_multiprocessor;
 };
 
-template <typename T>
+template <typename T, bool kRates>
 void allow_shared_memory(int bytes) {
-  const auto kernel = cross_entropy_kernel<T, true>;
+  const auto kernel = cross_entropy_kernel<T, true, kRates>;
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, bytes));
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
 }
@@ -38,8 +38,10 @@ const Limits& limits_of(int device) {
     Limits& here = limits[device];
     check(cudaDeviceGetAttribute(&here.of_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     check(cudaDeviceGetAttribute(&here.of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    allow_shared_memory<uint16_t>(here.of_cta);
-    allow_shared_memory<float>(here.of_cta);
+    allow_shared_memory<uint16_t, false>(here.of_cta);
+    allow_shared_memory<uint16_t, true>(here.of_cta);
+    allow_shared_memory<float, false>(here.of_cta);
+    allow_shared_memory<float, true>(here.of_cta);
   });
   return limits[device];
 }
@@ -49,11 +51,11 @@ bool rows_are_aligned(const RowArguments& a) {
   return reinterpret_cast<uintptr_t>(a.logits) % 16 == 0 && a.stride % kPerChunk<T> == 0;
 }
 
-template <typename T, bool kKept>
+template <typename T, bool kKept, bool kRates>
 void launch_rows(const RowArguments& a, int most_threads, cudaStream_t stream) {
   const int threads = row_threads<T>(a.columns, most_threads);
-  const auto bytes = static_cast<size_t>(row_bytes<T>(a.columns, kKept));
-  cross_entropy_kernel<T, kKept><<<static_cast<unsigned>(a.rows), threads, bytes, stream>>>(a, rows_are_aligned<T>(a));
+  const auto bytes = static_cast<size_t>(row_bytes<T>(a.columns, kKept, kRates));
+  cross_entropy_kernel<T, kKept, kRates><<<static_cast<unsigned>(a.rows), threads, bytes, stream>>>(a, rows_are_aligned<T>(a));
   check(cudaGetLastError());
 }
 
@@ -75,32 +77,34 @@ void sum_columns(const RowArguments& a, const Tensor& logits, cudaStream_t strea
   check(cudaGetLastError());
 }
 
-template <typename T>
+template <typename T, bool kRates>
 void row_pass(const RowArguments& a, const Tensor& logits) {
   const int device = logits.get_device_index();
   const Limits& limits = limits_of(device);
   const cudaStream_t stream = current_stream(device);
-  const int64_t bytes = row_bytes<T>(a.columns, true);
+  const int64_t bytes = row_bytes<T>(a.columns, true, kRates);
   if (a.gradient && bytes <= limits.of_cta) {
-    launch_rows<T, true>(a, kept_row_threads(bytes, limits.of_multiprocessor), stream);
+    launch_rows<T, true, kRates>(a, kept_row_threads(bytes, limits.of_multiprocessor), stream);
   } else {
-    launch_rows<T, false>(a, kReadThreads, stream);
+    launch_rows<T, false, kRates>(a, kReadThreads, stream);
   }
   if (a.gradient && a.bias_gradient != nullptr) sum_columns<T>(a, logits, stream);
 }
 
 void cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> token_weight, std::optional<Tensor> hidden,
                    std::optional<Tensor> weight, std::optional<Tensor> bias, bool gradient, Tensor nll,
-                   std::optional<Tensor> max_probability, std::optional<Tensor> entropy, std::optional<Tensor> bias_gradient) {
+                   std::optional<Tensor> max_probability, std::optional<Tensor> entropy, std::optional<Tensor> bias_gradient,
+                   std::optional<Tensor> rates, std::optional<Tensor> elapsed, std::optional<Tensor> velocity) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const RowCall call(logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient);
+  const RowCall call(logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient,
+                     rates, elapsed, velocity);
   const RowArguments& a = call.arguments;
   if (a.rows == 0 || a.columns == 0) return;
   STD_TORCH_CHECK(a.rows <= INT_MAX && a.columns <= INT_MAX / 2, "cross_entropy_ cannot take ", a.rows, " rows of ", a.columns);
-  if (a.half) {
-    row_pass<uint16_t>(a, logits);
+  if (a.rates != nullptr) {
+    a.half ? row_pass<uint16_t, true>(a, logits) : row_pass<float, true>(a, logits);
   } else {
-    row_pass<float>(a, logits);
+    a.half ? row_pass<uint16_t, false>(a, logits) : row_pass<float, false>(a, logits);
   }
 }
 

@@ -13,6 +13,9 @@
 //
 // The bias's gradient is the column sums of the slab that was written, in two stages without atomics.
 //
+// Rates of the vocabulary (kRates) are fp32 and the same for every row: they are read from the second-level cache, 4 bytes a logit
+// in either pass, and a row without them runs a kernel that knows nothing of them.
+//
 // This file uses few of CUDA's words, so that tests can also run it on a CPU, thread by thread.
 #pragma once
 
@@ -30,11 +33,27 @@ constexpr uint32_t kWholeWarp = 0xFFFFFFFFu;
 constexpr int kAhead = 4;  // 16-byte loads that a thread has in flight
 
 // What each warp brings to the row's sum: its part, and its share of the target's logit. The head of a CTA's shared memory; the
-// row follows.
-struct alignas(16) WarpPart {
+// row follows. `rated` is the sum of rate * e^(z - largest) over the others.
+template <bool kRates>
+struct WarpPart {
   RowPart others;
   float at_target;
 };
+
+template <>
+struct WarpPart<true> {
+  RowPart others;
+  float at_target;
+  float rated;
+};
+
+ATAT_FAST_INLINE void move_to(WarpPart<false>& part, float largest) { part.others = rebase(part.others, largest); }
+
+ATAT_FAST_INLINE void move_to(WarpPart<true>& part, float largest) {
+  const float shift = part.others.largest - largest;
+  if (part.others.sum != 0 && shift != 0) part.rated *= expf(shift);
+  part.others = rebase(part.others, largest);
+}
 
 // Sixteen bytes of a row, the unit of all accesses. bf16 is written as uint16_t.
 template <typename T>
@@ -45,10 +64,13 @@ ATAT_FAST_INLINE int64_t chunk_count(int64_t columns) {
   return (columns + kPerChunk<T> - 1) / kPerChunk<T>;
 }
 
+template <bool kRates>
+constexpr int kHeadBytes = static_cast<int>(sizeof(WarpPart<kRates>)) * kMaxRowWarps;
+
 // Shared memory of a CTA that keeps its row (kept) or only sums up.
 template <typename T>
-int64_t row_bytes(int64_t columns, bool kept) {
-  return static_cast<int64_t>(sizeof(WarpPart)) * kMaxRowWarps + (kept ? 16 * chunk_count<T>(columns) : 0);
+int64_t row_bytes(int64_t columns, bool kept, bool rates) {
+  return (rates ? kHeadBytes<true> : kHeadBytes<false>) + (kept ? 16 * chunk_count<T>(columns) : 0);
 }
 
 // Threads of a CTA that keeps its row: together, the CTAs that fit a multiprocessor have about 1,024.
@@ -143,47 +165,84 @@ __device__ inline float gradient_exp(float x) {
   return expf(x);
 }
 
-__device__ inline WarpPart merge_warp(WarpPart part) {
+__device__ inline void add_rated(WarpPart<false>&, int) {}
+__device__ inline void add_rated(WarpPart<true>& part, int distance) {
+  part.rated += __shfl_xor_sync(kWholeWarp, part.rated, distance);
+}
+
+template <bool kRates>
+__device__ inline WarpPart<kRates> merge_warp(WarpPart<kRates> part) {
   float largest = part.others.largest;
   for (int distance = 16; distance > 0; distance /= 2) largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, distance));
-  part.others = rebase(part.others, largest);
+  move_to(part, largest);
   for (int distance = 16; distance > 0; distance /= 2) {
     part.others.sum += __shfl_xor_sync(kWholeWarp, part.others.sum, distance);
     part.others.moment += __shfl_xor_sync(kWholeWarp, part.others.moment, distance);
     part.at_target += __shfl_xor_sync(kWholeWarp, part.at_target, distance);
+    add_rated(part, distance);
   }
   return part;
 }
 
+template <bool kRates>
+__device__ inline WarpPart<kRates> no_part() {
+  WarpPart<kRates> part{};
+  part.others = no_logits();
+  return part;
+}
+
 // The whole CTA's, known to all its threads, which all call it, once.
-__device__ inline WarpPart merge_cta(WarpPart part, WarpPart* of_warps) {
+template <bool kRates>
+__device__ inline WarpPart<kRates> merge_cta(WarpPart<kRates> part, WarpPart<kRates>* of_warps) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   part = merge_warp(part);
   if (lane == 0) of_warps[warp] = part;
   __syncthreads();
-  return merge_warp(lane < warps ? of_warps[lane] : WarpPart{no_logits(), 0});
+  return merge_warp(lane < warps ? of_warps[lane] : no_part<kRates>());
 }
 
 // The whole of one row's work, seen from one thread. kKept: the row stays in shared memory.
-template <typename T, bool kKept>
+template <typename T, bool kKept, bool kRates>
 struct CrossEntropyRow {
+  static constexpr int kLoads = kRates ? kAhead / 2 : kAhead;  // rates take registers too
+  static_assert(kHeadBytes<kRates> % 16 == 0, "the row is kept at a multiple of 16 bytes");
+  using Part = WarpPart<kRates>;
+
   const RowArguments& a;
-  WarpPart* of_warps;
+  Part* of_warps;
   uint4* kept;
 
   const int64_t i;
   const ChunkedRow<T> logits;
   const int64_t target;
   const bool inside;
+  const float elapsed;
 
   __device__ CrossEntropyRow(const RowArguments& arguments, bool aligned, uint4* shared)
       : a(arguments),
-        of_warps(reinterpret_cast<WarpPart*>(shared)),
-        kept(shared + kMaxRowWarps),
+        of_warps(reinterpret_cast<Part*>(shared)),
+        kept(shared + kHeadBytes<kRates> / 16),
         i(blockIdx.x),
         logits(a, i, aligned),
         target(a.target[i]),
-        inside(target >= 0 && target < a.vocabulary) {}
+        inside(target >= 0 && target < a.vocabulary),
+        elapsed(kRates && a.elapsed != nullptr ? a.elapsed[i] : 0.0f) {}
+
+  // Rates of a chunk's columns; 0 beyond the last one.
+  __device__ void load_rates(int chunk, float (&rate)[kPerChunk<T>]) const {
+    if (chunk < logits.whole) {
+      for (int q = 0; q < kPerChunk<T> / 4; ++q) {
+        const uint4 four = reinterpret_cast<const uint4*>(a.rates)[static_cast<int64_t>(chunk) * (kPerChunk<T> / 4) + q];
+        rate[4 * q] = float_from_bits(four.x), rate[4 * q + 1] = float_from_bits(four.y);
+        rate[4 * q + 2] = float_from_bits(four.z), rate[4 * q + 3] = float_from_bits(four.w);
+      }
+    } else {
+      for (int e = 0; e < kPerChunk<T>; ++e) {
+        const int64_t j = static_cast<int64_t>(chunk) * kPerChunk<T> + e;
+        rate[e] = j < a.columns ? a.rates[j] : 0.0f;
+      }
+    }
+  }
 
   // Which element of a chunk the target is, or -1.
   __device__ int place_of_target(int chunk) const {
@@ -191,15 +250,15 @@ struct CrossEntropyRow {
   }
 
   // A thread's share of the row: the others' part, and the target's stored logit if it came by.
-  __device__ WarpPart sum_up() const {
-    WarpPart part{no_logits(), 0};
+  __device__ Part sum_up() const {
+    Part part = no_part<kRates>();
     const int stride = blockDim.x;
-    for (int first = threadIdx.x; first < logits.whole; first += kAhead * stride) {
-      uint4 ahead[kAhead];
-      for (int u = 0; u < kAhead; ++u) {
+    for (int first = threadIdx.x; first < logits.whole; first += kLoads * stride) {
+      uint4 ahead[kLoads];
+      for (int u = 0; u < kLoads; ++u) {
         if (first + u * stride < logits.whole) ahead[u] = logits.load(first + u * stride);
       }
-      for (int u = 0; u < kAhead; ++u) {
+      for (int u = 0; u < kLoads; ++u) {
         if (first + u * stride < logits.whole) add(part, first + u * stride, ahead[u]);
       }
     }
@@ -209,10 +268,15 @@ struct CrossEntropyRow {
     return part;
   }
 
-  __device__ void add(WarpPart& part, int chunk, const uint4& value) const {
+  __device__ void add(Part& part, int chunk, const uint4& value) const {
     if (kKept) kept[chunk] = value;
     float z[kPerChunk<T>];
     widen_chunk(value, z);
+    float rate[kPerChunk<T>];
+    if constexpr (kRates) {
+      load_rates(chunk, rate);
+      for (int e = 0; e < kPerChunk<T>; ++e) z[e] -= elapsed * rate[e];
+    }
     const int place = place_of_target(chunk);
     if (place >= 0) {
       for (int e = 0; e < kPerChunk<T>; ++e) {
@@ -222,38 +286,48 @@ struct CrossEntropyRow {
     }
     float largest = z[0];
     for (int e = 1; e < kPerChunk<T>; ++e) largest = fmaxf(largest, z[e]);  // passes over what is not a number
-    if (largest > part.others.largest) part.others = rebase(part.others, largest);
+    if (largest > part.others.largest) move_to(part, largest);
     const float base = part.others.largest == -INFINITY ? 0.0f : part.others.largest;
     for (int e = 0; e < kPerChunk<T>; ++e) {
       const float x = z[e] - base, power = expf(x);
       part.others.sum += power;
       part.others.moment += power * fmaxf(x, -1e4f);  // 0 where x is -inf
+      if constexpr (kRates) part.rated += power * rate[e];
     }
   }
 
-  // A thread's share of hidden . weight[target] + bias[target].
+  // A thread's share of hidden . weight[target] + bias[target] - elapsed * rates[target].
   __device__ float recomputed() const {
     float share = 0;
     if (a.bias != nullptr && threadIdx.x == 0) share = widen(static_cast<const T*>(a.bias)[target]);
+    if (kRates && threadIdx.x == 0) share -= elapsed * a.rates[target];
     const T* hidden = static_cast<const T*>(a.hidden) + i * a.width;
     const T* weight = static_cast<const T*>(a.weight) + target * a.width;
     for (int64_t k = threadIdx.x; k < a.width; k += blockDim.x) share += widen(hidden[k]) * widen(weight[k]);
     return share;
   }
 
-  __device__ void write_gradient(const RowResult& result) const {
+  __device__ void write_gradient(const RowResult& result, float speed) const {
     for (int chunk = threadIdx.x; chunk < logits.whole; chunk += blockDim.x) {
-      logits.store(chunk, gradient_of(result, chunk, kKept ? kept[chunk] : logits.load(chunk)));
+      logits.store(chunk, gradient_of(result, speed, chunk, kKept ? kept[chunk] : logits.load(chunk)));
     }
     for (int chunk = logits.whole + threadIdx.x; chunk < logits.chunks; chunk += blockDim.x) {
-      logits.store_elements(chunk, gradient_of(result, chunk, kKept ? kept[chunk] : logits.load_elements(chunk)));
+      logits.store_elements(chunk, gradient_of(result, speed, chunk, kKept ? kept[chunk] : logits.load_elements(chunk)));
     }
   }
 
-  __device__ uint4 gradient_of(const RowResult& result, int chunk, const uint4& value) const {
+  __device__ uint4 gradient_of(const RowResult& result, float speed, int chunk, const uint4& value) const {
     float z[kPerChunk<T>];
     widen_chunk(value, z);
-    for (int e = 0; e < kPerChunk<T>; ++e) z[e] = result.scale * gradient_exp<T>(z[e] - result.largest);
+    if constexpr (kRates) {
+      float rate[kPerChunk<T>];
+      load_rates(chunk, rate);
+      for (int e = 0; e < kPerChunk<T>; ++e) {
+        z[e] = result.scale * gradient_exp<T>((z[e] - elapsed * rate[e]) - result.largest) * (rate[e] - speed);
+      }
+    } else {
+      for (int e = 0; e < kPerChunk<T>; ++e) z[e] = result.scale * gradient_exp<T>(z[e] - result.largest);
+    }
     const int place = place_of_target(chunk);
     if (place >= 0) {
       for (int e = 0; e < kPerChunk<T>; ++e) z[e] = e == place ? result.at_target : z[e];
@@ -274,27 +348,40 @@ struct CrossEntropyRow {
     if (a.entropy != nullptr) a.entropy[i] = result.entropy;
   }
 
+  __device__ void write_velocity(float velocity) const {
+    if (kRates && threadIdx.x == 0) a.velocity[i] = velocity;
+  }
+
   __device__ void run() const {
     const float weight = a.token_weight == nullptr ? 1.0f : a.token_weight[i];
     if (weight == 0) {  // the same in all threads
       write_row(RowResult{});
+      write_velocity(0);
       if (a.gradient) write_zeros();
       return;
     }
-    WarpPart part = sum_up();
+    Part part = sum_up();
     if (inside && a.hidden != nullptr) part.at_target = recomputed();
     part = merge_cta(part, of_warps);
     RowResult result = finish(part.others, inside ? part.at_target : -INFINITY, weight);
     if (!inside) result.nll = NAN;
     write_row(result);
-    if (a.gradient) write_gradient(result);
+    float speed = 0;
+    if constexpr (kRates) {
+      const float of_others = part.others.sum == 0 ? 0 : part.rated * expf(part.others.largest - result.largest);
+      const RateResult rates = finish_rates(result, of_others * result.max_probability, inside ? a.rates[target] : 0.0f, weight);
+      write_velocity(inside ? rates.speed : NAN);
+      result.at_target = rates.at_target;
+      speed = rates.speed;
+    }
+    if (a.gradient) write_gradient(result, speed);
   }
 };
 
-template <typename T, bool kKept>
+template <typename T, bool kKept, bool kRates>
 __global__ void __launch_bounds__(kMaxRowThreads) cross_entropy_kernel(const RowArguments a, const bool aligned) {
   extern __shared__ uint4 shared_memory[];
-  CrossEntropyRow<T, kKept>(a, aligned, shared_memory).run();
+  CrossEntropyRow<T, kKept, kRates>(a, aligned, shared_memory).run();
 }
 
 // Column sums, first stage. A warp reads 512 bytes of a row, then of another, and keeps its sums in registers; a CTA's eight

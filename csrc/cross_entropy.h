@@ -21,6 +21,9 @@ struct RowArguments {
   float* max_probability;    // [rows]
   float* entropy;            // [rows]
   float* bias_gradient;      // [columns], added to
+  const float* rates;        // [columns]; given with velocity, and elapsed only with both
+  const float* elapsed;      // [rows]
+  float* velocity;           // [rows]
   int64_t rows, columns, stride, width;
   int64_t vocabulary;        // targets lie below it; columns past it are padding
   bool gradient;
@@ -53,6 +56,7 @@ ATAT_FAST_INLINE RowPart merge(RowPart a, RowPart b) {
 struct RowResult {
   float nll, max_probability, entropy;
   float largest, scale, at_target;
+  float others_share, own_share;  // of the probability: all but the target's, and the target's
 };
 
 // `others` is the whole row without its target. The target's gradient is taken from the others' sum and not as p - 1, which
@@ -71,8 +75,22 @@ ATAT_FAST_INLINE RowResult finish(RowPart others, float at_target, float weight)
   result.entropy = entropy < 0 ? 0 : entropy;
   result.largest = largest;
   result.scale = weight / total;
-  result.at_target = -weight * (rest.sum / total);
+  result.others_share = rest.sum / total;
+  result.own_share = own / total;
+  result.at_target = -weight * result.others_share;
   return result;
+}
+
+// What rates change: the gradient is `scale` * e^(z - largest) * (rate - speed) everywhere but at the target. speed is the velocity
+// that is reported, sum of rate * p less the target's rate, where there is a target.
+struct RateResult {
+  float speed, at_target;
+};
+
+// of_others is the sum of rate * p over all but the target. Terms of one sign add up, so nothing cancels in a row that is certain.
+ATAT_FAST_INLINE RateResult finish_rates(const RowResult& row, float of_others, float own_rate, float weight) {
+  const float q = row.others_share;
+  return {of_others - own_rate * q, -weight * (own_rate * q * q + of_others * row.own_share)};
 }
 
 }  // namespace atat_fast

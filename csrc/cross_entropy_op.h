@@ -22,7 +22,8 @@ class RowCall {
   RowCall(const Tensor& logits, const Tensor& target, const std::optional<Tensor>& token_weight, const std::optional<Tensor>& hidden,
           const std::optional<Tensor>& weight, const std::optional<Tensor>& bias, bool gradient, const Tensor& nll,
           const std::optional<Tensor>& max_probability, const std::optional<Tensor>& entropy,
-          const std::optional<Tensor>& bias_gradient)
+          const std::optional<Tensor>& bias_gradient, const std::optional<Tensor>& rates, const std::optional<Tensor>& elapsed,
+          const std::optional<Tensor>& velocity)
       : device_(logits.get_device_index()), on_cpu_(logits.is_cpu()) {
     const ScalarType type = logits.scalar_type();
     const bool half = type == ScalarType::BFloat16;
@@ -47,6 +48,12 @@ class RowCall {
     arguments.max_probability = static_cast<float*>(optional(max_probability, "max_probability", ScalarType::Float, rows));
     arguments.entropy = static_cast<float*>(optional(entropy, "entropy", ScalarType::Float, rows));
     arguments.bias_gradient = static_cast<float*>(optional(bias_gradient, "bias_gradient", ScalarType::Float, columns));
+    STD_TORCH_CHECK(rates.has_value() == velocity.has_value() && (rates.has_value() || !elapsed.has_value()),
+                    "rates and velocity are given together, and elapsed with them");
+    arguments.rates = static_cast<const float*>(optional(rates, "rates", ScalarType::Float, columns));
+    arguments.elapsed = static_cast<const float*>(optional(elapsed, "elapsed", ScalarType::Float, rows));
+    arguments.velocity = static_cast<float*>(optional(velocity, "velocity", ScalarType::Float, rows));
+    STD_TORCH_CHECK(reinterpret_cast<uintptr_t>(arguments.rates) % 16 == 0, "rates must lie at a multiple of 16 bytes");
     arguments.vocabulary = weight.has_value() && weight->size(0) < columns ? weight->size(0) : columns;
   }
 

@@ -31,7 +31,8 @@ STABLE_TORCH_LIBRARY(atat_fast_c, m) {
       "-> (Tensor noisy, Tensor rows, Tensor weights)");
   m.def(
       "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? token_weight, Tensor? hidden, Tensor? weight, Tensor? bias, "
-      "bool gradient, Tensor(b!) nll, Tensor(c!)? max_probability, Tensor(d!)? entropy, Tensor(e!)? bias_gradient) -> ()");
+      "bool gradient, Tensor(b!) nll, Tensor(c!)? max_probability, Tensor(d!)? entropy, Tensor(e!)? bias_gradient, Tensor? rates, "
+      "Tensor? elapsed, Tensor(f!)? velocity) -> ()");
   m.def("rotary(Tensor(a!) out, Tensor qkv, Tensor cos, Tensor sin, bool inverse) -> ()");
   m.def(
       "adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, Tensor? weight, float eps, ScalarType out_dtype) "

@@ -29,8 +29,10 @@ def log1p(x):
 
 
 @triton.jit
-def load_target(Logits, Hidden, Weight, Bias, i, target, inside, width, BLOCK_D: tl.constexpr):
-    """The target's logit: hidden . weight[target] + bias[target] in fp32 where hidden is given, else as stored. -inf outside."""
+def load_target(Logits, Hidden, Weight, Bias, Rates, i, target, inside, elapsed, width, BLOCK_D: tl.constexpr):
+    """The target's logit: hidden . weight[target] + bias[target] in fp32 where hidden is given, else as stored; less elapsed
+    times its rate where there are rates. -inf outside.
+    """
     if Hidden is not None:
         shares = tl.zeros((BLOCK_D,), tl.float32)
         for d in range(0, width, BLOCK_D):
@@ -43,18 +45,26 @@ def load_target(Logits, Hidden, Weight, Bias, i, target, inside, width, BLOCK_D:
             at_target += tl.load(Bias + target, mask=inside, other=0.0).to(tl.float32)
     else:
         at_target = tl.load(Logits + target, mask=inside, other=0.0).to(tl.float32)
+    if Rates is not None:
+        at_target -= elapsed * tl.load(Rates + target, mask=inside, other=0.0)
     return tl.where(inside, at_target, float("-inf"))
 
 
 @triton.jit
-def sum_up(Logits, column, columns, BLOCK: tl.constexpr):
-    """Of a row without its target: the largest logit, and the sums of e^x and of e^x x, where x = z - largest."""
+def sum_up(Logits, Rates, column, columns, elapsed, BLOCK: tl.constexpr):
+    """Of a row without its target: the largest logit, and the sums of e^x, of e^x x and of e^x rate, where x = z - largest. With
+    rates, z is the logit less elapsed times its rate.
+    """
     largest = tl.full((), float("-inf"), tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
     moments = tl.zeros((BLOCK,), tl.float32)
+    rated = tl.zeros((BLOCK,), tl.float32)
     for p in range(0, columns, BLOCK):
         o = p + tl.arange(0, BLOCK)
         z = tl.load(Logits + o, mask=o < columns, other=float("-inf")).to(tl.float32)
+        if Rates is not None:
+            rate = tl.load(Rates + o, mask=o < columns, other=0.0)
+            z -= elapsed * rate
         z = tl.where(o == column, float("-inf"), z)
         higher = tl.maximum(largest, tl.max(z, 0))
         base = tl.where(higher > float("-inf"), higher, 0.0)
@@ -64,13 +74,17 @@ def sum_up(Logits, column, columns, BLOCK: tl.constexpr):
         power = exp(x)
         moments = factor * (moments + sums * shift) + power * tl.maximum(x, -1e4)  # the last is 0 where x is -inf
         sums = sums * factor + power
+        if Rates is not None:
+            rated = rated * factor + power * rate
         largest = higher
-    return largest, tl.sum(sums, 0), tl.sum(moments, 0)
+    return largest, tl.sum(sums, 0), tl.sum(moments, 0), tl.sum(rated, 0)
 
 
 @triton.jit
 def finish(of_others, others, moment, at_target, w):
-    """As in csrc/cross_entropy.h: nll, max_probability, entropy; then largest, scale and the target's gradient."""
+    """As in csrc/cross_entropy.h: nll, max_probability, entropy; then largest, scale and the target's gradient; then the shares
+    of the others and of the target, and the factor that makes a sum of the others theirs.
+    """
     first = at_target >= of_others
     largest = tl.where(first, at_target, of_others)
     shift = tl.where(others > 0.0, of_others - largest, 0.0)
@@ -83,27 +97,36 @@ def finish(of_others, others, moment, at_target, w):
     rest_moment = tl.where(factor > 0.0, factor * (moment + others * shift), 0.0)
     entropy = log_total - (rest_moment + own_moment) / total
     entropy = tl.where(entropy < 0.0, 0.0, entropy)
-    return log_total + (largest - at_target), 1.0 / total, entropy, largest, w / total, -w * (rest / total)
+    nll = log_total + (largest - at_target)
+    return nll, 1.0 / total, entropy, largest, w / total, -w * (rest / total), rest / total, own / total, factor / total
 
 
 @triton.jit
-def write_gradient(Logits, column, columns, largest, scale, of_target, BLOCK: tl.constexpr):
+def write_gradient(Logits, Rates, column, columns, largest, scale, of_target, elapsed, speed, BLOCK: tl.constexpr):
     """The row's second pass. Logits past the last column are read as -inf and not written."""
     for p in range(0, columns, BLOCK):
         o = p + tl.arange(0, BLOCK)
         z = tl.load(Logits + o, mask=o < columns, other=float("-inf"))
+        x = z.to(tl.float32)
+        if Rates is not None:
+            rate = tl.load(Rates + o, mask=o < columns, other=0.0)
+            x -= elapsed * rate
         if z.dtype == tl.float32:
-            gradient = scale * exp(z - largest)
+            gradient = scale * exp(x - largest)
         else:
-            gradient = scale * tl.exp(z.to(tl.float32) - largest)
+            gradient = scale * tl.exp(x - largest)
+        if Rates is not None:
+            gradient *= rate - speed
         gradient = tl.where(o == column, of_target, gradient)
         tl.store(Logits + o, gradient.to(z.dtype), mask=o < columns)
 
 
 @triton.jit
-def write_row(Nll, MaxProbability, Entropy, i, nll, max_probability, entropy):
+def write_row(Nll, MaxProbability, Entropy, Velocity, i, nll, max_probability, entropy, velocity):
     """What is known of a row as a whole."""
     tl.store(Nll + i, nll)
+    if Velocity is not None:
+        tl.store(Velocity + i, velocity)
     if MaxProbability is not None:
         tl.store(MaxProbability + i, max_probability)
     if Entropy is not None:
@@ -112,7 +135,7 @@ def write_row(Nll, MaxProbability, Entropy, i, nll, max_probability, entropy):
 
 @triton.jit(do_not_specialize=["vocabulary"])
 def _cross_entropy_kernel(
-    Logits, Target, TokenWeight, Hidden, Weight, Bias, Nll, MaxProbability, Entropy,
+    Logits, Target, TokenWeight, Hidden, Weight, Bias, Nll, MaxProbability, Entropy, Rates, Elapsed, Velocity,
     columns, stride, width, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     i = tl.program_id(0).to(tl.int64)
@@ -122,7 +145,7 @@ def _cross_entropy_kernel(
         w = tl.load(TokenWeight + i)
     if w == 0.0:  # its logits may be anything, and are not read
         zero = w * 0.0
-        write_row(Nll, MaxProbability, Entropy, i, zero, zero, zero)
+        write_row(Nll, MaxProbability, Entropy, Velocity, i, zero, zero, zero, zero)
         if GRADIENT:
             for p in range(0, columns, BLOCK):
                 o = p + tl.arange(0, BLOCK)
@@ -131,13 +154,23 @@ def _cross_entropy_kernel(
         target = tl.load(Target + i)
         inside = (target >= 0) & (target < vocabulary)
         column = tl.where(inside, target, -1).to(tl.int32)
-        at_target = load_target(Logits, Hidden, Weight, Bias, i, target, inside, width, BLOCK_D)
-        of_others, others, moment = sum_up(Logits, column, columns, BLOCK)
-        nll, max_probability, entropy, largest, scale, of_target = finish(of_others, others, moment, at_target, w)
+        elapsed = tl.full((), 0.0, tl.float32)
+        if Elapsed is not None:
+            elapsed = tl.load(Elapsed + i)
+        at_target = load_target(Logits, Hidden, Weight, Bias, Rates, i, target, inside, elapsed, width, BLOCK_D)
+        of_others, others, moment, rated = sum_up(Logits, Rates, column, columns, elapsed, BLOCK)
+        nll, max_probability, entropy, largest, scale, of_target, q, own, factor = finish(of_others, others, moment, at_target, w)
         nll = tl.where(inside, nll, float("nan"))
-        write_row(Nll, MaxProbability, Entropy, i, nll, max_probability, entropy)
+        speed = tl.full((), 0.0, tl.float32)
+        if Rates is not None:
+            own_rate = tl.load(Rates + target, mask=inside, other=0.0)
+            rate_of_others = tl.where(others == 0.0, 0.0, rated * factor)
+            speed = rate_of_others - own_rate * q
+            of_target = -w * (own_rate * q * q + rate_of_others * own)
+        velocity = tl.where(inside, speed, float("nan"))
+        write_row(Nll, MaxProbability, Entropy, Velocity, i, nll, max_probability, entropy, velocity)
         if GRADIENT:
-            write_gradient(Logits, column, columns, largest, scale, of_target, BLOCK)
+            write_gradient(Logits, Rates, column, columns, largest, scale, of_target, elapsed, speed, BLOCK)
 
 
 @triton.jit(do_not_specialize=["rows", "rows_of_split"])
@@ -173,7 +206,8 @@ def _add_column_sums_kernel(BiasGradient, Sums, columns, splits, BLOCK: tl.const
 
 
 def cross_entropy_(
-    logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient
+    logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient, rates, elapsed,
+    velocity,
 ):  # fmt: skip
     """As atat_fast.ops.cross_entropy.cross_entropy_. Every tensor but logits is contiguous, and logits' columns are."""
     rows, columns = logits.shape
@@ -182,7 +216,7 @@ def cross_entropy_(
     vocabulary = columns if weight is None else min(columns, weight.shape[0])
     width = 0 if hidden is None else hidden.shape[1]
     _cross_entropy_kernel[(rows,)](
-        logits, target, token_weight, hidden, weight, bias, nll, max_probability, entropy,
+        logits, target, token_weight, hidden, weight, bias, nll, max_probability, entropy, rates, elapsed, velocity,
         columns, logits.stride(0), width, vocabulary, GRADIENT=gradient, **configuration(columns, width),
     )  # fmt: skip
     if gradient and bias_gradient is not None:
@@ -191,7 +225,8 @@ def cross_entropy_(
 
 def configuration(columns, width):
     """The compile-time sizes for rows of this length: 16 logits a thread, in blocks of at most 4,096. So many, their sums and
-    their moments stay in 80 registers, at which three programs share a multiprocessor and have 24 KB of loads in flight.
+    their moments stay in 80 registers, at which three programs share a multiprocessor and have 24 KB of loads in flight. With
+    rates it is 128, and two programs.
     """
     block = min(4096, max(128, triton.next_power_of_2(columns)))
     return {"BLOCK": block, "BLOCK_D": min(1024, max(16, triton.next_power_of_2(width))), "num_warps": max(1, block // 512)}

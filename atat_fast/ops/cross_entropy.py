@@ -2,6 +2,11 @@
 
     p = softmax(z),   nll = -log p_target,   dz_j = w p_j,   dz_target = -w (p's sum without its target)
 
+With rates u of the vocabulary, the loss of a hidden token under a schedule in which token v is revealed at rate u_v:
+
+    p = softmax(z - elapsed u),   loss = u_target nll + velocity,   velocity = sum_v u_v p_v - u_target,
+    dz_j = w p_j (u_j - velocity)      (all rates 1: velocity is 0, and nothing changes)
+
 linear_cross_entropy calls this between its matrix products. It is a step of that op and no op by itself: the caller owns every
 buffer, and nothing here is differentiable.
 """
@@ -18,37 +23,45 @@ from torch import Tensor
 def cross_entropy_(
     logits: Tensor, target: Tensor, token_weight: Tensor | None, hidden: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, gradient: bool, nll: Tensor, max_probability: Tensor | None, entropy: Tensor | None,
-    bias_gradient: Tensor | None, backend: str,
+    bias_gradient: Tensor | None, rates: Tensor | None, elapsed: Tensor | None, velocity: Tensor | None, backend: str,
 ) -> None:  # fmt: skip
     """Losses of a slab of logits and, in its place, the gradient of sum_i token_weight[i] nll[i].
 
     logits:           [C, columns] bf16 or fp32, fp64 for "torch"; unit stride within a row. Overwritten where `gradient`, and
                       only read where not. A column at -inf has probability 0, and its gradient is exactly 0.
     target:           [C] int64 in [0, columns), and under weight's rows where weight is given. A target outside gives that row
-                      a nll of NaN, and as gradient its weight times p, with no column taken for the target. Whatever target
-                      holds, no memory outside the arguments is touched.
+                      a nll of NaN, and as gradient its weight times p, with no column taken for the target (with rates: the
+                      gradient of its weight times sum_v u_v p_v). Whatever target holds, no memory outside the arguments is
+                      touched.
     token_weight:     [C] fp32, or None for ones. A row of weight 0 gets zeros everywhere, whatever its logits are.
     hidden, weight:   [C, D] and [rows, D] of logits' dtype, contiguous, or both None. Given, a target's logit is computed again
                       in fp32 as hidden[i] . weight[target] + bias[target], for a logit stored in bf16 is rounded.
     bias:             [columns] of logits' dtype, or None. It is part of the logits already and read for the target alone.
     nll:              [C] fp32, the loss in nats, not weighted.   max_probability, entropy: [C] fp32 or None, of p, in nats.
     bias_gradient:    [columns] fp32 or None; the gradient's column sums are added to it where `gradient`.
+    rates, velocity:  [columns] fp32, finite, and [C] fp32, or both None. Given, velocity is written, and the gradient is that of
+                      sum_i token_weight[i] (rates[target[i]] nll[i] + velocity[i]).
+    elapsed:          [C] fp32, finite, or None for zeros: only with rates.
     backend:          a name in ROW_PASS.
 
     A row that holds NaN or +inf has a nll of NaN. With fp64 logits every fp32 above is fp64.
     """
-    ROW_PASS[backend](logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient)
+    ROW_PASS[backend](
+        logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient, rates,
+        elapsed, velocity,
+    )  # fmt: skip
 
 
 def cross_entropy_reference(
     logits: Tensor, target: Tensor, token_weight: Tensor | None, hidden: Tensor | None, weight: Tensor | None,
     bias: Tensor | None, gradient: bool, nll: Tensor, max_probability: Tensor | None, entropy: Tensor | None,
-    bias_gradient: Tensor | None,
+    bias_gradient: Tensor | None, rates: Tensor | None = None, elapsed: Tensor | None = None, velocity: Tensor | None = None,
 ) -> None:  # fmt: skip
     """The specification, in fp32, or fp64 for fp64 logits.
 
     The target is kept apart from the others throughout. Where it is nearly certain, their sum alone says how far it is from
-    certain: both log(1 + others) and the target's gradient keep their precision, and p - 1 would not.
+    certain: both log(1 + others) and the target's gradient keep their precision, and p - 1 would not. With q the others' share
+    and m their mean rate times q, velocity = m - u_target q and dz_target = -w (u_target q^2 + m p_target).
     """
     wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
     columns = logits.shape[1]
@@ -56,12 +69,16 @@ def cross_entropy_reference(
     column = torch.where(inside, target, 0)[:, None]
 
     z = logits.to(wide, copy=True)
+    if rates is not None and elapsed is not None:
+        z -= elapsed.to(wide)[:, None] * rates.to(wide)
     at_target = z.gather(1, column)[:, 0]
     z.scatter_(1, column, torch.where(inside, -torch.inf, at_target)[:, None])  # now the others alone
     if hidden is not None and weight is not None:
         at_target = (hidden.to(wide) * weight[column[:, 0]].to(wide)).sum(1)
         if bias is not None:
             at_target += bias.to(wide)[column[:, 0]]
+        if rates is not None and elapsed is not None:
+            at_target -= elapsed.to(wide) * rates.to(wide)[column[:, 0]]
     at_target = torch.where(inside, at_target, -torch.inf)
 
     of_others = z.amax(1)
@@ -82,12 +99,23 @@ def cross_entropy_reference(
         assert moment is not None
         moment += own * (at_target - largest).clamp(min=-1e4)
         entropy.copy_((log_total - moment / total).clamp(min=0).masked_fill(empty, 0.0))
+    scale = torch.ones_like(total) if token_weight is None else token_weight.to(wide)
+    of_target = -scale * (rest / total)
+    speed = None
+    if rates is not None:
+        assert velocity is not None
+        own_rate = torch.where(inside, rates.to(wide)[column[:, 0]], 0.0)
+        of_rest = (z * rates.to(wide)).sum(1) / total
+        speed = of_rest - own_rate * (rest / total)
+        of_target = -scale * (own_rate * (rest / total) ** 2 + of_rest * (own / total))
+        velocity.copy_(torch.where(inside, speed, torch.nan).masked_fill(empty, 0.0))
     if not gradient:
         return
 
-    scale = torch.ones_like(total) if token_weight is None else token_weight.to(wide)
     z.mul_((scale / total)[:, None])
-    z.scatter_(1, column, torch.where(inside, -scale * (rest / total), z.gather(1, column)[:, 0])[:, None])
+    if rates is not None and speed is not None:
+        z.mul_(rates.to(wide) - speed[:, None])
+    z.scatter_(1, column, torch.where(inside, of_target, z.gather(1, column)[:, 0])[:, None])
     logits.copy_(z.masked_fill_(empty[:, None], 0.0))
     if bias_gradient is not None:
         bias_gradient += logits.sum(0, dtype=bias_gradient.dtype)

@@ -6,6 +6,10 @@ Only the rows named by `rows` are read. They are taken in slabs whose logits fit
 into its own gradient in place, multiplied into dX and dW, and forgotten. The weighted sum therefore needs three matrix products
 in all and its backward only scales; the per-row form has to wait for its upstream gradient and computes the slabs again
 (four products), as does low_memory. dL/dw_i = upstream * nll_i comes for free.
+
+With rates u of the vocabulary a row's loss is that of a token-identity schedule (diffusion/identity.py), from the same pass:
+
+    p_i = softmax(z_i - elapsed_i u),   loss_i = u_target nll_i + sum_v u_v p_iv - u_target
 """
 
 from __future__ import annotations
@@ -48,6 +52,8 @@ def linear_cross_entropy(
     token_weight: Tensor | None = None,
     rows: Tensor | None = None,
     forbidden: int | None = None,
+    rates: Tensor | None = None,
+    elapsed: Tensor | None = None,
     reduction: str = "sum",
     return_nll: bool = False,
     return_statistics: bool = False,
@@ -62,40 +68,48 @@ def linear_cross_entropy(
     target:       [N] int64, or [R] with rows.      token_weight: the same length, fp32, or None for ones; any sign.
     bias:         [V] or None.                      rows: [R] int64, the rows of hidden that count, or None for all.
     forbidden:    a vocabulary id whose probability is zero (the mask token): its row of dW is exactly 0.
-    reduction:    "sum" gives the fp32 scalar sum_i w_i nll_i in nats; "none" gives the [R] fp32 vector of w_i nll_i.
+    rates:        [V] fp32 above 0, or None: at which rate each token of the vocabulary is revealed. A row's loss is then
+                  rates[target] nll + sum_v rates[v] p_v - rates[target], which for rates of 1 is nll.
+    elapsed:      [R] fp32, at least 0, or None for zeros: what rates are multiplied by and logits lowered by, -log t of a row.
+    reduction:    "sum" gives the fp32 scalar sum_i w_i loss_i in nats, loss_i = nll_i without rates; "none" gives the [R] fp32
+                  vector of w_i loss_i.
     return_nll:   also return the unweighted nll [R], detached.   return_statistics: also return `RowStatistics`.
     low_memory:   for "sum": hold nothing between forward and backward but the inputs, in slabs of 32 MB; the backward computes
                   the logits again, a fourth product. Without it, gradients (V x D in fp32, R x D) are held.
     chunk_bytes:  budget for a slab of logits; 256 MB on a GPU and 64 MB on a CPU where the caller does not say.
     backend:      "cuda", "triton", "cpp" or "torch" for the row pass between the products; the fastest where not said.
 
-    Differentiable in hidden, weight, bias and token_weight, once. A row of weight 0 gives exact zeros whatever its logits; a
-    weight or row that is NaN, and a logit past the dtype's range, gives a loss of NaN, never a number that hides it.
+    Differentiable in hidden, weight, bias and token_weight, once; not in rates and elapsed. A row of weight 0 gives exact zeros
+    whatever its logits; a weight or row that is NaN, and a logit past the dtype's range, gives a loss of NaN, never a number that
+    hides it.
     Raises ValueError when shapes disagree, hidden is fp16 (its logits overflow at 65,504), weight is a DTensor, or, on a CPU, a
     target is outside [0, V) or forbidden, or a row outside [0, N). A GPU is not asked, which would wait for it: there a target
     outside gives NaN and a forbidden one inf, and with ATAT_FAST_DEBUG=1 a device assertion names the fault.
     """
     hidden = hidden.to(autocast_dtype(hidden))
-    _check(hidden, weight, target, bias, token_weight, rows, forbidden, reduction)
+    _check(hidden, weight, target, bias, token_weight, rows, forbidden, reduction, rates, elapsed)
     without = _FP64_ONLY if hidden.dtype is torch.float64 else ()
     chosen = choose_backend("linear_cross_entropy", hidden.device, backend, without)
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES_GPU
         chunk_bytes = min(chunk_bytes, CHUNK_BYTES_LOW) if low_memory else chunk_bytes
     if reduction == "none" or low_memory:
-        nll, *known = torch.ops.atat_fast.linear_cross_entropy_rows(
-            hidden, weight, target, bias, rows, forbidden, chunk_bytes, return_statistics, chosen
+        losses, apart, *known = torch.ops.atat_fast.linear_cross_entropy_rows(
+            hidden, weight, target, bias, rows, forbidden, rates, elapsed, chunk_bytes, return_statistics, chosen
         )
+        nll = losses if rates is None else apart
         if token_weight is not None:  # the loss is masked before the product: 0 * NaN would reach the weight's gradient
             empty = token_weight == 0
-            nll, known = nll.masked_fill(empty, 0.0), [s.masked_fill(empty, 0.0) if return_statistics else s for s in known]
-        result = nll if token_weight is None else token_weight * nll
+            losses, nll = losses.masked_fill(empty, 0.0), nll.masked_fill(empty, 0.0)
+            known = [s.masked_fill(empty, 0.0) if return_statistics else s for s in known]
+        result = losses if token_weight is None else token_weight * losses
         result = result if reduction == "none" else result.sum()
     else:
         track = torch.is_grad_enabled()
         result, nll, *known = torch.ops.atat_fast.linear_cross_entropy_sum(
-            hidden, weight, target, bias, token_weight, rows, forbidden, chunk_bytes, track and hidden.requires_grad,
-            track and weight.requires_grad, track and bias is not None and bias.requires_grad, return_statistics, chosen,
+            hidden, weight, target, bias, token_weight, rows, forbidden, rates, elapsed, chunk_bytes,
+            track and hidden.requires_grad, track and weight.requires_grad, track and bias is not None and bias.requires_grad,
+            return_statistics, chosen,
         )[:4]  # fmt: skip
     extras = ([nll.detach()] if return_nll else []) + (
         [RowStatistics(nll.detach(), *(s.detach() for s in known))] if return_statistics else []
@@ -108,7 +122,7 @@ _FP64_ONLY = tuple((name, "hidden is float64, which only PyTorch computes") for 
 
 def _check(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, reduction: str,
+    forbidden: int | None, reduction: str, rates: Tensor | None, elapsed: Tensor | None,
 ) -> None:  # fmt: skip
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is unknown{nearest(reduction, REDUCTIONS)}; choose {' or '.join(REDUCTIONS)}")
@@ -119,12 +133,23 @@ def _check(
     if type(weight).__name__ == "DTensor":
         raise ValueError("weight is a DTensor; pass weight.full_tensor(), gathered once for forward and backward")
     vocabulary, count = weight.shape[0], (hidden if rows is None else rows).shape[0]
-    for name, tensor, length in (("target", target, count), ("token_weight", token_weight, count), ("bias", bias, vocabulary)):
+    if elapsed is not None and rates is None:
+        raise ValueError("elapsed is given without rates, which it multiplies; pass rates, or leave elapsed out")
+    for name, tensor, length in (
+        ("target", target, count), ("token_weight", token_weight, count), ("bias", bias, vocabulary),
+        ("rates", rates, vocabulary), ("elapsed", elapsed, count),
+    ):  # fmt: skip
         if tensor is not None and tuple(tensor.shape) != (length,):
             raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
-    for name, tensor in (("weight", weight), ("target", target), ("bias", bias), ("token_weight", token_weight), ("rows", rows)):
+    for name, tensor in (
+        ("weight", weight), ("target", target), ("bias", bias), ("token_weight", token_weight), ("rows", rows), ("rates", rates),
+        ("elapsed", elapsed),
+    ):  # fmt: skip
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; move one of them")
+    for name, tensor in (("rates", rates), ("elapsed", elapsed)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, and there is none for it; pass {name}.detach()")
     if forbidden is not None and not 0 <= forbidden < vocabulary:
         raise ValueError(f"forbidden is {forbidden}, outside the vocabulary of {vocabulary}")
     if torch.compiler.is_compiling():
@@ -149,40 +174,57 @@ def _check_ids(name: str, ids: Tensor, limit: int, of: str) -> None:
 
 def linear_cross_entropy_reference(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, token_weight: Tensor | None = None,
-    rows: Tensor | None = None, forbidden: int | None = None,
+    rows: Tensor | None = None, forbidden: int | None = None, rates: Tensor | None = None, elapsed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
-    """The specification: w_i nll_i for each row, through the whole matrix of logits, differentiable as often as wanted."""
+    """The specification: w_i loss_i for each row, through the whole matrix of logits, differentiable as often as wanted."""
     logits = torch.nn.functional.linear(hidden if rows is None else hidden[rows], weight, bias)
     if forbidden is not None:
         logits = logits.index_fill(1, torch.tensor([forbidden], device=logits.device), -torch.inf)
-    nll = -torch.log_softmax(logits, dim=1).gather(1, target[:, None])[:, 0]
-    return nll if token_weight is None else token_weight * nll
+    if rates is not None and elapsed is not None:
+        logits = logits - elapsed[:, None] * rates
+    log_p = torch.log_softmax(logits, dim=1)
+    loss = -log_p.gather(1, target[:, None])[:, 0]
+    if rates is not None:
+        loss = rates[target] * loss + (log_p.exp() * rates).sum(1) - rates[target]
+    return loss if token_weight is None else token_weight * loss
 
 
 def _sum(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, statistics: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss and what is known of each row, and where needed the gradients of the weighted sum."""
+    forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool,
+    need_bias: bool, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss and what is known of each row, and where needed the gradients of the weighted sum; with rates, each row's loss."""
     wanted = Wanted(need_hidden, need_weight, need_bias, statistics)
-    out = run_slabs(hidden, weight, target, bias, token_weight, rows, forbidden, chunk_bytes, wanted, backend)
-    weighted = out.nll if token_weight is None else out.nll * token_weight
+    out = run_slabs(
+        hidden, weight, target, bias, token_weight, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed
+    )  # fmt: skip
+    losses = _row_losses(out, target, rates)
+    weighted = losses if token_weight is None else losses * token_weight
     loss = weighted.sum(dtype=torch.float64).to(out.nll.dtype)
-    return loss, out.nll, out.max_probability, out.entropy, out.hidden, out.weight, out.bias
+    apart = out.velocity if rates is None else losses
+    return loss, out.nll, out.max_probability, out.entropy, out.hidden, out.weight, out.bias, apart
+
+
+def _row_losses(out: Totals, target: Tensor, rates: Tensor | None) -> Tensor:
+    """nll, or with rates u_target nll + velocity. A target outside has no rate, and a nll and velocity that are NaN or 0."""
+    if rates is None:
+        return out.nll
+    own = rates.to(out.nll.dtype)[target.clamp(0, len(rates) - 1)]
+    return torch.addcmul(out.velocity, own, out.nll)
 
 
 def _sum_fake(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, statistics: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out = _totals_fake(hidden, weight, target.shape[0], Wanted(need_hidden, need_weight, need_bias, statistics))
+    forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool,
+    need_bias: bool, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out = _totals_fake(hidden, weight, target.shape[0], Wanted(need_hidden, need_weight, need_bias, statistics), rates)
     loss = hidden.new_empty((), dtype=out.nll.dtype)
-    return loss, out.nll, out.max_probability, out.entropy, out.hidden, out.weight, out.bias
+    return loss, out.nll, out.max_probability, out.entropy, out.hidden, out.weight, out.bias, out.velocity
 
 
-def _totals_fake(hidden: Tensor, weight: Tensor, count: int, wanted: Wanted) -> Totals:
+def _totals_fake(hidden: Tensor, weight: Tensor, count: int, wanted: Wanted, rates: Tensor | None = None) -> Totals:
     wide = accumulation_dtype(hidden)
     vocabulary, width = weight.shape
     statistics = count if wanted.statistics else 0
@@ -190,6 +232,7 @@ def _totals_fake(hidden: Tensor, weight: Tensor, count: int, wanted: Wanted) -> 
         nll=hidden.new_empty(count, dtype=wide),
         max_probability=hidden.new_empty(statistics, dtype=wide),
         entropy=hidden.new_empty(statistics, dtype=wide),
+        velocity=hidden.new_empty(0 if rates is None else count, dtype=wide),
         hidden=hidden.new_empty((count if wanted.hidden else 0, width)),
         weight=hidden.new_empty((vocabulary if wanted.weight else 0, width), dtype=wide),
         bias=hidden.new_empty(vocabulary if wanted.bias else 0, dtype=wide),
@@ -197,18 +240,18 @@ def _totals_fake(hidden: Tensor, weight: Tensor, count: int, wanted: Wanted) -> 
 
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, bias, token_weight, rows, *_ = inputs
-    _, nll, _, _, dhidden, dweight, dbias = output
+    hidden, weight, _, bias, token_weight, rows, _, rates, *_ = inputs
+    _, nll, _, _, dhidden, dweight, dbias, losses = output
     ctx.set_materialize_grads(False)  # the gradient outputs have no upstream; zeros for them would cost V * D a step
     # Not marked as non-differentiable: a second derivative then arrives at linear_cross_entropy_scale, which refuses it.
-    ctx.save_for_backward(nll, dhidden, dweight, dbias, rows)
+    ctx.save_for_backward(nll if rates is None else losses, dhidden, dweight, dbias, rows)
     ctx.num_hidden = hidden.shape[0]
-    ctx.needed = inputs[8:11]
+    ctx.needed = inputs[10:13]
     ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype, None if token_weight is None else token_weight.dtype)
 
 
 def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    none: tuple[Any, ...] = (None,) * 13
+    none: tuple[Any, ...] = (None,) * 15
     if grad is None:
         return none
     nll, dhidden, dweight, dbias, rows = ctx.saved_tensors
@@ -249,39 +292,41 @@ def _scale_fake(
 
 def _rows(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
-    chunk_bytes: int, statistics: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """nll of each row, and what else is known of it; one product and no buffer for gradients."""
+    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss of each row, its nll where that is something else, and what else is known; one product, no buffer for gradients."""
     wanted = Wanted(statistics=statistics)
-    out = run_slabs(hidden, weight, target, bias, None, rows, forbidden, chunk_bytes, wanted, backend)
-    return out.nll, out.max_probability, out.entropy
+    out = run_slabs(hidden, weight, target, bias, None, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed)
+    nll = out.velocity if rates is None else out.nll
+    return _row_losses(out, target, rates), nll, out.max_probability, out.entropy
 
 
 def _rows_fake(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
-    chunk_bytes: int, statistics: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out = _totals_fake(hidden, weight, target.shape[0], Wanted(statistics=statistics))
-    return out.nll, out.max_probability, out.entropy
+    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out = _totals_fake(hidden, weight, target.shape[0], Wanted(statistics=statistics), rates)
+    return out.nll, out.velocity, out.max_probability, out.entropy
 
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, bias, rows, forbidden, chunk_bytes, _, backend = inputs
+    hidden, weight, target, bias, rows, forbidden, rates, elapsed, chunk_bytes, _, backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, target, bias, rows)
+    ctx.save_for_backward(hidden, weight, target, bias, rows, rates, elapsed)
     ctx.forbidden, ctx.chunk_bytes, ctx.backend = forbidden, chunk_bytes, backend
 
 
 def _rows_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    none: tuple[Any, ...] = (None,) * 9
+    none: tuple[Any, ...] = (None,) * 11
     if grad is None:
         return none
-    hidden, weight, target, bias, rows = ctx.saved_tensors
+    hidden, weight, target, bias, rows, rates, elapsed = ctx.saved_tensors
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     dh, dw, db = torch.ops.atat_fast.linear_cross_entropy_rows_backward(
-        grad, hidden, weight, target, bias, rows, ctx.forbidden, ctx.chunk_bytes, need_hidden, need_weight, need_bias, ctx.backend
-    )
+        grad, hidden, weight, target, bias, rows, ctx.forbidden, rates, elapsed, ctx.chunk_bytes, need_hidden, need_weight,
+        need_bias, ctx.backend,
+    )  # fmt: skip
     return (
         dh if need_hidden else None,
         dw.to(weight.dtype) if need_weight else None,
@@ -293,17 +338,19 @@ def _rows_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 def _rows_grad(
     grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
-    chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, backend: str,
+    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     """An upstream vector is a token weight: the weighted sum's gradients are this form's backward."""
     wanted = Wanted(need_hidden, need_weight, need_bias)
-    out = run_slabs(hidden, weight, target, bias, grad, rows, forbidden, chunk_bytes, wanted, backend)
+    out = run_slabs(hidden, weight, target, bias, grad, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed)
     return _scatter(out.hidden, rows, hidden.shape[0]) if need_hidden else out.hidden, out.weight, out.bias
 
 
 def _rows_grad_fake(
     grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
-    chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool, backend: str,
+    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
     out = _totals_fake(hidden, weight, target.shape[0], Wanted(need_hidden, need_weight, need_bias))
     return hidden.new_empty((hidden.shape[0] if need_hidden else 0, hidden.shape[1])), out.weight, out.bias
@@ -312,8 +359,9 @@ def _rows_grad_fake(
 backends("linear_cross_entropy", cuda=_sum, triton=_sum, cpp=_sum, torch=_sum)
 register(
     "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? rows, "
-    "int? forbidden, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias, bool statistics, str backend) "
-    "-> (Tensor loss, Tensor nll, Tensor max_probability, Tensor entropy, Tensor dhidden, Tensor dweight, Tensor dbias)",
+    "int? forbidden, Tensor? rates, Tensor? elapsed, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias, "
+    "bool statistics, str backend) -> (Tensor loss, Tensor nll, Tensor max_probability, Tensor entropy, Tensor dhidden, "
+    "Tensor dweight, Tensor dbias, Tensor losses)",
     _sum,
     _sum_fake,
     backward=_sum_backward,
@@ -327,7 +375,8 @@ register(
 )
 register(
     "linear_cross_entropy_rows(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? rows, int? forbidden, "
-    "int chunk_bytes, bool statistics, str backend) -> (Tensor nll, Tensor max_probability, Tensor entropy)",
+    "Tensor? rates, Tensor? elapsed, int chunk_bytes, bool statistics, str backend) "
+    "-> (Tensor losses, Tensor nll, Tensor max_probability, Tensor entropy)",
     _rows,
     _rows_fake,
     backward=_rows_backward,
@@ -335,8 +384,8 @@ register(
 )
 register(
     "linear_cross_entropy_rows_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? rows, "
-    "int? forbidden, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias, str backend) "
-    "-> (Tensor, Tensor, Tensor)",
+    "int? forbidden, Tensor? rates, Tensor? elapsed, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
     _rows_grad,
     _rows_grad_fake,
 )

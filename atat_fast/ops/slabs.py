@@ -33,6 +33,7 @@ class Totals:
     nll: Tensor  # [R]
     max_probability: Tensor  # [R] or [0]
     entropy: Tensor  # [R] or [0]
+    velocity: Tensor  # [R], or [0] without rates
     hidden: Tensor  # [R, D], gradient for the rows that count
     weight: Tensor  # [V, D] fp32
     bias: Tensor  # [V] fp32
@@ -94,9 +95,12 @@ def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, forbidden: int 
 
 def run_slabs(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, chunk_bytes: int, wanted: Wanted, backend: str,
+    forbidden: int | None, chunk_bytes: int, wanted: Wanted, backend: str, rates: Tensor | None = None,
+    elapsed: Tensor | None = None,
 ) -> Totals:  # fmt: skip
-    """Every slab. Arguments are linear_cross_entropy's; gradients are those of sum(token_weight * nll)."""
+    """Every slab. Arguments are linear_cross_entropy's; gradients are those of sum(token_weight * nll), or with rates of
+    sum(token_weight * (rates[target] * nll + velocity)).
+    """
     wide = accumulation_dtype(hidden)
     count, (vocabulary, width) = target.shape[0], weight.shape
     w, b = head_of(hidden, weight, bias, forbidden)
@@ -110,6 +114,7 @@ def run_slabs(
         nll=hidden.new_empty(count, dtype=wide),
         max_probability=hidden.new_empty(statistics, dtype=wide),
         entropy=hidden.new_empty(statistics, dtype=wide),
+        velocity=hidden.new_empty(0 if rates is None else count, dtype=wide),
         hidden=hidden.new_empty((count if wanted.hidden else 0, width)),
         weight=hidden.new_empty((columns if wanted.weight else 0, width), dtype=wide),
         bias=hidden.new_zeros(columns if wanted.bias else 0, dtype=wide),
@@ -118,6 +123,10 @@ def run_slabs(
         out.weight.zero_()
     if token_weight is not None:
         token_weight = token_weight.to(wide).contiguous()
+    if rates is not None:
+        rates, unpadded = hidden.new_zeros(columns, dtype=wide), rates
+        rates[:vocabulary].copy_(unpadded)
+        elapsed = None if elapsed is None else elapsed.to(wide).contiguous()
     slab = hidden.new_empty((min(step, count), columns))
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
@@ -134,7 +143,8 @@ def run_slabs(
         cross_entropy_(
             z, target[part].contiguous(), scale, x if exact["weight"] is not None else None, exact["weight"], b, wanted.gradient,
             out.nll[part], out.max_probability[part] if wanted.statistics else None,
-            out.entropy[part] if wanted.statistics else None, out.bias if wanted.bias else None, backend,
+            out.entropy[part] if wanted.statistics else None, out.bias if wanted.bias else None, rates,
+            None if rates is None or elapsed is None else elapsed[part], None if rates is None else out.velocity[part], backend,
         )  # fmt: skip
         if wanted.hidden:
             torch.mm(z, w, out=out.hidden[part])

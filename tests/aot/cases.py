@@ -74,23 +74,28 @@ def cross_entropy() -> Iterator[Triton]:
     def types(dtype: str) -> dict[str, str]:
         return {
             "Logits": dtype, "Target": "*i64", "TokenWeight": "*fp32", "Hidden": dtype, "Weight": dtype, "Bias": dtype,
-            "Nll": "*fp32", "MaxProbability": "*fp32", "Entropy": "*fp32", "columns": "i32", "stride": "i32", "width": "i32",
+            "Nll": "*fp32", "MaxProbability": "*fp32", "Entropy": "*fp32", "Rates": "*fp32", "Elapsed": "*fp32",
+            "Velocity": "*fp32", "columns": "i32", "stride": "i32", "width": "i32",
             "vocabulary": "i32",
         }  # fmt: skip
 
-    recomputed, reported = ("Hidden", "Weight", "Bias"), ("MaxProbability", "Entropy")
+    recomputed, reported, rated = ("Hidden", "Weight", "Bias"), ("MaxProbability", "Entropy"), ("Rates", "Elapsed", "Velocity")
     for name, dtype, columns, gradient, absent, divisible in (
-        ("bf16/gradient", "*bf16", 50_304, True, ("TokenWeight",), True),
-        ("bf16/gradient-weighted", "*bf16", 50_304, True, (), True),
-        ("bf16/gradient-weighted-stored-odd", "*bf16", 50_257, True, (*recomputed, *reported), False),
-        ("bf16/gradient-weighted-short", "*bf16", 384, True, (), True),
-        ("bf16/loss", "*bf16", 50_304, False, ("TokenWeight", *reported), True),
-        ("bf16/loss-weighted", "*bf16", 50_304, False, (), True),
-        ("fp32/gradient", "*fp32", 50_304, True, ("TokenWeight", *recomputed), True),
-        ("fp32/gradient-weighted", "*fp32", 50_304, True, (), True),
-        ("fp32/gradient-weighted-stored-odd", "*fp32", 50_257, True, (*recomputed, *reported), False),
-        ("fp32/loss", "*fp32", 50_304, False, ("TokenWeight", *reported), True),
-        ("fp32/loss-weighted", "*fp32", 50_304, False, recomputed, True),
+        ("bf16/gradient", "*bf16", 50_304, True, ("TokenWeight", *rated), True),
+        ("bf16/gradient-weighted", "*bf16", 50_304, True, rated, True),
+        ("bf16/gradient-weighted-stored-odd", "*bf16", 50_257, True, (*recomputed, *reported, *rated), False),
+        ("bf16/gradient-weighted-short", "*bf16", 384, True, rated, True),
+        ("bf16/gradient-rated", "*bf16", 50_304, True, (), True),
+        ("bf16/gradient-rated-odd", "*bf16", 50_257, True, ("TokenWeight", *recomputed), False),
+        ("bf16/loss-rated", "*bf16", 50_304, False, ("TokenWeight", *reported), True),
+        ("fp32/gradient-rated", "*fp32", 50_304, True, reported, True),
+        ("bf16/loss", "*bf16", 50_304, False, ("TokenWeight", *reported, *rated), True),
+        ("bf16/loss-weighted", "*bf16", 50_304, False, rated, True),
+        ("fp32/gradient", "*fp32", 50_304, True, ("TokenWeight", *recomputed, *rated), True),
+        ("fp32/gradient-weighted", "*fp32", 50_304, True, rated, True),
+        ("fp32/gradient-weighted-stored-odd", "*fp32", 50_257, True, (*recomputed, *reported, *rated), False),
+        ("fp32/loss", "*fp32", 50_304, False, ("TokenWeight", *reported, *rated), True),
+        ("fp32/loss-weighted", "*fp32", 50_304, False, (*recomputed, *rated), True),
     ):  # fmt: skip
         sizes = configuration(columns, 768)
         options = {"num_warps": sizes.pop("num_warps")}
@@ -198,8 +203,9 @@ def rotary() -> Iterator[Triton]:
 TRITON = (adaptive_norm, cross_entropy, masking, philox, rotary)
 
 CUDA = (
-    # row_bytes of 50,304 bf16 columns in csrc/cross_entropy.cuh. A longer row is kept where a device has more, or not at all.
-    Cuda("cross_entropy.cu", {"cross_entropy_kernel": 101_120, "column_sum_kernel": 8_192}),
+    # row_bytes of 50,304 bf16 columns with rates in csrc/cross_entropy.cuh. A longer row is kept where a device has more, or not
+    # at all.
+    Cuda("cross_entropy.cu", {"cross_entropy_kernel": 101_248, "column_sum_kernel": 8_192}),
     Cuda("masking.cu", {"mask_tokens_kernel": 70_924}),  # shared_bytes(16384) in csrc/masking.cuh
     Cuda("philox.cu"),
 )

@@ -26,13 +26,13 @@ bool launch_with(int64_t bytes, int64_t blocks, int threads, unsigned seed, cons
   return true;
 }
 
-template <typename T>
+template <typename T, bool kRates>
 bool run(const RowArguments& a, bool aligned, bool kept, int threads, float* partial, unsigned seed) {
-  const bool rows = launch_with(row_bytes<T>(a.columns, kept), a.rows, threads, seed, [&] {
+  const bool rows = launch_with(row_bytes<T>(a.columns, kept, kRates), a.rows, threads, seed, [&] {
     if (kept) {
-      cross_entropy_kernel<T, true>(a, aligned);
+      cross_entropy_kernel<T, true, kRates>(a, aligned);
     } else {
-      cross_entropy_kernel<T, false>(a, aligned);
+      cross_entropy_kernel<T, false, kRates>(a, aligned);
     }
   });
   if (!a.gradient || a.bias_gradient == nullptr) return rows;
@@ -50,12 +50,12 @@ bool run(const RowArguments& a, bool aligned, bool kept, int threads, float* par
 
 extern "C" {
 
-int64_t bytes_of_row(int64_t columns, int half) {
-  return half ? row_bytes<uint16_t>(columns, true) : row_bytes<float>(columns, true);
+int64_t bytes_of_row(int64_t columns, int half, int rates) {
+  return half ? row_bytes<uint16_t>(columns, true, rates) : row_bytes<float>(columns, true, rates);
 }
 
 int64_t threads_of_kept_row(int64_t columns, int half, int64_t of_multiprocessor) {
-  const int most = kept_row_threads(bytes_of_row(columns, half), of_multiprocessor);
+  const int most = kept_row_threads(bytes_of_row(columns, half, 0), of_multiprocessor);
   return half ? row_threads<uint16_t>(columns, most) : row_threads<float>(columns, most);
 }
 
@@ -68,7 +68,9 @@ int64_t argument_bytes() { return sizeof(RowArguments); }
 // Returns 1 when a kernel wrote past the shared memory it asked for. `partial` is what the launch takes from torch.
 int run_cross_entropy(const RowArguments* arguments, int aligned, int kept, int threads, float* partial, unsigned seed) {
   const RowArguments& a = *arguments;
-  const auto run_as = a.half ? &run<uint16_t> : &run<float>;
+  const auto plain = a.half ? &run<uint16_t, false> : &run<float, false>;
+  const auto rated = a.half ? &run<uint16_t, true> : &run<float, true>;
+  const auto run_as = a.rates == nullptr ? plain : rated;
   return !run_as(a, aligned, kept, threads, partial, seed);
 }
 

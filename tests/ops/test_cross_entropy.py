@@ -40,6 +40,8 @@ class Slab:
     hidden: Tensor | None = None
     weight: Tensor | None = None
     bias: Tensor | None = None
+    rates: Tensor | None = None
+    elapsed: Tensor | None = None
 
     def to(self, device, dtype=None):
         def move(tensor):
@@ -58,6 +60,7 @@ class Result:
     max_probability: Tensor | None
     entropy: Tensor | None
     bias_gradient: Tensor | None
+    velocity: Tensor | None = None
 
     def __iter__(self):
         return iter(tensor for tensor in vars(self).values() if tensor is not None)
@@ -69,10 +72,11 @@ def run(backend, slab, *, gradient=True, reports=True, sums=True, in_place=False
     wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
     nll, max_probability, entropy = (logits.new_full((len(logits),), NAN, dtype=wide) for _ in range(3))
     bias_gradient = logits.new_zeros(logits.shape[1], dtype=wide) if sums else None
-    result = Result(logits, nll, max_probability if reports else None, entropy if reports else None, bias_gradient)
+    velocity = None if slab.rates is None else torch.full_like(nll, NAN)
+    result = Result(logits, nll, max_probability if reports else None, entropy if reports else None, bias_gradient, velocity)
     cross_entropy_(
         logits, slab.target, slab.token_weight, slab.hidden, slab.weight, slab.bias, gradient,
-        nll, result.max_probability, result.entropy, bias_gradient, backend,
+        nll, result.max_probability, result.entropy, bias_gradient, slab.rates, slab.elapsed, velocity, backend,
     )  # fmt: skip
     return result
 
@@ -134,6 +138,108 @@ def test_against_fp64(backend, dtype, shape, options):
     compare(got, want, dtype, shape[1])
     if shape[1] > 1:
         assert (got.logits[:, shape[1] // 2] == 0).all()  # forbidden: exactly
+
+
+def make_rated(rows, columns, dtype, *, aged=True, **options):
+    """A slab with rates from 0.2 to 3 and times up to 4, which move logits by as much as ten."""
+    slab = make(rows, columns, dtype, **options)
+    slab.rates = 0.2 + 2.8 * torch.rand(columns)
+    slab.elapsed = 4 * torch.rand(rows) if aged else None
+    return slab
+
+
+def rated_truth(slab):
+    """The definitions in fp64, and the sum of the magnitudes that each gradient is a difference of."""
+    rates, columns = slab.rates.double(), slab.logits.shape[1]
+    z, column = slab.logits.double(), slab.target[:, None]
+    s = torch.zeros(len(z), dtype=torch.float64) if slab.elapsed is None else slab.elapsed.double()
+    w = torch.ones(len(z), dtype=torch.float64) if slab.token_weight is None else slab.token_weight.double()
+    own = rates[slab.target]
+    at_target = z.gather(1, column)[:, 0]
+    if slab.hidden is not None:
+        at_target = (slab.hidden.double() * slab.weight.double()[slab.target]).sum(1) + slab.bias.double()[slab.target]
+    odds = (z - s[:, None] * rates - (at_target - s * own)[:, None]).exp().scatter(1, column, 0.0)
+    others, live = odds.sum(1), w != 0
+    p = odds / (1 + others)[:, None]
+    mean, q = (p * rates).sum(1), others / (1 + others)
+    velocity = mean - own * q
+    gradient = (w[:, None] * p * (rates - velocity[:, None])).scatter(
+        1, column, -(w * (own * q**2 + mean / (1 + others)))[:, None]
+    )
+    size = (w[:, None] * p * (rates + mean[:, None] + (own * q)[:, None])).abs().scatter(1, column, 0.0) + gradient.abs()
+    alive = lambda t: torch.where(live if t.dim() == 1 else live[:, None], t, 0.0)  # noqa: E731
+    assert columns == len(rates)
+    return alive(others.log1p()), alive(velocity), alive(gradient), alive(size), alive(mean + own * q)
+
+
+def check_rated(got, slab):
+    nll, velocity, gradient, size, speeds = rated_truth(slab)
+    rounding = 2**-8 * 1.01 if slab.logits.dtype is torch.bfloat16 else 0
+    torch.testing.assert_close(got.nll.double(), nll, atol=4e-6, rtol=8e-6)
+    assert ((got.velocity.double() - velocity).abs() <= 2e-5 * speeds).all()
+    assert ((got.logits.double() - gradient).abs() <= (rounding + 2e-5) * size + 1e-37).all()
+    allowed = (size * (rounding + 2e-5)).sum(0) + 1e-37
+    assert ((got.bias_gradient.double() - gradient.sum(0)).abs() <= allowed).all()
+
+
+@every
+@dtypes
+@pytest.mark.parametrize("shape", [(1, 1), (5, 7), (8, 128), (3, 1031), (2, 4099)], ids=str)
+@pytest.mark.parametrize(
+    "options", [{}, {"weighted": False, "recomputed": False}, {"aged": False}], ids=["given", "bare", "young"]
+)
+def test_rates_against_fp64(backend, dtype, shape, options):
+    slab = make_rated(*shape, dtype, **options)
+    got = run(backend, slab)
+    check_rated(got, slab)
+    alone = run(backend, slab, gradient=False)
+    assert torch.equal(alone.logits, slab.logits)
+    torch.testing.assert_close(alone.velocity, got.velocity, rtol=1e-6, atol=1e-7)
+    if shape[1] > 1:
+        assert (got.logits[:, shape[1] // 2] == 0).all()  # forbidden: exactly
+
+
+@every
+@dtypes
+def test_equal_rates_change_nothing(backend, dtype):
+    slab = make(9, 300, dtype)
+    plain = run(backend, slab)
+    slab.rates, slab.elapsed = torch.ones(300), torch.linspace(0, 3, 9)
+    got = run(backend, slab)
+    torch.testing.assert_close(got.nll, plain.nll, rtol=4e-6, atol=4e-6)
+    assert (got.velocity.abs() <= 1e-6).all()
+    torch.testing.assert_close(got.logits, plain.logits, rtol=2**-7 if dtype is torch.bfloat16 else 2e-5, atol=1e-30)
+
+
+@every
+def test_a_nearly_certain_row_keeps_its_rated_gradient(backend):
+    gaps = torch.tensor([14.0, 20.0, 28.0, 60.0])
+    logits = (torch.randn(4, 100) * 64).round() / 256
+    target = torch.arange(4) * 9
+    logits.scatter_(1, target[:, None], gaps[:, None])
+    slab = Slab(logits, target, torch.full((4,), 3.0), rates=1 + torch.arange(100) / 64)
+    got = run(backend, slab)
+    _, velocity, gradient, size, speeds = rated_truth(slab)
+    assert speeds[2] < 1e-8 and ((got.velocity - velocity).abs() <= 2e-6 * speeds).all()
+    assert ((got.logits - gradient).abs() <= 4e-6 * size).all()
+    own = got.logits.gather(1, target[:, None])
+    torch.testing.assert_close(own.double(), gradient.gather(1, target[:, None]), rtol=2e-6, atol=0)
+
+
+@every
+@dtypes
+def test_rates_of_rows_that_weigh_nothing_or_have_no_target(backend, dtype):
+    slab = make_rated(4, 70, dtype, recomputed=False)
+    slab.token_weight = torch.tensor([0.0, 1.0, 2.0, 1.0])
+    slab.logits[0] = NAN
+    slab.target[1], slab.target[2] = -1, 2**40
+    slab.logits[3, 5] = NAN
+    got = run(backend, slab)
+    assert got.velocity[0] == got.nll[0] == 0 and (got.logits[0] == 0).all()
+    assert got.velocity[1:].isnan().all() and got.nll[1:].isnan().all()
+    p = torch.softmax(slab.logits[1:3].double() - slab.elapsed[1:3, None].double() * slab.rates, 1)
+    want = slab.token_weight[1:3, None] * p * (slab.rates - (p * slab.rates).sum(1, keepdim=True))
+    torch.testing.assert_close(got.logits[1:3].double(), want, rtol=2**-7 if dtype is torch.bfloat16 else 2e-4, atol=1e-6)
 
 
 @quick
@@ -259,7 +365,21 @@ def test_losses_alone_leave_logits_as_they_are(backend, dtype):
     start = torch.randn(333)
     sums = start.clone()
     nll = torch.full((5,), NAN)
-    arguments = (slab.target, slab.token_weight, slab.hidden, slab.weight, slab.bias, False, nll, None, None, sums)
+    arguments = (
+        slab.target,
+        slab.token_weight,
+        slab.hidden,
+        slab.weight,
+        slab.bias,
+        False,
+        nll,
+        None,
+        None,
+        sums,
+        None,
+        None,
+        None,
+    )
     cross_entropy_(slab.logits, *arguments, backend)
     assert torch.equal(slab.logits, before) and torch.equal(sums, start)
     torch.testing.assert_close(nll, whole.nll, rtol=1e-6, atol=0)
@@ -274,7 +394,21 @@ def test_column_sums_are_added(backend, dtype):
     start = torch.randn(50)
     sums, nll = start.clone(), torch.empty(20)
     logits = slab.logits.clone()
-    arguments = (slab.target, slab.token_weight, slab.hidden, slab.weight, slab.bias, True, nll, None, None, sums)
+    arguments = (
+        slab.target,
+        slab.token_weight,
+        slab.hidden,
+        slab.weight,
+        slab.bias,
+        True,
+        nll,
+        None,
+        None,
+        sums,
+        None,
+        None,
+        None,
+    )
     cross_entropy_(logits, *arguments, backend)
     rounding = 2**-8 if dtype is torch.bfloat16 else 2**-20
     allowed = logits.double().abs().sum(0) * rounding + 1e-5
@@ -385,6 +519,15 @@ class TestOnGpu:
         alone = run(backend, slab, gradient=False)
         assert torch.equal(alone.logits, slab.logits)
         torch.testing.assert_close(alone.nll, first.nll, rtol=2e-6, atol=0)
+
+    @pytest.mark.parametrize("shape", SHAPES, ids=str)
+    def test_rates(self, poisoned, backend, shape):
+        slab = make_rated(*shape, width=64)
+        there = slab.to("cuda")
+        first, again, alone = run(backend, there), run(backend, there), run(backend, there, gradient=False)
+        assert all(torch.equal(a, b) for a, b in zip(first, again, strict=True))
+        assert torch.equal(alone.logits, there.logits)
+        check_rated(Result(*(t.cpu() for t in vars(first).values())), slab)
 
     @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
     def test_rows_anywhere_in_memory(self, backend, dtype):

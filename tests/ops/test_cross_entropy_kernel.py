@@ -26,7 +26,7 @@ class Arguments(ctypes.Structure):
 
     _fields_ = [
         *((name, P) for name in ("logits", "target", "token_weight", "hidden", "weight", "bias")),
-        *((name, P) for name in ("nll", "max_probability", "entropy", "bias_gradient")),
+        *((name, P) for name in ("nll", "max_probability", "entropy", "bias_gradient", "rates", "elapsed", "velocity")),
         *((name, ctypes.c_int64) for name in ("rows", "columns", "stride", "width", "vocabulary")),
         ("gradient", ctypes.c_bool),
         ("half", ctypes.c_bool),
@@ -38,7 +38,7 @@ def kernel(compile_source):
     library = compile_source("cross_entropy_on_host.cpp", "g++", "-fPIC", "-Wall", "-Werror")
     for name in ("bytes_of_row", "threads_of_kept_row", "splits_of", "argument_bytes"):
         getattr(library, name).restype = ctypes.c_int64
-    library.bytes_of_row.argtypes = [ctypes.c_int64, ctypes.c_int]
+    library.bytes_of_row.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int]
     library.threads_of_kept_row.argtypes = [ctypes.c_int64, ctypes.c_int, ctypes.c_int64]
     library.splits_of.argtypes = [ctypes.c_int64, ctypes.c_int64, ctypes.c_int]
     library.run_cross_entropy.argtypes = [P, ctypes.c_int, ctypes.c_int, ctypes.c_int, P, ctypes.c_uint]
@@ -59,20 +59,27 @@ def example(rows, columns, dtype, *, weighted=True, recomputed=True, width=40):
     return [logits, target, token_weight, *given]
 
 
-def specified(arguments, gradient=True):
-    """The specification in fp64: logits or their gradient, nll, max_probability, entropy, bias_gradient."""
+def specified(arguments, gradient=True, rates=None, elapsed=None):
+    """The specification in fp64: logits or their gradient, nll, max_probability, entropy, bias_gradient; with rates velocity."""
     wide = [t.double() if t is not None and t.is_floating_point() else t for t in arguments]
     wide[0] = arguments[0].double().clone()
     rows, columns = wide[0].shape
     nll, max_probability, entropy = (torch.empty(rows, dtype=torch.float64) for _ in range(3))
     sums = torch.zeros(columns, dtype=torch.float64)
-    cross_entropy_reference(*wide, gradient, nll, max_probability, entropy, sums)
-    return wide[0], nll, max_probability, entropy, sums
+    if rates is None:
+        cross_entropy_reference(*wide, gradient, nll, max_probability, entropy, sums)
+        return wide[0], nll, max_probability, entropy, sums
+    velocity = torch.empty_like(nll)
+    cross_entropy_reference(
+        *wide, gradient, nll, max_probability, entropy, sums, rates.double(), elapsed.double(), velocity
+    )  # fmt: skip
+    return wide[0], nll, max_probability, entropy, sums, velocity
 
 
 def run(
-    kernel, arguments, *, seed=0, kept=True, threads=64, offset=0, gap=0, aligned=None, gradient=True, reports=True, sums=True
-):
+    kernel, arguments, *, seed=0, kept=True, threads=64, offset=0, gap=0, aligned=None, gradient=True, reports=True, sums=True,
+    rates=None, elapsed=None,
+):  # fmt: skip
     """The kernels on a copy of the logits that lies `offset` elements into guarded memory, its rows `gap` elements apart."""
     logits, target, token_weight, hidden, weight, bias = arguments
     rows, columns = logits.shape
@@ -82,7 +89,7 @@ def run(
     view.copy_(logits)
     mine = torch.zeros_like(memory, dtype=torch.bool)
     mine.as_strided((rows, columns), (stride, 1), GUARD + offset).fill_(True)
-    per_row = torch.full((3, rows + 2 * GUARD), 77.0)
+    per_row = torch.full((4, rows + 2 * GUARD), 77.0)
     bias_gradient = torch.full((columns + 2 * GUARD,), 77.0)
     bias_gradient[GUARD:-GUARD] = 0
     partial = torch.full((kernel.splits_of(rows, columns, half) * columns + GUARD,), NAN)
@@ -97,7 +104,8 @@ def run(
     outputs = [at(part[GUARD:]) for part in per_row]
     call = Arguments(
         view.data_ptr(), at(target), at(token_weight), at(hidden), at(weight), at(bias),
-        outputs[0], *(outputs[1:] if reports else (None, None)), at(bias_gradient[GUARD:]) if sums else None,
+        outputs[0], *(outputs[1:3] if reports else (None, None)), at(bias_gradient[GUARD:]) if sums else None,
+        at(rates), at(elapsed), None if rates is None else outputs[3],
         rows, columns, stride, 0 if hidden is None else hidden.shape[1],
         columns if weight is None else min(columns, len(weight)), gradient, half,
     )  # fmt: skip
@@ -105,8 +113,9 @@ def run(
     assert (memory[~mine] == 33).all() and (partial[-GUARD:] == 77).all()
     for guarded in (*per_row, bias_gradient):
         assert (guarded[:GUARD] == 77).all() and (guarded[-GUARD:] == 77).all()
-    nll, max_probability, entropy = per_row[:, GUARD:-GUARD].clone()
-    return view.clone(), nll, max_probability, entropy, bias_gradient[GUARD:-GUARD].clone()
+    nll, max_probability, entropy, velocity = per_row[:, GUARD:-GUARD].clone()
+    found = view.clone(), nll, max_probability, entropy, bias_gradient[GUARD:-GUARD].clone()
+    return found if rates is None else (*found, velocity)
 
 
 def compare(got, want, dtype):
@@ -129,6 +138,30 @@ def test_against_the_specification(kernel, dtype, kept, columns):
     arguments = example(3, columns, dtype) if columns > 1 else [torch.randn(3, 1).to(dtype), torch.zeros(3).long(), *[None] * 4]
     want = specified(arguments)
     compare(run(kernel, arguments, kept=kept), want, dtype)
+
+
+@kinds
+@dtypes
+@pytest.mark.parametrize(("columns", "gap", "recomputed"), [(7, 1, True), (64, 0, True), (255, 3, False), (1032, 8, True)])
+def test_rates(kernel, dtype, kept, columns, gap, recomputed):
+    arguments = example(4, columns, dtype, recomputed=recomputed)
+    arguments[1][3] = columns + 5  # no target
+    rates, elapsed = 0.2 + 3 * torch.rand(columns + 16), 3 * torch.rand(4)
+    rates[columns:] = NAN  # what is past the last column is not read
+    rates = rates[:columns]
+    want = specified(arguments, rates=rates, elapsed=elapsed)
+    found = [run(kernel, arguments, kept=kept, gap=gap, rates=rates, elapsed=elapsed, seed=seed) for seed in range(3)]
+    assert all(torch.equal(a[:3], b[:3]) for other in found[1:] for a, b in zip(found[0], other, strict=True) if len(a) == 4)
+    got = found[0]
+    for place in (1, 2, 3):
+        torch.testing.assert_close(got[place].double(), want[place], rtol=1e-5, atol=1e-5, equal_nan=True)
+    torch.testing.assert_close(got[5].double(), want[5], rtol=1e-5, atol=1e-5, equal_nan=True)
+    assert got[5][1] == 0 and got[5][3].isnan() and (got[0][1] == 0).all()  # weight 0, and no target
+    torch.testing.assert_close(got[0].double(), want[0], rtol=2**-7 if dtype is torch.bfloat16 else 1e-5, atol=4e-6)
+    torch.testing.assert_close(got[4].double(), got[0].double().sum(0), rtol=1e-5, atol=1e-6)
+    alone = run(kernel, arguments, kept=False, gap=gap, gradient=False, rates=rates, elapsed=elapsed)
+    assert torch.equal(alone[0], arguments[0])
+    torch.testing.assert_close(alone[5], got[5], rtol=1e-6, atol=1e-6, equal_nan=True)
 
 
 @kinds
@@ -247,8 +280,8 @@ def test_bf16_is_rounded_as_torch_and_the_device_round(kernel):
 
 
 def test_shared_memory_and_threads_of_every_target(kernel):
-    assert kernel.bytes_of_row(50_304, 1) == 101_120 <= SHARED_OF_CTA[89]  # what tests/aot counts with
-    assert kernel.bytes_of_row(131_072, 1) > SHARED_OF_CTA[90]
+    assert kernel.bytes_of_row(50_304, 1, 0) == 101_120 < kernel.bytes_of_row(50_304, 1, 1) == 101_248 <= SHARED_OF_CTA[89]
+    assert kernel.bytes_of_row(131_072, 1, 0) > SHARED_OF_CTA[90]
     threads = {
         target: [kernel.threads_of_kept_row(columns, 1, size) for columns in (384, 30_592, 50_304, 100_000)]
         for target, size in SHARED_OF_MULTIPROCESSOR.items()

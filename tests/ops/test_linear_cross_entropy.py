@@ -65,6 +65,65 @@ def test_fp64_matches_the_specification(n, d, v, share, forbid, bias, chunk):
             torch.testing.assert_close(got, expected, rtol=1e-10, atol=1e-10)
 
 
+@settings(max_examples=40, deadline=None)
+@given(
+    n=st.integers(0, 40),
+    d=st.sampled_from([1, 16, 37]),
+    v=st.sampled_from([2, 7, 131]),
+    share=st.sampled_from([None, 0.5]),
+    forbid=st.booleans(),
+    aged=st.booleans(),
+    chunk=st.sampled_from([1, 5_000, 10**9]),
+    form=st.sampled_from(["sum", "none", "low_memory"]),
+)
+def test_fp64_rates_match_the_specification(n, d, v, share, forbid, aged, chunk, form):
+    inputs = case(n, d, v, None if share is None else round(share * n), forbidden=v - 1 if forbid else None)
+    count = len(inputs["target"])
+    given = {"rates": 0.1 + 3 * torch.rand(v).double(), "elapsed": 4 * torch.rand(count).double() if aged else None}
+    want = linear_cross_entropy_reference(**inputs, **given)
+    options = {"reduction": "none"} if form == "none" else {"low_memory": form == "low_memory"}
+    got, nll = linear_cross_entropy(**inputs, **given, chunk_bytes=chunk, return_nll=True, **options)
+    upstream = torch.randn(count).double() if form == "none" else torch.tensor(-1.7).double()
+    want = want if form == "none" else want.sum()
+    torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+    if aged:
+        logits = torch.nn.functional.linear(inputs["hidden"], inputs["weight"], inputs["bias"])
+        logits = logits if inputs["rows"] is None else logits[inputs["rows"]]
+        if forbid:
+            logits = logits.masked_fill(torch.arange(v) == v - 1, -torch.inf)
+        tilted = logits - given["elapsed"][:, None] * given["rates"]
+        torch.testing.assert_close(nll, -tilted.log_softmax(1).gather(1, inputs["target"][:, None])[:, 0].detach())
+    for a, b in zip(gradients((got * upstream).sum(), inputs), gradients((want * upstream).sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-9, atol=1e-10)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("form", ["sum", "none"])
+def test_rates_of_one_are_the_plain_loss(backend, form):
+    inputs = case(30, 8, 57, 21, dtype=torch.float32, forbidden=4)
+    plain = linear_cross_entropy(**inputs, reduction=form, backend=backend)
+    rated = linear_cross_entropy(
+        **inputs, reduction=form, backend=backend, rates=torch.ones(57), elapsed=5 * torch.rand(21)
+    )  # fmt: skip
+    torch.testing.assert_close(rated, plain, rtol=2e-6, atol=4e-6)
+    for a, b in zip(gradients(rated.sum(), inputs), gradients(plain.sum(), inputs), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"elapsed": torch.ones(9)}, "elapsed is given without rates"),
+        ({"rates": torch.ones(6)}, "rates must have shape"),
+        ({"rates": torch.ones(7), "elapsed": torch.ones(3)}, "elapsed must have shape"),
+        ({"rates": torch.ones(7, requires_grad=True)}, "rates requires a gradient"),
+    ],
+)
+def test_rates_that_cannot_be_used(given, message):
+    with pytest.raises(ValueError, match=message):
+        linear_cross_entropy(**case(9, 4, 7), **given)
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("low_memory", [False, True])
 def test_forbidden_column_is_exactly_zero(poisoned, backend, low_memory):
@@ -328,8 +387,10 @@ def test_bad_input(change, message):
 
 
 @pytest.mark.parametrize("listed", [None, 6])
-def test_opcheck(listed):
+@pytest.mark.parametrize("rated", [False, True])
+def test_opcheck(listed, rated):
     c = case(9, 4, 7, listed, forbidden=6)
+    given = (torch.rand(7) + 0.1, torch.rand(len(c["target"]))) if rated else (None, None)
     args = (
         c["hidden"],
         c["weight"],
@@ -338,6 +399,7 @@ def test_opcheck(listed):
         c["token_weight"],
         c["rows"],
         6,
+        *given,
         100,
         True,
         True,
@@ -346,13 +408,16 @@ def test_opcheck(listed):
         "torch",
     )
     torch.library.opcheck(torch.ops.atat_fast.linear_cross_entropy_sum.default, args)
-    args = (c["hidden"], c["weight"], c["target"], c["bias"], c["rows"], 6, 100, True, "torch")
+    args = (c["hidden"], c["weight"], c["target"], c["bias"], c["rows"], 6, *given, 100, True, "torch")
     torch.library.opcheck(torch.ops.atat_fast.linear_cross_entropy_rows.default, args)
 
 
 @pytest.mark.parametrize("low_memory", [False, True])
-def test_compiles_whole(low_memory):
+@pytest.mark.parametrize("rated", [False, True])
+def test_compiles_whole(low_memory, rated):
     inputs = case(40, 8, 13, 21, dtype=torch.float32)
+    if rated:
+        inputs |= {"rates": torch.rand(13) + 0.1, "elapsed": torch.rand(21)}
 
     def f(hidden, weight, bias):
         return linear_cross_entropy(**dict(inputs, hidden=hidden, weight=weight, bias=bias), low_memory=low_memory)
