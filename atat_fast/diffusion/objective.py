@@ -18,7 +18,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from atat_fast.diffusion.masking import MaskedBatch, hide
+from atat_fast.diffusion.control import BLOCK_TOKENS, Control, surprisals
+from atat_fast.diffusion.masking import Hide, MaskedBatch, hide
 from atat_fast.ops.attention import documents_of
 from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
 
@@ -81,7 +82,7 @@ def evaluation_strata(sequences: int, draws: int, *, seed: int) -> Tensor:
 
 def estimate_nll(
     nll: NllFunction, tokens: Callable[[int, int], Tensor], sequences: int, *, mask_id: int, draws: int, batch: int, seed: int,
-    document_end: int | None = None, spread: Spread = Spread(),
+    document_end: int | None = None, spread: Spread = Spread(), process: Hide | None = None, control: bool = True,
 ) -> Estimate:  # fmt: skip
     """The bound over `sequences` sequences; tokens(first, count) gives [count, L] on the model's device. With document_end, the
     id that closes a document, masked batches say where documents lie, and the bound is that of text whose ends are known.
@@ -91,28 +92,44 @@ def estimate_nll(
     compared on the same masks. The standard error covers the choice of sequences and of masks. With one draw it is that of
     stratified sampling with neighbouring strata collapsed in pairs (each pair's difference is its own estimate of noise,
     slightly generous); with several it is the spread of the sequences' own means.
+
+    control: take out of each sequence's value what counts of the text explain of its mask's noise (diffusion/control.py).
+    process: instead of uniform masks a token-identity schedule's own, whose bound is then estimated, without control.
     """
     strata = evaluation_strata(sequences, draws, seed=seed)
     values = torch.zeros(sequences, draws, dtype=torch.float64)
-    length = 0
-    batches = [(draw, first) for draw in range(draws) for first in range(0, sequences, batch)]
+    length, known, known_from = 0, torch.empty(0, 0, 0), 0
+    controls = Control(sequences, draws) if control and process is None else None
+    batches = [(first, draw) for first in range(0, sequences, batch) for draw in range(draws)]
     for turn in range(-(-len(batches) // spread.ranks)):
         mine = turn * spread.ranks + spread.rank
-        draw, first = batches[min(mine, len(batches) - 1)]  # one that is done twice counts once
+        first, draw = batches[min(mine, len(batches) - 1)]  # one that is done twice counts once
         count = min(batch, sequences - first)
         x = tokens(first, count)
         length = x.shape[1]
+        block = max(1, BLOCK_TOKENS // (batch * length)) * batch
+        if controls is not None and not known_from <= first < known_from + len(known):
+            known_from = first - first % block
+            known = surprisals(tokens(known_from, min(block, sequences - known_from)))
         ids = torch.arange(first, first + count, dtype=torch.int64)
         jitter = uniform(random_words(ids, seed, draw, STREAM_COUNT)[0])
         share = (strata[first : first + count, draw] + jitter) / (sequences * draws)
         k = 1 + (share * length).long().clamp_(max=length - 1)
-        masked = hide(x, k, mask_id=mask_id, sample_ids=ids.to(x.device), seed=seed, step=draw)
+        masked = (process or hide)(x, k, mask_id=mask_id, sample_ids=ids.to(x.device), seed=seed, step=draw)
         if document_end is not None:
             masked.documents = documents_of(x.cpu(), document_end).to(x.device)
-        found = spread.run(functools.partial(nll, masked))
-        if mine < len(batches):
-            values[first : first + count, draw] = per_sequence(found, k)
+        losses = spread.run(functools.partial(nll, masked))
+        if mine >= len(batches):
+            continue
+        if process is None:
+            values[first : first + count, draw] = per_sequence(losses, k)
+        else:  # weights are (L + 1) / W, of counts from 0 to L; here they are from 1
+            values[first : first + count, draw] = per_sequence(losses * masked.weights, k) * k / (length + 1)
+        if controls is not None:
+            controls.add(first, draw, known[first - known_from : first - known_from + count], masked.rows, losses, k)
     values = spread.total(values)
+    if controls is not None:
+        values = controls.adjust(values, spread.total)
     means = values.mean(1)
     return Estimate(float(values.mean()), standard_error(means, strata), sequences, length, means)
 

@@ -27,7 +27,8 @@ TRAINING_WAYS = {
     "independent": DiffusionConfig(masking="bernoulli", pairing="independent"),
 }
 WAYS = {
-    "evaluation": "exact counts, one in each stratum of 1..L: what is reported as val/nll",
+    "evaluation": "exact counts, one in each stratum of 1..L, less what the text's counts explain: what is reported as val/nll",
+    "stratified": "the same without control variates",
     "antithetic": "exact counts in stratified pairs (k, L-k): what training draws",
     "mirror": "the same on half as many sequences, each hidden twice with complementary masks",
     "mdlm": "each token by chance at stratified times, as MDLM draws",
@@ -73,8 +74,10 @@ def _estimate(nll: NllFunction, x: Tensor, way: str, mask_id: int, first: int, s
     """One estimate in nats a token from as many masked sequences as x [group, L] has."""
     seed = (seed * 1_000_003 + first) % (1 << 31)
     x = x[torch.randperm(len(x), generator=torch.Generator().manual_seed(seed)).to(x.device)]
-    if way == "evaluation":
-        found = estimate_nll(nll, lambda i, n: x[i : i + n], len(x), mask_id=mask_id, draws=1, batch=len(x), seed=seed)
+    if way in ("evaluation", "stratified"):
+        found = estimate_nll(
+            nll, lambda i, n: x[i : i + n], len(x), mask_id=mask_id, draws=1, batch=len(x), seed=seed, control=way == "evaluation"
+        )
         return found.nll
     config = TRAINING_WAYS[way]
     if config.mirror:

@@ -1,0 +1,100 @@
+"""Control variates for the held-out bound: less noise of the masks from the same forward passes, and no bias.
+
+A pass measures the mean loss of k tokens drawn from a sequence, and much of its noise is which tokens were drawn. How surprising
+every token is by mere counts of the text is known without a model, hidden or not. For any c that depends on the clean text alone
+the mean of c over the hidden tokens less its mean over all of them is 0 on average, so
+
+    mean over hidden of nll_i  -  gamma . (mean over hidden of c_i - mean over the sequence of c_i)
+
+estimates what its first term does, with less noise as far as c explains nll. gamma, which depends on k / L, is fitted by least
+squares on half of the sequences and applied to the other half: given their counts, masks of the two halves are independent, so
+the estimate stays unbiased. (Cochran, Sampling Techniques, chapter 7, regression estimates; the halves are what makes it exact.)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+BLOCK_TOKENS = 1 << 22
+"""Tokens whose counts are taken together, which bounds what is held at once: about 60 bytes a token."""
+PLACES = (0, -1, 1)
+"""Which neighbour a token is counted with: none, the one before, the one after. With both at once nothing more is explained."""
+FEATURES = len(PLACES)
+RIDGE = 1e-3
+
+
+def surprisals(tokens: Tensor) -> Tensor:
+    """-log of each token's smoothed frequency, alone and beside its neighbours, counted over `tokens` without its own occurrence.
+
+    tokens: [n, L] int64.   Returns [n, L, FEATURES] fp32 in nats. A neighbour beyond the sequence is a token of its own.
+    """
+    length = tokens.shape[1]
+    base = int(tokens.max()) + 2 if tokens.numel() else 2
+    alone = (_occurrences(tokens) - 1 + 1 / base) / tokens.numel()
+    found = [-torch.log(alone).float()]
+    for place in PLACES[1:]:
+        neighbour = torch.full_like(tokens, base - 1)
+        if place < 0:
+            neighbour[:, 1:] = tokens[:, : length - 1]
+        else:
+            neighbour[:, : length - 1] = tokens[:, 1:]
+        both, beside = _occurrences(neighbour * base + tokens) - 1, _occurrences(neighbour) - 1
+        found.append(-torch.log((both + alone) / (beside + 1)).float())
+    return torch.stack(found, dim=-1)
+
+
+def _occurrences(codes: Tensor) -> Tensor:
+    """How often each element occurs among all of them, fp64."""
+    _, place, counts = torch.unique(codes, return_inverse=True, return_counts=True)
+    often: Tensor = counts.double()[place]
+    return often
+
+
+class Control:
+    """Collects passes, then adjusts their values. fp64 throughout, on the CPU but for what a pass is reduced from."""
+
+    def __init__(self, sequences: int, draws: int) -> None:
+        self.size = 2 * FEATURES
+        self.gram = torch.zeros(2, self.size, self.size, dtype=torch.float64)
+        self.moment = torch.zeros(2, self.size, dtype=torch.float64)
+        self.difference = torch.zeros(sequences, draws, self.size, dtype=torch.float64)
+
+    def add(self, first: int, draw: int, c: Tensor, rows: Tensor, nll: Tensor, k: Tensor) -> None:
+        """A pass over sequences first .. first + B - 1.
+
+        c: [B, L, FEATURES].   rows: [R] flat indices of hidden tokens, by sequence.   nll: [R] their losses.   k: [B] on the CPU,
+        their numbers, at least 1.
+        """
+        batch, length, _ = c.shape
+        counts = k.to(c.device)
+        owner = torch.repeat_interleave(torch.arange(batch, device=c.device), counts, output_size=len(rows))
+        picked = torch.cat([c.flatten(0, 1)[rows].double(), nll.double()[:, None]], 1)
+        mean = picked.new_zeros(batch, picked.shape[1]).index_add_(0, owner, picked) / counts[:, None]
+        around = picked - mean[owner]
+        products = (around[:, :-1, None] * around[:, None, :]).flatten(1)
+        scatter = picked.new_zeros(batch, products.shape[1]).index_add_(0, owner, products) / counts[:, None]
+        scatter = scatter.view(batch, FEATURES, FEATURES + 1).cpu()
+        share = k.double() / length
+        basis = torch.stack([torch.ones_like(share), share], 1)
+        weight = 1 - share  # a pass that hides everything has no noise; the others are told alike, few tokens or many
+        gram: Tensor = torch.einsum("b,bi,bj,bfg->bifjg", weight, basis, basis, scatter[..., :-1])
+        moment: Tensor = torch.einsum("b,bi,bf->bif", weight, basis, scatter[..., -1])
+        half = torch.arange(first, first + batch) % 2
+        self.gram.index_add_(0, half, gram.reshape(batch, self.size, self.size))
+        self.moment.index_add_(0, half, moment.reshape(batch, self.size))
+        off = (mean[:, :-1] - c.double().mean(1)).cpu()
+        self.difference[first : first + batch, draw] = (basis[:, :, None] * off[:, None, :]).reshape(batch, self.size)
+
+    def adjust(self, values: Tensor, total: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
+        """values [sequences, draws] less what the other half's fit explains of their masks. total: the sum of a tensor over the
+        processes that each saw some of the passes.
+        """
+        gram, moment, difference = total(self.gram), total(self.moment), total(self.difference)
+        ridge = torch.diag_embed(RIDGE * torch.diagonal(gram, dim1=1, dim2=2) + 1e-12)
+        gamma: Tensor = torch.linalg.solve(gram + ridge, moment)
+        half = torch.arange(len(values)) % 2
+        explained: Tensor = (difference * gamma[1 - half][:, None]).sum(2)
+        return values - explained
