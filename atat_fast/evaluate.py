@@ -19,6 +19,7 @@ from atat_fast.errors import UsageError
 
 if TYPE_CHECKING:
     from atat_fast.data import Dataset, Tokenizer
+    from atat_fast.diffusion.identity import IdentitySchedule
     from atat_fast.models.dit import DiT
     from atat_fast.models.importance import ImportanceEstimator
 
@@ -30,6 +31,7 @@ class Subject:
     model: DiT
     tokenizer: Tokenizer
     estimator: ImportanceEstimator | None
+    identity: IdentitySchedule | None
     config: Config
     facts: dict[str, Any]
     title: str
@@ -109,6 +111,7 @@ def _likelihoods(args: Any) -> int:
     model = subject.model.to(compute.device)
     if subject.estimator is not None:
         subject.estimator.to(compute.device)
+    identity = None if subject.identity is None else subject.identity.to(compute.device)
 
     out = figures_of.console()
     out.print(subject.title, markup=False)
@@ -117,7 +120,7 @@ def _likelihoods(args: Any) -> int:
     if sets:
         for name, path in sets.items():
             blocks = open_set(name, subject.tokenizer, model.config.length, path)
-            found = figures_of.measure(model, blocks, plan, compute.autocast, subject.estimator)
+            found = figures_of.measure(model, blocks, plan, compute.autocast, subject.estimator, identity)
             figures += [{"text": name, "source": blocks.source} | figure for figure in found]
     else:
         dataset = _dataset(args, subject)
@@ -130,7 +133,7 @@ def _likelihoods(args: Any) -> int:
                 "between machines",
                 markup=False,
             )
-        found = figures_of.measure(model, split, plan, compute.autocast, subject.estimator)
+        found = figures_of.measure(model, split, plan, compute.autocast, subject.estimator, identity)
         corpus = str(dataset.manifest["corpus"])
         figures = [{"text": f"{Path(corpus).name} {args.split}"} | figure for figure in found]
         written = found[0] | {"corpus": corpus, "split": args.split}
@@ -149,10 +152,15 @@ def _print_bound(out: Any, f: dict[str, Any]) -> None:
     ]
     if f["error_of"] == "masks":
         lines.append(("", f"{'':6} ± {f['nll_se_text']:.4f} with the choice of text"))
+    own = []
+    if "identity_nll" in f:
+        bound = f"{f['identity_nll']:.4f} ± {f['identity_nll_se']:.4f}"
+        own = [("identity nll", f"{bound} nats a token (the bound under the run's token-identity schedule)")]
     lines += [
         ("perplexity", f"{f['perplexity']:.3f}"),
         ("bits per token", f"{f['bits_per_token']:.4f}"),
         ("bits per byte", f"{f['bits_per_byte']:.4f}  ({f['bytes_per_token']:.3f} bytes a token)"),
+        *own,
         ("unigram entropy", f"{f['unigram_entropy']:.4f} nats a token"),
         ("tokens", f"sha256 {f['tokens_sha256'][:12]}"),
     ]
@@ -176,7 +184,8 @@ def _subject(args: Any) -> Subject:
         facts = {"checkpoint": str(saved.path), "step": saved.step, "weights": args.weights}
         title = f"{saved.path}  step {saved.step:,}  {args.weights} weights"
         trained_on = saved.manifest.get("data", {})
-        return Subject(model, tokenizer, estimator, saved.config, facts, title, saved.config.data.corpus, trained_on)
+        identity = checkpoint.load_identity(saved)
+        return Subject(model, tokenizer, estimator, identity, saved.config, facts, title, saved.config.data.corpus, trained_on)
 
     from atat_fast.models import hub
 
@@ -187,7 +196,7 @@ def _subject(args: Any) -> Subject:
     title = f"{args.model}" + (f"  step {facts['step']:,}  {facts.get('weights', '')} weights" if "step" in facts else "")
     trained_on = found.facts.get("data", {}).get("sha256", {})
     corpus = config.data.corpus if isinstance(known, dict) else None
-    return Subject(found.model, found.tokenizer, found.estimator, config, facts, title, corpus, trained_on)
+    return Subject(found.model, found.tokenizer, found.estimator, None, config, facts, title, corpus, trained_on)
 
 
 def _dataset(args: Any, subject: Subject) -> Dataset:

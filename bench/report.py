@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder o
 import report_pictures
 import report_tables
 
-from atat_fast.diffusion import audit
+from atat_fast.diffusion import audit, audit_schedules
 from atat_fast.errors import UsageError
 from atat_fast.training.figures import compact, duration, overview_png
 from atat_fast.training.run_reader import Run, curves_of, read_run
@@ -56,7 +56,11 @@ def tables() -> dict[Path, dict[str, str]]:
     readme: dict[str, str] = {"throughput": report_tables.throughput(RESULTS)}
     if (RESULTS / "cpu" / "demo" / "metrics.jsonl").is_file():
         readme["demo"] = demo_table(read_run(RESULTS / "cpu" / "demo"))
-    atat = {"audit": audit.table()}
+    atat = {
+        "audit": audit.table(),
+        "audit_counts": audit_schedules.counts_table(),
+        "audit_identity": audit_schedules.identity_table(),
+    }
     if any(RESULTS.glob("*/compare.json")):
         atat["compare"] = report_tables.compare(RESULTS)
     return {

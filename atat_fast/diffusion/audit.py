@@ -5,7 +5,8 @@ the exact posterior p(x_i | x visible, M), and the objective's value there can b
 less than the entropy of the joint; the exact-count bound equals it. Where weights differ between tokens, the best model is the
 minimiser of the weighted loss, and how far it lies from p(x_i | x visible) is the harm that is done to what is learned.
 
-    python -m atat_fast.diffusion.audit        print the table of docs/atat.md: every source, weighting and masking
+    python -m atat_fast.diffusion.audit        print the tables of docs/atat.md: every source, weighting and masking; laws over
+                                               counts, and token-identity schedules (diffusion/audit_schedules.py)
 """
 
 from __future__ import annotations
@@ -139,7 +140,7 @@ def weighted_cross_entropy(joint: Joint, hidden: tuple[int, ...], weight: Tensor
     visible = [i for i in range(joint.length) if i not in hidden]
     value = off = 0.0
     for column, i in enumerate(hidden):
-        groups, with_i = _group(joint.sequences[:, visible]), _group(joint.sequences[:, [*visible, i]])
+        groups, with_i = group_of(joint.sequences[:, visible]), group_of(joint.sequences[:, [*visible, i]])
         weighted = joint.chance * weight[:, column]
         learned = _share(weighted, with_i, groups)
         value -= float((weighted * learned.log()).sum())
@@ -153,7 +154,7 @@ def _share(weight: Tensor, part: Tensor, whole: Tensor) -> Tensor:
     return sums[0] / sums[1]
 
 
-def _group(columns: Tensor) -> Tensor:
+def group_of(columns: Tensor) -> Tensor:
     """A number below S for each of S sequences that is the same where these columns are: they are digits, and S = V^L."""
     base = int(columns.max()) + 1 if columns.numel() else 1
     return (columns * base ** torch.arange(columns.shape[1])).sum(1)
@@ -198,7 +199,7 @@ def count_factors(length: int, masking: str, weighting: str, schedule: LogLinear
         flat = 2 / (length + 1)
         return [0.0] + [flat if weighting == "ce" else 1 / k for k in range(1, length + 1)]
     low, high = schedule.rates
-    nodes, weights = _gauss_legendre(length + 1)
+    nodes, weights = gauss_legendre(length + 1)
     factors = [0.0] * (length + 1)
     for node, weight in zip(nodes, weights, strict=True):
         rate = low + (high - low) * (node + 1) / 2
@@ -208,7 +209,8 @@ def count_factors(length: int, masking: str, weighting: str, schedule: LogLinear
     return factors
 
 
-def _gauss_legendre(count: int) -> tuple[list[float], list[float]]:
+def gauss_legendre(count: int) -> tuple[list[float], list[float]]:
+    """Nodes and weights on (-1, 1)."""
     import numpy as np
 
     nodes, weights = np.polynomial.legendre.leggauss(count)
@@ -304,7 +306,7 @@ def table() -> str:
         "|---|---|---|---|---|---|---|",
     ]
     for f in findings():
-        spans = [f"{_number(f.low[m])} to {_number(f.high[m])}" for m in MASKINGS]
+        spans = [f"{number(f.low[m])} to {number(f.high[m])}" for m in MASKINGS]
         held = [f.is_bound(m) for m in MASKINGS]
         exact = max(abs(f.low["exact"]), abs(f.high["exact"])) < ROUNDING
         loose = "yes, loose" if f.source == "none" else "not below it here"
@@ -315,10 +317,13 @@ def table() -> str:
     return "\n".join(lines)
 
 
-def _number(value: float) -> str:
+def number(value: float) -> str:
+    """Signed, to three places, and 0 without a sign."""
     text = f"{value:+.3f}"
     return "0.000" if text in ("+0.000", "-0.000") else text
 
 
 if __name__ == "__main__":
-    print(table())
+    from atat_fast.diffusion.audit_schedules import counts_table, identity_table
+
+    print(table(), counts_table(), identity_table(), sep="\n\n")

@@ -30,7 +30,8 @@ class MaskedBatch:
     noisy [B, L]; rows [R] flat indices of hidden tokens; target [R] their true ids; weights [R] fp32; hidden_share [B] fp32,
     the share of each sequence that is hidden (what a time-conditioned model is told); tokens: B * L, what the loss divides by;
     documents: the boundaries attention is to keep, where it is to keep any; hidden: how many of the rows are no padding (they
-    come first); importance: what the masks were chosen by, where they were.
+    come first); importance: what the masks were chosen by, where they were. Under a token-identity schedule, rates [V] fp32 of
+    the vocabulary and elapsed [R] fp32, the time of each hidden token; nll is then the schedule's loss of a row.
     """
 
     noisy: Tensor
@@ -42,6 +43,8 @@ class MaskedBatch:
     documents: Documents | None = None
     hidden: int = 0
     importance: Scored | None = None
+    rates: Tensor | None = None
+    elapsed: Tensor | None = None
 
 
 class Hide(Protocol):
@@ -104,13 +107,13 @@ def hide_mirrored(
     hidden = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device).index_fill_(0, partner.rows, True)
     hidden = hidden.view(batch, length) ^ turned[:, None]
     rows = torch.nonzero_static(hidden.flatten(), size=int(counts.sum()))[:, 0]
-    weights = _spread((length + 1) / counts.clamp(min=1).double(), counts, rows)
+    weights = spread((length + 1) / counts.clamp(min=1).double(), counts, rows)
     share = (counts / max(1, length)).to(tokens.device, torch.float32, non_blocking=True)
     noisy, target = tokens.masked_fill(hidden, mask_id), tokens.flatten()[rows]
     return MaskedBatch(noisy, rows, target, weights, share, tokens.numel(), hidden=len(rows))
 
 
-def _spread(per_sequence: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
+def spread(per_sequence: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
     """One number a sequence as one a hidden token: fp32 on the device of rows."""
     values, device = per_sequence.to(rows.device, torch.float32, non_blocking=True), rows.device
     return values.repeat_interleave(counts.to(device, non_blocking=True), output_size=len(rows))
@@ -125,7 +128,8 @@ def hide_for_training(
 
     Weights are those of the global batch, however it is cut: `ce` divides by the tokens hidden in all of it (for bernoulli, by
     their expected number, which is known without asking the other slots). `choose` says which tokens are hidden: uniformly, where
-    it is not given.
+    it is not given. Under a token-identity schedule every weight is multiplied by k / W, k hidden tokens over the sum of their
+    rates: whatever else a weight is, it then depends on the count alone and leaves the best model what it is.
     """
     batch, length = tokens.shape
     weighting = weighting_at(config, progress)
@@ -139,11 +143,15 @@ def hide_for_training(
         masked = choose(tokens, counts, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step, weighting=weighting)
     if weighting == "ce":
         hidden = hidden_in_batch(config, length, total, seed=seed, step=step, progress=progress)
-        masked.weights.fill_(total * length / max(1, hidden))
-    elif chances is not None and weighting == "uniform":
-        masked.weights = _spread(bound_weights(chances)[counts], counts, masked.rows)
+        plain = total * length / max(1, hidden)
+        if masked.rates is None:
+            masked.weights.fill_(plain)
+        else:
+            masked.weights = masked.weights * spread(plain * counts / (length + 1), counts, masked.rows)
+    elif chances is not None and weighting == "uniform" and masked.rates is None:
+        masked.weights = spread(bound_weights(chances)[counts], counts, masked.rows)
     elif chances is not None:
-        masked.weights = masked.weights * _spread(bound_weights(chances)[counts] * counts / (length + 1), counts, masked.rows)
+        masked.weights = masked.weights * spread(bound_weights(chances)[counts] * counts / (length + 1), counts, masked.rows)
     return masked
 
 
@@ -173,9 +181,9 @@ def _hide_bernoulli(
     counts = (word < threshold[:, None]).sum(1).cpu()
     masked = choose(tokens, counts, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step, weighting=weighting)
     if weighting == "uniform":
-        masked.weights = _spread(schedule.weight(t), counts, masked.rows)
+        masked.weights = spread(schedule.weight(t), counts, masked.rows)
     elif weighting in ("order", "importance"):  # rate'(t) / rate(t) in the place of (L + 1) / k
-        masked.weights = masked.weights * _spread(schedule.weight(t) * counts / (length + 1), counts, masked.rows)
+        masked.weights = masked.weights * spread(schedule.weight(t) * counts / (length + 1), counts, masked.rows)
     else:
         everywhere = stratified_uniforms(0, total, total, seed=seed, step=step, pairing=config.pairing)
         masked.weights.fill_(1 / float(schedule.rate(everywhere).mean()))

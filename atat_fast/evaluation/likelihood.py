@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atat_fast.config import EvalConfig
 from atat_fast.data import TokenSplit
+from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.diffusion.objective import Estimate, NllFunction, Spread, estimate_nll
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT
@@ -23,11 +24,14 @@ def evaluate(
     config: EvalConfig,
     autocast: AbstractContextManager[Any],
     spread: Spread = Spread(),  # noqa: B008, it cannot change
+    *,
+    identity: IdentitySchedule | None = None,
 ) -> Estimate:
     """The exact-count bound over `config.sequences` sequences of the split, in nats a token with its standard error.
 
     The sequences are spread evenly over the split, and neither they nor the masks depend on the model, so that two models, or
     two steps of one run, are compared on the same masked tokens. Dropout is off. Processes that share the work give `spread`.
+    With `identity`, instead the bound under that schedule's own process, which is never what is called nll.
     """
     if config.draws < 1 or config.batch < 1:
         raise UsageError(f"eval.draws and eval.batch must be at least 1, got {config.draws} and {config.batch}")
@@ -43,12 +47,15 @@ def evaluate(
             seed=config.seed,
             document_end=split.eos_id if model.config.document_mask else None,
             spread=spread,
+            process=None if identity is None else identity.hide,
         )
 
 
 def model_nll(model: DiT) -> NllFunction:
     """The model as the bound wants it."""
-    return lambda masked: model.nll(masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents)
+    return lambda masked: model.nll(
+        masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents, masked.rates, masked.elapsed
+    )
 
 
 def spread_sequences(
@@ -78,8 +85,10 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(before)
 
 
-def report(estimate: Estimate, split: TokenSplit) -> dict[str, Any]:
-    """The numbers people ask for, as a row of metrics.jsonl or a JSON file."""
+def report(estimate: Estimate, split: TokenSplit, identity: Estimate | None = None) -> dict[str, Any]:
+    """The numbers people ask for, as a row of metrics.jsonl or a JSON file; identity_nll is the bound under the model's own
+    token-identity schedule, where it has one.
+    """
     bytes_per_token = split.num_bytes / max(1, split.num_tokens)
     return {
         "nll": estimate.nll,
@@ -91,4 +100,5 @@ def report(estimate: Estimate, split: TokenSplit) -> dict[str, Any]:
         "bytes_per_token": bytes_per_token,
         "sequences": estimate.sequences,
         "length": estimate.length,
+        **({} if identity is None else {"identity_nll": identity.nll, "identity_nll_se": identity.se}),
     }

@@ -22,6 +22,7 @@ from rich.table import Table
 from atat_fast.config import EvalConfig
 from atat_fast.data import TokenSplit
 from atat_fast.data.zero_shot import tokens_hash
+from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.likelihood import evaluate, evaluating, model_nll, report, spread_sequences
 from atat_fast.evaluation.orders import EXACT, evaluate_order
@@ -118,10 +119,16 @@ def in_order(
 
 
 def measure(
-    model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast, estimator: ImportanceEstimator | None = None
-) -> list[Figure]:
-    """Everything the plan asks for of one text: the uniform bound first, then each order."""
+    model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast, estimator: ImportanceEstimator | None = None,
+    identity: IdentitySchedule | None = None,
+) -> list[Figure]:  # fmt: skip
+    """Everything the plan asks for of one text: the uniform bound first, then each order. With a token-identity schedule the
+    first figure has that one's bound too, as identity_nll, from plan.eval's draws.
+    """
     figures = [uniform(model, split, plan, autocast)]
+    if identity is not None:
+        own = evaluate(model, split, plan.eval, autocast(), identity=identity)
+        figures[0] |= {"identity_nll": own.nll, "identity_nll_se": own.se}
     return figures + [in_order(model, split, order, plan, autocast, estimator) for order in plan.orders]
 
 

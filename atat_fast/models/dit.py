@@ -314,10 +314,15 @@ class DiT(
         target: Tensor,
         hidden_share: Tensor | None = None,
         documents: Documents | None = None,
+        rates: Tensor | None = None,
+        elapsed: Tensor | None = None,
     ) -> Tensor:
-        """-log p of the hidden tokens, [R] fp32 in nats: what the likelihood bound is made of."""
+        """-log p of the hidden tokens, [R] fp32 in nats: what the likelihood bound is made of. With rates and elapsed as in
+        `MaskedBatch`, the loss of each under the token-identity schedule.
+        """
         features = self.features(noisy, hidden_share, rows=rows, documents=documents)
-        return cast(Tensor, self.head(features, target, forbidden=self.mask_id, reduction="none"))
+        nll = self.head(features, target, forbidden=self.mask_id, reduction="none", rates=rates, elapsed=elapsed)
+        return cast(Tensor, nll)
 
     def forward(
         self,
@@ -328,15 +333,20 @@ class DiT(
         hidden_share: Tensor | None = None,
         randomness: Randomness | None = None,
         documents: Documents | None = None,
+        rates: Tensor | None = None,
+        elapsed: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss of the hidden tokens.
 
-        noisy [B, L] ids; rows [R], target [R], weights [R] as in `MaskedBatch`; randomness turns dropout on; documents keep
-        attention inside them.
-        Returns the fp32 scalar sum of weights * nll, and nll [R] detached, both in nats.
+        noisy [B, L] ids; rows [R], target [R], weights [R], rates [V] and elapsed [R] as in `MaskedBatch`; randomness turns
+        dropout on; documents keep attention inside them.
+        Returns the fp32 scalar sum of weights * loss, where a loss is nll or with rates the schedule's own, and nll [R]
+        detached, both in nats.
         """
         features = self.features(noisy, hidden_share, randomness, rows=rows, documents=documents)
-        loss, nll = self.head(features, target, token_weight=weights, forbidden=self.mask_id, return_nll=True)
+        loss, nll = self.head(
+            features, target, token_weight=weights, forbidden=self.mask_id, rates=rates, elapsed=elapsed, return_nll=True
+        )
         return loss, nll
 
     def parameter_counts(self) -> dict[str, int]:

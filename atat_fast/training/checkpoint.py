@@ -4,7 +4,7 @@
     checkpoints/last -> step-00000120         checkpoints/best -> step-00000090
 
 A run that trains by importance has importance.safetensors and importance_ema.safetensors too: the estimator, which evaluation and
-sampling do without.
+sampling do without. A token-identity schedule has schedule.safetensors, the vocabulary's rates.
 
 A run on several ranks writes shards/*.safetensors in the place of these files (training/shards.py), which any number of ranks
 reads, and so do evaluation and sampling.
@@ -33,6 +33,7 @@ from torch import Tensor, nn
 
 from atat_fast.config import Config, from_dict, to_dict
 from atat_fast.data.tokenizers import Tokenizer
+from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, merge_modulation
 from atat_fast.models.importance import ImportanceEstimator
@@ -45,6 +46,7 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 WEIGHTS, EMA, OPTIMIZER = "weights.safetensors", "ema.safetensors", "optimizer.safetensors"
 IMPORTANCE, IMPORTANCE_EMA = "importance.safetensors", "importance_ema.safetensors"
+SCHEDULE = "schedule.safetensors"
 
 
 @dataclass(frozen=True)
@@ -245,6 +247,16 @@ def load_importance(checkpoint: Checkpoint, *, average: bool = True) -> Importan
     if estimator is not None:
         load_weights(estimator, checkpoint, IMPORTANCE_EMA if average else IMPORTANCE)
     return estimator
+
+
+def load_identity(checkpoint: Checkpoint) -> IdentitySchedule | None:
+    """The token-identity schedule of a checkpoint, on the CPU, or None where the run had none."""
+    if checkpoint.config.diffusion.schedule != "token_identity":
+        return None
+    try:
+        return IdentitySchedule(checkpoint.tensors(SCHEDULE)["rates"])
+    except (KeyError, ValueError) as error:
+        raise UsageError(f"{checkpoint.path / SCHEDULE} does not hold rates ({error})") from error
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -22,7 +22,8 @@ from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import hide_by_importance, relative_weights
 from atat_fast.diffusion.counts import weighting_at
 from atat_fast.diffusion.curriculum import Curriculum
-from atat_fast.diffusion.masking import MaskedBatch, Scored, hidden_in_batch, hide_for_training
+from atat_fast.diffusion.identity import IdentitySchedule
+from atat_fast.diffusion.masking import Hide, MaskedBatch, Scored, hidden_in_batch, hide, hide_for_training
 from atat_fast.models.dit import DiT, Randomness
 from atat_fast.models.importance import ImportanceEstimator, error_chance, importance_loss
 from atat_fast.ops.attention import Documents
@@ -46,16 +47,20 @@ class Objective:
         seed: Seed of masks and dropout.
         total: Sequences in a global batch.
         estimator: Where config.importance has a source: its scores. It lies on the model's device.
+        identity: Where config.diffusion.schedule is token_identity: its rates, on the model's device.
     """
 
     def __init__(
         self, model: DiT, config: Config, compute: Compute, *, seed: int, total: int,
-        estimator: ImportanceEstimator | None = None, by_block: bool = False,
+        estimator: ImportanceEstimator | None = None, identity: IdentitySchedule | None = None, by_block: bool = False,
     ) -> None:  # fmt: skip
         if (estimator is None) != (config.importance.source == "none"):
             have = "there is none" if estimator is None else "one is given"
             raise ValueError(f"importance.source is {config.importance.source}, and of estimators {have}")
-        self.model, self.config, self.compute, self.estimator = model, config, compute, estimator
+        if (identity is None) != (config.diffusion.schedule == "log_linear"):
+            have = "there are none" if identity is None else "some are given"
+            raise ValueError(f"diffusion.schedule is {config.diffusion.schedule}, and of rates {have}")
+        self.model, self.config, self.compute, self.estimator, self.identity = model, config, compute, estimator, identity
         self.seed, self.total = seed, total
         self.curriculum = Curriculum(config.curriculum)
         network = None if estimator is None else estimator.network
@@ -67,7 +72,9 @@ class Objective:
     def alike(self, *, seed: int, total: int) -> Objective:
         """The same model, estimator and place in the curriculum under another seed and batch, not compiled: to evaluate with."""
         compute = dataclasses.replace(self.compute, compile=False)
-        other = Objective(self.model, self.config, compute, seed=seed, total=total, estimator=self.estimator)
+        other = Objective(
+            self.model, self.config, compute, seed=seed, total=total, estimator=self.estimator, identity=self.identity
+        )
         other.curriculum.load(self.curriculum.state())
         return other
 
@@ -105,12 +112,14 @@ class Objective:
         batch = self.hide(tokens, sample_ids, first=first, step=step, progress=progress, documents=documents)
         randomness = Randomness(self.seed, torch.full((), step, device=tokens.device), sample_ids)
         if self.compute.compile:  # one graph for every number of hidden rows
-            for tensor in (batch.rows, batch.target, batch.weights):
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            for tensor in (batch.rows, batch.target, batch.weights, batch.elapsed):
+                if tensor is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
         with self.compute.autocast():
             loss, nll = self.forward(
-                batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share, randomness, batch.documents
-            )
+                batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share, randomness, batch.documents,
+                batch.rates, batch.elapsed,
+            )  # fmt: skip
         loss = loss / (self.total * tokens.shape[1])
         parts = {"diffusion": loss.detach()}
         if batch.importance is not None:
@@ -135,7 +144,8 @@ class Objective:
             "step": step,
         }  # fmt: skip
         if self.estimator is None:
-            batch = hide_for_training(tokens, config, progress=progress, **place)
+            process: Hide = hide if self.identity is None else self.identity.hide
+            batch = hide_for_training(tokens, config, progress=progress, choose=process, **place)
             batch.documents = documents
             return batch
         level = self.curriculum.at(progress).level

@@ -10,6 +10,7 @@ from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import bias, check_importance
 from atat_fast.diffusion.counts import check_counts, expected_share
 from atat_fast.diffusion.curriculum import Curriculum, check_curriculum
+from atat_fast.diffusion.identity import check_identity
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, check_model, step_cost
 from atat_fast.models.importance import ImportanceEstimator, importance_cost
@@ -71,6 +72,7 @@ def check(config: Config, ranks: int = 1) -> Batches:
         config.curriculum, max_steps=config.train.max_steps, eval_every=config.eval.every, log_every=config.train.log_every
     )
     check_importance(config.importance, config.diffusion, config.curriculum)
+    check_identity(config.diffusion, config.importance)
     plan = batches(config, ranks)
     check_counts(config.diffusion, config.model.length, plan.global_batch)
     return plan
@@ -151,12 +153,22 @@ def describe(config: Config, vocab_size: int, mask_id: int, compute: Compute) ->
         f"model        {sizes}, vocabulary {vocab_size:,}, head {head}",
         f"parameters   {counts['total']:,}" + (f" and {scored:,} of the importance estimator" if scored else ""),
         f"             {parts}",
+        *describe_schedule(config),
         *describe_atat(config, scored, scoring / (cost.flops + scoring)),
         f"batch        {plan.global_batch} sequences = {tokens:,} tokens a step ({plan.accumulation} x {plan.micro_batch})",
         f"run          {config.train.max_steps:,} steps = {config.train.max_steps * tokens:,} tokens",
         f"work         {(cost.flops + scoring) / 1e12:,.2f} TFLOP a step ({share:.0%} of the rows through the head)",
         f"memory       about {memory.total / gib:.2f} GiB (estimate): {held}",
         f"compute      {compute.describe()}",
+    ]
+
+
+def describe_schedule(config: Config) -> list[str]:
+    """The token-identity schedule, where there is one."""
+    if config.diffusion.schedule == "log_linear":
+        return []
+    return [
+        f"schedule     token identity: revealed at rates exp(-{config.diffusion.identity_strength:g} * log-rank of the token)"
     ]
 
 

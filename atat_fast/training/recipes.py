@@ -14,18 +14,20 @@ from atat_fast.errors import UsageError, nearest
 
 Settings = dict[str, Any]
 
-PLAIN: Settings = {"counts": "uniform", "mirror": False, "ce_until": 0.0}
+PLAIN: Settings = {"counts": "uniform", "mirror": False, "ce_until": 0.0, "schedule": "log_linear"}
 RECIPES: dict[str, Settings] = {
     "preset": {},
     "mdlm": {"diffusion": PLAIN | {"masking": "bernoulli", "pairing": "stratified", "weighting": "uniform"}},
     "elbo": {"diffusion": PLAIN | {"masking": "exact", "pairing": "antithetic", "weighting": "uniform"}},
     "uniform": {"diffusion": PLAIN | {"masking": "exact", "pairing": "antithetic"}},
+    "identity": {"diffusion": PLAIN | {"masking": "exact", "pairing": "antithetic", "schedule": "token_identity"}},
 }
 WHAT = {
     "preset": "the preset as it is",
     "mdlm": "each token hidden by chance at MDLM's stratified times, with MDLM's weights",
     "elbo": "exactly k tokens hidden, k uniform, with the bound's own weights",
     "uniform": "exactly k tokens hidden, k uniform, weighed as the preset says",
+    "identity": "uniform under a token-identity schedule: rare tokens stay hidden longer, with the bound's own term for it",
     "atat": "what preset atat sets: importance, curriculum and weights",
     "fast": "what preset fast sets: bell counts, weights, the model's and optimizer's options",
 }

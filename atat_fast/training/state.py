@@ -41,6 +41,8 @@ class State:
             kept = checkpoint.saved_tensors(t.estimator)
             files[checkpoint.IMPORTANCE] = kept
             files[checkpoint.IMPORTANCE_EMA] = {name: t.average.values.get(PREFIX + name, value) for name, value in kept.items()}
+        if t.identity is not None:
+            files[checkpoint.SCHEDULE] = {"rates": t.identity.rates}
         return files
 
     def save(self, seconds: float, evaluation: dict[str, Any] | None, *, best: bool) -> None:

@@ -23,13 +23,14 @@ from atat_fast.config import Config, to_dict
 from atat_fast.data import Dataset, SequenceLoader, Tokenizer, prepare
 from atat_fast.diffusion.adaptive import BadScores, bias
 from atat_fast.diffusion.counts import expected_share
+from atat_fast.diffusion.identity import IdentitySchedule, identity_rates
 from atat_fast.diffusion.objective import Estimate, Spread
 from atat_fast.diffusion.samplers import sample
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.importance import reliability, text_importance
 from atat_fast.evaluation.likelihood import evaluate, evaluating, report
 from atat_fast.models.dit import DiT, step_cost
-from atat_fast.models.importance import ImportanceEstimator, importance_cost
+from atat_fast.models.importance import ImportanceEstimator, importance_cost, log_rank
 from atat_fast.ops.attention import choose_attention, documents_of
 from atat_fast.training import checkpoint, run_folder
 from atat_fast.training.device import Compute, environment, peak_flops, resolve
@@ -94,6 +95,9 @@ class Trainer:
         torch.manual_seed(config.train.seed)
         self.model = DiT(self.tokenizer.model_vocab_size, self.tokenizer.mask_id, **vars(config.model)).to(self.compute.device)
         self.estimator = self._make_estimator()
+        self.identity = self._make_identity() if saved is None else checkpoint.load_identity(saved)
+        if self.identity is not None:
+            self.identity = self.identity.to(self.compute.device)
         parameters = self._parameter_counts()
         with ranks.agree():
             self.choice = ranks.share(choose_for(config, ranks.launch, self.model.vocab_size, self.compute))
@@ -101,7 +105,7 @@ class Trainer:
         recompute_blocks(self.model, config.parallel.activation_checkpointing)
         self.objective = Objective(
             self.model, config, self.compute, seed=config.train.seed, total=self.plan.global_batch, estimator=self.estimator,
-            by_block=ranks.size > 1 or config.parallel.activation_checkpointing > 0,
+            identity=self.identity, by_block=ranks.size > 1 or config.parallel.activation_checkpointing > 0,
         )  # fmt: skip
         self.parallel = Parallel(self.model, self.estimator, self.choice, config.parallel, ranks.size, self.compute.device.type)
         self.optimizers = Optimizers(self.objective.named_parameters(), config.optim)
@@ -258,6 +262,13 @@ class Trainer:
         estimator = ImportanceEstimator.of(self.config, counts)
         return None if estimator is None else estimator.to(self.compute.device)
 
+    def _make_identity(self) -> IdentitySchedule | None:
+        """The token-identity schedule, where settings ask for one: rates from the counts of the training text."""
+        if self.config.diffusion.schedule != "token_identity":
+            return None
+        counts = torch.from_numpy(self.data.train.token_counts())
+        return IdentitySchedule(identity_rates(log_rank(counts), counts, self.config.diffusion.identity_strength))
+
     def _parameter_counts(self) -> dict[str, int]:
         counts = self.model.parameter_counts()
         if self.estimator is None:
@@ -408,9 +419,14 @@ class Trainer:
         with self._averaged():
             spread = Spread(self.ranks.rank, self.ranks.size, self.ranks.total, self._inside_evaluation)
             estimate = evaluate(self.model, self.data.valid, self.config.eval, self.compute.autocast(), spread)
+            own = None
+            if self.identity is not None:
+                own = evaluate(
+                    self.model, self.data.valid, self.config.eval, self.compute.autocast(), spread, identity=self.identity
+                )
             record = self.parallel.inside(self._evaluate_importance)
         self.estimate = estimate
-        row = {"step": self.step} | report(estimate, self.data.valid) | record
+        row = {"step": self.step} | report(estimate, self.data.valid, own) | record
         row["seconds"] = round(time.perf_counter() - begin, 3)
         if self.config.curriculum.watch == "valid":
             self.objective.curriculum.observe(estimate.nll)

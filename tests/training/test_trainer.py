@@ -97,7 +97,7 @@ def test_attention_within_documents_is_trained_and_evaluated(small, tmp_path):
         seen = []
         forward = trainer.objective.forward
         trainer.objective.forward = lambda noisy, rows, target, *rest, seen=seen, forward=forward: (
-            seen.append((noisy, rows, target, rest[-1])) or forward(noisy, rows, target, *rest)
+            seen.append((noisy, rows, target, rest[3])) or forward(noisy, rows, target, *rest)
         )
         trainer.train()
         for noisy, hidden, target, documents in seen:
@@ -169,6 +169,7 @@ ADAPTIVE = [
         [],
         ["--optim.name", "adamw"],
         ["--diffusion.masking", "bernoulli"],
+        ["--diffusion.schedule", "token_identity"],
         ATAT,
         ADAPTIVE,
         [*ADAPTIVE, "--curriculum.watch", "train", "--train.log_every", "2", "--curriculum.threshold", "9"],

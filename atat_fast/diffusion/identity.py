@@ -1,0 +1,139 @@
+"""The token-identity schedule: each token of the vocabulary is hidden at its own rate, and the bound that goes with it.
+
+At time t a token v is hidden with chance t^w_v (alpha_v(t) = 1 - t^w_v, GenMD4's form: Shi et al., "Simplified and Generalized
+Masked Diffusion for Discrete Data", 2024). Going back in s = -log t from 0, hidden tokens are revealed independently, token i at
+the constant rate w of what it is. A model of rates w_v mu_i(v), with mu_i a distribution over the vocabulary, has the bound
+
+    NELBO(x) = integral over s of E sum over hidden i of [-w_x_i log mu_i(x_i) + sum_v w_v mu_i(v) - w_x_i].
+
+Revealing at constant rates is a race: the order is Plackett-Luce with odds w, whatever the times, and a set M of hidden tokens is
+left after an exponential time of mean 1 / W, W the sum of w over M. So time is integrated out as for uniform masks, and counts
+stay exact and known on the host:
+
+    NELBO(x) = E over k uniform on 0..L, M from the race with |M| = k, of (L + 1) / W * the sum over M,
+
+with the s that mu may depend on drawn from its law given M: the time at which M was reached, which the visible tokens' clocks
+say, plus an exponential of mean 1 / W. All rates 1 give (L + 1) / k, a sum over v that cancels, and the uniform bound.
+
+The true posterior of hidden tokens is p(x_M | visible) times exp(-s w) for each, so it depends on s: who still hides late is
+slow. `linear_cross_entropy` therefore lowers logits by s w_v, which makes mu exact where hidden tokens are independent given
+the visible ones, leaves to the network what uniform masks would teach it, and is left out when uniform masks are evaluated or
+sampled. docs/atat.md has by how much the best such model misses the entropy.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from atat_fast.config import DiffusionConfig, ImportanceConfig
+from atat_fast.diffusion.masking import MaskedBatch, spread
+from atat_fast.errors import UsageError
+from atat_fast.ops.masking import mask_tokens
+from atat_fast.ops.philox import STREAM_COUNT, STREAM_MASK, random_words, uniform
+
+MOST_STRENGTH = 5.0
+"""Largest |identity_strength|. Rates then differ by up to e^5; times reach about 20 / the least rate, and s w_v a few thousand,
+where fp32 logits still have steps below 0.001."""
+
+
+def identity_rates(scores: Tensor, counts: Tensor, strength: float) -> Tensor:
+    """Rates [V] fp32: exp(-strength * score), scaled to mean 1 over the tokens of the text. Only their ratios matter to bounds.
+
+    scores: [V] in [0, 1], 0 for the commonest token and 1 for the rarest.   counts: [V], how often each occurs in the text.
+    Raises ValueError where counts are all 0.
+    """
+    counts = counts.flatten().double()
+    if float(counts.sum()) <= 0:
+        raise ValueError("rates of tokens need their counts in the training text, and all counts are 0")
+    rates = torch.exp(-strength * scores.double())
+    return (rates * counts.sum() / (rates * counts).sum()).float()
+
+
+class IdentitySchedule:
+    """The process with these rates.
+
+    Args:
+        rates: [V] fp32 above 0.
+    """
+
+    def __init__(self, rates: Tensor) -> None:
+        log_rates = rates.detach().double().log()
+        low, high = (float(v) for v in torch.aminmax(log_rates))
+        if not (math.isfinite(low) and math.isfinite(high)):
+            raise ValueError("rates must be finite and above 0")
+        self.rates = rates.detach().float()
+        # mask_tokens reveals with odds exp(-tilt * score): scores in [0, 1] whose odds are the rates. Tilt 0 is uniform.
+        self.tilt = high - low
+        self.scores = ((high - log_rates) / (self.tilt or 1.0)).clamp(0, 1).float()
+
+    def to(self, device: torch.device) -> IdentitySchedule:
+        """The same on another device."""
+        moved = IdentitySchedule.__new__(IdentitySchedule)
+        moved.rates, moved.scores, moved.tilt = self.rates.to(device), self.scores.to(device), self.tilt
+        return moved
+
+    def hide(
+        self,
+        tokens: Tensor,
+        counts: Tensor,
+        *,
+        mask_id: int,
+        sample_ids: Tensor,
+        seed: int | Tensor,
+        step: int | Tensor,
+        weighting: str = "uniform",
+    ) -> MaskedBatch:
+        """Hide exactly counts[b] (CPU int64) tokens of sequence b, as the race leaves them. tokens [B, L] without mask_id.
+
+        The batch has (L + 1) / W as weights, whatever `weighting`, the vocabulary's rates, and the time s of every hidden token.
+        Nothing waits for a device.
+        """
+        device, length, number = tokens.device, tokens.shape[1], int(counts.sum())
+        noisy, rows, _ = mask_tokens(
+            tokens,
+            counts.to(device, non_blocking=True),
+            num_rows=number,
+            mask_id=mask_id,
+            sample_ids=sample_ids,
+            seed=seed,
+            step=step,
+            scores=self.scores[tokens],
+            tilt=self.tilt,
+            stream=STREAM_MASK,
+        )
+        own, hidden = self.rates[tokens].double(), noisy == mask_id
+        total = torch.where(hidden, own, 0.0).sum(1)  # W; 0 where nothing is hidden, of which no row speaks
+        word = random_words(sample_ids[:, None] * length + torch.arange(length, device=device), seed, step, STREAM_MASK)[0]
+        reached = torch.where(hidden, 0.0, -torch.log(uniform(word)) / own).amax(1)
+        stay = -torch.log(uniform(random_words(sample_ids, seed, step, STREAM_COUNT)[2]))
+        share = (counts / max(1, length)).to(device, torch.float32, non_blocking=True)
+        return MaskedBatch(
+            noisy, rows, tokens.flatten()[rows], spread((length + 1) / total, counts, rows), share, tokens.numel(), hidden=number,
+            rates=self.rates, elapsed=spread(reached + stay / total, counts, rows),
+        )  # fmt: skip
+
+
+def check_identity(diffusion: DiffusionConfig, importance: ImportanceConfig) -> None:
+    """Raise UsageError for a token-identity schedule that cannot be trained with."""
+    if diffusion.schedule != "token_identity":
+        return
+    strength = diffusion.identity_strength
+    if not abs(strength) <= MOST_STRENGTH:
+        raise UsageError(
+            f"diffusion.identity_strength {strength} makes rates differ by more than e^{MOST_STRENGTH:g}, beyond what fp32 "
+            f"logits resolve; use a number from {-MOST_STRENGTH:g} to {MOST_STRENGTH:g}"
+        )
+    if diffusion.masking != "exact" or diffusion.mirror:
+        what = "diffusion.mirror" if diffusion.mirror else f"diffusion.masking {diffusion.masking}"
+        raise UsageError(
+            f"{what} hides every token alike, and diffusion.schedule token_identity does not; "
+            "set diffusion.masking exact and diffusion.mirror false, or diffusion.schedule log_linear"
+        )
+    if importance.source != "none":
+        raise UsageError(
+            f"importance.source {importance.source} and diffusion.schedule token_identity both choose what is hidden; "
+            "set importance.source none, or diffusion.schedule log_linear"
+        )
