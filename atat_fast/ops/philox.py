@@ -58,7 +58,9 @@ def random_words(index: Tensor, seed: int | Tensor, step: int | Tensor, stream: 
     """Four words for every element of `index` (int64, any shape) at this seed (64 bits), step and stream (32 bits each)."""
 
     def word(value: int | Tensor) -> Tensor:
-        return torch.as_tensor(value, dtype=torch.int64, device=index.device)
+        if isinstance(value, Tensor):
+            return value.to(index.device, torch.int64)
+        return torch.full((), value, dtype=torch.int64, device=index.device)  # a copy from the host would wait for a GPU
 
     seed, step = word(seed), word(step)
     counter = (index & WORD, (index >> 32) & WORD, step & WORD, word(stream) & WORD)

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atat_fast.config import Config, ImportanceConfig, ModelConfig, load_preset
+from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.diffusion.noise import mask_counts
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
@@ -54,7 +55,9 @@ def size_for(device: str) -> Size:
 class Step:
     """A model and everything that moves it, with fixed data."""
 
-    def __init__(self, device: str, *, adaptive: bool = False, dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, device: str, *, adaptive: bool = False, identity: bool = False, dtype: torch.dtype | None = None
+    ) -> None:  # fmt: skip
         self.size, self.device = size_for(device), torch.device(device)
         torch.manual_seed(0)
         self.config = Config(model=self.size.model)
@@ -62,6 +65,10 @@ class Step:
         if adaptive:
             self.config.importance = ImportanceConfig(source="learned", width=16 if device != "cuda" else 256, heads=2)
             self.config.diffusion.weighting = "importance"
+        schedule = None
+        if identity:
+            self.config.diffusion.schedule = "token_identity"
+            schedule = IdentitySchedule(torch.linspace(0.3, 2.0, self.size.vocabulary)).to(self.device)
         dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
         self.compute = Compute(self.device, dtype, compile=False)
         self.model = DiT(self.size.vocabulary, self.size.vocabulary - 1, **vars(self.size.model)).to(self.device)
@@ -71,7 +78,9 @@ class Step:
         estimator = ImportanceEstimator.of(self.config, None) if adaptive else None
         if estimator is not None:
             estimator = estimator.to(self.device)
-        self.objective = Objective(self.model, self.config, self.compute, seed=1, total=self.size.batch, estimator=estimator)
+        self.objective = Objective(
+            self.model, self.config, self.compute, seed=1, total=self.size.batch, estimator=estimator, identity=schedule
+        )
         self.tokens = torch.randint(0, self.size.vocabulary - 1, (self.size.batch, self.size.model.length)).to(self.device)
         self.ids = torch.arange(self.size.batch, device=self.device)
 
@@ -131,10 +140,13 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-@pytest.mark.parametrize("adaptive", [False, True], ids=["uniform", "atat"])
+KINDS = pytest.mark.parametrize("kind", [{}, {"adaptive": True}, {"identity": True}], ids=["uniform", "atat", "identity"])
+
+
+@KINDS
 @pytest.mark.parametrize("device", BOTH)
-def test_nothing_waits_in_a_step(device, adaptive):
-    step = Step(device, adaptive=adaptive).with_optimizer()
+def test_nothing_waits_in_a_step(device, kind):
+    step = Step(device, **kind).with_optimizer()
     for number in range(2):  # libraries make their handles, and the optimizer its state
         step.whole(number)
     with no_waiting(device):
@@ -142,10 +154,10 @@ def test_nothing_waits_in_a_step(device, adaptive):
     assert all(bool(torch.isfinite(loss)) for loss in losses)
 
 
-@pytest.mark.parametrize("adaptive", [False, True], ids=["uniform", "atat"])
-def test_nothing_would_wait_were_it_a_gpu(adaptive, monkeypatch):
+@KINDS
+def test_nothing_would_wait_were_it_a_gpu(kind, monkeypatch):
     monkeypatch.setattr(torch, "is_autocast_enabled", lambda kind: False)  # torch's own refuses to say for meta
-    step = Step("meta", adaptive=adaptive, dtype=torch.float32)
+    step = Step("meta", **kind, dtype=torch.float32)
     with Waits() as waits:
         step.gradients(3)
     assert waits.found == []
