@@ -40,7 +40,7 @@ def _main(arguments: Sequence[str]) -> int:
     from atat_fast.training.device import resolve
     from atat_fast.training.modes import check_parallel
     from atat_fast.training.plan import check
-    from atat_fast.training.ranks import Launch, Ranks, leave_to_rank_0
+    from atat_fast.training.ranks import Launch, Ranks, leave_to_rank_0, lost_contact
     from atat_fast.training.trainer import Diverged, Interrupted, Trainer
 
     launch = Launch.of()
@@ -60,6 +60,15 @@ def _main(arguments: Sequence[str]) -> int:
             print(stop, file=sys.stderr, flush=True)
             return stop.code
         leave_to_rank_0(stop.code)
+    except RuntimeError as error:
+        if ranks.size == 1 or not lost_contact(error):
+            raise
+        print(
+            f"rank {ranks.rank} stops at step {trainer.step + 1:,}: it lost contact with another rank",
+            file=sys.stderr,
+            flush=True,
+        )
+        return 1
     ranks.leave()
     if not ranks.first:
         return 0

@@ -113,7 +113,8 @@ class Ranks:
         try:
             dist.init_process_group(
                 "gloo" if card is None else "cpu:gloo,cuda:nccl",
-                store=PrefixStore("atat_fast", store), rank=at.rank, world_size=at.size, timeout=limit, device_id=card,
+                # The launcher's store remembers the addresses of processes that it has started again since.
+                store=PrefixStore(f"atat_fast/{at.restarts}", store), rank=at.rank, world_size=at.size, timeout=limit, device_id=card,
             )  # fmt: skip
         except RuntimeError as error:
             raise UsageError(f"rank {at.rank} does not find the others at {place}: {_first_line(error)}") from error
@@ -210,6 +211,11 @@ class Ranks:
             self.control = self.disk = None
             with contextlib.suppress(RuntimeError):
                 dist.destroy_process_group()
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether this is how a process hears that another one is gone: it does not know which, or why."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)
 
 
 def leave_to_rank_0(status: int, seconds: float = 20.0) -> NoReturn:

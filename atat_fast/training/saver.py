@@ -85,7 +85,10 @@ class Saver:
                 }
             except BaseException as error:  # whatever it is, the others wait to hear of it
                 problem = shards.reason(error)
-            self.problem = self._complete(aside, manifest, problem, mine, best)
+            try:
+                self.problem = self._complete(aside, manifest, problem, mine, best)
+            except RuntimeError as error:  # a rank is gone, and so is this run
+                self.problem = shards.reason(error)
             if self.problem is None:
                 size = sum(found["bytes"] for found in self._sizes)
                 self._written.append(Written(step, size, time.perf_counter() - begin, blocked))

@@ -17,6 +17,9 @@ from atat_fast.training.saver import Saver, Written
 if TYPE_CHECKING:
     from atat_fast.training.trainer import Trainer
 
+MODEL = "model"
+"""Folder of the weights as one file, in a run of several ranks."""
+
 
 class State:
     """The saved state of a trainer. All ranks call all methods at the same places."""
@@ -99,6 +102,15 @@ class State:
             if t.ranks.first:
                 p.data.copy_(value)
         return model
+
+    def export(self) -> None:
+        """Put a sharded run's best averaged weights into one safetensors file beside a config.json, for `DiT.from_pretrained`."""
+        t = self.trainer
+        if self.saver is None or not t.ranks.first:
+            return
+        model, _ = checkpoint.load_model(checkpoint.find(t.folder, "best"))
+        with checkpoint.disk_errors(t.folder):
+            model.save_pretrained(t.folder / MODEL)
 
     @property
     def failed(self) -> bool:

@@ -218,7 +218,8 @@ class Trainer:
             with self.watch.patient("finishing"):
                 if config.sample.num_samples:
                     self._sample()
-                self.ranks.barrier()
+                with self.ranks.agree():
+                    self.state.export()
         finally:
             self.close()
         return last

@@ -1,0 +1,312 @@
+"""What the ranks of a test do; torchrun runs this file once for each: rank_cases.py CASE ARGUMENTS.
+
+Cases that begin with `door_` are the train door with something that goes wrong on one rank.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.distributed.tensor import Shard, distribute_tensor
+
+from atat_fast import cli, train
+from atat_fast.config import ParallelConfig
+from atat_fast.errors import UsageError
+from atat_fast.models.dit import DiT
+from atat_fast.training import checkpoint, objective, shards
+from atat_fast.training.modes import Choice
+from atat_fast.training.optimizers import ShardedMuon
+from atat_fast.training.parallel import Parallel, local, whole
+from atat_fast.training.ranks import Ranks
+from atat_fast.training.stops import Interrupted
+from atat_fast.training.trainer import Trainer
+
+RANK = int(os.environ["RANK"])
+ATTEMPT = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+
+
+def trainer(arguments: list[str], ranks: Ranks) -> Trainer:
+    parser = cli.make_parser()
+    parser.add_argument("--resume", action="store_true")
+    config, parsed = cli.parse_config(parser, arguments)
+    return Trainer(config, resume=parsed.resume, show_progress=False, ranks=ranks)
+
+
+def runs(plan: str) -> None:
+    """Several runs one after another, in one group. plan: JSON, a list of {arguments, stop (a step or 0), masks (a file or "")}."""
+    ranks = Ranks.start("cpu", 60)
+    hide = objective.hide_for_training
+    for job in json.loads(plan):
+        seen: dict[str, list[int]] = {}
+
+        def record(tokens, config, seen=seen, **options):
+            masked = hide(tokens, config, **options)
+            for i, row in enumerate((masked.noisy != tokens).int().tolist()):
+                seen[f"{options['step']}/{options['first'] + i}"] = row
+            return masked
+
+        objective.hide_for_training = record
+        run = trainer(job["arguments"], ranks)
+        step = run._train_step
+
+        def stop_there(run=run, step=step, stop=job.get("stop", 0)) -> None:
+            step()
+            if run.step == stop and ranks.size - 1 == RANK:  # one rank hears of it
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        run._train_step = stop_there
+        try:
+            run.train()
+        except Interrupted as caught:
+            assert caught.code == 143 and job["stop"], caught
+        else:
+            assert not job.get("stop")
+        everyone = ranks.gather(seen)
+        if ranks.first and job.get("masks"):
+            Path(job["masks"]).write_text(json.dumps({key: row for part in everyone for key, row in part.items()}))
+    ranks.leave()
+
+
+def parts(folder: str) -> None:
+    """The pieces: gradients, updates, precisions, groups, and what is refused."""
+    ranks = Ranks.start("cpu", 60)
+    for tied in (False, True):
+        for mode in ("ddp", "fsdp"):
+            gradients(ranks, mode, tied)
+    muon(ranks)
+    precisions(ranks)
+    scalars(ranks, Path(folder))
+    same_and_agree(ranks)
+    ranks.leave()
+
+
+def model(tied: bool = False) -> DiT:
+    torch.manual_seed(0)
+    made = DiT(11, 10, dim=16, layers=3, heads=2, length=12, dropout=0.0, tie_embeddings=tied, qk_norm=True)
+    with torch.no_grad():
+        for p in made.parameters():
+            p.add_(0.05 * torch.randn_like(p))
+    return made
+
+
+def loss_of(made: DiT, first: int, last: int) -> torch.Tensor:
+    """The loss of sequences first .. last - 1 of a batch of 4, as a share of the mean over all of its hidden tokens."""
+    make = torch.Generator().manual_seed(5)
+    noisy, target = torch.randint(0, 11, (4, 12), generator=make), torch.randint(0, 10, (4, 6), generator=make)
+    count = last - first
+    rows, weights = torch.arange(0, 12 * count, 2), torch.full((6 * count,), 1 / 24)
+    return made(noisy[first:last], rows, target[first:last].flatten(), weights)[0]
+
+
+def gradients(ranks: Ranks, mode: str, tied: bool) -> None:
+    """Every parameter's gradient is the one of a single process; between micro-batches nothing is sent."""
+    alone = model(tied)
+    loss_of(alone, 0, 4).backward()
+    made = model(tied)
+    parallel = Parallel(made, None, Choice(mode, ranks.size, "", keep_gathered=tied), ParallelConfig(), ranks.size, "cpu")
+    per = 4 // ranks.size
+    for i in range(per):
+        slot = ranks.rank * per + i
+        with parallel.accumulating(last=i + 1 == per):
+            loss = parallel.inside(lambda slot=slot: loss_of(made, slot, slot + 1))
+            parallel.backward(loss)
+        if mode == "fsdp" and i + 1 < per:  # not yet anybody's sum
+            assert all(p.grad is None for p in made.parameters())
+    for (name, p), q in zip(made.named_parameters(), alone.parameters(), strict=True):
+        torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-4, atol=1e-6, msg=f"{mode} {name}")
+    norm = parallel.clip(made.parameters(), 0.1)
+    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.1))
+    with torch.no_grad(), parallel.settled():
+        parallel.inside(lambda: loss_of(made, 0, 4))
+    with torch.no_grad():  # what is written to a shard counts at the next call
+        for p in made.parameters():
+            local(p).mul_(1.5)
+        for p in alone.parameters():
+            p.mul_(1.5)
+        after = parallel.inside(lambda: loss_of(made, 0, 4))
+    torch.testing.assert_close(after, loss_of(alone, 0, 4).detach())
+
+
+def muon(ranks: Ranks) -> None:
+    """Three updates of sharded matrices, wide, tall and uneven, are torch.optim.Muon's."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    for shape in ((8, 24), (25, 8), (7, 7)):
+        torch.manual_seed(1)
+        plain = torch.nn.Parameter(torch.randn(shape))
+        split = torch.nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Shard(0)]))
+        options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.2, "adjust_lr_fn": "match_rms_adamw"}
+        one, many = torch.optim.Muon([plain], **options), ShardedMuon([split], **options)
+        for _ in range(3):
+            plain.grad = torch.randn(shape)
+            split.grad = distribute_tensor(plain.grad.clone(), mesh, [Shard(0)])
+            one.step()
+            many.step()
+        torch.testing.assert_close(whole(split), plain.detach(), rtol=1e-5, atol=1e-5)
+        assert local(many.state[split]["momentum_buffer"]).numel() < plain.numel()
+
+
+def precisions(ranks: Ranks) -> None:
+    """Gathered in bf16, reduced in bf16: close to fp32, and the masters stay fp32."""
+    alone = model()
+    loss_of(alone, 0, 4).backward()
+    for settings in ({"param_dtype": "bf16"}, {"reduce_dtype": "bf16"}):
+        made = model()
+        parallel = Parallel(made, None, Choice("fsdp", ranks.size, ""), ParallelConfig(**settings), ranks.size, "cpu")
+        per = 4 // ranks.size
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            loss = parallel.inside(lambda made=made: loss_of(made, ranks.rank * per, (ranks.rank + 1) * per))
+        parallel.backward(loss)
+        for (name, p), q in zip(made.named_parameters(), alone.named_parameters(), strict=True):
+            assert p.dtype is torch.float32 and p.grad.dtype is torch.float32
+            away = (whole(p.grad) - q[1].grad).norm() / q[1].grad.norm().clamp(min=1e-3)
+            assert away < 0.1, (settings, name, away)
+
+
+def scalars(ranks: Ranks, folder: Path) -> None:
+    """Shards hold numbers, replicated and sharded tensors, and give them back to ranks and to one process alone."""
+    from torch.distributed.device_mesh import init_device_mesh
+
+    mesh = init_device_mesh("cpu", (ranks.size,))
+    full = torch.arange(21.0).view(7, 3)
+    tensors = {"a": distribute_tensor(full, mesh, [Shard(0)]), "b/step": torch.tensor(5.0), "c": torch.arange(3.0)}
+    future = shards.write(folder / "shards", tensors, ranks.disk)
+    local(tensors["a"]).zero_()  # what changes afterwards is not written
+    future.result()
+    ranks.barrier()
+    assert shards.shapes(folder / "shards") == {"a": (7, 3), "b/step": (), "c": (3,)}
+    back = {"a": distribute_tensor(torch.zeros(7, 3), mesh, [Shard(0)]), "b/step": torch.zeros(())}
+    shards.read(folder / "shards", back, ranks.control)
+    assert torch.equal(whole(back["a"]), full) and back["b/step"] == 5
+    alone = {"a": torch.zeros(7, 3), "c": torch.zeros(3)}
+    shards.read(folder / "shards", alone)
+    assert torch.equal(alone["a"], full) and torch.equal(alone["c"], torch.arange(3.0))
+    assert not [f for f in (folder / "shards").iterdir() if f.suffix != ".safetensors"]
+
+
+def refused(what: Any) -> str:
+    try:
+        what()
+    except UsageError as error:
+        return str(error)
+    raise AssertionError("it was not refused")
+
+
+def same_and_agree(ranks: Ranks) -> None:
+    text = refused(lambda: ranks.require_same("settings", {"train.seed": RANK}))
+    assert text == "rank 1 has train.seed 1 where rank 0 has 0; start all ranks with the same settings"
+
+    def bad() -> None:
+        with ranks.agree():
+            if RANK == 1:
+                raise UsageError("there is no such file")
+
+    assert refused(bad) == "rank 1: there is no such file"
+    assert [ranks.vote(RANK), ranks.vote(0), ranks.last_vote()] == [0, 1, 0]
+    assert ranks.total(torch.tensor([1.0, RANK])).tolist() == [2.0, 1.0]
+
+
+def cards() -> None:
+    """Fewer cards than ranks."""
+    torch.cuda.device_count = lambda: 1
+    assert "2 ranks were started on" in (text := refused(lambda: Ranks.start("cuda", 60))) and "has 1 CUDA device" in text
+
+
+def door(arguments: list[str]) -> None:
+    cli.run_door(train.main, arguments)
+
+
+def door_killed(*arguments: str) -> None:
+    """Rank 1 is killed in the middle of step 4, then while step 8's checkpoint is being written, and then no more."""
+    if ATTEMPT == 0 and RANK == 1:
+        backward = Parallel.backward
+
+        def die(self: Parallel, loss: torch.Tensor) -> None:
+            if len(calls) == 3:
+                os.kill(os.getpid(), signal.SIGKILL)
+            calls.append(loss)
+            backward(self, loss)
+
+        calls: list[torch.Tensor] = []
+        Parallel.backward = die  # type: ignore[method-assign]
+    if ATTEMPT == 1 and RANK == 1:
+        finger = checkpoint.fingerprint
+
+        def die_writing(file: Path) -> dict[str, Any]:
+            if ".step-00000008" in str(file):
+                os.kill(os.getpid(), signal.SIGKILL)
+            return finger(file)
+
+        checkpoint.fingerprint = die_writing
+    door([*arguments])
+
+
+def door_full(*arguments: str) -> None:
+    """Rank 1's disk is full at step 8's checkpoint."""
+    from torch.distributed.checkpoint.filesystem import FileSystem
+
+    create = FileSystem.create_stream
+
+    def full(self: FileSystem, path: Any, mode: str) -> Any:
+        if RANK == 1 and "step-00000008" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return create(self, path, mode)
+
+    FileSystem.create_stream = full  # type: ignore[method-assign]
+    door([*arguments])
+
+
+def door_hung(*arguments: str) -> None:
+    """Rank 1 does nothing any more at step 3."""
+    batch = Trainer._batch
+
+    def hang(self: Trainer, slot: int) -> Any:
+        if RANK == 1 and self.step == 3:
+            time.sleep(600)
+        return batch(self, slot)
+
+    Trainer._batch = hang  # type: ignore[method-assign]
+    door([*arguments])
+
+
+def door_nan(*arguments: str) -> None:
+    """Rank 1's loss is NaN in step 5."""
+    loss = Trainer._loss
+
+    def poisoned(self: Trainer, *rest: Any) -> Any:
+        value, parts = loss(self, *rest)
+        if RANK == 1 and self.step == 4:
+            return value * torch.nan, parts | {"diffusion": parts["diffusion"] * torch.nan}
+        return value, parts
+
+    Trainer._loss = poisoned  # type: ignore[method-assign]
+    door([*arguments])
+
+
+def door_other_config(*arguments: str) -> None:
+    """Rank 1 was started with another seed."""
+    door([*arguments, *(["--train.seed", "7"] if RANK == 1 else [])])
+
+
+def door_other_data(*arguments: str) -> None:
+    """On rank 1's host lies another text under the same path."""
+    os.chdir(f"host{RANK}")
+    door([*arguments, "--data.corpus", "text.jsonl", "--data.cache_dir", "cache"])
+
+
+def door_plain(*arguments: str) -> None:
+    """Nothing is wrong."""
+    door([*arguments])
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]](*sys.argv[2:])
