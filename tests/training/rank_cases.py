@@ -6,6 +6,7 @@ Cases that begin with `door_` are the train door with something that goes wrong 
 from __future__ import annotations
 
 import errno
+import functools
 import json
 import os
 import signal
@@ -41,7 +42,7 @@ def trainer(arguments: list[str], ranks: Ranks) -> Trainer:
 
 
 def runs(plan: str) -> None:
-    """Several runs one after another, in one group. plan: JSON, a list of {arguments, stop (a step or 0), masks (a file or "")}."""
+    """Several runs one after another, in one group. plan: JSON, a list of {arguments, stop (a step, or 0), masks (a file)}."""
     ranks = Ranks.start("cpu", 60)
     hide = objective.hide_for_training
     for job in json.loads(plan):
@@ -57,18 +58,19 @@ def runs(plan: str) -> None:
         run = trainer(job["arguments"], ranks)
         step = run._train_step
 
-        def stop_there(run=run, step=step, stop=job.get("stop", 0)) -> None:
+        def stop_there(run=run, step=step, job=job) -> None:
             step()
-            if run.step == stop and ranks.size - 1 == RANK:  # one rank hears of it
+            if run.step == job["stop"] and ranks.size - 1 == RANK:  # one rank hears of it
                 os.kill(os.getpid(), signal.SIGTERM)
 
         run._train_step = stop_there
         try:
             run.train()
         except Interrupted as caught:
-            assert caught.code == 143 and job["stop"], caught
+            code = caught.code
         else:
-            assert not job.get("stop")
+            code = 0
+        assert code == (143 if job["stop"] else 0)
         everyone = ranks.gather(seen)
         if ranks.first and job.get("masks"):
             Path(job["masks"]).write_text(json.dumps({key: row for part in everyone for key, row in part.items()}))
@@ -162,9 +164,9 @@ def precisions(ranks: Ranks) -> None:
     for settings in ({"param_dtype": "bf16"}, {"reduce_dtype": "bf16"}):
         made = model()
         parallel = Parallel(made, None, Choice("fsdp", ranks.size, ""), ParallelConfig(**settings), ranks.size, "cpu")
-        per = 4 // ranks.size
+        first, last = (4 * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = parallel.inside(lambda made=made: loss_of(made, ranks.rank * per, (ranks.rank + 1) * per))
+            loss = parallel.inside(functools.partial(loss_of, made, first, last))
         parallel.backward(loss)
         for (name, p), q in zip(made.named_parameters(), alone.named_parameters(), strict=True):
             assert p.dtype is torch.float32 and p.grad.dtype is torch.float32
