@@ -201,12 +201,19 @@ def _open_or_offer(path: Path) -> Checkpoint:
     try:
         return open_checkpoint(path)
     except Damaged as error:
-        for other in steps(path.parent):
-            with contextlib.suppress(UsageError):
-                if other != path:
-                    step = open_checkpoint(other).step
-                    raise Damaged(f"{error}; {other} (step {step:,}) is whole: delete {path.name} to go on from there") from None
+        other = next((found for found in steps(path.parent) if found != path and _whole(found)), None)
+        if other is not None:
+            step = int(other.name.removeprefix("step-"))
+            raise Damaged(f"{error}; {other} (step {step:,}) is whole: delete {path.name} to go on from there") from None
         raise Damaged(f"{error}; there is no other one in {path.parent}") from None
+
+
+def _whole(path: Path) -> bool:
+    try:
+        open_checkpoint(path)
+    except UsageError:
+        return False
+    return True
 
 
 def open_checkpoint(path: Path) -> Checkpoint:

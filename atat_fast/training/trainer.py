@@ -338,9 +338,13 @@ class Trainer:
             raise self._diverged(f"the weights are not finite after step {self.step:,}", ranks)
 
     def _diverged(self, what: str, ranks: list[int], *, everywhere: bool = True) -> Diverged:
+        if everywhere:
+            with contextlib.suppress(UsageError):
+                self.state.wait()
         good = "there is no checkpoint yet"
-        if self.saved_step is not None:
-            good = f"the last good checkpoint is {self.folder / checkpoint.FOLDER / 'last'} (step {self.saved_step:,})"
+        last = self.folder / checkpoint.FOLDER / "last"
+        if last.exists():
+            good = f"the last good checkpoint is {last} (step {int(last.resolve().name.removeprefix('step-')):,})"
         where = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
         return Diverged(f"{what} ({where}); {good}; try a lower optim.lr", everywhere=everywhere)
 
