@@ -1,0 +1,345 @@
+"""A page to play with a model:  python -m atat_fast.playground --run runs/demo
+
+Type text with blanks, choose a sampler, and watch the tokens appear, each shaded by how hard it was thought to be. `[MASK]` is
+one token to fill in; `___` is as many as the page's slider says. The page is served to this machine alone and asks nobody else
+for anything. It needs Gradio: pip install 'atat_fast[playground]'.
+"""
+
+from __future__ import annotations
+
+import html
+import inspect
+import os
+import queue
+import re
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from atat_fast.cli import make_parser, run_door
+from atat_fast.config import TrainConfig
+from atat_fast.errors import UsageError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from atat_fast.data import Tokenizer
+    from atat_fast.models.dit import DiT
+    from atat_fast.models.importance import ImportanceEstimator
+    from atat_fast.training.device import Compute
+
+INSTALL = "pip install 'atat_fast[playground]'"
+EXAMPLE = "The [MASK][MASK][MASK] of the list is returned, ___ value."
+BLANK = re.compile(r"_{3,}")
+HIDDEN = "\N{LIGHT SHADE}"
+MOST_WAITING = 4  # frames between the sampler and a page that is slower: it shows the newest
+STYLE = """<style>
+.canvas { font: 1.15rem/1.9 Charter, "Bitstream Charter", Cambria, Georgia, serif; white-space: pre-wrap; overflow-wrap: anywhere;
+  padding: 1rem 1.25rem; border: 1px solid color-mix(in srgb, currentColor 15%, transparent); border-radius: .4rem;
+  min-height: 4rem }
+.canvas .hidden { opacity: .55; letter-spacing: .08em }
+.canvas .hidden, .canvas .drawn { border-radius: .2rem; padding: .1rem 0;
+  background: color-mix(in srgb, #d55e00 calc(var(--i) * 70%), transparent) }
+.canvas .new { box-shadow: 0 .12em 0 #0072b2 }
+</style>"""
+
+
+@dataclass(frozen=True)
+class Subject:
+    """The model that is played with, on its device, and what belongs to it."""
+
+    model: DiT
+    tokenizer: Tokenizer
+    estimator: ImportanceEstimator | None
+    compute: Compute
+    title: str
+
+    @property
+    def shading(self) -> str:
+        """What the shades mean, in words."""
+        if self.estimator is not None:
+            return "Shaded by the importance estimator's score: how likely it thought the model to get the token wrong."
+        return (
+            "This model has no importance estimator, so a token is shaded by 1 - p when it was drawn: the chance of error that "
+            "an estimator learns."
+        )
+
+
+@dataclass(frozen=True)
+class Frame:
+    """One moment: ids [L], which were given, which are new, and a shade in [0, 1] for each that was not given."""
+
+    step: int
+    steps: int
+    ids: list[int]
+    given: list[bool]
+    new: list[bool]
+    shades: list[float]
+    done: bool = False
+
+
+def read_text(tokenizer: Tokenizer, text: str, *, blank: int, append: int, longest: int) -> list[int]:
+    """Ids of text whose [MASK] are masks and whose ___ are `blank` masks each, followed by `append` masks. Raises UsageError."""
+    ids: list[int] = tokenizer.encode_prompt(BLANK.sub("[MASK]" * blank, text)) + [tokenizer.mask_id] * append
+    if len(ids) > longest:
+        raise UsageError(f"this is {len(ids)} tokens, and the model takes at most {longest}; shorten the text or the blanks")
+    if tokenizer.mask_id not in ids:
+        raise UsageError("there is nothing to fill in: write [MASK] or ___ where text is missing, or append some tokens")
+    return ids
+
+
+def frames(subject: Subject, ids: list[int], *, sampler: str, steps: int, temperature: float, seed: int) -> Iterator[Frame]:
+    """The moments of filling in `ids`: the beginning, every step that changed something, and the end. Raises UsageError.
+
+    The sampler runs in a thread and ends with the generator. A slower reader misses moments, not the end.
+    """
+    import torch
+
+    from atat_fast.diffusion.samplers import sample
+
+    model, mask = subject.model, subject.model.mask_id
+    start = torch.tensor([ids], device=subject.compute.device)
+    given = [i != mask for i in ids]
+    options: dict[str, Any] = {}
+    scores = _scorer(subject)
+    if sampler == "importance" and scores is not None and "importance" in inspect.signature(sample).parameters:
+        options["importance"] = scores
+    arrived: queue.Queue[Frame | BaseException] = queue.Queue()
+    left = threading.Event()
+    shades = _Shades(subject, scores, start)
+
+    def on_step(step: int, tokens: Tensor) -> None:
+        if left.is_set():
+            raise _Left
+        new = shades.see(tokens)
+        if any(new):
+            arrived.put(Frame(step + 1, steps, tokens[0].tolist(), given, new, shades.values()))
+
+    def run() -> None:
+        try:
+            with torch.no_grad(), subject.compute.autocast():
+                shades.begin()
+                arrived.put(Frame(0, steps, ids, given, [False] * len(ids), shades.values()))
+                final = sample(
+                    model, start, steps=steps, sampler=sampler, temperature=temperature, seed=seed, on_step=on_step, **options
+                )
+                shades.see(final)
+            arrived.put(Frame(steps, steps, final[0].tolist(), given, [False] * len(ids), shades.values(), done=True))
+        except BaseException as error:  # handed to the reader, who raises it
+            arrived.put(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        while True:
+            found = arrived.get()
+            while arrived.qsize() >= MOST_WAITING and isinstance(found, Frame) and not found.done:
+                found = arrived.get()
+            if isinstance(found, BaseException):
+                raise found
+            yield found
+            if found.done:
+                return
+    finally:
+        left.set()
+
+
+class _Left(Exception):
+    """Nobody watches any more."""
+
+
+class _Shades:
+    """The shade of each token as it goes: the estimator's score while it is hidden, or 1 - p at the step that draws it."""
+
+    def __init__(self, subject: Subject, scores: Callable[[Tensor, Tensor], Tensor] | None, start: Tensor) -> None:
+        self.subject, self.scores, self.before = subject, scores, start.clone()
+        self.shade = start.new_zeros(start.shape[1]).double()
+
+    def begin(self) -> None:
+        """Score what is hidden now."""
+        if self.scores is not None:
+            hidden = self.before[0] == self.subject.model.mask_id
+            share = hidden.float().mean()[None]
+            self.shade = self.shade.where(~hidden, self.scores(self.before, share)[0].double())
+
+    def see(self, tokens: Tensor) -> list[bool]:
+        """Take in the tokens after a step; which of them it drew."""
+        drawn = (self.before[0] == self.subject.model.mask_id) & (tokens[0] != self.subject.model.mask_id)
+        rows = drawn.nonzero().flatten()
+        if self.scores is None and len(rows):
+            model = self.subject.model
+            share = (self.before == model.mask_id).float().mean(1)
+            chance = model.logits(model.features(self.before, share, rows=rows)).double().softmax(-1)
+            self.shade[rows] = 1 - chance.gather(1, tokens[0][rows, None])[:, 0]
+        self.before = tokens.clone()
+        if len(rows):
+            self.begin()
+        found: list[bool] = drawn.tolist()
+        return found
+
+    def values(self) -> list[float]:
+        """In [0, 1]."""
+        found: list[float] = self.shade.clamp(0, 1).tolist()
+        return found
+
+
+def _scorer(subject: Subject) -> Callable[[Tensor, Tensor], Tensor] | None:
+    from atat_fast.evaluation.orders import scorer
+
+    if subject.estimator is None or subject.estimator.network is None:
+        return None
+    return scorer(subject.model, subject.estimator)
+
+
+def picture(frame: Frame, tokenizer: Tokenizer) -> str:
+    """A frame as HTML: what was given as it is, the rest in shaded spans."""
+    parts, i = [], 0
+    while i < len(frame.ids):
+        if frame.ids[i] == tokenizer.mask_id:
+            parts.append(_span("hidden", HIDDEN, frame.shades[i]))
+            i += 1
+            continue
+        end = i + 1  # letters of several tokens stay together
+        while (
+            "\ufffd" in tokenizer.decode(frame.ids[i:end])
+            and end < min(len(frame.ids), i + 4)
+            and _alike(frame, i, end, tokenizer)
+        ):
+            end += 1
+        text = tokenizer.decode(frame.ids[i:end])
+        if frame.given[i]:
+            parts.append(html.escape(text))
+        else:
+            parts.append(_span("drawn new" if any(frame.new[i:end]) else "drawn", text, max(frame.shades[i:end])))
+        i = end
+    return f'{STYLE}<div class="canvas" role="status" data-done="{str(frame.done).lower()}">{"".join(parts)}</div>'
+
+
+def _alike(frame: Frame, i: int, j: int, tokenizer: Tokenizer) -> bool:
+    return frame.ids[j] != tokenizer.mask_id and frame.given[i] == frame.given[j]
+
+
+def _span(kind: str, text: str, shade: float) -> str:
+    return f'<span class="{kind}" style="--i:{shade:.3f}" title="{shade:.2f}">{html.escape(text)}</span>'
+
+
+def build(subject: Subject) -> Any:
+    """The page as Gradio's Blocks. Raises UsageError where Gradio is not installed."""
+    gradio = _gradio()
+    from atat_fast.diffusion.samplers import SAMPLERS
+
+    usable = [name for name in SAMPLERS if _usable(name, subject)]
+    longest = subject.model.config.length
+
+    def fill(
+        text: str, sampler: str, steps: float, temperature: float, blank: float, append: float, seed: float
+    ) -> Iterator[tuple[str, str, str]]:
+        try:
+            ids = read_text(subject.tokenizer, text, blank=int(blank), append=int(append), longest=longest)
+            for frame in frames(subject, ids, sampler=sampler, steps=int(steps), temperature=temperature, seed=int(seed or 0)):
+                left = frame.ids.count(subject.model.mask_id)
+                said = "done" if frame.done else f"step {frame.step} of {frame.steps}, {left} tokens to go"
+                yield picture(frame, subject.tokenizer), said, subject.tokenizer.decode(frame.ids) if frame.done else ""
+        except UsageError as error:
+            yield f'{STYLE}<div class="canvas" role="alert" data-done="true">{html.escape(str(error))}</div>', "nothing drawn", ""
+
+    own: dict[str, Any] = {"title": "atat_fast playground", "analytics_enabled": False}
+    with gradio.Blocks(**own) as page:
+        gradio.Markdown(f"## {_plain(subject.title)}\n[MASK] is one token to fill in, `___` several. {subject.shading}")
+        text = gradio.Textbox(EXAMPLE, label="Text with blanks", lines=3, elem_id="text")
+        with gradio.Row():
+            sampler = gradio.Dropdown(usable, value=usable[0], label="Sampler", elem_id="sampler")
+            steps = gradio.Slider(1, max(256, longest), value=min(64, longest), step=1, label="Steps", elem_id="steps")
+            temperature = gradio.Slider(0.1, 2.0, value=1.0, step=0.05, label="Temperature", elem_id="temperature")
+        with gradio.Row():
+            blank = gradio.Slider(
+                1, max(2, longest // 2), value=min(8, longest // 2), step=1, label="Tokens in ___", elem_id="blank"
+            )
+            append = gradio.Slider(0, longest - 1, value=0, step=1, label="Tokens to append", elem_id="append")
+            seed = gradio.Number(0, label="Seed", precision=0, elem_id="seed")
+        button = gradio.Button("Fill in", variant="primary", elem_id="fill")
+        canvas = gradio.HTML(label="Text", elem_id="canvas")
+        said = gradio.Textbox(label="Progress", interactive=False, elem_id="progress")
+        final = gradio.Textbox(label="As text", interactive=False, lines=3, elem_id="final")
+        inputs = [text, sampler, steps, temperature, blank, append, seed]
+        button.click(fill, inputs, [canvas, said, final], show_progress="hidden")
+        text.submit(fill, inputs, [canvas, said, final], show_progress="hidden")
+    return page
+
+
+def _usable(sampler: str, subject: Subject) -> bool:
+    if sampler == "ddpm_cache":
+        return not subject.model.time_conditioning
+    return sampler != "importance" or _scorer(subject) is not None
+
+
+def _plain(text: str) -> str:
+    return re.sub(r"([\\`*_{}\[\]<>#|])", r"\\\1", text)
+
+
+def _gradio() -> Any:
+    os.environ.setdefault("GRADIO_ANALYTICS_ENABLED", "False")
+    try:
+        import gradio
+    except ImportError as error:
+        raise UsageError(f"the playground needs the package gradio, which is not installed: {INSTALL}") from error
+    return gradio
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The door. Serves the page until it is stopped; status 0, or 2 on bad input."""
+    parser = make_parser(prog="python -m atat_fast.playground", description="A page to fill in text with a model.")
+    parser.add_argument("--run", type=str, default=None, help="A run folder, or one of its checkpoints.")
+    parser.add_argument("--model", type=str, default=None, help="A saved model instead of a run: a folder, or owner/name.")
+    parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="Who may look: 127.0.0.1 is this machine alone.")
+    parser.add_argument("--port", type=int, default=7860, help="Where the page is served.")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
+    parser.add_argument("--dtype", type=Literal["auto", "bf16", "fp32"], default="auto", help="Precision.")
+    args = parser.parse_args(list(arguments))
+    if (args.run is None) == (args.model is None):
+        raise UsageError("say what to play with: --run runs/NAME, or --model FOLDER for a saved model")
+    if not 0 < args.port < 1 << 16:
+        raise UsageError(f"--port must be in 1..65535, got {args.port}")
+    gradio = _gradio()
+    page = build(open_subject(args))
+    fonts = ["system-ui", "sans-serif"]  # names alone: the page loads none from elsewhere
+    theme = gradio.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"])
+    options: dict[str, Any] = {"server_name": args.host, "server_port": args.port, "quiet": True, "share": False}
+    if "theme" in inspect.signature(page.launch).parameters:
+        options["theme"] = theme
+    else:
+        page.theme = theme
+    print(f"playground at http://{args.host}:{args.port}  (stop with Ctrl-C)", flush=True)
+    try:
+        page.queue().launch(**options)
+    except OSError as error:
+        raise UsageError(f"the page cannot be served at {args.host}:{args.port}; give another --port") from error
+    return 0
+
+
+def open_subject(args: Any) -> Subject:
+    """The model of --run or --model, on its device. Raises UsageError."""
+    from atat_fast.training.device import resolve
+
+    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
+    estimator: ImportanceEstimator | None
+    if args.run is not None:
+        from atat_fast.training import checkpoint
+
+        saved = checkpoint.find(Path(args.run), args.checkpoint)
+        model, tokenizer = checkpoint.load_model(saved)
+        estimator, title = checkpoint.load_importance(saved), f"{args.run}, step {saved.step:,}"
+    else:
+        from atat_fast.models import hub
+
+        found = hub.from_pretrained(args.model)
+        model, tokenizer, estimator, title = found.model, found.tokenizer, found.estimator, args.model
+    if estimator is not None:
+        estimator.eval().to(compute.device)
+    return Subject(model.eval().to(compute.device), tokenizer, estimator, compute, title)
+
+
+if __name__ == "__main__":
+    run_door(main)

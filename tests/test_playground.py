@@ -1,0 +1,219 @@
+"""The playground: what is read, what is shown, and the page itself in a browser where there is one."""
+
+from __future__ import annotations
+
+import html
+import itertools
+import os
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+import types
+import urllib.request
+
+import pytest
+import torch
+
+from atat_fast import playground
+from atat_fast.cli import run_door
+from atat_fast.data.tokenizers import make_tokenizer
+from atat_fast.errors import UsageError
+
+
+@pytest.fixture(scope="module")
+def subject(trained_run):
+    args = types.SimpleNamespace(run=str(trained_run), model=None, checkpoint="best", device="cpu", dtype="fp32")
+    return playground.open_subject(args)
+
+
+def plain(subject):
+    """The same model without its estimator."""
+    return playground.Subject(subject.model, subject.tokenizer, None, subject.compute, "plain")
+
+
+def play(subject, ids, **options):
+    return list(playground.frames(subject, ids, **{"sampler": "ddpm_cache", "steps": 6, "temperature": 1.0, "seed": 3} | options))
+
+
+def test_blanks_are_masks():
+    tokenizer = make_tokenizer("bytes")
+    mask = tokenizer.mask_id
+
+    def read(text, blank=2, append=0, longest=20):
+        return playground.read_text(tokenizer, text, blank=blank, append=append, longest=longest)
+
+    assert read("a[MASK]b ___ c") == [97, mask, 98, 32, mask, mask, 32, 99]
+    assert read("a_______b") == [97, mask, mask, 98] and read("a__b", append=1) == [*b"a__b", mask]
+    with pytest.raises(UsageError, match="there is nothing to fill in"):
+        read("no blank __ here")
+    with pytest.raises(UsageError, match="this is 21 tokens, and the model takes at most 20"):
+        read("_" * 3, blank=21)
+
+
+@pytest.mark.parametrize("with_estimator", [True, False])
+def test_tokens_appear_one_after_another_and_stay(subject, with_estimator):
+    one = subject if with_estimator else plain(subject)
+    ids = playground.read_text(one.tokenizer, "ab ___ c", blank=6, append=0, longest=16)
+    mask = one.model.mask_id
+    shown = play(one, ids)
+    assert shown[0].ids == ids and shown[0].step == 0 and shown[-1].done and mask not in shown[-1].ids
+    for before, after in itertools.pairwise(shown):
+        for i, (old, new) in enumerate(zip(before.ids, after.ids, strict=True)):
+            assert old in (new, mask)
+            assert after.given[i] == (ids[i] != mask) and (not after.new[i] or not after.given[i])
+        assert all(0 <= shade <= 1 for shade in after.shades)
+    assert any(shade > 0 for shade in shown[-1].shades)
+    assert all(shade == 0 for shade, given in zip(shown[-1].shades, shown[-1].given, strict=True) if given)
+    assert play(one, ids)[-1].ids == shown[-1].ids  # a seed repeats itself
+
+
+@torch.no_grad()
+def test_shades_are_the_estimators_scores_or_the_chance_of_error(subject):
+    ids = playground.read_text(subject.tokenizer, "ab[MASK]c", blank=1, append=0, longest=16)
+    z = torch.tensor([ids])
+    share = torch.tensor([0.25])
+    score = torch.sigmoid(subject.estimator.network(subject.model.embedding(z), share))[0, 2]
+    assert play(subject, ids)[-1].shades[2] == pytest.approx(float(score), abs=1e-5)
+    last = play(plain(subject), ids)[-1]
+    p = subject.model.logits(subject.model.features(z, share)).softmax(-1)[2, last.ids[2]]
+    assert last.shades[2] == pytest.approx(1 - float(p), abs=1e-5)
+
+
+def test_what_the_sampler_refuses_reaches_the_reader(subject):
+    with pytest.raises(UsageError, match="there is no sampler 'nothing'"):
+        play(subject, [97, subject.model.mask_id], sampler="nothing")
+
+
+def test_a_reader_that_leaves_ends_the_sampler(subject):
+    ids = [subject.model.mask_id] * 16
+    moments = playground.frames(subject, ids, sampler="ancestral", steps=4_000, temperature=1.0, seed=0)
+    next(moments)
+    before = {t.ident for t in threading.enumerate()}
+    moments.close()
+    for _ in range(200):
+        if len(threading.enumerate()) < len(before):
+            return
+        time.sleep(0.05)
+    pytest.fail("the sampler's thread goes on")
+
+
+def test_a_picture_shows_text_and_nothing_else():
+    tokenizer = make_tokenizer("bytes")
+    text = "<b>é</b> & x"
+    ids = [*text.encode(), tokenizer.mask_id]
+    given = [True] * (len(ids) - 3) + [False] * 3
+    frame = playground.Frame(1, 2, ids, given, [False] * (len(ids) - 2) + [True, False], [0.5] * len(ids))
+    shown = playground.picture(frame, tokenizer)
+    body = shown.split("</style>")[1]
+    assert "<b>" not in body and html.unescape(re.sub("<[^>]*>", "", body)) == text + playground.HIDDEN
+    assert body.count('class="drawn"') == 1 and body.count('class="drawn new"') == 1 and body.count('class="hidden"') == 1
+    assert "--i:0.500" in body and 'data-done="false"' in body
+
+
+BAD = [
+    ([], "say what to play with: --run runs/NAME, or --model FOLDER"),
+    (["--run", "a", "--model", "b"], "say what to play with"),
+    (["--run", "a", "--port", "0"], "--port must be in 1..65535, got 0"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_one_sentence(arguments, message, capsys):
+    with pytest.raises(SystemExit) as left:
+        run_door(playground.main, arguments)
+    error = capsys.readouterr().err
+    assert left.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
+
+
+def test_without_gradio_one_sentence_says_how_to_get_it(trained_run, monkeypatch, capsys):
+    monkeypatch.setitem(sys.modules, "gradio", None)
+    with pytest.raises(SystemExit) as left:
+        run_door(playground.main, ["--run", str(trained_run)])
+    error = capsys.readouterr().err
+    assert left.value.code == 2
+    assert (
+        error == "error: the playground needs the package gradio, which is not installed: pip install 'atat_fast[playground]'\n"
+    )
+
+
+def browser():
+    """Playwright's Chromium, or the system's. Skips where there is none."""
+    sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    try:
+        manager = sync.sync_playwright().start()
+    except Exception as error:
+        pytest.skip(f"playwright does not start: {error}")
+    system = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+    for path in (None, system):
+        try:
+            return manager, manager.chromium.launch(executable_path=path, args=["--no-sandbox"])
+        except Exception:
+            continue
+    manager.stop()
+    pytest.skip("there is no Chromium to run")
+
+
+@pytest.mark.slow
+def test_the_page_in_a_browser(trained_run, tmp_path):
+    """Text is typed, filled in and shaded; its given words stay; a text without blanks is told so; nobody else is asked."""
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    manager, chromium = browser()
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    server = subprocess.Popen(
+        [sys.executable, "-m", "atat_fast.playground", "--run", trained_run, "--port", str(port), "--dtype", "fp32"],
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        address = f"http://127.0.0.1:{port}"
+        for _ in range(240):
+            try:
+                urllib.request.urlopen(address, timeout=5).close()
+                break
+            except OSError:
+                assert server.poll() is None, "the page's server ended"
+                time.sleep(0.5)
+        page = chromium.new_page()
+        asked = []
+        page.on("request", lambda request: asked.append(request.url))
+        page.goto(address)
+        page.locator("#text textarea").fill("ab[MASK][MASK] c ___")
+        page.locator("#blank input[type=number]").fill("3")
+        page.locator("#fill").click()
+        done = page.locator('#canvas .canvas[data-done="true"]')
+        done.wait_for(timeout=60_000)
+        assert done.locator(".hidden").count() == 0 and done.locator(".drawn").count() >= 3
+        said = page.locator("#final textarea").input_value()
+        assert said.startswith("ab") and " c " in said and "[MASK]" not in said and "_" not in said[:5]
+        drawn = done.locator(".drawn").first
+        assert 0 < float(drawn.get_attribute("title")) < 1
+        colour = drawn.evaluate("e => getComputedStyle(e).backgroundColor")
+        assert colour not in ("rgba(0, 0, 0, 0)", "transparent")
+        assert "importance estimator's score" in page.inner_text("body")
+
+        page.locator("#text textarea").fill("nothing to do")
+        page.locator("#fill").click()
+        told = page.locator('#canvas [role="alert"]')
+        told.wait_for(timeout=60_000)
+        assert "there is nothing to fill in" in told.inner_text()
+        if shot := os.environ.get("ATAT_FAST_SCREENSHOT"):
+            page.screenshot(path=shot)
+        elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
+        assert not elsewhere, elsewhere
+    finally:
+        server.terminate()
+        server.wait(timeout=30)
+        chromium.close()
+        manager.stop()
+
+
+def test_samplers_that_cannot_run_are_not_offered(subject):
+    assert playground._usable("ddpm_cache", subject) and playground._usable("importance", subject)
+    assert not playground._usable("importance", plain(subject))
+    timed = types.SimpleNamespace(model=types.SimpleNamespace(time_conditioning=True))
+    assert not playground._usable("ddpm_cache", timed)
