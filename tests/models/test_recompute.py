@@ -41,7 +41,9 @@ def step(model, *, dtype=torch.float32, forward=None):
     noisy = tokens.flatten().index_fill(0, rows, 18).view(3, 16)
     randomness = Randomness(7, torch.tensor(3), torch.arange(3))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-        loss, _ = (forward or model)(noisy, rows, tokens.flatten()[rows], torch.ones(7), share, randomness, documents)
+        loss, _ = (model if forward is None else forward)(
+            noisy, rows, tokens.flatten()[rows], torch.ones(7), share, randomness, documents
+        )
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
