@@ -1,7 +1,7 @@
 """How training scales over ranks: what the harness does on this machine, and what cards nobody has here are projected to do.
 
     python bench/scaling.py [--ranks 1 2] [--steps 20] [--modes ddp fsdp] [--out FOLDER]   writes FOLDER/scaling.json
-    python bench/scaling.py --projections                                               prints the projections alone
+    python bench/scaling.py --projections                    prints the projections alone; --renew renews those in the file
 
 Two kinds of figures, never mixed. *Measured*: torchrun starts the trainer on 1, 2, ... ranks of this machine, gloo between them,
 the same global batch each time. Ranks of one CPU share its cores, so nothing gets faster: what counts is that the losses are the
@@ -23,6 +23,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch
+
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
 from timing import results_folder
@@ -32,7 +34,7 @@ from atat_fast.errors import UsageError
 from atat_fast.training.device import environment, resolve
 from atat_fast.training.devices import TABLE, Device
 from atat_fast.training.parallel_cost import GIB, Estimate, Sizes
-from atat_fast.training.parallel_plan import choose_mode, name_of
+from atat_fast.training.parallel_plan import choose_mode, name_of, options
 
 LABEL = "PROJECTION, not a measurement"
 VOCABULARY = 50_258
@@ -40,7 +42,7 @@ TOKENS = 50_000 * 24 * 1024
 """The seed's first run."""
 MINUTES = 45
 SIX = (
-    ("as the seed: 24 sequences a step, fp32 sums", 24, "fp32", False),
+    ("the seed's 24 sequences a step, fp32 sums", 24, "fp32", False),
     ("24 sequences a step, bf16 sums", 24, "bf16", False),
     ("48 sequences a step, bf16 sums", 48, "bf16", False),
     ("96 sequences a step, fp32 sums", 96, "fp32", False),
@@ -102,6 +104,23 @@ def many_cards() -> list[dict[str, Any]]:
             e = planned(preset, TABLE[key], cards, global_batch=cards * micro * passes, micro_batch=micro, **small)
             rows.append({"preset": preset} | row_of(e))
     return rows
+
+
+def memory_options() -> list[dict[str, Any]]:
+    """Preset large on eight RTX 4090: what each memory option buys, as `--dry_run` says it."""
+    config, device, sizes = load_preset("large"), TABLE["rtx4090"], _sizes("large")
+    now = choose_mode(config, VOCABULARY, 8, device, sizes=sizes).estimate
+    found = [("as the preset is", now), *options(config, sizes, 8, device, now)]
+    return [{"what": name, "preset": "large"} | row_of(e) for name, e in found]
+
+
+def projections() -> dict[str, Any]:
+    """All of them, for the file."""
+    six = six_cards()
+    return {
+        "label": LABEL, "vocabulary": VOCABULARY, "six": six, "verdict": verdict(six), "many": many_cards(),
+        "options": memory_options(),
+    }  # fmt: skip
 
 
 def verdict(rows: list[dict[str, Any]]) -> str:
@@ -183,14 +202,26 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each measurement")
     parser.add_argument("--preset", default="demo", help="what is trained while measuring")
     parser.add_argument("--projections", action="store_true", help="print the projections, measure and write nothing")
+    parser.add_argument("--renew", action="store_true", help="renew the projections in scaling.json; what was measured stays")
     parser.add_argument("--out", type=Path, default=None, help="folder of scaling.json; bench/results/cpu by default")
     args = parser.parse_args(arguments)
-    six, many = six_cards(), many_cards()
-    lines = [LABEL, *table(six), f"six cards: {verdict(six)}", "", *table(many)]
+    known = projections()
+    lines = [
+        LABEL,
+        *table(known["six"]),
+        f"six cards: {known['verdict']}",
+        "",
+        *table(known["many"]),
+        "",
+        *table(known["options"]),
+    ]
+    path = (args.out or results_folder(torch.device("cpu"))) / "scaling.json"
     try:
         if min(args.ranks) < 1 or args.steps < 1:
             raise UsageError(f"--ranks and --steps must be at least 1, got {min(args.ranks)} and {args.steps}")
-        rows = [] if args.projections else measured(args.ranks, args.modes, args.steps, args.preset)
+        if args.renew and not path.is_file():
+            raise UsageError(f"there is no {path} whose projections could be renewed; measure first, without --renew")
+        rows = [] if args.projections or args.renew else measured(args.ranks, args.modes, args.steps, args.preset)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -203,20 +234,22 @@ def main(arguments: list[str] | None = None) -> int:
             )
         print()
     print("\n".join(lines))
-    if rows:
-        compute = resolve(TrainConfig(device="cpu", dtype="fp32"))
-        folder = args.out or results_folder(compute.device)
-        folder.mkdir(parents=True, exist_ok=True)
+    if args.projections:
+        return 0
+    if args.renew:
+        record = json.loads(path.read_text(encoding="utf-8")) | {"projections": known}
+    else:
+        facts = environment(resolve(TrainConfig(device="cpu", dtype="fp32")))
         record = {
             "benchmark": "scaling",
             "settings": {"preset": args.preset, "steps": args.steps, "backend": "gloo", "cores": os.cpu_count()},
-            "environment": environment(compute) | {"load_average": os.getloadavg()[0], "cpu_threads": 1},
+            "environment": facts | {"load_average": os.getloadavg()[0], "cpu_threads": 1},
             "results": rows,
-            "projections": {"label": LABEL, "vocabulary": VOCABULARY, "six": six, "verdict": verdict(six), "many": many},
+            "projections": known,
         }
-        path = folder / "scaling.json"
-        path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        print(f"written to {path}")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
     return 0
 
 

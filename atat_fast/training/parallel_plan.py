@@ -220,30 +220,27 @@ def describe_parallel(config: Config, vocab_size: int, world_size: int, device: 
     ]
     if layout.hosts > 1:
         lines.append(f"             network: {device.network_source}")
-    return lines + _options(config, sizes, world_size, device, cards_per_host, e)
+    found = options(config, sizes, world_size, device, e, cards_per_host)
+    head = f"{'what one change would do':<42}{'GiB a card':>11}{'s a step':>10}{'tokens/s':>11}  mode"
+    return [*lines, "", head, _row("as it is", e), *(_row(name, other) for name, other in found)]
 
 
-def _options(
-    config: Config, sizes: Sizes, world_size: int, device: Device, cards_per_host: int, now: Estimate
-) -> list[str]:  # fmt: skip
-    """What each option would change, as a table."""
-    lines = ["", f"{'what one change would do':<42}{'GiB a card':>11}{'s a step':>10}{'tokens/s':>11}  mode"]
-
-    def row(name: str, e: Estimate) -> str:
-        fits = "" if e.fits else ", does not fit"
-        return f"{name:<42}{e.bytes / GIB:>11.2f}{e.seconds:>10.3f}{e.tokens_per_second:>11,.0f}  {name_of(e.layout)}{fits}"
-
-    lines.append(row("as it is", now))
+def options(
+    config: Config, sizes: Sizes, world_size: int, device: Device, now: Estimate, cards_per_host: int = 0
+) -> Iterator[tuple[str, Estimate]]:
+    """What each option would change: its words, and the estimate of the mode that would then be taken."""
     for name, changed in [*variants(config, now.layout.micro_batch), *_together(config, sizes, now, device)]:
         try:
-            other = choose_mode(
-                changed, sizes.vocabulary, world_size, device, cards_per_host=cards_per_host, sizes=sizes
-            ).estimate
+            other = choose_mode(changed, sizes.vocabulary, world_size, device, cards_per_host=cards_per_host, sizes=sizes)
         except UsageError:
             continue  # a mesh that cannot be, a batch that does not divide: no option here
-        if other.memory != now.memory or other.parts != now.parts:
-            lines.append(row(name, other))
-    return lines
+        if other.estimate.memory != now.memory or other.estimate.parts != now.parts:
+            yield name, other.estimate
+
+
+def _row(name: str, e: Estimate) -> str:
+    fits = "" if e.fits else ", does not fit"
+    return f"{name:<42}{e.bytes / GIB:>11.2f}{e.seconds:>10.3f}{e.tokens_per_second:>11,.0f}  {name_of(e.layout)}{fits}"
 
 
 def _together(config: Config, sizes: Sizes, now: Estimate, device: Device) -> Iterator[tuple[str, Config]]:

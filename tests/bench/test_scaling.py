@@ -66,6 +66,27 @@ def test_the_door_prints_projections_that_say_they_are(scaling, capsys):
     assert "--ranks and --steps must be at least 1" in capsys.readouterr().err
 
 
+def test_what_is_recorded_is_what_the_models_say_today(scaling):
+    """After a change of a cost model or of the table of devices: python bench/scaling.py --renew, then bench/report.py."""
+    record = json.loads((ROOT / "bench" / "results" / "cpu" / "scaling.json").read_text())
+    fresh = json.loads(json.dumps(scaling.projections()))
+    for name in ("six", "many", "options"):
+        kept = record["projections"][name]
+        assert [row["mode"] for row in kept] == [row["mode"] for row in fresh[name]]
+        for key in ("seconds", "memory_bytes", "wire_bytes", "tokens_per_second"):
+            assert [row[key] for row in kept] == pytest.approx([row[key] for row in fresh[name]], rel=1e-9)
+    assert record["results"] and all(row["loss_difference"] < 1e-3 for row in record["results"])
+
+
+def test_renewing_keeps_what_was_measured(scaling, tmp_path, capsys):
+    assert scaling.main(["--renew", "--out", str(tmp_path / "none")]) == 2
+    assert "measure first" in capsys.readouterr().err
+    (tmp_path / "scaling.json").write_text(json.dumps({"results": [1], "projections": {"label": "old"}}))
+    assert scaling.main(["--renew", "--out", str(tmp_path)]) == 0
+    record = json.loads((tmp_path / "scaling.json").read_text())
+    assert record["results"] == [1] and record["projections"]["six"] and record["projections"]["options"]
+
+
 @pytest.mark.slow
 def test_ranks_are_measured_and_learn_the_same(tmp_path):
     command = [
