@@ -33,6 +33,9 @@ STABLE_TORCH_LIBRARY(atat_fast_c, m) {
       "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? token_weight, Tensor? hidden, Tensor? weight, Tensor? bias, "
       "bool gradient, Tensor(b!) nll, Tensor(c!)? max_probability, Tensor(d!)? entropy, Tensor(e!)? bias_gradient, Tensor? rates, "
       "Tensor? elapsed, Tensor(f!)? velocity) -> ()");
+  m.def(
+      "linear_categorical(Tensor logits, Tensor index, int forbidden, float inverse_temperature, Tensor seed, Tensor step) "
+      "-> Tensor");
   m.def("rotary(Tensor(a!) out, Tensor qkv, Tensor cos, Tensor sin, bool inverse) -> ()");
   m.def(
       "adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, Tensor? weight, float eps, ScalarType out_dtype) "

@@ -55,4 +55,12 @@ ATAT_FAST_INLINE float gumbel(uint32_t word) {
   return -logf(low ? -logf(small) : -log1pf(-small));
 }
 
+// The same of u = (high * 2^32 + low + 0.5) / 2^64: values up to 45, where 32 bits end at 22.9.
+ATAT_FAST_INLINE float gumbel64(uint32_t high, uint32_t low) {
+  const bool under = high < 0x80000000u;
+  const float top = static_cast<float>(static_cast<int32_t>(under ? high : ~high));
+  const float small = (top + (static_cast<float>(under ? low : ~low) + 0.5f) * 0x1p-32f) * 0x1p-32f;
+  return -logf(under ? -logf(small) : -log1pf(-small));
+}
+
 }  // namespace atat_fast

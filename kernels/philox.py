@@ -46,6 +46,17 @@ def gumbel(word):
 
 
 @triton.jit
+def gumbel64(high, low):
+    """The same of u = (high * 2^32 + low + 0.5) / 2^64: values up to 45, where 32 bits end at 22.9."""
+    under = high < 0x80000000
+    top = tl.where(under, high, high ^ 0xFFFFFFFF).to(tl.float32)
+    small = (
+        top + (tl.where(under, low, low ^ 0xFFFFFFFF).to(tl.float32) + 0.5) * 2.3283064365386963e-10
+    ) * 2.3283064365386963e-10
+    return -tl.log(tl.where(under, -tl.log(small), -log1p_of_minus(small)))
+
+
+@triton.jit
 def _words_kernel(Out, Index, Seed, Step, stream, N, BLOCK: tl.constexpr):
     """Bound by the 40 bytes an index takes in and out. One program owns BLOCK indices and their four words."""
     o = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)

@@ -23,6 +23,11 @@ from atat_fast.ops.attention import (
     explain_attention,
     self_attention,
 )
+from atat_fast.ops.linear_categorical import (
+    linear_categorical,
+    linear_categorical_cost,
+    linear_categorical_reference,
+)
 from atat_fast.ops.linear_cross_entropy import (
     linear_cross_entropy,
     linear_cross_entropy_cost,
@@ -48,6 +53,9 @@ __all__ = [
     "gated_residual_norm",
     "gated_residual_norm_cost",
     "gated_residual_norm_reference",
+    "linear_categorical",
+    "linear_categorical_cost",
+    "linear_categorical_reference",
     "linear_cross_entropy",
     "linear_cross_entropy_cost",
     "linear_cross_entropy_reference",

@@ -27,9 +27,15 @@ STREAM_REVEAL = 1
 STREAM_DROPOUT = 2
 """Dropout; the layer is in the stream's bits 8 and up."""
 STREAM_SAMPLE = 3
-"""Which tokens a sampler reveals (word 0) and what they become (words of the vocabulary's own stream)."""
+"""When a sampler reveals a position."""
 STREAM_COUNT = 4
 """How many tokens are hidden."""
+STREAM_TOKEN = 5
+"""What a revealed position becomes: 64 bits for each id of the vocabulary; v // 2 is in the stream's bits 8 and up."""
+STREAM_REMASK = 6
+"""Whether a sampler hides a position again, or reveals it, at a step."""
+STREAM_ORDER = 7
+"""In which order a sampler that draws its order reveals positions at a step."""
 STREAM_MOMENTS = 16
 """Rounding of an optimizer's bf16 moments; the parameter's number is in the stream's bits 8 and up."""
 
@@ -54,8 +60,13 @@ def philox4x32(
     return c0, c1, c2, c3
 
 
-def random_words(index: Tensor, seed: int | Tensor, step: int | Tensor, stream: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words for every element of `index` (int64, any shape) at this seed (64 bits), step and stream (32 bits each)."""
+def random_words(
+    index: Tensor, seed: int | Tensor, step: int | Tensor, stream: int | Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Four words for every element of `index` (int64, any shape) at this seed (64 bits), step and stream (32 bits each).
+
+    A step or stream that is a tensor is broadcast against index.
+    """
 
     def word(value: int | Tensor) -> Tensor:
         if isinstance(value, Tensor):
@@ -65,7 +76,8 @@ def random_words(index: Tensor, seed: int | Tensor, step: int | Tensor, stream: 
     seed, step = word(seed), word(step)
     counter = (index & WORD, (index >> 32) & WORD, step & WORD, word(stream) & WORD)
     words = philox4x32(counter, (seed & WORD, (seed >> 32) & WORD))
-    return tuple(torch.broadcast_to(w, index.shape) for w in words)  # type: ignore[return-value]
+    _, *spread = torch.broadcast_tensors(index, *words)
+    return spread[0], spread[1], spread[2], spread[3]
 
 
 def uniform(word: Tensor) -> Tensor:
@@ -76,3 +88,15 @@ def uniform(word: Tensor) -> Tensor:
 def uniform64(high: Tensor, low: Tensor) -> Tensor:
     """Two words as fp64 in (0, 1] with 2^-53 steps at worst and the exact tail near 0: what a rare draw needs."""
     return (high.to(torch.float64) * 2.0**32 + low.to(torch.float64) + 0.5) * 2.0**-64
+
+
+def gumbel64(high: Tensor, low: Tensor) -> Tensor:
+    """Standard Gumbel -log(-log u) of u = (high * 2^32 + low + 0.5) / 2^64, fp64, with both tails.
+
+    From u = 1/2 upwards 1 - u comes from the complement of the integer, where nothing is lost: the largest value, 45.05, comes
+    with the chance it should. 24 bits stop at 16.6, which makes tokens of chance 6e-8 and below impossible.
+    """
+    upper = high >> 31 == 1
+    high, low = torch.where(upper, WORD - high, high), torch.where(upper, WORD - low, low)
+    small = (high.to(torch.float64) * 2.0**32 + low.to(torch.float64) + 0.5) * 2.0**-64
+    return -torch.log(torch.where(upper, -torch.log1p(-small), -torch.log(small)))

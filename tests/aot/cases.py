@@ -120,6 +120,33 @@ def cross_entropy() -> Iterator[Triton]:
     )  # fmt: skip
 
 
+def linear_categorical() -> Iterator[Triton]:
+    """16, 32 and 64 rows a program, bf16 and fp32, with and without a bias, aligned and odd; and the best of the splits."""
+    from atat_fast.kernels.linear_categorical import configuration
+
+    for rows, width, dtype, bias in (
+        (8, 768, "bf16", True), (32, 768, "bf16", True), (256, 768, "bf16", True), (256, 768, "bf16", False),
+        (256, 50, "bf16", True), (256, 768, "fp32", True), (16, 768, "fp32", False),
+    ):  # fmt: skip
+        types = {
+            "Scores": "*fp32", "Ids": "*i32", "Hidden": f"*{dtype}", "Weight": f"*{dtype}", "Bias": "*fp32", "Index": "*i64",
+            "Seed": "*i64", "Step": "*i64", "rows": "i32", "width": "i32", "vocabulary": "i32", "forbidden": "i32",
+            "parts_of_split": "i32", "inverse_temperature": "fp32",
+        }  # fmt: skip
+        sizes = configuration(rows, width)
+        options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
+        absent = {} if bias else {"Bias": None}
+        yield Triton(
+            f"linear_categorical/{dtype}{'' if bias else '-no-bias'}/{rows}x{width}", "linear_categorical",
+            "_linear_categorical_kernel", {n: t for n, t in types.items() if n not in absent}, sizes | absent, options,
+            ("width",) if width % 16 == 0 else (),
+        )  # fmt: skip
+    types = {"Out": "*i64", "Scores": "*fp32", "Ids": "*i32", "rows": "i32", "splits": "i32"}
+    yield Triton(
+        "linear_categorical/splits", "linear_categorical", "_best_of_splits_kernel", types, {"BLOCK": 128}, {"num_warps": 4}
+    )
+
+
 def philox() -> Iterator[Triton]:
     """The words alone."""
     types = {"Out": "*i64", "Index": "*i64", "Seed": "*i64", "Step": "*i64", "stream": "i32", "N": "i32"}
@@ -200,7 +227,7 @@ def rotary() -> Iterator[Triton]:
                 )  # fmt: skip
 
 
-TRITON = (adaptive_norm, cross_entropy, masking, philox, rotary)
+TRITON = (adaptive_norm, cross_entropy, linear_categorical, masking, philox, rotary)
 
 CUDA = (
     # row_bytes of 50,304 bf16 columns with rates in csrc/cross_entropy.cuh. A longer row is kept where a device has more, or not

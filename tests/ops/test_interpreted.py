@@ -23,6 +23,7 @@ MODULES = (
     "test_masking.py",
     "test_cross_entropy.py",
     "test_linear_cross_entropy.py",
+    "test_linear_categorical.py",
     "test_adaptive_norm_kernel.py",
     "test_rotary.py",
     "test_rotary_kernel.py",
