@@ -1,27 +1,49 @@
-"""From masks to text: the reverse process, with any tokens held fixed.
+"""From masks to text: the reverse process, with any tokens held fixed. The interface and the loop.
 
-At step s of S each token still hidden is revealed with chance 1 / (S - s), independently; a revealed token is drawn from the
-model's distribution there, in which the mask token has probability 0. Which tokens are revealed does not depend on what they
-become, so it is drawn first, and what follows the last attention runs on those rows only; the law is the ancestral sampler's. All
-randomness is a function of (seed, sample, step, position): a sample does not depend on the batch it is drawn in.
+A sampler is a policy (diffusion/reveal.py, diffusion/remask.py) that says which positions each step reveals; what they become is
+a draw from the model's distribution there (diffusion/categorical.py), in which the mask token has chance 0. How many rows every
+step touches is known on the host before the first: nothing waits for the device, and behind the last attention the model runs on
+those rows alone. docs/sampling.md says what each sampler's law is and where it comes from.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
+from atat_fast.diffusion.categorical import Cut, make_drawer
+from atat_fast.diffusion.graphs import Replay, rounded_up
+from atat_fast.diffusion.remask import REMASKING, Remasked, RemaskedByConfidence
+from atat_fast.diffusion.reveal import (
+    POSITIONS,
+    ByCertainty,
+    ByImportance,
+    Canvas,
+    ImportanceScores,
+    Planned,
+    Policy,
+    Sizes,
+    ancestral_times,
+    first_hitting_times,
+)
 from atat_fast.errors import UsageError, nearest
-from atat_fast.ops.philox import STREAM_SAMPLE, random_words, uniform, uniform64
+from atat_fast.ops.attention import Documents
 
-SAMPLERS = ("ddpm_cache", "ancestral")
+BY_CERTAINTY = ("confidence", "entropy", "margin")
+SAMPLERS = ("ddpm_cache", "ancestral", "first_hitting", *BY_CERTAINTY, "importance", *REMASKING)
+"""Every sampler's name."""
+
+OnStep = Callable[[int, Tensor], None]
 
 
 class Denoiser(Protocol):
-    """What a sampler needs of a model."""
+    """What a sampler needs of a model. A DiT has more: `output_head()`, with which drawn rows need no logits in memory;
+    `time_conditioning`, `vocab_size` and `config.length`, which are read where they exist; and `documents=` of `features`, needed
+    where sequences have lengths of their own.
+    """
 
     mask_id: int
 
@@ -40,58 +62,188 @@ def sample(
     steps: int = 128,
     sampler: str = "ddpm_cache",
     temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
     seed: int = 0,
     sample_ids: Tensor | None = None,
-    on_step: Callable[[int, Tensor], None] | None = None,
+    lengths: Tensor | None = None,
+    block: int = 0,
+    importance: ImportanceScores | None = None,
+    tilt: float = 2.0,
+    eta: float | None = None,
+    graphs: bool | None = None,
+    on_step: OnStep | None = None,
 ) -> Tensor:
     """Fill every mask token of `tokens`; all other tokens stay as they are.
 
     tokens:      [B, L] int64 on the model's device, the model's mask_id wherever something is to be filled in.
-    sampler:     ancestral runs the model at every step. ddpm_cache runs it only where a step reveals a token, which is the
-                 same law for a model that is not told the time, and is refused for one that is.
-    temperature: divides the logits; above 0.
-    sample_ids:  [B] int64 names of the samples in the random stream; 0 .. B - 1 by default.
-    on_step:     called with (step, tokens) after each step, for showing progress.
+    steps:       denoising steps, of each block where there are blocks. A step that reveals nothing costs nothing.
+    sampler:     a name of SAMPLERS. ddpm_cache and ancestral are one law; ddpm_cache is refused for a model that is told the
+    time. temperature, top_k, top_p: see `Cut`.
+    sample_ids:  [B] int64 names of the samples in the random stream; 0 .. B - 1 by default. A sample is a function of the model,
+                 seed, its name and its own tokens: not of the batch it is drawn in (up to how the model's products round).
+    lengths:     [B] tokens of each sequence; what follows is padding, which comes back as it is and is not attended to.
+    block:       fill this many positions at a time, from left to right, each block given all before it; text may then be longer
+                 than the model's length L, and a block sees the L tokens that end with it. 0 fills everything at once.
+    importance:  (tokens [B, L], hidden share [B]) -> scores [B, L] in [0, 1], for sampler importance;   tilt: its odds are
+                 exp(-tilt * score). `ImportanceEstimator.scorer(model)` makes one.
+    eta:         how much the remasking samplers hide again; see diffusion/remask.py. None is the sampler's usual.
+    graphs:      replay steps as CUDA graphs. None: on a GPU, where the model says it can (`graph_safe`).
+    on_step:     called with (step, tokens) after each step that changed something, for showing progress. The tensor changes with
+                 the next step: clone what is to be kept. It has padding where blocks are shorter than the text.
 
-    Returns [B, L] with no mask token in it. Raises UsageError for zero steps, a temperature that is not positive or an unknown
-    sampler.
+    Returns [B, L] with no mask token before each sequence's length. Raises UsageError for options that mean nothing, ids outside
+    the vocabulary, text longer than the model takes, and a model whose logits are no numbers.
     """
+    cut = Cut(temperature, top_k, top_p)
+    _check(model, tokens, steps, sampler, cut, block, importance, eta, lengths)
+    batch, length = tokens.shape
+    ids = torch.arange(batch) if sample_ids is None else sample_ids.cpu()
+    names = ids[:, None] * POSITIONS + torch.arange(length)
+    inside = torch.arange(length) < (torch.full((batch,), length) if lengths is None else lengths.cpu())[:, None]
+    host = tokens.cpu()
+    fill = (host == model.mask_id) & inside
+    _check_ids(model, host)
+    settings = {"steps": steps, "sampler": sampler, "importance": importance, "tilt": tilt, "eta": eta}
+    if graphs is None:
+        graphs = tokens.device.type == "cuda" and bool(getattr(model, "graph_safe", False))
+
+    out = tokens.clone()
+    longest = _longest(model) or length
+    for number, start in enumerate(range(0, length, block) if block else (0,)):
+        end = start + block if block else length
+        first = max(0, end - longest)
+        window = slice(first, min(first + longest, length)) if block else slice(0, length)
+        here = fill[:, window].clone()
+        here[:, : start - first] = False
+        here[:, end - first :] = False
+        if not here.any():
+            continue
+        canvas = Canvas(out[:, window], here, names[:, window], model.mask_id, seed)
+
+        def tell(step: int, canvas: Canvas = canvas, window: slice = window, offset: int = number * steps) -> None:
+            out[:, window] = canvas.tokens
+            if on_step is not None:
+                on_step(offset + step, out)
+
+        _fill(model, canvas, inside[:, window].sum(1) if lengths is not None else None, cut, settings, graphs, tell)
+        out[:, window] = canvas.tokens
+        if bool(canvas.failed):
+            raise UsageError("the model's logits are not numbers (NaN, or all of them -inf); its weights have diverged")
+    return out
+
+
+def _fill(
+    model: Any, canvas: Canvas, lengths: Tensor | None, cut: Cut, settings: dict[str, Any], graphs: bool,
+    tell: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Run one canvas to its end."""
+    told_the_time = bool(getattr(model, "time_conditioning", False))
+    more: dict[str, Any] = {}
+    inside = None
+    if lengths is not None and bool((lengths < canvas.shape[1]).any()):
+        inside = lengths.to(canvas.device)
+        padding = torch.arange(canvas.shape[1], device=canvas.device) >= inside[:, None]
+        more["documents"] = Documents(padding.to(torch.int32), -(-2 * canvas.shape[0] // 64) * 64)
+    policy = make_policy(model, canvas, inside=inside, **settings)
+    draw = make_drawer(model, cut, canvas.seed)
+    last = canvas.bin - 1
+
+    def advance(sizes: Sizes) -> None:
+        again = policy.again(canvas, sizes) if sizes.hidden_again else None
+        if sizes.revealed:
+            share = policy.clock(canvas) if told_the_time else None
+            rows = policy.before(canvas, sizes)
+            if rows is None:
+                looked_at = canvas.rows_of(canvas.hidden(), sizes.looked_at)
+                features = model.features(canvas.tokens, share, rows=looked_at.clamp(max=last), **more)
+                rows = policy.after(canvas, features, looked_at, sizes)
+                place = torch.zeros(canvas.bin + 1, dtype=torch.int64, device=canvas.device)
+                place.index_copy_(0, looked_at, torch.arange(sizes.looked_at, device=canvas.device))
+                features = features[place[rows]]
+            else:
+                features = model.features(canvas.tokens, share, rows=rows.clamp(max=last), **more)
+            drawn = draw(features, canvas.names[rows], canvas.step)
+            canvas.failed.logical_or_((drawn < 0).any())
+            drawn = drawn.clamp(min=0)
+            canvas.write(rows, drawn)
+            policy.wrote(canvas, rows, features, drawn)
+        if again is not None:
+            canvas.flat.index_fill_(0, again, canvas.mask_id)
+
+    run = Replay(advance) if graphs else advance
+    for step, sizes in enumerate(policy.sizes):
+        if not (sizes.revealed or sizes.hidden_again):
+            continue
+        canvas.step.fill_(step)
+        run(Sizes(*map(rounded_up, sizes)) if graphs else sizes)
+        tell(step)
+
+
+def make_policy(
+    model: Any, canvas: Canvas, *, sampler: str, steps: int, importance: ImportanceScores | None = None, tilt: float = 2.0,
+    eta: float | None = None, inside: Tensor | None = None,
+) -> Policy:  # fmt: skip
+    """The policy of a sampler's name."""
+    fill, names, seed = canvas.host_fill, canvas.host_names, canvas.host_seed
+    if sampler in ("ddpm_cache", "ancestral"):
+        return Planned(canvas, ancestral_times(fill, names, steps, seed), steps, inside=inside)
+    if sampler == "first_hitting":
+        times, clocks, calls = first_hitting_times(fill, names, steps, seed)
+        return Planned(canvas, times, calls, clocks, inside)
+    if sampler in BY_CERTAINTY:
+        return ByCertainty(canvas, model, sampler, steps, inside)
+    if sampler == "importance":
+        assert importance is not None
+        return ByImportance(canvas, importance, tilt, steps, inside)
+    strength = REMASKING[sampler] if eta is None else eta
+    if sampler == "remdm_confidence":
+        return RemaskedByConfidence(canvas, model, strength, steps, seed, inside)
+    return Remasked(canvas, sampler, strength, steps, seed, inside)
+
+
+def _longest(model: Any) -> int | None:
+    """The model's length, where it says so."""
+    found = getattr(getattr(model, "config", None), "length", None)
+    return found if isinstance(found, int) else None
+
+
+def _check(
+    model: Any, tokens: Tensor, steps: int, sampler: str, cut: Cut, block: int, importance: ImportanceScores | None,
+    eta: float | None, lengths: Tensor | None,
+) -> None:  # fmt: skip
     if sampler not in SAMPLERS:
-        raise UsageError(f"there is no sampler {sampler!r}{nearest(sampler, SAMPLERS)}; choose {' or '.join(SAMPLERS)}")
+        raise UsageError(f"there is no sampler {sampler!r}{nearest(sampler, SAMPLERS)}; choose one of {', '.join(SAMPLERS)}")
     if steps < 1:
         raise UsageError(f"steps must be at least 1, got {steps}")
-    if not temperature > 0:
-        raise UsageError(f"temperature must be above 0, got {temperature}")
-    told_the_time = bool(getattr(model, "time_conditioning", False))
-    if sampler == "ddpm_cache" and told_the_time:
+    cut.check()
+    if sampler == "ddpm_cache" and getattr(model, "time_conditioning", False):
         raise UsageError("ddpm_cache reuses a prediction across times, but this model is told the time; use sampler ancestral")
-
+    if sampler == "importance" and importance is None:
+        raise UsageError("sampler importance needs an importance estimator, and there is none; use another sampler")
+    if eta is not None and not 0 <= eta <= 1:
+        raise UsageError(f"eta must be in 0..1, got {eta}")
+    if tokens.dim() != 2 or tokens.dtype is not torch.int64:
+        raise ValueError(f"tokens must be [batch, length] of int64, got shape {tuple(tokens.shape)} of {tokens.dtype}")
     batch, length = tokens.shape
-    tokens = tokens.clone()
-    ids = torch.arange(batch, device=tokens.device) if sample_ids is None else sample_ids
-    index = ids[:, None] * length + torch.arange(length, device=tokens.device)
-    for step in range(steps):
-        words = random_words(index, seed, step, STREAM_SAMPLE)
-        revealed = (tokens == model.mask_id) & (uniform(words[0]) < 1 / (steps - step))
-        rows = revealed.flatten().nonzero().flatten()
-        if sampler == "ancestral" or len(rows):
-            share = (tokens == model.mask_id).float().mean(1) if told_the_time else None
-            features = model.features(tokens, share, rows=rows)
-            noise = uniform64(words[1].flatten()[rows], words[2].flatten()[rows])
-            tokens.view(-1)[rows] = draw_categorical(model.logits(features), noise, temperature)
-        if on_step is not None:
-            on_step(step, tokens)
-    return tokens
+    longest = _longest(model)
+    if block < 0 or (longest is not None and block > longest):
+        raise UsageError(f"block must be in 1..{longest}, the model's length, or 0 for no blocks; got {block}")
+    if longest is not None and length > longest and not block:
+        raise UsageError(
+            f"the text has {length} tokens, but this model takes at most {longest}; shorten it, or fill it in blocks "
+            f"(block={longest})"
+        )
+    if length > POSITIONS:
+        raise UsageError(f"the text has {length:,} tokens, and the random stream has numbers for {POSITIONS:,}; split it")
+    if lengths is not None and (tuple(lengths.shape) != (batch,) or bool(((lengths < 0) | (lengths > length)).any())):
+        raise ValueError(f"lengths must be {batch} numbers in 0..{length}, got {lengths.tolist()}")
 
 
-def draw_categorical(logits: Tensor, noise: Tensor, temperature: float = 1.0) -> Tensor:
-    """One id a row by inverting the distribution function in fp64: [R, V] logits and [R] uniforms in (0, 1] to [R] int64.
-
-    Sums of probabilities in fp64 keep a tail of 1e-16, where Gumbel noise from 24-bit uniforms cuts off at 6e-8. An id of
-    probability 0 is never drawn.
-    """
-    shares = torch.softmax(logits.double() / temperature, dim=-1)
-    distribution = shares.cumsum(-1)
-    point = (noise * distribution[:, -1]).unsqueeze(1)
-    drawn = torch.searchsorted(distribution, point).squeeze(1)  # first id whose sum reaches the point: its share is above 0
-    return drawn.clamp_(max=logits.shape[1] - 1)
+def _check_ids(model: Any, tokens: Tensor) -> None:
+    vocabulary = getattr(model, "vocab_size", None)
+    if not isinstance(vocabulary, int) or not tokens.numel():
+        return
+    low, high = (int(v) for v in torch.aminmax(tokens))
+    if low < 0 or high >= vocabulary:
+        raise UsageError(f"the text has token id {low if low < 0 else high}, outside the model's vocabulary of {vocabulary:,}")

@@ -185,6 +185,8 @@ class DiT(
 
     cos: Tensor
     sin: Tensor
+    graph_safe = True
+    """`features` and `logits` never wait for the device and may be captured as a CUDA graph."""
 
     def __init__(self, vocab_size: int, mask_id: int, **settings: Any) -> None:
         super().__init__()
@@ -306,6 +308,10 @@ class DiT(
         logits: Tensor = self.head(features).float()
         logits[:, self.mask_id] = -torch.inf
         return logits
+
+    def output_head(self) -> tuple[Tensor, Tensor]:
+        """Weight [V, D] and bias [V] of the map from `features` to `logits`, for ops that do without stored logits."""
+        return self.head.weight, self.head.bias
 
     def nll(
         self,

@@ -10,6 +10,7 @@ the rarest. `full` is 0.7 learned + 0.3 frequency.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import cast
 
 import torch
@@ -18,7 +19,8 @@ from torch import Tensor, nn
 
 from atat_fast.config import Config, ImportanceConfig, ModelConfig
 from atat_fast.diffusion.masking import Scored
-from atat_fast.models.dit import TimeEmbedding
+from atat_fast.errors import UsageError
+from atat_fast.models.dit import DiT, TimeEmbedding
 from atat_fast.ops.attention import Documents, choose_attention, document_layout, self_attention
 from atat_fast.ops.registry import Cost, autocast_dtype
 from atat_fast.ops.rotary import rotary_table
@@ -127,6 +129,21 @@ class ImportanceEstimator(nn.Module):
         if learned is None:
             return Scored(known)
         return Scored(LEARNED_SHARE * learned + (1 - LEARNED_SHARE) * known, logits)
+
+    def scorer(self, model: DiT) -> Callable[[Tensor, Tensor], Tensor]:
+        """What a sampler asks: (noised tokens [B, L], hidden share [B]) to scores [B, L] in [0, 1], by the learned part alone.
+
+        A frequency is a property of the token that is hidden, which a sampler does not know: `full` samples by its learned share.
+        Raises UsageError for source frequency, which has nothing else.
+        """
+        network = self.network
+        if network is None:
+            raise UsageError("importance.source frequency scores tokens that are known; a sampler needs learned scores (or full)")
+
+        def scores(tokens: Tensor, hidden_share: Tensor) -> Tensor:
+            return torch.sigmoid(network(model.embedding(tokens), hidden_share))
+
+        return scores
 
     def parameter_count(self) -> int:
         """Parameters that are trained."""

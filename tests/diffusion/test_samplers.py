@@ -1,138 +1,271 @@
-"""Samplers: their law on an alphabet that can be listed, what stays fixed, and draws with the right tail."""
+"""Samplers: their law on an alphabet that can be listed, what stays fixed, and that a sample does not depend on its batch."""
 
 from __future__ import annotations
 
 import itertools
-import math
+import sys
+from pathlib import Path
 
 import pytest
 import torch
 
+sys.path.insert(0, str(Path(__file__).parent))
+
+from exact import MASK, Exact, ancestral_law, chi_square, distance, law_of, law_of_draws
+
+from atat_fast.config import ModelConfig
+from atat_fast.diffusion import samplers
 from atat_fast.diffusion.audit import Joint
-from atat_fast.diffusion.samplers import draw_categorical, sample
+from atat_fast.diffusion.samplers import BY_CERTAINTY, SAMPLERS, sample
 from atat_fast.errors import UsageError
+from atat_fast.models import DiT
 
-MASK = 3
-
-
-class Exact:
-    """The exact posterior of a joint as a model: features are the tokens around each position."""
-
-    def __init__(self, joint):
-        self.joint, self.mask_id, self.calls = joint, MASK, 0
-
-    def features(self, tokens, hidden_share=None, *, rows=None):
-        self.calls += 1
-        length = tokens.shape[1]
-        place = torch.arange(length).repeat(len(tokens))[:, None]
-        features = torch.cat((place, tokens.repeat_interleave(length, 0)), 1)
-        return features if rows is None else features[rows]
-
-    def logits(self, features):
-        out = torch.full((len(features), MASK + 1), -torch.inf, dtype=torch.float64)
-        for row, (i, *z) in enumerate(features.tolist()):
-            fits = ((torch.tensor(z) == MASK) | (self.joint.sequences == torch.tensor(z))).all(1)
-            for v in range(MASK):
-                out[row, v] = self.joint.chance[fits & (self.joint.sequences[:, i] == v)].sum().log()
-        return out
+ORDERED = (*BY_CERTAINTY, "importance")
 
 
-def ancestral_law(joint, steps, start=None):
-    """The distribution over sequences of the ancestral sampler with exact posteriors, by following every path."""
-    length = joint.length
-    states = {tuple(start or [MASK] * length): 1.0}
+def masks(batch, length):
+    return torch.full((batch, length), MASK)
+
+
+def by_position(tokens, share):
+    """Importance that depends on what is visible, on the position and on the time."""
+    length = tokens.shape[1]
+    return torch.remainder(tokens.roll(1, 1) * 5 + 3 * torch.arange(length) + (share * length).long()[:, None], 7) / 6
+
+
+def options_of(sampler):
+    return {"sampler": sampler} | ({"importance": by_position} if sampler == "importance" else {})
+
+
+def dit(**changes):
+    torch.manual_seed(0)
+    settings = {"dim": 16, "layers": 2, "heads": 2, "length": 12, "conditioning_dim": 8, "dropout": 0.0} | changes
+    model = DiT(11, 3, **vars(ModelConfig(**settings)))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+    return model.eval()
+
+
+@pytest.mark.parametrize(("length", "steps"), [(3, 1), (3, 2), (2, 3), (2, 5)])
+def test_the_law_is_the_ancestral_one(length, steps, monkeypatch):
+    """Every plan of reveal times, weighed equally (test_reveal.py shows that they are), and every outcome of every draw."""
+    joint = Joint.random(3, length, seed=4)
+    law: dict = {}
     model = Exact(joint)
-    for step in range(steps):
-        reveal = 1 / (steps - step)
-        after: dict = {}
-        for state, chance in states.items():
-            hidden = [i for i in range(length) if state[i] == MASK]
-            p = torch.softmax(model.logits(model.features(torch.tensor([state]))), -1)
-            for r in range(len(hidden) + 1):
-                for chosen in itertools.combinations(hidden, r):
-                    pattern = reveal**r * (1 - reveal) ** (len(hidden) - r)
-                    if pattern == 0:
-                        continue
-                    for values in itertools.product(range(MASK), repeat=r):
-                        weight = chance * pattern * math.prod(float(p[i, v]) for i, v in zip(chosen, values, strict=True))
-                        new = list(state)
-                        for i, v in zip(chosen, values, strict=True):
-                            new[i] = v
-                        after[tuple(new)] = after.get(tuple(new), 0.0) + weight
-        states = after
-    return states
+    plans = list(itertools.product(range(steps), repeat=length))
+    for times in plans:
+        monkeypatch.setattr(samplers, "ancestral_times", lambda *_, times=times: torch.tensor([times]))
+        for x, p in law_of_draws(monkeypatch, model, masks(1, length), steps=steps).items():
+            law[x] = law.get(x, 0.0) + p / len(plans)
+    assert distance(law, ancestral_law(joint, steps)) < 1e-12
 
 
 @pytest.mark.parametrize("sampler", ["ancestral", "ddpm_cache"])
 def test_samples_follow_the_ancestral_law(sampler):
     joint, steps, trials = Joint.random(3, 3, seed=4), 2, 6000
-    law = ancestral_law(joint, steps)
-    assert sum(law.values()) == pytest.approx(1.0)
-    drawn = sample(Exact(joint), torch.full((trials, 3), MASK), steps=steps, sampler=sampler, seed=1)
-    codes = (drawn * torch.tensor([9, 3, 1])).sum(1)
-    chi2 = 0.0
-    for state, p in law.items():
-        seen = int((codes == state[0] * 9 + state[1] * 3 + state[2]).sum())
-        chi2 += (seen - trials * p) ** 2 / (trials * p)
-    assert chi2 < (len(law) - 1) + 4 * math.sqrt(2 * (len(law) - 1))
+    drawn = sample(Exact(joint), masks(trials, 3), steps=steps, sampler=sampler, seed=1)
+    assert chi_square(drawn, ancestral_law(joint, steps)) < 4
 
 
 def test_the_law_comes_close_to_the_joint_as_steps_grow():
     joint = Joint.random(3, 3, seed=4)
+    target = law_of(joint)
 
-    def distance(steps):
+    def off(steps):
         law = ancestral_law(joint, steps)
-        return sum(abs(law[tuple(x)] - float(p)) for x, p in zip(joint.sequences.tolist(), joint.chance, strict=True)) / 2
+        return sum(abs(law[x] - p) for x, p in target.items()) / 2
 
-    one, four, sixteen = distance(1), distance(4), distance(16)
-    assert sixteen < 0.3 * four < 0.3 * one
+    one, four, sixteen = off(1), off(4), off(16)
+    assert sixteen < 0.3 * four < 0.1 * one
 
 
-def test_fixed_tokens_stay_and_no_mask_is_left():
+@pytest.mark.parametrize("sampler", ["first_hitting", *ORDERED])
+def test_one_token_at_a_time_gives_the_joint_exactly(sampler, monkeypatch):
+    """Whatever chooses the positions, products of exact conditionals are the joint."""
+    joint = Joint.random(3, 3, seed=4)
+    for seed in range(3):
+        model = Exact(joint)
+        law = law_of_draws(monkeypatch, model, masks(1, 3), steps=3, seed=seed, **options_of(sampler))
+        assert distance(law, law_of(joint)) < 1e-12
+
+
+@pytest.mark.parametrize("sampler", ["first_hitting", "confidence", "importance"])
+def test_samples_follow_the_joint(sampler):
+    joint, trials = Joint.random(3, 3, seed=4), 4000
+    drawn = sample(Exact(joint), masks(trials, 3), steps=3, seed=5, **options_of(sampler))
+    assert chi_square(drawn, law_of(joint)) < 4
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_fixed_tokens_stay_and_no_mask_is_left(sampler):
     joint = Joint.random(3, 4, seed=5)
-    start = torch.tensor([[MASK, 1, MASK, 2], [0, MASK, MASK, MASK], [2, 1, 0, 1]])
-    drawn = sample(Exact(joint), start, steps=3)
-    fixed = start != MASK
-    assert torch.equal(drawn[fixed], start[fixed]) and (drawn != MASK).all()
-    assert torch.equal(start[2], drawn[2])
+    start = torch.tensor([[MASK, 1, MASK, 2], [0, MASK, MASK, MASK], [2, 1, 0, 1], [MASK] * 4])
+    for steps in (1, 3, 9):
+        drawn = sample(Exact(joint), start, steps=steps, eta=0.5 if "remdm" in sampler else None, **options_of(sampler))
+        fixed = start != MASK
+        assert torch.equal(drawn[fixed], start[fixed]) and (drawn != MASK).all()
+    assert (start == MASK).sum() == 9, "the caller's tensor is not written to"
 
 
-def test_the_cache_gives_the_same_samples_with_fewer_calls():
-    joint = Joint.random(3, 4, seed=6)
-    start = torch.full((1, 4), MASK)
-    plain, cached = Exact(joint), Exact(joint)
-    a = sample(plain, start, steps=50, sampler="ancestral", seed=2)
-    b = sample(cached, start, steps=50, sampler="ddpm_cache", seed=2)
-    assert torch.equal(a, b)
-    assert plain.calls == 50 and cached.calls <= 4
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_nothing_to_fill_asks_nothing_of_the_model(sampler):
+    model = Exact(Joint.random(3, 4, seed=5))
+    start = torch.tensor([[2, 1, 0, 1]])
+    assert torch.equal(sample(model, start, **options_of(sampler)), start) and model.calls == 0
+    empty = torch.empty(0, 4, dtype=torch.int64)
+    assert sample(model, empty, **options_of(sampler)).shape == (0, 4)
 
 
-def test_a_sample_does_not_depend_on_its_batch():
+def test_steps_that_reveal_nothing_cost_nothing():
+    model, calls = Exact(Joint.random(3, 4, seed=6)), []
+    sample(model, masks(1, 4), steps=500, seed=2, on_step=lambda step, tokens: calls.append((step, int((tokens == MASK).sum()))))
+    assert model.calls == len(calls) <= 4
+    steps, left = zip(*calls, strict=True)
+    assert list(steps) == sorted(steps) and steps[-1] < 500 and left[-1] == 0
+
+
+@pytest.mark.parametrize(("sampler", "calls"), [("first_hitting", 4), ("confidence", 4), ("importance", 4)])
+def test_calls_are_the_fewer_of_steps_and_hidden_tokens(sampler, calls):
+    start = torch.tensor([[MASK] * 4 + [0], [MASK, 1, 0, 1, MASK]])
+    for steps in (1, 2, 3, 4, 50):
+        model = Exact(Joint.random(3, 5, seed=6))
+        sample(model, start, steps=steps, **options_of(sampler))
+        assert model.calls == min(steps, calls)
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_a_sample_does_not_depend_on_its_batch(sampler):
     joint = Joint.random(3, 4, seed=7)
-    together = sample(Exact(joint), torch.full((5, 4), MASK), steps=6, seed=3)
-    alone = sample(Exact(joint), torch.full((1, 4), MASK), steps=6, seed=3, sample_ids=torch.tensor([3]))
-    assert torch.equal(together[3:4], alone)
+    start = masks(5, 4)
+    start[1, 0], start[4, 2] = 2, 1
+    together = sample(Exact(joint), start, steps=6, seed=3, **options_of(sampler))
+    for i in (3, 4):
+        alone = sample(Exact(joint), start[i : i + 1], steps=6, seed=3, sample_ids=torch.tensor([i]), **options_of(sampler))
+        assert torch.equal(together[i : i + 1], alone)
+    other = sample(Exact(joint), start, steps=6, seed=4, **options_of(sampler))
+    assert not torch.equal(together, other)
 
 
-def test_rare_tokens_come_as_rarely_as_they_should():
-    """Chances of 1e-9 and 1e-12 by inverting the distribution at chosen points; 24-bit uniforms would lose both."""
-    p = torch.tensor([1e-12, 1e-9, 0.3, 0.0], dtype=torch.float64)
-    p[3] = 1 - p.sum()
-    logits = p.log().expand(5, 4)
-    points = torch.tensor([0.5e-12, 2e-12, 0.5, 1.0, 1.1e-9], dtype=torch.float64)
-    assert draw_categorical(logits, points).tolist() == [0, 1, 3, 3, 2]
+@pytest.mark.parametrize("sampler", ["ddpm_cache", "first_hitting", "entropy", "remdm_cap"])
+def test_lengths_of_their_own(sampler):
+    """A short sequence among long ones is what it is alone, and its padding comes back untouched."""
+    model = dit()
+    start = torch.full((3, 9), model.mask_id)
+    start[1, 2], start[1, 6:] = 5, 7
+    lengths = torch.tensor([9, 6, 4])
+    together = sample(model, start, steps=5, sampler=sampler, lengths=lengths, seed=1)
+    assert torch.equal(together[1, 6:], start[1, 6:]) and (together[2, 4:] == model.mask_id).all()
+    for i, length in enumerate(lengths.tolist()):
+        alone = sample(model, start[i : i + 1, :length], steps=5, sampler=sampler, seed=1, sample_ids=torch.tensor([i]))
+        assert torch.equal(together[i, :length], alone[0])
 
 
-def test_draws_follow_their_distribution_and_never_take_an_impossible_token():
-    p = torch.tensor([0.5, 0.0, 0.2, 0.3, 0.0])
-    trials = 50_000
-    noise = (torch.randperm(trials).double() + 0.5) / trials
-    drawn = draw_categorical(p.log().expand(trials, 5), noise)
-    assert torch.bincount(drawn, minlength=5).tolist() == [25_000, 0, 10_000, 15_000, 0]
-    assert draw_categorical(p.log()[None], torch.ones(1, dtype=torch.float64)).item() == 3
-    hot = draw_categorical(p.log().expand(trials, 5), noise, temperature=2.0)
-    shares = torch.softmax(p.log() / 2, 0)
-    torch.testing.assert_close(torch.bincount(hot, minlength=5) / trials, shares, atol=1e-3, rtol=0)
+@pytest.mark.parametrize("sampler", ["ddpm_cache", "confidence", "remdm_confidence"])
+def test_blocks_go_from_left_to_right_past_the_models_length(sampler):
+    model = dit()
+    start = torch.full((2, 30), model.mask_id)
+    start[:, :2], start[0, 20] = 1, 9
+    seen = []
+    drawn = sample(
+        model, start, steps=4, block=5, sampler=sampler, seed=2, on_step=lambda step, t: seen.append((step, t.clone()))
+    )
+    assert (drawn != model.mask_id).all() and torch.equal(drawn[:, :2], start[:, :2]) and int(drawn[0, 20]) == 9
+    for step, tokens in seen:
+        block = step // 4
+        assert (tokens[:, : 5 * block] != model.mask_id).all()
+        later = tokens[:, 5 * (block + 1) :]
+        assert (later == start[:, 5 * (block + 1) :]).all()
+    # Text of another length around it changes nothing: the shorter text is the longer one's beginning.
+    shorter = sample(model, start[:, :27], steps=4, block=5, sampler=sampler, seed=2)
+    assert torch.equal(shorter[:, :25], drawn[:, :25])
+    assert torch.equal(sample(model, start, steps=4, block=5, sampler=sampler, seed=2), drawn)
+
+
+def test_one_block_is_no_blocks():
+    model = dit()
+    start = torch.full((2, 12), model.mask_id)
+    assert torch.equal(sample(model, start, steps=5, block=12, seed=2), sample(model, start, steps=5, seed=2))
+
+
+def test_the_clock_of_a_model_that_is_told_the_time():
+    joint, told = Joint.random(3, 4, seed=6), []
+
+    class Timed(Exact):
+        time_conditioning = True
+
+        def features(self, tokens, hidden_share=None, *, rows=None):
+            told.append((hidden_share.clone(), (tokens == MASK).float().mean(1)))
+            return super().features(tokens, hidden_share, rows=rows)
+
+    start = torch.cat((masks(1, 4), torch.tensor([[MASK, 0, 1, MASK]])))
+    for sampler in ("ancestral", "confidence"):
+        told.clear()
+        sample(Timed(joint), start, steps=7, sampler=sampler)
+        for share, hidden in told:
+            assert torch.equal(share, hidden)
+    told.clear()
+    sample(Timed(joint), start, steps=4, sampler="first_hitting")
+    clocks = torch.stack([share for share, _ in told])
+    assert clocks.shape == (4, 2) and (clocks[:2].diff(dim=0) < 0).all() and (clocks[:, 0].diff() < 0).all()
+    assert (clocks[:2, 1] < 0.5).all() and (clocks[2:, 1] == 0).all()  # its two tokens are done after two calls
+
+
+def test_the_cache_is_refused_for_a_model_that_is_told_the_time():
+    model = Exact(Joint.random(3, 2, seed=0))
+    model.time_conditioning = True
+    with pytest.raises(UsageError, match="use sampler ancestral"):
+        sample(model, masks(1, 2), sampler="ddpm_cache")
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_rows_that_are_padded_give_the_same_samples(sampler, monkeypatch):
+    """On a GPU numbers of rows are rounded up so that few graphs serve all steps; the same code runs here, without the graphs."""
+    model = dit()
+    start = torch.full((3, 12), model.mask_id)
+    start[1, :5] = 2
+    want = sample(model, start, steps=5, seed=1, **options_of(sampler))
+    monkeypatch.setattr(samplers, "Replay", lambda advance: advance)
+    monkeypatch.setattr(samplers, "rounded_up", lambda count: count and count + 7)
+    assert torch.equal(sample(model, start, steps=5, seed=1, graphs=True, **options_of(sampler)), want)
+
+
+def test_a_head_that_is_shown_gives_the_samples_of_one_that_is_not(monkeypatch):
+    model = dit()
+    start = torch.randint(0, 11, (2, 12)).masked_fill(torch.rand(2, 12) < 0.6, model.mask_id)
+    for sampler in ("ddpm_cache", "confidence", "entropy"):
+        shown = sample(model, start, steps=4, sampler=sampler)
+        monkeypatch.setattr(DiT, "output_head", None)
+        assert torch.equal(sample(model, start, steps=4, sampler=sampler), shown)
+        monkeypatch.undo()
+
+
+def test_estimators_give_an_order():
+    from atat_fast.config import ImportanceConfig
+    from atat_fast.models.importance import ImportanceEstimator
+
+    model = dit()
+    config = ImportanceConfig(source="learned", width=16, layers=1, heads=2)
+    estimator = ImportanceEstimator(config, 16, 12)
+    torch.nn.init.normal_(estimator.network.head.weight, std=0.5)
+    start = torch.randint(0, 11, (2, 12)).masked_fill(torch.rand(2, 12) < 0.6, model.mask_id)
+    hidden = start[0] == model.mask_id
+    scores = estimator.scorer(model)
+    orders = {}
+    for tilt in (-1e6, 1e6):  # odds that leave nothing to chance
+        seen = []
+        sample(
+            model, start, steps=12, sampler="importance", importance=scores, tilt=tilt,
+            on_step=lambda _, tokens, seen=seen: seen.append(hidden & (tokens[0] != model.mask_id)),
+        )  # fmt: skip
+        orders[tilt] = int((seen[0]).nonzero()[0])
+    first = scores(start, (start == model.mask_id).float().mean(1))[0]
+    assert orders[1e6] == int(first.masked_fill(~hidden, 2).argmin()) and orders[-1e6] == int(
+        first.masked_fill(~hidden, -1).argmax()
+    )
+    counted = ImportanceEstimator(ImportanceConfig(source="frequency"), 16, 12, torch.arange(11))
+    with pytest.raises(UsageError, match="needs learned scores"):
+        counted.scorer(model)
 
 
 @pytest.mark.parametrize(
@@ -141,16 +274,38 @@ def test_draws_follow_their_distribution_and_never_take_an_impossible_token():
         ({"steps": 0}, "steps must be at least 1, got 0"),
         ({"temperature": 0.0}, "temperature must be above 0"),
         ({"temperature": float("nan")}, "temperature must be above 0"),
+        ({"temperature": float("inf")}, "temperature must be above 0 and finite"),
         ({"sampler": "ddpm"}, "did you mean ddpm_cache"),
+        ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
+        ({"top_p": 1.1}, "top_p must be above 0 and at most 1"),
+        ({"top_k": -1}, "top_k must be at least 1"),
+        ({"eta": 2.0, "sampler": "remdm_cap"}, "eta must be in 0..1"),
+        ({"sampler": "importance"}, "needs an importance estimator"),
+        ({"block": 13}, "block must be in 1..12"),
     ],
 )
 def test_bad_input(options, message):
+    model = dit()
     with pytest.raises(UsageError, match=message):
-        sample(Exact(Joint.random(3, 2, seed=0)), torch.full((1, 2), MASK), **options)
+        sample(model, torch.full((1, 5), model.mask_id), **options)
 
 
-def test_the_cache_is_refused_for_a_model_that_is_told_the_time():
-    model = Exact(Joint.random(3, 2, seed=0))
-    model.time_conditioning = True
-    with pytest.raises(UsageError, match="use sampler ancestral"):
-        sample(model, torch.full((1, 2), MASK), sampler="ddpm_cache")
+def test_text_that_does_not_fit_the_model():
+    model = dit()
+    with pytest.raises(UsageError, match=r"13 tokens, but this model takes at most 12; .* in blocks"):
+        sample(model, torch.full((1, 13), model.mask_id))
+    with pytest.raises(UsageError, match=r"token id 11, outside the model's vocabulary of 11"):
+        sample(model, torch.tensor([[3, 11]]))
+    with pytest.raises(UsageError, match="token id -1, outside"):
+        sample(model, torch.tensor([[3, -1]]))
+    with pytest.raises(ValueError, match=r"lengths must be 1 numbers in 0\.\.4"):
+        sample(model, torch.full((1, 4), 3), lengths=torch.tensor([5]))
+
+
+def test_a_model_that_has_diverged_is_named():
+    model = dit()
+    with torch.no_grad():
+        model.head.bias[4] = float("nan")
+    for sampler in ("ddpm_cache", "confidence"):
+        with pytest.raises(UsageError, match="logits are not numbers"):
+            sample(model, torch.full((1, 5), model.mask_id), steps=3, sampler=sampler)
