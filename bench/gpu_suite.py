@@ -106,11 +106,11 @@ def steps() -> list[Step]:
     sizes = ("--preset", "small", "--vocabulary", "50258", "--micro_batch", "8", "--profile", "--seconds", "400",
              "--out", DEVICE_FOLDER)  # fmt: skip
     found.append(Step("throughput", (python, "bench/throughput.py", *sizes), 480, why="the figure the package is for"))
-    for path in sorted(BENCH.glob("bench_*.py")):
+    for path in sorted(set(BENCH.glob("bench_*.py")) - {BENCH / "bench_sampling.py"}):
         name = path.stem.removeprefix("bench_")
         found.append(pytest_step(f"op {name}", 240, f"bench/{path.name}", "-s", why=f"{name} beside its peers"))
-    if (BENCH / "sampling.py").is_file():
-        found.append(Step("sampling", (python, "bench/sampling.py"), 240, why="tokens a second of sampling"))
+    sampling = ("--batch", "1", "8", "32", "--steps", "128", "--seconds", "60")
+    found.append(Step("sampling", (python, "bench/bench_sampling.py", *sampling), 240, why="tokens a second of sampling"))
     found.append(Step("training", (python, "bench/train_short.py", "--preset", "tiny", "--steps", "300", "--seconds", "240",
                                    "--out", DEVICE_FOLDER), 420, why="objectives side by side"))  # fmt: skip
     found.append(Step("projection", (python, "bench/project.py", "--gpus", "6", "--accumulation", "8"), 60,

@@ -151,17 +151,15 @@ def profile(results: Path) -> str:
 
 
 def sampling(results: Path) -> str:
-    """Samplers' tokens a second, from bench/sampling.py and from throughput runs with --sampling."""
+    """Samplers' tokens a second, from bench/bench_sampling.py and from throughput runs with --sampling."""
     rows = []
-    found = [(d, r["settings"], r["results"]) for d, r in records(results, "sampling")]
-    found += [
-        (d, r["settings"] | r["sampling"], r["sampling"]["results"])
-        for d, r in records(results, "throughput-*")
-        if "sampling" in r
-    ]
-    for device, s, by_way in found:
-        what = f"{s['preset']}, V={s['vocabulary']:,}, {s['batch']} x {s['length']} in {s['denoising_steps']} steps"
-        rows += [[device, what, way, rate(r), f"{r['ratio']:.2f}x"] for way, r in by_way.items()]
+    found = [(d, r["settings"] | case) for d, r in records(results, "sampling") for case in r["results"]]
+    found += [(d, r["settings"] | r["sampling"]) for d, r in records(results, "throughput-*") if "sampling" in r]
+    for device, s in found:
+        what = f"{s['preset']}, V={s['vocabulary']:,}, {s['batch']} x {s['length']:,} in {s['denoising_steps']:,} steps"
+        for way, r in s["results"].items():
+            note = f", extrapolated from {r['timed_steps']} steps" if "timed_steps" in r else ""
+            rows.append([device, what, way + note, rate(r), or_dash(r["ratio"], ".2f", "x")])
     return markdown(("device", "model", "way", "tokens/s (quartiles)", "against the plain loop"), rows)
 
 

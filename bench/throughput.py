@@ -78,7 +78,7 @@ def arguments() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=("auto", "bf16", "fp32"), default="auto")
     parser.add_argument("--seconds", type=float, default=130.0, help="time for all of it, about; 0 is no limit")
     parser.add_argument("--largest", action="store_true", help="find the largest micro-batch that fits (GPU), by doubling")
-    parser.add_argument("--sampling", action="store_true", help="time the samplers too (bench/sampling.py)")
+    parser.add_argument("--sampling", action="store_true", help="time the samplers too (bench/bench_sampling.py)")
     parser.add_argument("--profile", action="store_true", help="write a trace and a table by op too")
     parser.add_argument("--out", type=Path, default=None, help="folder for what is written; bench/results/<device> by default")
     parser.add_argument("--child", choices=("memory", "largest"), help=argparse.SUPPRESS)
@@ -343,7 +343,7 @@ def compare(names: list[str], args: argparse.Namespace, setting: Setting, ranks:
 
         record["profile"] = {name: profile(v, folder / f"{stem}-{name}.trace.json.gz", known) for name, v in variants.items()}
     if args.sampling and ranks.rank == 0:
-        from sampling import time_samplers
+        from bench_sampling import time_samplers
 
         model = (variants.get(OURS) or variants.get(ADAPTIVE) or Variant(OURS, setting)).model
         record["sampling"] = time_samplers(model, compute, batch=2 if compute.device.type == "cpu" else 16, budget=budget.left)
@@ -412,7 +412,7 @@ def table(record: dict[str, Any]) -> list[str]:
 
         lines += ["", *op_table(name, kept)]
     if "sampling" in record:
-        from sampling import table as sampling_table
+        from bench_sampling import table as sampling_table
 
         lines += ["", *sampling_table(record["sampling"])]
     return lines

@@ -164,11 +164,27 @@ def test_energy_meter(load, monkeypatch):
 
 
 def test_samplers_are_checked_and_timed(load, variant):
-    sampling, model = load("sampling"), variant("atat_fast").model
-    record = sampling.time_samplers(model, CPU, batch=2, steps=4, budget=5)
-    assert record["denoising_steps"] == 4 and set(record["results"]) == set(sampling.WAYS) and model.training
-    assert record["results"]["plain loop"]["ratio"] == 1.0 and "ddpm_cache" in "\n".join(sampling.table(record))
-    assert sampling.time_samplers(model, CPU, batch=1, steps=64, budget=1e-6)["denoising_steps"] < 64
+    sampling, model = load("bench_sampling"), variant("atat_fast").model
+    record = sampling.time_samplers(model, CPU, batch=2, steps=4, budget=20, ways=("ddpm_cache", "confidence"))
+    assert record["denoising_steps"] == 4 and set(record["results"]) == {sampling.PLAIN, "ddpm_cache", "confidence"}
+    assert model.training and record["results"][sampling.PLAIN]["ratio"] == 1.0
+    assert "ddpm_cache" in "\n".join(sampling.table(record)) and "extrapolated" not in "\n".join(sampling.table(record))
+    short = sampling.time_samplers(model, CPU, batch=1, steps=64, budget=1e-6)
+    assert short["results"][sampling.PLAIN]["timed_steps"] == 1
+    assert "extrapolated from 1 steps" in "\n".join(sampling.table(short))
+    alone = {**short, "results": {"ddpm_cache": {**short["results"]["ddpm_cache"], "ratio": None}}}
+    assert "not run" in "\n".join(sampling.table(alone))
+
+
+def test_the_plain_loop_is_not_the_samplers_under_another_name(load, variant):
+    """It fills every mask, keeps what is given, and stops after the steps asked for."""
+    sampling, model = load("bench_sampling"), variant("atat_fast").model
+    plain = sampling.plain_model(model)
+    tokens = torch.full((2, 8), model.mask_id)
+    tokens[0, 3] = 1
+    out = sampling.plain_sample(plain, tokens, 5)
+    assert (out != model.mask_id).all() and out[0, 3] == 1
+    assert (sampling.plain_sample(plain, tokens, 50, 1) == model.mask_id).any()
 
 
 def row(rate, **more):
@@ -200,7 +216,8 @@ def new_record():
         "largest_micro_batch": {"mdlm": {"micro_batch": 16, "full": True}, "atat_fast": None},
         "profile": {"atat_fast": {"step_seconds": 0.02, "unwatched_step_seconds": 0.02, "trace": None, "device": "H100",
                                   "groups": {"head products": group}}},
-        "sampling": {"batch": 2, "length": 16, "denoising_steps": 8, "results": {"plain loop": row(1.0)}},
+        "sampling": {"batch": 2, "length": 16, "denoising_steps": 8, "results": {"plain MDLM loop": row(1.0) | {"step_ms": 2.0,
+        "timed_steps": 3}}},
     }  # fmt: skip
 
 
@@ -215,7 +232,12 @@ def test_tables_of_old_and_new_files(load, tmp_path):
     assert "no time left" in details and "| 16 |" in details and "750" in details
     assert "70.0 | 71.0" in report_tables.step_parts(tmp_path)
     assert "| 1,000.0 | 1,000.0 | 50% |" in report_tables.profile(tmp_path)
-    assert "small, V=50,258, 2 x 16 in 8 steps" in report_tables.sampling(tmp_path)
+    case = new_record()["sampling"]
+    record = {"settings": {"preset": "tiny", "vocabulary": 99}, "results": [case, case | {"batch": 3}], "environment": FACTS}
+    (tmp_path / "b" / "sampling.json").write_text(json.dumps(record))
+    table = report_tables.sampling(tmp_path)
+    assert "small, V=50,258, 2 x 16 in 8 steps" in table and "plain MDLM loop, extrapolated from 3 steps" in table
+    assert "tiny, V=99, 2 x 16 in 8 steps" in table and "tiny, V=99, 3 x 16" in table
     lines = throughput.table(new_record())
     assert any(line.startswith("mdlm+compile") and "no time left" in line for line in lines)
     assert "largest micro-batch: mdlm 16, atat_fast unknown" in lines
@@ -259,9 +281,13 @@ def test_two_ranks_share_a_global_batch(tmp_path):
 
 @pytest.mark.slow
 def test_sampling_script(tmp_path):
-    small = ("--vocabulary", 200, "--length", 16, "--batch", 1, "--denoising_steps", 4, "--seconds", 5, "--out", tmp_path / "out")
-    done = run(ROOT / "bench" / "sampling.py", *small, cwd=tmp_path)
+    small = ("--vocabulary", 200, "--length", 16, "--batch", 1, 2, "--steps", 4, "--seconds", 5, "--out", tmp_path / "out")
+    done = run(ROOT / "bench" / "bench_sampling.py", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
+    assert "x plain" in done.stdout
     record = json.loads((tmp_path / "out" / "sampling.json").read_text())
-    assert record["results"]["ddpm_cache"]["tokens_per_second"] > 0 and record["settings"]["denoising_steps"] == 4
-    assert run(ROOT / "bench" / "sampling.py", "--denoising_steps", 0, cwd=tmp_path).returncode == 2
+    assert [case["batch"] for case in record["results"]] == [1, 2]
+    assert all(case["results"]["ddpm_cache"]["ratio"] > 0 for case in record["results"])
+    assert run(ROOT / "bench" / "bench_sampling.py", "--steps", 0, cwd=tmp_path).returncode == 2
+    refused = run(ROOT / "bench" / "bench_sampling.py", "--ways", "ddpm", cwd=tmp_path)
+    assert refused.returncode == 2 and "did you mean ddpm_cache" in refused.stderr
