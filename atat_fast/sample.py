@@ -1,82 +1,358 @@
-"""Sample from a run:  python -m atat_fast.sample --run runs/demo [--num_samples 2] [--prompt TEXT] [--infill TEXT]"""
+"""Sample from a run:  python -m atat_fast.sample --run runs/demo [--prompt TEXT] [--infill [TEXT]] [--prompts FILE ...]
+
+    echo "The [MASK] [MASK] of the list is returned." | python -m atat_fast.sample --run runs/demo --infill
+
+docs/sampling.md has the samplers and every option.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from atat_fast.cli import make_parser, run_door
 from atat_fast.config import TrainConfig
-from atat_fast.errors import UsageError
+from atat_fast.errors import UsageError, nearest
+
+STDIN = "-"
+
+
+@dataclass(frozen=True)
+class Job:
+    """One text to fill: the ids it begins as, and what the user gave, as it is written to JSONL."""
+
+    start: list[int]
+    given: str
 
 
 def main(arguments: Sequence[str]) -> int:
     """The door. Prints samples; status 0, or 2 on bad input."""
-    parser = make_parser(prog="python -m atat_fast.sample", description="Text from a run's model.")
-    parser.add_argument("--run", type=str, required=True, help="A run folder, or one of its checkpoints.")
-    parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
-    parser.add_argument("--num_samples", type=int, default=1, help="How many.")
-    parser.add_argument("--prompt", type=str, default="", help="Text each sample begins with; the model continues it.")
-    parser.add_argument("--infill", type=str, default=None, help="Text to complete where it says [MASK], one token for each.")
-    parser.add_argument("--length", type=int, default=0, help="Tokens of a sample; 0 means the model's length.")
-    parser.add_argument("--steps", type=int, default=128, help="Denoising steps.")
-    parser.add_argument(
-        "--sampler",
-        type=Literal["auto", "ddpm_cache", "ancestral"],
-        default="auto",
-        help="auto is ddpm_cache, or ancestral for a model that is told the time.",
-    )
-    parser.add_argument("--temperature", type=float, default=1.0, help="Divides the logits.")
-    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
-    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
-    parser.add_argument("--dtype", type=Literal["auto", "bf16", "fp32"], default="auto", help="Precision.")
-    args = parser.parse_args(list(arguments))
-    if args.num_samples < 1:
-        raise UsageError(f"num_samples must be at least 1, got {args.num_samples}")
-    if args.infill is not None and args.prompt:
-        raise UsageError("give either --prompt, which is continued, or --infill, which is completed")
+    args = _parser().parse_args(list(arguments))
+    _check(args)
 
     import torch
 
-    from atat_fast.diffusion.samplers import sample
+    from atat_fast.diffusion.samplers import SAMPLERS, sample
     from atat_fast.training import checkpoint
     from atat_fast.training.device import resolve
 
+    if args.sampler != "auto" and args.sampler not in SAMPLERS:
+        known = ("auto", *SAMPLERS)
+        raise UsageError(f"there is no sampler {args.sampler!r}{nearest(args.sampler, known)}; choose one of {', '.join(known)}")
+    lines = _lines(args)
     saved = checkpoint.find(Path(args.run), args.checkpoint)
     model, tokenizer = checkpoint.load_model(saved)
-    start = _start(args, tokenizer, model.config.length)
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
     model.eval().to(compute.device)
-    tokens = torch.tensor(start, device=compute.device).expand(args.num_samples, -1)
+    estimator = checkpoint.load_importance(saved) if args.sampler == "importance" or args.html is not None else None
+    scores = None
+    if estimator is not None and estimator.network is not None:
+        scores = estimator.eval().to(compute.device).scorer(model)
+    elif args.sampler == "importance":
+        source = saved.config.importance.source
+        raise UsageError(f"sampler importance needs learned importance, and importance.source of {args.run} is {source}")
+    jobs = [job for job in _jobs(args, lines, tokenizer, model.config.length) for _ in range(args.num_samples)]
     sampler = args.sampler
     if sampler == "auto":
         sampler = "ancestral" if model.time_conditioning else "ddpm_cache"
-    with compute.autocast():
-        drawn = sample(model, tokens, steps=args.steps, sampler=sampler, temperature=args.temperature, seed=args.seed)
-    for i, ids in enumerate(drawn.tolist()):
-        if args.num_samples > 1:
-            print(f"--- sample {i + 1} of {args.num_samples}")
-        print(tokenizer.decode(ids))
+    settings = {
+        "steps": args.steps, "sampler": sampler, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
+        "seed": args.seed, "block": args.block, "importance": scores, "eta": args.eta,
+        "tilt": saved.config.importance.tilt if args.tilt is None else args.tilt,
+    }  # fmt: skip
+
+    begin, filled = time.perf_counter(), 0
+    with _output(args) as write, _Progress(args, jobs, tokenizer, model.config.length, model.mask_id, scores) as progress:
+        for first in range(0, len(jobs), args.batch):
+            some = jobs[first : first + args.batch]
+            longest = max(len(job.start) for job in some)
+            tokens = torch.full((len(some), longest), model.mask_id)
+            for row, job in enumerate(some):
+                tokens[row, : len(job.start)] = torch.tensor(job.start)
+            lengths = torch.tensor([len(job.start) for job in some])
+            filled += sum(job.start.count(model.mask_id) for job in some)
+            tokens = tokens.to(compute.device)
+            on_step = progress.batch(first, some, tokens)
+            with compute.autocast():
+                drawn = sample(
+                    model, tokens, sample_ids=torch.arange(first, first + len(some)), lengths=lengths, on_step=on_step, **settings
+                ).cpu()
+            for row, job in enumerate(some):
+                ids = drawn[row, : len(job.start)].tolist()
+                write(first + row, len(jobs), job, ids, tokenizer, {"sampler": sampler, "run": str(saved.path)})
+    seconds = time.perf_counter() - begin
+    print(f"{filled:,} tokens in {seconds:.1f} s, {filled / max(seconds, 1e-9):,.1f} tokens/s", file=sys.stderr)
+    if args.html is not None:
+        facts = {"run": saved.path, "sampler": sampler, "steps": args.steps, "temperature": args.temperature, "seed": args.seed}
+        progress.write_html(Path(args.html), facts)
     return 0
 
 
-def _start(args: Any, tokenizer: Any, longest: int) -> list[int]:
-    """The ids a sample begins as: what is given, and the mask where something is to be filled in."""
-    if args.length < 0 or args.length > longest:
-        raise UsageError(f"length must be in 1..{longest}, the model's own, got {args.length}")
-    if args.infill is not None:
-        ids: list[int] = tokenizer.encode_prompt(args.infill)
-        if tokenizer.mask_id not in ids:
-            raise UsageError("--infill has no [MASK] in it; write [MASK] wherever a token is to be filled in")
-        if len(ids) > (args.length or longest):
-            raise UsageError(f"--infill has {len(ids)} tokens, but the model takes at most {args.length or longest}")
-        return ids
-    ids = tokenizer.encode_prompt(args.prompt)
+def _parser() -> Any:
+    parser = make_parser(prog="python -m atat_fast.sample", description="Text from a run's model.")
+    parser.add_argument("--run", type=str, required=True, help="A run folder, or one of its checkpoints.")
+    parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
+    parser.add_argument("--num_samples", type=int, default=1, help="How many, of each prompt.")
+    parser.add_argument("--prompt", type=str, default="", help="Text each sample begins with; the model continues it.")
+    parser.add_argument(
+        "--prompts",
+        type=str,
+        nargs="+",
+        default=[],
+        help="Files of prompts, - for standard input: one a line, or .jsonl objects with prompt, text or ids.",
+    )
+    parser.add_argument(
+        "--infill",
+        type=str,
+        nargs="?",
+        const=STDIN,
+        default=None,
+        help="Text to complete where it says [MASK], one token each; without a value, the lines of --prompts or standard input.",
+    )
+    parser.add_argument("--length", type=int, default=0, help="Tokens of a sample; 0 means the model's length.")
+    parser.add_argument(
+        "--block", type=int, default=0, help="Fill this many tokens at a time, left to right; text may be longer."
+    )
+    parser.add_argument("--steps", type=int, default=128, help="Denoising steps, of each block where there are blocks.")
+    parser.add_argument(
+        "--sampler",
+        type=str,
+        default="auto",
+        help="auto (ddpm_cache, or ancestral for a model that is told the time), ancestral, ddpm_cache, first_hitting, "
+        "confidence, entropy, margin, importance, remdm_cap, remdm_rescale or remdm_confidence.",
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="Divides the logits.")
+    parser.add_argument("--top_k", type=int, default=0, help="Draw from the k most likely tokens; 0 means all.")
+    parser.add_argument("--top_p", type=float, default=1.0, help="Draw from the fewest tokens whose chances add up to this.")
+    parser.add_argument("--eta", type=float, default=None, help="How much the remdm samplers hide again, 0 to 1.")
+    parser.add_argument(
+        "--tilt", type=float, default=None, help="Sampler importance: odds exp(-tilt * score); by default the run's."
+    )
+    parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
+    parser.add_argument("--batch", type=int, default=16, help="Sequences at a time; samples do not depend on it.")
+    parser.add_argument(
+        "--jsonl", type=str, default=None, help="Write one JSON object a sample to this file, - for standard output."
+    )
+    parser.add_argument("--watch", action="store_true", help="Show the first sample of each batch as it is denoised.")
+    parser.add_argument("--html", type=str, default=None, help="Write a page that replays the first sample.")
+    parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
+    parser.add_argument("--dtype", type=Literal["auto", "bf16", "fp32"], default="auto", help="Precision.")
+    return parser
+
+
+def _check(args: Any) -> None:
+    """What can be refused before anything is read."""
+    for name in ("num_samples", "batch", "steps"):
+        if getattr(args, name) < 1:
+            raise UsageError(f"{name} must be at least 1, got {getattr(args, name)}")
+    if not args.temperature > 0:
+        raise UsageError(f"temperature must be above 0, got {args.temperature}; 0.01 all but takes the likeliest token")
+    if args.infill is not None and args.prompt:
+        raise UsageError("give either --prompt, which is continued, or --infill, which is completed")
+    if args.prompts and args.prompt:
+        raise UsageError("give either --prompt or --prompts, not both")
+    if args.infill not in (None, STDIN) and args.prompts:
+        raise UsageError("give --infill no text of its own where --prompts has the texts")
+    for option in ("jsonl", "html"):
+        path = getattr(args, option)
+        if path not in (None, STDIN) and not Path(path).absolute().parent.is_dir():
+            raise UsageError(f"cannot write {path}: its folder does not exist")
+    if args.html == STDIN:
+        raise UsageError("--html needs a file to write to")
+
+
+def _lines(args: Any) -> list[tuple[str, Any]]:
+    """(where it stands, what was given: text, or a list of ids) for every text."""
+    if args.infill not in (None, STDIN):
+        return [("--infill", args.infill)]
+    if args.infill is None and not args.prompts:
+        return [("--prompt", args.prompt)]
+    found: list[tuple[str, Any]] = []
+    for name in args.prompts or [STDIN]:
+        called = "standard input" if name == STDIN else name
+        try:
+            text = sys.stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8")
+        except OSError as error:
+            raise UsageError(f"cannot read {called}: {error.strerror}") from error
+        except UnicodeDecodeError as error:
+            raise UsageError(f"{called} is not UTF-8 text: {error.reason} at byte {error.start}") from error
+        for number, line in enumerate(text.split("\n"), 1):
+            line = line.removesuffix("\r")
+            if line.strip():
+                place = f"line {number} of {called}"
+                found.append((place, _of_json(place, line) if name.endswith(".jsonl") else line))
+    if not found:
+        raise UsageError("there is no text to begin with: every line given is empty")
+    return found
+
+
+def _of_json(place: str, line: str) -> Any:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UsageError(f"{place} is not JSON: {error}") from error
+    keys = [key for key in ("ids", "prompt", "text") if isinstance(record, dict) and key in record]
+    if not keys:
+        raise UsageError(f'{place} has no prompt, text or ids; write {{"prompt": "..."}}')
+    value = record[keys[0]]
+    ids = isinstance(value, list) and all(isinstance(i, int) and not isinstance(i, bool) for i in value)
+    if not (ids if keys[0] == "ids" else isinstance(value, str)):
+        raise UsageError(f"{place}: {keys[0]} must be {'a list of whole numbers' if keys[0] == 'ids' else 'a string'}")
+    return value
+
+
+def _jobs(args: Any, lines: list[tuple[str, Any]], tokenizer: Any, longest: int) -> list[Job]:
+    """The ids each sample begins as: what is given, and the mask where something is to be filled in."""
+    if args.length < 0 or (args.length > longest and not args.block):
+        raise UsageError(
+            f"length must be in 1..{longest}, the model's own, got {args.length}; --block {longest} writes longer text"
+        )
     length = args.length or longest
-    if len(ids) >= length:
-        raise UsageError(f"--prompt has {len(ids)} tokens, which leaves nothing of {length} to fill in; shorten it")
-    return ids + [tokenizer.mask_id] * (length - len(ids))
+    jobs = []
+    for place, given in lines:
+        ids = list(given) if isinstance(given, list) else tokenizer.encode_prompt(given)
+        outside = [i for i in ids if not 0 <= i < tokenizer.model_vocab_size]
+        if outside:
+            raise UsageError(f"{place} has token id {outside[0]}, outside the vocabulary of {tokenizer.model_vocab_size:,}")
+        if args.infill is not None:
+            if tokenizer.mask_id not in ids and not isinstance(given, list):
+                raise UsageError(f"{place} has no [MASK] in it; write [MASK] wherever a token is to be filled in")
+            if len(ids) > (args.length or longest) and not args.block:
+                raise UsageError(f"{place} has {len(ids)} tokens, but the model takes at most {args.length or longest}")
+        else:
+            if len(ids) >= length:
+                raise UsageError(f"{place} has {len(ids)} tokens, which leaves nothing of {length} to fill in; shorten it")
+            ids = ids + [tokenizer.mask_id] * (length - len(ids))
+        jobs.append(Job(ids, given if isinstance(given, str) else tokenizer.decode(given)))
+    return jobs
+
+
+@contextmanager
+def _output(args: Any) -> Iterator[Any]:
+    """Yields what is called with each sample. A file takes its name when the last one is written."""
+    if args.jsonl is None:
+
+        def plain(number: int, count: int, job: Job, ids: list[int], tokenizer: Any, facts: dict[str, str]) -> None:
+            if count > 1:
+                print(f"--- sample {number + 1} of {count}")
+            print(tokenizer.decode(ids), flush=True)
+
+        yield plain
+        return
+    path = None if args.jsonl == STDIN else Path(args.jsonl)
+    aside = None if path is None else path.with_name(f".{path.name}.part")
+    if path is not None and path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; give the name of a file")
+    try:
+        stream = sys.stdout if aside is None else aside.open("w", encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {args.jsonl}: {error.strerror}") from error
+
+    def line(number: int, count: int, job: Job, ids: list[int], tokenizer: Any, facts: dict[str, str]) -> None:
+        row = {"sample": number, "given": job.given, "text": tokenizer.decode(ids), "ids": ids}
+        drawn = {
+            "steps": args.steps,
+            "temperature": args.temperature,
+            "top_k": args.top_k,
+            "top_p": args.top_p,
+            "seed": args.seed,
+        }
+        print(json.dumps(row | facts | drawn, ensure_ascii=False), file=stream, flush=True)
+
+    try:
+        yield line
+        if aside is not None and path is not None:
+            stream.close()
+            aside.replace(path)
+    finally:
+        if aside is not None:
+            stream.close()
+            aside.unlink(missing_ok=True)
+
+
+class _Progress:
+    """A progress bar on standard error where that is a terminal, the view of --watch, and the recording for --html."""
+
+    def __init__(self, args: Any, jobs: list[Job], tokenizer: Any, longest: int, mask_id: int, scores: Any) -> None:
+        from rich.console import Console
+        from rich.live import Live
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self.args, self.tokenizer, self.mask_id, self.scores = args, tokenizer, mask_id, scores
+        self.longest = longest
+        self.console = Console(stderr=True)
+        self.hidden = sum(job.start.count(mask_id) for job in jobs)
+        self.done = 0
+        self.recorder: Any = None
+        self.live = Live(console=self.console, auto_refresh=False, vertical_overflow="visible") if args.watch else None
+        columns = (TextColumn("sampling"), BarColumn(), TextColumn("{task.completed:,.0f} of {task.total:,.0f} tokens"))
+        rate = TextColumn("{task.fields[rate]}")
+        self.bar = Progress(*columns, rate, TimeRemainingColumn(), console=self.console, transient=True, disable=args.watch)
+        self.task = self.bar.add_task("sampling", total=self.hidden, rate="")
+        self.begin = time.perf_counter()
+
+    def __enter__(self) -> _Progress:
+        if self.live is not None:
+            self.live.start()
+        elif self.console.is_terminal:
+            self.bar.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.live is not None:
+            self.live.stop()
+        elif self.console.is_terminal:
+            self.bar.stop()
+
+    def piece(self, token: int) -> str:
+        """The text of one id; a line break stays one."""
+        text: str = self.tokenizer.decode([token])
+        return text
+
+    def batch(self, first: int, jobs: list[Job], tokens: Any) -> Any:
+        """An `on_step` for this batch, or None where nobody looks."""
+        from atat_fast.evaluation.trajectory import Recorder, show
+
+        watched = None
+        if self.args.watch or (self.args.html is not None and first == 0):
+            fits = len(jobs[0].start) <= self.longest  # the estimator sees no more than the model
+            scores = self.scores if self.args.html is not None and fits else None
+            watched = Recorder(tokens, self.mask_id, length=len(jobs[0].start), scores=scores)
+            if first == 0:
+                self.recorder = watched
+        if watched is None and not self.console.is_terminal:
+            return None
+        hidden = sum(job.start.count(self.mask_id) for job in jobs)
+        lengths = [len(job.start) for job in jobs]
+
+        def on_step(step: int, now: Any) -> None:
+            changed = watched(step, now) if watched is not None else []
+            if self.live is not None and watched is not None:
+                text = show(watched.tokens, watched.start, changed, self.mask_id, self.piece)
+                text.append(f"\nstep {step + 1}, {watched.tokens.count(self.mask_id)} hidden", style="dim")
+                self.live.update(text, refresh=True)
+            elif self.console.is_terminal:
+                left = sum(int((now[row, :length] == self.mask_id).sum()) for row, length in enumerate(lengths))
+                done = self.done + hidden - left
+                rate = done / max(1e-9, time.perf_counter() - self.begin)
+                self.bar.update(self.task, completed=done, rate=f"{rate:,.0f} tokens/s")
+                if left == 0:
+                    self.done += hidden
+
+        return on_step
+
+    def write_html(self, path: Path, facts: dict[str, Any]) -> None:
+        """The page of the first sample."""
+        from atat_fast.evaluation.trajectory import page, write_page
+
+        write_page(path, page(self.recorder, self.piece, facts))
+        print(f"written to {path}", file=sys.stderr)
 
 
 if __name__ == "__main__":

@@ -18,12 +18,13 @@ READY = [name for name, reason in registry.explain("linear_categorical", torch.d
 every = pytest.mark.parametrize("backend", READY)
 quick = pytest.mark.parametrize("backend", [name for name in READY if name != "triton"])
 
-# Index, id and noise of the largest among 7e8 numbers with seed 0 and step 0: at odds of 1 to 5e8, 3e8, 2e8 and 1.5e8.
+# Index, id and noise of the largest among 7e8 numbers with seed 0 and step 0: at odds of 1 to 5e8, 3e8 and below.
 RARE = (
     (16_689_135_616, 21_088, 20.033207345471546),
     (1_669_332_992, 21_233, 19.58795317892289),
     (20_990_394_368, 26_601, 18.906191523893366),
     (2_191_523_840, 16_033, 18.767797039823364),
+    (13_200_523_264, 966, 18.524710332108334),
 )
 
 
@@ -83,7 +84,7 @@ def test_shapes_and_dtypes(poisoned, backend, shape, dtype):
 
 @every
 def test_rows_are_independent_of_each_other(backend):
-    hidden, weight, bias = head(9, 32, 300)
+    hidden, weight, bias = head(9, 32, 150)
     index = torch.tensor([7, 1, 7, 2**40, 5, 0, 3, 8, 9])
     hidden[2] = hidden[0]
     options = {"bias": bias, "seed": 3, "step": 1, "backend": backend}
@@ -132,7 +133,7 @@ def test_rare_tokens_come_where_their_noise_says(backend):
     Noise from 24 random bits ends at 16.6 and never draws them; noise from 32 bits is coarse there.
     """
     width = 2
-    for index, id, noise in RARE:
+    for index, id, noise in RARE[-1:] if backend == "triton" else RARE:  # the interpreter takes seconds for a thousand ids
         hidden, weight, bias = torch.zeros(1, width), torch.zeros(id + 2, width), torch.full((id + 2,), -torch.inf)
         rival = id + 1
         own = float(vocabulary_noise(torch.tensor([index]), id + 2, 0, 0)[0, rival])

@@ -1,0 +1,102 @@
+"""How a sample came about: what each denoising step revealed or hid again, as a page that replays it or a view in the terminal.
+
+A `Recorder` is an `on_step` of `atat_fast.diffusion.samplers.sample`. It keeps one sequence of the batch, as the changes of each
+step, and what the importance estimator made of each position just before it was revealed, where there is an estimator.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Sequence
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.text import Text
+from torch import Tensor
+
+from atat_fast.errors import UsageError
+
+Scores = Callable[[Tensor, Tensor], Tensor]
+HIDDEN = "\u2592"  # a medium shade: what is not known yet
+PLACE = "__TRAJECTORY__"
+
+
+class Recorder:
+    """Keeps how sequence `row` of a batch is filled.
+
+    tokens:  [B, L] ids the batch begins as.   mask_id: the mask token.   length: tokens of the sequence, 0 for all.
+    scores:  (tokens [1, L], hidden share [1]) -> importance [1, L] in [0, 1], or None.
+    """
+
+    def __init__(self, tokens: Tensor, mask_id: int, *, row: int = 0, length: int = 0, scores: Scores | None = None) -> None:
+        self.mask_id, self.row, self.scores = mask_id, row, scores
+        self.length = length or tokens.shape[1]
+        self.before = tokens[row, : self.length].cpu().clone()
+        self.start: list[int] = self.before.tolist()
+        self.steps: list[tuple[int, list[tuple[int, int]]]] = []
+        self.importance: list[float | None] = [None] * self.length
+
+    def __call__(self, step: int, tokens: Tensor) -> list[int]:
+        """Keep what changed; returns the positions."""
+        after = tokens[self.row, : self.length].cpu().clone()
+        changed = (after != self.before).nonzero()[:, 0].tolist()
+        if changed and self.scores is not None:
+            with torch.no_grad():
+                seen = self.before[None].to(tokens.device)
+                share = (seen == self.mask_id).float().mean(1)
+                made = self.scores(seen, share)[0].float().cpu()
+            for i in changed:
+                if int(after[i]) != self.mask_id:
+                    self.importance[i] = round(float(made[i]), 4)
+        if changed:
+            self.steps.append((step, [(i, int(after[i])) for i in changed]))
+        self.before = after
+        return changed
+
+    @property
+    def tokens(self) -> list[int]:
+        """The sequence as it is now."""
+        return list(self.before.tolist())
+
+
+def show(tokens: Sequence[int], start: Sequence[int], changed: Sequence[int], mask_id: int, piece: Callable[[int], str]) -> Text:
+    """A sequence for the terminal: what was given plain, what is hidden shaded, what has just been revealed marked."""
+    text, new = Text(), set(changed)
+    for i, token in enumerate(tokens):
+        if token == mask_id:
+            text.append(HIDDEN, style="red" if i in new else "dim")
+        elif start[i] != mask_id:
+            text.append(piece(token), style="bold")
+        else:
+            text.append(piece(token), style="black on green" if i in new else "green")
+    return text
+
+
+def page(recorder: Recorder, piece: Callable[[int], str], facts: dict[str, Any]) -> str:
+    """A page of HTML that replays a recording by itself: no other file, no network.
+
+    piece: the text of one id. facts: lines of what was sampled and how, shown as they are.
+    """
+    used = sorted({*recorder.start, *(token for _, changes in recorder.steps for _, token in changes)})
+    known = [score for score in recorder.importance if score is not None]
+    data = {
+        "facts": {str(name): str(value) for name, value in facts.items()},
+        "mask": recorder.mask_id,
+        "start": recorder.start,
+        "pieces": {str(token): piece(token) for token in used},
+        "steps": [[step, changes] for step, changes in recorder.steps],
+        "importance": recorder.importance if known else None,
+    }
+    template = resources.files("atat_fast.evaluation").joinpath("trajectory.html").read_text(encoding="utf-8")
+    # Inside a script element only "</" and "<!--" mean something to a browser; \u003c is the same character to JSON.
+    return template.replace(PLACE, json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"))
+
+
+def write_page(path: Path, content: str) -> None:
+    """Write it. Raises UsageError where the disk refuses."""
+    try:
+        path.write_text(content, encoding="utf-8")
+    except OSError as error:
+        raise UsageError(f"cannot write {path}: {error.strerror}") from error

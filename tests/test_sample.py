@@ -1,0 +1,247 @@
+"""The sampling door as a user meets it: prompts, blanks, files, JSONL, page and view, and one sentence for what is wrong."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from atat_fast import sample
+from atat_fast.cli import run_door
+from atat_fast.config import Config, ImportanceConfig, ModelConfig
+from atat_fast.data.tokenizers import make_tokenizer
+from atat_fast.diffusion.samplers import SAMPLERS
+from atat_fast.evaluation.trajectory import HIDDEN, Recorder, page
+from atat_fast.models import DiT
+from atat_fast.models.importance import ImportanceEstimator
+from atat_fast.training import checkpoint
+
+TEXT = "the [MASK][MASK] of [MASK]ll"
+
+
+def make_run(folder: Path, importance: str = "learned") -> Path:
+    """A run folder with a checkpoint of a model that has learned nothing: 24 bytes long."""
+    torch.manual_seed(0)
+    config = Config(
+        model=ModelConfig(dim=16, layers=1, heads=2, length=24, conditioning_dim=8, dropout=0.0),
+        importance=ImportanceConfig(source=importance, width=16, layers=1, heads=2),
+    )
+    tokenizer = make_tokenizer("bytes")
+    model = DiT(tokenizer.model_vocab_size, tokenizer.mask_id, **vars(config.model))
+    with torch.no_grad():
+        for p in model.parameters():
+            p.add_(0.3 * torch.randn_like(p))
+        model.head.bias[:32], model.head.bias[127:] = -30.0, -30.0  # letters
+    files = {name: dict(model.named_parameters()) for name in (checkpoint.WEIGHTS, checkpoint.EMA)}
+    estimator = ImportanceEstimator.of(config, torch.arange(tokenizer.model_vocab_size))
+    if estimator is not None:
+        torch.nn.init.normal_(estimator.network.head.weight)
+        files |= dict.fromkeys((checkpoint.IMPORTANCE, checkpoint.IMPORTANCE_EMA), checkpoint.saved_tensors(estimator))
+    checkpoint.save(folder, 1, config, files, tokenizer, {"vocabulary": tokenizer.model_vocab_size})
+    return folder
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    return make_run(tmp_path_factory.mktemp("runs") / "tiny")
+
+
+@pytest.fixture
+def call(run, capsys, monkeypatch):
+    """Calls the door on the run: (standard output, standard error)."""
+
+    def call(*arguments, stdin=""):
+        monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
+        assert sample.main(["--run", str(run), "--device", "cpu", *map(str, arguments)]) == 0
+        return capsys.readouterr()
+
+    return call
+
+
+def fits(text, pattern=TEXT):
+    """Whether text is the pattern with something of one byte in each blank."""
+    return re.fullmatch(re.escape(pattern).replace(re.escape("[MASK]"), "."), text, re.DOTALL) is not None
+
+
+@pytest.mark.parametrize("sampler", ["auto", *SAMPLERS])
+def test_blanks_are_filled_and_words_stay(call, sampler):
+    out, err = call("--infill", TEXT, "--sampler", sampler, "--steps", 3)
+    assert fits(out.removesuffix("\n")) and "3 tokens in" in err and "tokens/s" in err
+
+
+def test_standard_input_and_files(call, tmp_path):
+    out, _ = call("--infill", stdin=f"{TEXT}\n\na[MASK]c\r\n")
+    first, one, second, two = out.splitlines()
+    assert (first, second) == ("--- sample 1 of 2", "--- sample 2 of 2") and fits(one) and fits(two, "a[MASK]c")
+    (tmp_path / "a.txt").write_text(f"{TEXT}\n")
+    lines = [{"text": "[MASK]b"}, {"ids": [97, 257, 99]}, {"prompt": "x[MASK]", "other": 1}]
+    (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    out, _ = call("--infill", "--prompts", tmp_path / "a.txt", tmp_path / "b.jsonl", "-", stdin="y[MASK]\n")
+    found = out.splitlines()[1::2]
+    patterns = (TEXT, "[MASK]b", "a[MASK]c", "x[MASK]", "y[MASK]")
+    assert len(found) == 5 and all(fits(text, pattern) for text, pattern in zip(found, patterns, strict=True))
+
+
+def test_prompts_are_continued(call):
+    out, _ = call("--prompt", "abc", "--num_samples", 3, "--length", 9, "--steps", 4)
+    texts = out.splitlines()[1::2]
+    assert len(texts) == 3 == len(set(texts)) and all(len(text) == 9 and text.startswith("abc") for text in texts)
+    out, _ = call("--prompts", "-", "--length", 5, stdin="ab\nxyz\n")
+    assert [text[:2] for text in out.splitlines()[1::2]] == ["ab", "xy"]
+
+
+def test_text_longer_than_the_model(call):
+    out, _ = call("--prompt", "abc", "--length", 70, "--block", 8, "--steps", 4)
+    assert len(out.removesuffix("\n")) == 70 and out.startswith("abc")
+
+
+def test_samples_are_the_same_in_any_batch_and_jsonl_says_how_they_were_made(call, tmp_path):
+    rows = {}
+    for batch in (1, 2, 5):
+        path = tmp_path / f"{batch}.jsonl"
+        arguments = ["--infill", "--num_samples", 2, "--batch", batch, "--seed", 3, "--jsonl", path, "--top_p", 0.9]
+        out, _ = call(*arguments, stdin=f"{TEXT}\n[MASK][MASK] and more\n")
+        assert out == ""
+        rows[batch] = [json.loads(line) for line in path.read_text().splitlines()]
+    assert rows[1] == rows[2] == rows[5] and len(rows[1]) == 4
+    first = rows[1][0]
+    assert first["given"] == TEXT and fits(first["text"]) and len(first["ids"]) == 13
+    assert (first["sampler"], first["steps"], first["seed"], first["top_p"]) == ("ddpm_cache", 128, 3, 0.9)
+    assert rows[1][0]["text"] != rows[1][1]["text"]
+    out, _ = call("--infill", TEXT, "--jsonl", "-")
+    assert json.loads(out)["sample"] == 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.jsonl", "2.jsonl", "5.jsonl"]
+
+
+def test_nothing_hidden_comes_back_as_it_is(call, tmp_path):
+    (tmp_path / "a.jsonl").write_text('{"ids": [97, 98]}\n')
+    out, err = call("--infill", "--prompts", tmp_path / "a.jsonl")
+    assert out == "ab\n" and err.startswith("0 tokens in")
+
+
+def data_of(path):
+    html = path.read_text()
+    assert "http" not in html and "<script src" not in html
+    return json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.DOTALL)[1])
+
+
+def test_the_page_replays_the_sample(call, tmp_path):
+    path = tmp_path / "sample.html"
+    out, err = call("--infill", TEXT + "</script>", "--html", path, "--steps", 7)
+    data = data_of(path)
+    assert f"written to {path}" in err and data["facts"]["steps"] == "7"
+    tokens = list(data["start"])
+    assert tokens.count(data["mask"]) == 3
+    for _, changes in data["steps"]:
+        for i, token in changes:
+            tokens[i] = token
+    assert "".join(data["pieces"][str(token)] for token in tokens) + "\n" == out
+    shaded = [score for score in data["importance"] if score is not None]
+    assert len(shaded) == 3 and all(0 <= score <= 1 for score in shaded)
+
+
+def test_a_page_without_importance_and_with_hiding_again():
+    recorder = Recorder(torch.tensor([[1, 9, 9]]), 9)
+    for step, tokens in enumerate(([1, 4, 9], [1, 4, 9], [1, 9, 5], [1, 6, 5])):
+        recorder(step, torch.tensor([tokens]))
+    assert recorder.steps == [(0, [(1, 4)]), (2, [(1, 9), (2, 5)]), (3, [(1, 6)])] and recorder.tokens == [1, 6, 5]
+    html = page(recorder, lambda token: f"<{token}>", {"what": "</script><b>"})
+    assert html.count("</script>") == 2 and "<b>" not in html
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.DOTALL)[1])
+    assert data["importance"] is None and data["pieces"]["6"] == "<6>" and data["facts"]["what"] == "</script><b>"
+
+
+def test_watching(call):
+    out, err = call("--infill", TEXT, "--watch", "--steps", 5)
+    assert fits(out.removesuffix("\n")) and "0 hidden" in err
+    from atat_fast.evaluation.trajectory import show
+
+    text = show([1, 9, 5], [1, 9, 9], [2], 9, str)
+    assert text.plain == f"1{HIDDEN}5" and str(text.spans[-1].style) == "black on green"
+
+
+BAD = [
+    (["--prompt", "x" * 24], "--prompt has 24 tokens, which leaves nothing of 24 to fill in"),
+    (["--infill", "[MASK]" * 25], "--infill has 25 tokens, but the model takes at most 24"),
+    (["--infill", "no blank"], "--infill has no [MASK] in it"),
+    (["--infill"], "there is no text to begin with"),
+    (["--prompts", "nowhere.txt"], "cannot read nowhere.txt: No such file"),
+    (["--prompts", "bad.jsonl"], "line 2 of bad.jsonl is not JSON"),
+    (["--infill", "--prompts", "ids.jsonl"], "line 1 of ids.jsonl has token id 258, outside the vocabulary of 258"),
+    (["--prompts", "types.jsonl"], "line 1 of types.jsonl: prompt must be a string"),
+    (["--prompts", "empty.jsonl"], "line 1 of empty.jsonl has no prompt, text or ids"),
+    (["--prompts", "latin.txt"], "latin.txt is not UTF-8 text"),
+    (["--prompt", "a", "--infill", "b[MASK]"], "give either --prompt, which is continued, or --infill"),
+    (["--steps", "0"], "steps must be at least 1, got 0"),
+    (["--temperature", "0"], "temperature must be above 0, got 0"),
+    (["--temperature", "-1"], "temperature must be above 0, got -1"),
+    (["--temperature", "nan"], "Got value: nan"),
+    (["--top_p", "0"], "top_p must be above 0 and at most 1, got 0"),
+    (["--sampler", "ddpm"], "there is no sampler 'ddpm' (did you mean ddpm_cache?)"),
+    (["--length", "25"], "length must be in 1..24"),
+    (["--block", "25"], "block must be in 1..24"),
+    (["--eta", "3", "--sampler", "remdm_cap"], "eta must be in 0..1"),
+    (["--num_samples", "0"], "num_samples must be at least 1"),
+    (["--html", "no/such/folder.html"], "its folder does not exist"),
+    (["--jsonl", "no/such/folder.jsonl"], "its folder does not exist"),
+    (["--jsonl", "folder"], "cannot write folder: it is a folder"),
+    (["--stepps", "3"], "did you mean --steps?"),
+]
+
+
+@pytest.mark.parametrize(("arguments", "message"), BAD)
+def test_bad_input_is_one_sentence(arguments, message, run, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
+    (tmp_path / "ids.jsonl").write_text('{"ids": [257, 258]}\n')
+    (tmp_path / "types.jsonl").write_text('{"prompt": 3}\n')
+    (tmp_path / "empty.jsonl").write_text('{"words": 3}\n')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    (tmp_path / "folder").mkdir()
+    before = sorted(p.name for p in tmp_path.iterdir())
+    monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
+    with pytest.raises(SystemExit) as left:
+        run_door(sample.main, ["--run", str(run), *arguments])
+    assert left.value.code == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
+    assert sorted(p.name for p in tmp_path.iterdir()) == before
+
+
+def test_a_failure_leaves_the_jsonl_that_was_there(run, tmp_path, capsys, monkeypatch):
+    path = tmp_path / "kept.jsonl"
+    path.write_text("kept\n")
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    with pytest.raises(SystemExit):
+        run_door(sample.main, ["--run", str(run), "--top_k", "-1", "--jsonl", str(path)])
+    assert path.read_text() == "kept\n" and [p.name for p in tmp_path.iterdir()] == ["kept.jsonl"]
+
+
+def test_runs_without_what_is_asked_for(run, tmp_path, capsys):
+    plain = make_run(tmp_path / "plain", "none")
+    cases = [(plain, ["--sampler", "importance"], "needs learned importance, and importance.source of")]
+    broken = tmp_path / "broken"
+    shutil.copytree(run, broken, symlinks=True)
+    shutil.rmtree(broken / "checkpoints" / "last" / "tokenizer")
+    cases.append((broken, [], "tokenizer"))
+    for folder, arguments, message in cases:
+        with pytest.raises(SystemExit) as left:
+            run_door(sample.main, ["--run", str(folder), *arguments])
+        error = capsys.readouterr().err
+        assert left.value.code == 2 and message in error and error.count("\n") == 1, error
+
+
+def test_the_door_from_a_fresh_directory(run, tmp_path):
+    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-m", "atat_fast.sample", "--run", str(run), "--infill"]
+    done = subprocess.run(command, cwd=tmp_path, env=env, input=f"{TEXT}\n", capture_output=True, text=True)
+    assert done.returncode == 0 and fits(done.stdout.removesuffix("\n")), done.stderr
+    assert list(tmp_path.iterdir()) == []
