@@ -34,9 +34,7 @@ def test_the_newest_stay_and_one_before_a_damaged_one_is_offered(run):
     (root / "step-00000012" / checkpoint.EMA).write_bytes(b"cut")
     (root / "step-00000010" / checkpoint.WEIGHTS).unlink()
     before = (folder / "metrics.jsonl").read_bytes()
-    with pytest.raises(
-        UsageError, match=r"00012 is damaged: .*; .*step-00000008 \(step 8\) is whole: delete step-00000012"
-    ):
+    with pytest.raises(UsageError, match=r"00012 is damaged: .*; .*step-00000008 \(step 8\) is whole: delete step-00000012"):
         start(resume=True)
     assert (folder / "metrics.jsonl").read_bytes() == before
     for name in ("step-00000012", "step-00000010"):
