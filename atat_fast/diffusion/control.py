@@ -6,8 +6,8 @@ the mean of c over the hidden tokens less its mean over all of them is 0 on aver
 
     mean over hidden of nll_i  -  gamma . (mean over hidden of c_i - mean over the sequence of c_i)
 
-estimates what its first term does, with less noise as far as c explains nll. gamma, which depends on k / L, is fitted by least
-squares on half of the sequences and applied to the other half: given their counts, masks of the two halves are independent, so
+estimates what its first term does, with less noise as far as c explains nll. gamma, one for all k, is fitted by least squares
+on half of the sequences and applied to the other half: given their counts, masks of the two halves are independent, so
 the estimate stays unbiased. (Cochran, Sampling Techniques, chapter 7, regression estimates; the halves are what makes it exact.)
 """
 
@@ -57,10 +57,9 @@ class Control:
     """Collects passes, then adjusts their values. fp64 throughout, on the CPU but for what a pass is reduced from."""
 
     def __init__(self, sequences: int, draws: int) -> None:
-        self.size = 2 * FEATURES
-        self.gram = torch.zeros(2, self.size, self.size, dtype=torch.float64)
-        self.moment = torch.zeros(2, self.size, dtype=torch.float64)
-        self.difference = torch.zeros(sequences, draws, self.size, dtype=torch.float64)
+        self.gram = torch.zeros(2, FEATURES, FEATURES, dtype=torch.float64)
+        self.moment = torch.zeros(2, FEATURES, dtype=torch.float64)
+        self.difference = torch.zeros(sequences, draws, FEATURES, dtype=torch.float64)
 
     def add(self, first: int, draw: int, c: Tensor, rows: Tensor, nll: Tensor, k: Tensor) -> None:
         """A pass over sequences first .. first + B - 1.
@@ -76,17 +75,12 @@ class Control:
         around = picked - mean[owner]
         products = (around[:, :-1, None] * around[:, None, :]).flatten(1)
         scatter = picked.new_zeros(batch, products.shape[1]).index_add_(0, owner, products) / counts[:, None]
-        scatter = scatter.view(batch, FEATURES, FEATURES + 1).cpu()
-        share = k.double() / length
-        basis = torch.stack([torch.ones_like(share), share], 1)
-        weight = 1 - share  # a pass that hides everything has no noise; the others are told alike, few tokens or many
-        gram: Tensor = torch.einsum("b,bi,bj,bfg->bifjg", weight, basis, basis, scatter[..., :-1])
-        moment: Tensor = torch.einsum("b,bi,bf->bif", weight, basis, scatter[..., -1])
+        # A pass that hides everything has no noise. The others count alike, few tokens or many.
+        scatter = scatter.view(batch, FEATURES, FEATURES + 1).cpu() * (1 - k.double() / length)[:, None, None]
         half = torch.arange(first, first + batch) % 2
-        self.gram.index_add_(0, half, gram.reshape(batch, self.size, self.size))
-        self.moment.index_add_(0, half, moment.reshape(batch, self.size))
-        off = (mean[:, :-1] - c.double().mean(1)).cpu()
-        self.difference[first : first + batch, draw] = (basis[:, :, None] * off[:, None, :]).reshape(batch, self.size)
+        self.gram.index_add_(0, half, scatter[..., :-1])
+        self.moment.index_add_(0, half, scatter[..., -1])
+        self.difference[first : first + batch, draw] = (mean[:, :-1] - c.double().mean(1)).cpu()
 
     def adjust(self, values: Tensor, total: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
         """values [sequences, draws] less what the other half's fit explains of their masks. total: the sum of a tensor over the

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atat_fast.config import Config, DiffusionConfig, ImportanceConfig
+from atat_fast.config import Config, DiffusionConfig, ImportanceConfig, load_preset
 from atat_fast.diffusion.audit import Joint, frequency_example, plackett_luce_law
 from atat_fast.diffusion.audit_schedules import (
     LAWS,
@@ -31,7 +31,8 @@ from atat_fast.errors import UsageError
 from atat_fast.models import DiT
 from atat_fast.training.device import Compute
 from atat_fast.training.objective import Objective
-from atat_fast.training.plan import check
+from atat_fast.training.plan import check, describe_schedule
+from atat_fast.training.recipes import with_recipe
 
 JOINTS = [(3, 4, 0), (2, 4, 2)]
 MASK = 9
@@ -274,6 +275,15 @@ def test_settings_that_cannot_be(diffusion, importance, message):
     )  # fmt: skip
     with pytest.raises(UsageError, match=message):
         check(config)
+
+
+def test_the_recipe_and_the_plan_say_what_is_done():
+    config = with_recipe(load_preset("demo"), "identity")
+    assert config.diffusion.schedule == "token_identity" and config.diffusion.weighting == load_preset("demo").diffusion.weighting
+    check(config)
+    assert describe_schedule(config) == ["schedule     token identity: revealed at rates exp(-1 * log-rank of the token)"]
+    plain = with_recipe(config, "uniform")
+    assert plain.diffusion.schedule == "log_linear" and describe_schedule(plain) == []
 
 
 @pytest.mark.parametrize("bad", [0.0, -1.0, math.inf, math.nan])
