@@ -6,7 +6,6 @@ compared; two with different hashes were not measured on the same text, whatever
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import sys
 from collections.abc import Callable, Iterator
@@ -23,6 +22,7 @@ from atat_fast.config import EvalConfig
 from atat_fast.data import TokenSplit
 from atat_fast.data.zero_shot import tokens_hash
 from atat_fast.diffusion.identity import IdentitySchedule
+from atat_fast.diffusion.objective import Estimate
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.likelihood import evaluate, evaluating, model_nll, report, spread_sequences
 from atat_fast.evaluation.orders import EXACT, evaluate_order
@@ -30,6 +30,7 @@ from atat_fast.evaluation.precision import estimate_to
 from atat_fast.models.dit import DiT
 from atat_fast.models.importance import ImportanceEstimator
 
+MASKS_BESIDE = 32
 Figure = dict[str, Any]
 Autocast = Callable[[], AbstractContextManager[Any]]
 
@@ -94,23 +95,46 @@ def uniform(model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast) -> Fi
     }
 
 
-def in_order(
-    model: DiT, split: TokenSplit, order: str, plan: Plan, autocast: Autocast, estimator: ImportanceEstimator | None
-) -> Figure:
-    """The likelihood in an order as a figure: exact, or for an importance order a bound."""
+def beside_orders(model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast) -> Estimate:
+    """The uniform bound on the sequences that orders are measured on, 32 masks each: what they are compared with pair by pair."""
     if plan.order_sequences < 0:
         raise UsageError(f"--order_sequences must be at least 0, which reads all, got {plan.order_sequences}")
+    tokens, wanted = spread_sequences(split, model.config.length, plan.order_sequences, model.cos.device)
+    with torch.no_grad(), autocast(), evaluating(model):
+        return estimate_to(
+            model_nll(model), tokens, wanted, mask_id=model.mask_id, se=1e-9, most_draws=MASKS_BESIDE, batch=plan.eval.batch,
+            seed=plan.eval.seed, document_end=split.eos_id if model.config.document_mask else None,
+        ).estimate  # fmt: skip
+
+
+def in_order(
+    model: DiT,
+    split: TokenSplit,
+    order: str,
+    plan: Plan,
+    autocast: Autocast,
+    estimator: ImportanceEstimator | None,
+    bound: Estimate,
+) -> Figure:
+    """The likelihood in an order as a figure: exact, or for an importance order a bound.
+
+    minus_bound is how far it lies from the uniform bound of the same sequences, paired, with its standard error: the choice of
+    text hardly enters there.
+    """
     with _progress(f"{split.name}: {order}") as show:
         estimate = evaluate_order(
             model, split, order, sequences=plan.order_sequences, batch=plan.eval.batch, seed=plan.eval.seed, autocast=autocast(),
             per_pass=plan.per_pass, estimator=estimator, tilt=plan.tilt, on_batch=lambda done, total: show(done, total, ""),
         )  # fmt: skip
+    difference = estimate.values - bound.values
     figure = report(estimate, split) | {
         "measure": order,
         "kind": "exact" if order in EXACT else "upper bound",
         "error_of": "text" if order in EXACT else "orders and text",
         "nll_se_text": estimate.se,
         "tokens_per_pass": plan.per_pass,
+        "minus_bound": float(difference.mean()),
+        "minus_bound_se": float(difference.std()) / math.sqrt(len(difference)) if len(difference) > 1 else math.inf,
         "tokens_sha256": tokens_hash(split, model.config.length, plan.order_sequences),
     }
     if order not in EXACT and estimator is not None:
@@ -129,7 +153,10 @@ def measure(
     if identity is not None:
         own = evaluate(model, split, plan.eval, autocast(), identity=identity)
         figures[0] |= {"identity_nll": own.nll, "identity_nll_se": own.se}
-    return figures + [in_order(model, split, order, plan, autocast, estimator) for order in plan.orders]
+    if plan.orders:
+        bound = beside_orders(model, split, plan, autocast)
+        figures += [in_order(model, split, order, plan, autocast, estimator, bound) for order in plan.orders]
+    return figures
 
 
 def table(figures: list[Figure]) -> Table:
@@ -137,10 +164,13 @@ def table(figures: list[Figure]) -> Table:
     shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name, side in (
         ("text", "left"), ("measure", "left"), ("nats a token", "right"), ("± error of", "left"), ("perplexity", "right"),
-        ("bits/byte", "right"), ("is", "left"), ("sequences", "right"), ("tokens", "left"),
+        ("bits/byte", "right"), ("is", "left"), ("less the bound", "left"), ("sequences", "right"), ("tokens", "left"),
     ):  # fmt: skip
+        if name == "less the bound" and not any("minus_bound" in f for f in figures):
+            continue
         shown.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]
     for f in figures:
+        paired = [f"{f['minus_bound']:+.4f} ± {f['minus_bound_se']:.4f}" if "minus_bound" in f else ""]
         shown.add_row(
             str(f.get("text", "")),
             f["measure"] + (f", {f['tokens_per_pass']} a pass" if f.get("tokens_per_pass", 1) > 1 else ""),
@@ -149,6 +179,7 @@ def table(figures: list[Figure]) -> Table:
             f"{f['perplexity']:.3f}",
             f"{f['bits_per_byte']:.4f}",
             f["kind"],
+            *(paired if len(shown.columns) == 10 else []),
             f"{f['sequences']:,} x {f['length']:,}",
             f["tokens_sha256"][:12],
         )
@@ -159,11 +190,6 @@ def console() -> Console:
     """Where tables are printed: as wide as they need to be where nobody looks at a terminal."""
     out = Console(highlight=False, soft_wrap=True)
     return out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
-
-
-def settings_of(config: EvalConfig, **given: Any) -> EvalConfig:
-    """A run's evaluation settings with those that were given laid over them."""
-    return dataclasses.replace(config, **{name: value for name, value in given.items() if value is not None})
 
 
 @contextmanager

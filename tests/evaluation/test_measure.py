@@ -59,9 +59,12 @@ def test_orders_stand_beside_the_bound(trained_run, capsys):
     hashes = [figure["tokens_sha256"] for figure in figures.values()]
     assert hashes[1] == hashes[2] == hashes[3] != hashes[0]
     assert figures["importance"]["tilt"] == 2.0 and "tilt" not in figures["confidence"]
-    for figure in figures.values():
+    for name, figure in figures.items():
         assert 2 < figure["nll"] < 7 and figure["nll_se"] > 0
+        if name != "uniform":  # the same sequences, whose spread cancels
+            assert abs(figure["minus_bound"]) < 1 and figure["minus_bound_se"] > 0
     printed = capsys.readouterr().out
+    assert f"{figures['confidence']['minus_bound']:+.4f} ± {figures['confidence']['minus_bound_se']:.4f}" in printed
     for figure in figures.values():
         assert f"{figure['nll']:.4f}" in printed and figure["tokens_sha256"][:12] in printed
     fewer = measured("--run", trained_run, "--order", "confidence", "--order_sequences", 6, "--tokens_per_pass", 4)["figures"][1]
@@ -106,6 +109,7 @@ BAD = [
     (["--run", "RUN", "--corpus", "nothing.txt"], "there is no file or folder nothing.txt"),
     (["--run", "RUN", "--order", "confidense"], "there is no order 'confidense' (did you mean confidence?)"),
     (["--run", "RUN", "--order", "entropy", "--tokens_per_pass", "0"], "tokens revealed in a pass must be at least 1, got 0"),
+    (["--run", "RUN", "--order", "entropy", "--order_sequences", "-2"], "--order_sequences must be at least 0, which reads all"),
     (["--run", "RUN", "--se", "0"], "the standard error asked for must be above 0, got 0"),
     (["--run", "RUN", "--se", "0.1", "--max_draws", "3"], "an error can be told from 4 draws on"),
     (["--run", "RUN", "--draws", "0"], "--batch and --draws must be at least 1"),
