@@ -285,6 +285,16 @@ def _attention(qkv: Tensor, documents: Tensor | None, implementation: str) -> Te
     return out.transpose(1, 2).flatten(2)
 
 
+def _attend_from(qkv: Tensor, rows: Tensor, implementation: str) -> Tensor:
+    """Attention of some positions [R] of one sequence over all of it: [R, H * E]. qkv is [1, L, 3, H, E]."""
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    if rows.numel() == 0:
+        return qkv.new_empty((0, qkv.shape[3] * qkv.shape[4]))
+    with _only(implementation):
+        out = F.scaled_dot_product_attention(q.index_select(2, rows), k, v)
+    return out.transpose(1, 2).flatten(2)[0]
+
+
 def _packed(qkv: Tensor, starts: Tensor | None, implementation: str) -> Tensor:
     """flash-attn on the packed projection, [B, L, H, E]; its gradient comes back packed, where SDPA's three need a copy."""
     module: Any = importlib.import_module(MODULES[implementation])
@@ -324,7 +334,11 @@ def _self_attention(
         queries_keys, values = qkv.split((2, 1), dim=2)
         qkv = torch.cat((F.rms_norm(queries_keys, (width // heads,)).to(values.dtype), values), dim=2)
     tracked = torch.is_grad_enabled() and qkv.requires_grad
-    attended = _attention(rotary(qkv, cos, sin, inplace=not tracked), documents, implementation)
+    qkv = rotary(qkv, cos, sin, inplace=not tracked)
+    if rows is not None and batch == 1 and documents is None and not tracked and implementation not in MODULES:
+        # One sequence, and no gradient: rows are its positions, and attention is for their queries alone.
+        return F.linear(_attend_from(qkv, rows, implementation), out_weight)
+    attended = _attention(qkv, documents, implementation)
     if rows is not None:
         attended = attended.view(batch * length, width).index_select(0, rows)
     return F.linear(attended, out_weight)

@@ -257,6 +257,27 @@ def test_rows_of_the_branch_are_rows_of_the_whole(documents):
         torch.testing.assert_close(self_attention(x, w, o, cos, sin, heads=heads, documents=layout, rows=rows), part)
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("rows", [[3], [0, 12, 5, 5], [], list(range(13))])
+def test_rows_of_one_sequence_are_asked_for_alone(rows, dtype):
+    """Without a gradient only their queries are computed: what is asked of attention is R x L, not L x L."""
+    heads, width = 2, 16
+    x, w, o = torch.randn(1, 13, width).to(dtype), torch.randn(3 * width, width).to(dtype), torch.randn(width, width).to(dtype)
+    cos, sin = (t.double() if dtype is torch.float64 else t for t in rotary_table(13, width // heads))
+    rows = torch.tensor(rows, dtype=torch.int64)
+    asked = []
+    real = torch.nn.functional.scaled_dot_product_attention
+    with pytest.MonkeyPatch.context() as patch, torch.no_grad():
+        whole = self_attention(x, w, o, cos, sin, heads=heads)[0, rows]
+        patch.setattr(
+            "torch.nn.functional.scaled_dot_product_attention", lambda q, *r, **m: asked.append(q.shape[2]) or real(q, *r, **m)
+        )
+        part = self_attention(x, w, o, cos, sin, heads=heads, rows=rows)
+    assert asked == ([len(rows)] if len(rows) else []) and part.shape == (len(rows), width)
+    tolerance = 1e-12 if dtype is torch.float64 else 0.05 * float(whole.abs().max()) if len(rows) else 0.0
+    torch.testing.assert_close(part, whole, rtol=0, atol=tolerance)
+
+
 @pytest.mark.parametrize("qk_norm", [False, True])
 def test_the_branch_is_its_parts(qk_norm):
     batch, length, heads, width = 2, 11, 3, 24
