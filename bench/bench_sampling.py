@@ -10,16 +10,17 @@ temperature; see arXiv 2409.02908); where no token of the batch changed, the nex
 samplers compute what a step reveals. Before anything is timed, both have to fill their masks and leave the prompt alone, and to
 read the same distribution.
 
-A plain step costs the same from first to last, so where all of them do not fit into --seconds some are timed and the rest is
-extrapolated, which is written beside the figure. Writes sampling.json in bench/results/<device>.
+Plain steps are run in between the sampler's, so that a machine that slows down does so for both. A plain step costs the same from
+first to last; where all of them do not fit into --seconds some are timed and the rest is extrapolated, which is written beside
+the figure. Writes sampling.json in bench/results/<device>.
 """
 
 from __future__ import annotations
 
 import argparse
-import functools
 import json
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -29,7 +30,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
 from mdlm import NEVER, PlainMDLM, block_by_block
-from timing import results_folder, seconds, spread
+from timing import results_folder, seconds, spread, synchronize
 from torch import Tensor
 
 from atat_fast.config import TrainConfig, load_preset
@@ -99,13 +100,51 @@ def check(model: DiT, plain: PlainMDLM, compute: Compute, ways: Sequence[str], l
             raise RuntimeError(f"{name} left a mask token, or changed its prompt")
 
 
+def one_round(
+    model: DiT, plain: PlainMDLM, tokens: Tensor, steps: int, way: str, seed: int, plain_steps: int
+) -> tuple[float, float]:
+    """Seconds of one whole sampling, and of `plain_steps` steps of the plain loop that are run in between.
+
+    The plain steps come in up to 16 pieces, between steps of the sampler and outside its time, so that a machine that becomes
+    slower or faster does so for both.
+    """
+    device, pieces = tokens.device, min(16, steps)
+    bounds = [steps * (i + 1) // pieces for i in range(pieces)]
+    ours = theirs = 0.0
+    done = 0
+    synchronize(device)
+    begin = time.perf_counter()
+
+    def between(step: int, _: Tensor) -> None:
+        nonlocal ours, theirs, done, begin
+        if step + 1 < bounds[done]:
+            return
+        synchronize(device)
+        ours += time.perf_counter() - begin
+        before = done
+        while done + 1 < pieces and bounds[done] <= step + 1:
+            done += 1
+        count = plain_steps * done // pieces - plain_steps * before // pieces
+        if count:
+            theirs += seconds(lambda: plain_sample(plain, tokens, steps, count), device)
+        begin = time.perf_counter()
+
+    sample(model, tokens, steps=steps, sampler=way, seed=seed, on_step=between)
+    synchronize(device)
+    ours += time.perf_counter() - begin
+    rest = plain_steps - plain_steps * done // pieces
+    if rest:
+        theirs += seconds(lambda: plain_sample(plain, tokens, steps, rest), device)
+    return ours, theirs
+
+
 def time_samplers(
     model: DiT, compute: Compute, *, batch: int, steps: int = STEPS, budget: float = 60.0, length: int = 0,
     ways: Sequence[str] = ("ddpm_cache",),
 ) -> dict[str, Any]:  # fmt: skip
-    """Tokens a second of each way with quartiles over up to three interleaved rounds; one round, if there is time for no more.
+    """Tokens a second of each way with quartiles over up to three rounds; one round, if there is time for no more.
 
-    Half of `budget` seconds is the plain loop's; where it does not do for three times all steps, fewer are timed.
+    About half of `budget` seconds is the plain loop's; where it does not do for all steps in every round, fewer are timed.
     """
     length = length or model.config.length
     training = model.training
@@ -117,24 +156,18 @@ def time_samplers(
     taken: dict[str, list[float]] = {PLAIN: [], **{way: [] for way in ways}}
     timed = 0
     with torch.no_grad(), compute.autocast():
-        begins = 3 * 8 * whole * model.vocab_size <= PLAIN_BYTES
-        if begins:
-            one = seconds(lambda: plain_sample(plain, tokens, steps, 1), compute.device)
-            one = min(one, seconds(lambda: plain_sample(plain, tokens, steps, 1), compute.device))
-            timed = max(1, min(steps, int(budget / 2 / ROUNDS / one)))
-            if timed < steps:
-                timed = max(1, min(timed, steps // 2))
+        sample(model, tokens, steps=2)
+        if 3 * 8 * whole * model.vocab_size <= PLAIN_BYTES:
+            one = min(seconds(lambda: plain_sample(plain, tokens, steps, 1), compute.device) for _ in range(2))
+            timed = max(1, min(steps, int(budget / 2 / ROUNDS / len(ways) / one)))
         spent = 0.0
         for i in range(ROUNDS):
             before = spent
-            if begins:
-                took = seconds(lambda: plain_sample(plain, tokens, steps, timed % steps), compute.device)
-                taken[PLAIN].append(took * steps / timed)
-                spent += took
             for way in ways:
-                run = functools.partial(sample, model, tokens, steps=steps, sampler=way, seed=i)
-                taken[way].append(seconds(run, compute.device))
-                spent += taken[way][-1]
+                ours, theirs = one_round(model, plain, tokens, steps, way, i, timed)
+                taken[way].append(ours)
+                taken[PLAIN] += [theirs * steps / timed] if timed else []
+                spent += ours + theirs
             if spent + (spent - before) > budget:
                 break
     model.train(training)
