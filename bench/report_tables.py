@@ -209,6 +209,11 @@ adaptive_norm = _op(
     lambda r: [r["op"], r["direction"], r["cache"], r["way"], _microseconds(r), _bandwidth(r),
                or_dash(r["speedup_over_eager"], ".2f", "x")],
 )  # fmt: skip
+linear_categorical = _op(
+    "linear_categorical", ("way", "us (quartiles)", "GFLOP/s", "against fp64 Gumbel"),
+    lambda r: [r["way"], _microseconds(r), f"{r['flops'] / r['median_us'] / 1e3:,.1f}",
+               or_dash(r["speedup_over_eager"], ".2f", "x")],
+)  # fmt: skip
 rotary = _op(
     "rotary", ("kind", "way", "us (quartiles)", "GB/s", "against eager"),
     lambda r: [r["kind"], r["way"], _microseconds(r), _bandwidth(r), or_dash(r["speedup_over_eager"], ".2f", "x")],
@@ -298,6 +303,6 @@ DISTRIBUTED: dict[str, Callable[[Path], str]] = {
 DOCUMENT: dict[str, Callable[[Path], str]] = {
     "throughput": throughput, "throughput-details": throughput_details, "step-parts": step_parts, "profile": profile,
     "sampling": sampling, "block": block, "linear_cross_entropy": head, "adaptive_norm": adaptive_norm, "rotary": rotary,
-    "attention": attention, "masking": masking,
+    "attention": attention, "masking": masking, "linear_categorical": linear_categorical,
 }  # fmt: skip
 """Tables of docs/benchmarks.md by their names there."""
