@@ -201,9 +201,11 @@ def test_the_doors_leave_with_status_2_from_a_fresh_directory(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
-def test_several_processes_are_refused_in_a_sentence(tmp_path, monkeypatch):
+def test_processes_that_cannot_find_each_other_are_refused_in_a_sentence(tmp_path, monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(UsageError, match="this version trains on one process, and 2 were started"):
+    with pytest.raises(UsageError, match=r"RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT are not set.*start them with torchrun"):
         train.main([])
 
 

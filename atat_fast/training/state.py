@@ -60,7 +60,7 @@ class State:
             "best": t.best,
             "evaluation": evaluation,
             "vocabulary": t.tokenizer.model_vocab_size,
-            "data": t._data_identity(),
+            "data": t.data_identity(),
             "window": t.window.state(),
             "curriculum": t.objective.curriculum.state(),
         }

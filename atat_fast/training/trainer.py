@@ -8,7 +8,6 @@ Nothing in the loop waits for the device except at a log line, an evaluation or 
 from __future__ import annotations
 
 import contextlib
-import json
 import math
 import signal
 import time
@@ -22,21 +21,18 @@ from torch import Tensor
 from atat_fast.config import Config, to_dict
 from atat_fast.data import Dataset, SequenceLoader, Tokenizer, prepare
 from atat_fast.diffusion.adaptive import BadScores, bias
-from atat_fast.diffusion.counts import expected_share
 from atat_fast.diffusion.identity import IdentitySchedule, identity_rates
 from atat_fast.diffusion.objective import Estimate, Spread
-from atat_fast.diffusion.samplers import sample
 from atat_fast.errors import UsageError
-from atat_fast.evaluation.importance import reliability, text_importance
-from atat_fast.evaluation.likelihood import evaluate, evaluating, report
-from atat_fast.models.dit import DiT, step_cost
-from atat_fast.models.importance import ImportanceEstimator, importance_cost, log_rank
+from atat_fast.evaluation.likelihood import evaluate, report
+from atat_fast.models.dit import DiT
+from atat_fast.models.importance import ImportanceEstimator, log_rank
 from atat_fast.ops.attention import choose_attention, documents_of
-from atat_fast.training import checkpoint, run_folder
-from atat_fast.training.device import Compute, environment, peak_flops, resolve
+from atat_fast.training import checkpoint, records, run_folder
+from atat_fast.training.device import Compute, environment, resolve
 from atat_fast.training.hardware import Monitor, Stopwatch, by_card, card_of, stragglers
 from atat_fast.training.modes import check_parallel, check_precision, choose_for
-from atat_fast.training.objective import Objective, baseline
+from atat_fast.training.objective import Objective
 from atat_fast.training.optimizers import Average, Optimizers, learning_rate
 from atat_fast.training.parallel import Parallel, local, recompute_blocks
 from atat_fast.training.plan import Batches, check
@@ -88,8 +84,8 @@ class Trainer:
                 self.data.train, config.model.length, config.train.seed, copies=2 if config.diffusion.mirror else 1
             )
             self.data.valid.require_sequences(config.model.length)
-        ranks.require_same("data", {f"{split} tokens of hash": value for split, value in self._data_identity().items()})
-        if saved is not None and saved.manifest["data"] != self._data_identity():
+        ranks.require_same("data", {f"{split} tokens of hash": value for split, value in self.data_identity().items()})
+        if saved is not None and saved.manifest["data"] != self.data_identity():
             raise UsageError(f"the tokens of {config.data.corpus} are not those {self.folder} was started with; start a new run")
 
         torch.manual_seed(config.train.seed)
@@ -217,7 +213,7 @@ class Trainer:
                 self.state.wait()
             with self.watch.patient("finishing"):
                 if config.sample.num_samples:
-                    self._sample()
+                    records.draw_samples(self)
                 with self.ranks.agree():
                     self.state.export()
         finally:
@@ -355,25 +351,7 @@ class Trainer:
         steps, elapsed = self.step - window.first, time.perf_counter() - window.begin
         self.seconds += elapsed
         sums = window.totals()
-        tokens = self.facts["tokens_per_step"]
-        row = {
-            "step": self.step,
-            "loss": sums["loss"] / steps,
-            "lr": learning_rate(self.config.optim, self.step - 1, self.config.train.max_steps),
-            "grad_norm": sums["norm"] / steps,
-            "tokens": self.step * tokens,
-            "tokens_per_second": (self.step - window.timed_from) * tokens / elapsed,
-            "seconds": round(self.seconds, 3),
-        }
-        peak = peak_flops(self.compute.device)
-        if peak is not None:
-            length, progress = self.config.model.length, self.step / self.config.train.max_steps
-            hidden = round(self.plan.global_batch * length * expected_share(self.config.diffusion, length, progress))
-            work = step_cost(self.config.model, self.tokenizer.model_vocab_size, self.plan.global_batch, hidden).flops
-            work += importance_cost(self.config.importance, self.config.model, self.plan.global_batch).flops
-            row["mfu"] = (self.step - window.timed_from) * work / elapsed / (peak * self.ranks.size)
-            row["memory_gib"] = torch.cuda.max_memory_allocated(self.compute.device) / (1 << 30)
-        row |= self._importance_row(steps, sums) | self._hardware_row()
+        row = records.train_row(self, sums, steps, elapsed) | self._hardware_row()
         self.show.train(row)
         self._note_checkpoints()
         if self.config.curriculum.watch == "train":
@@ -385,30 +363,6 @@ class Trainer:
         cards: dict[str, Any] = dict(by_card(self.ranks.gather(self.monitor.row())))
         own = self.stopwatch.seconds()
         return cards | (stragglers(own, self.ranks.gather) if self.ranks.size > 1 else {})
-
-    def _importance_row(self, steps: int, sums: dict[str, Any]) -> dict[str, Any]:
-        """What a line of the log says of importance: nothing where there is none.
-
-        tilt, focus, level and phase are those of the last step; the rest are means over the hidden tokens since the last line.
-        """
-        if self.estimator is None:
-            return {}
-        stage = self.objective.curriculum.at((self.step - 1) / self.config.train.max_steps)
-        mean = {name: sums[name] / steps for name in ("importance", "target", "score", "square_error")}
-        quarters = zip(sums["nll_quarters"], sums["hidden_quarters"], strict=True)
-        row: dict[str, Any] = {
-            "phase": stage.phase,
-            "level": stage.level,
-            "tilt": stage.level * self.config.importance.tilt,
-            "focus": stage.level * self.config.importance.focus if self.config.diffusion.weighting == "importance" else 0.0,
-            "importance_target": mean["target"],
-            "importance_score": mean["score"],
-            "importance_square_error": mean["square_error"],
-            "nll_quarters": [total / count if count else None for total, count in quarters],
-        }
-        if self.estimator.network is not None:
-            row |= {"importance_loss": mean["importance"], "importance_baseline": baseline(mean["target"])}
-        return row
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
@@ -429,7 +383,7 @@ class Trainer:
                 own = evaluate(
                     self.model, self.data.valid, self.config.eval, self.compute.autocast(), spread, identity=self.identity
                 )
-            record = self.parallel.inside(self._evaluate_importance)
+            record = self.parallel.inside(lambda: records.importance_record(self))
         self.estimate = estimate
         row = {"step": self.step} | report(estimate, self.data.valid, own) | record
         row["seconds"] = round(time.perf_counter() - begin, 3)
@@ -451,19 +405,6 @@ class Trainer:
         self.watch.mark(self.step, "evaluating")
         return self.parallel.inside(function)  # type: ignore[no-any-return]
 
-    def _evaluate_importance(self) -> dict[str, Any]:
-        """The estimator on held-out text, with averaged weights: its reliability for the row, and importance.json."""
-        if self.estimator is None:
-            return {}
-        progress = min(self.progress, 1 - self.config.curriculum.cooldown)  # masks of level 0 would be none of importance's
-        found = reliability(self.objective, self.data.valid, self.config.eval, progress=progress)
-        passages = text_importance(self.objective, self.data.valid, self.tokenizer)
-        if self.ranks.first:
-            with checkpoint.disk_errors(self.folder):
-                page = json.dumps({"step": self.step, "passages": passages}, indent=1)
-                run_folder.write_aside(self.folder / run_folder.IMPORTANCE, page + "\n")
-        return {"reliability": found}
-
     def save(self, evaluation: dict[str, Any] | None = None, *, best: bool = False) -> None:
         """Write the `last` checkpoint, and `best`, unless what would be saved is not finite (then Diverged is raised).
 
@@ -480,29 +421,6 @@ class Trainer:
         for written in self.state.finished():
             self.show.checkpoint(vars(written))
 
-    def _data_identity(self) -> dict[str, Any]:
+    def data_identity(self) -> dict[str, Any]:
         """What must be the same for a resumed run to see the same tokens."""
         return {name: self.data.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
-
-    def _sample(self) -> None:
-        """Draw the run's samples with the averaged weights: on rank 0, which puts sharded ones together in a model of its own."""
-        settings, device = self.config.sample, self.compute.device
-        sampler = "ancestral" if self.model.time_conditioning else settings.sampler
-        averaged: contextlib.AbstractContextManager[None] = self.average.applied()
-        model = self.model
-        if self.parallel.sharded:
-            model, averaged = self.state.whole_model(), contextlib.nullcontext()
-        if not self.ranks.first:
-            return
-        start = torch.full((settings.num_samples, self.config.model.length), self.tokenizer.mask_id, device=device)
-        with averaged, evaluating(model), self.compute.autocast():
-            drawn = sample(
-                model,
-                start,
-                steps=settings.steps,
-                sampler=sampler,
-                temperature=settings.temperature,
-                seed=self.config.train.seed,
-            )
-        texts = [self.tokenizer.decode(ids) for ids in drawn.tolist()]
-        self.show.samples({"step": self.step, "sampler": sampler, "steps": settings.steps, "texts": texts})

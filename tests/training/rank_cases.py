@@ -5,6 +5,7 @@ Cases that begin with `door_` are the train door with something that goes wrong 
 
 from __future__ import annotations
 
+import dataclasses
 import errno
 import functools
 import json
@@ -16,6 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from atat_fast import cli, train
@@ -26,8 +29,8 @@ from atat_fast.training import checkpoint, objective, shards
 from atat_fast.training.modes import Choice
 from atat_fast.training.optimizers import ShardedMuon
 from atat_fast.training.parallel import Parallel, local, whole
-from atat_fast.training.ranks import Ranks
-from atat_fast.training.stops import Interrupted
+from atat_fast.training.ranks import Launch, Ranks
+from atat_fast.training.stops import Diverged, Interrupted
 from atat_fast.training.trainer import Trainer
 
 RANK = int(os.environ["RANK"])
@@ -217,10 +220,69 @@ def same_and_agree(ranks: Ranks) -> None:
     assert ranks.total(torch.tensor([1.0, RANK])).tolist() == [2.0, 1.0]
 
 
-def cards() -> None:
-    """Fewer cards than ranks."""
+def refusals(*arguments: str) -> None:
+    """What differs between ranks, and fewer cards than ranks, is the same sentence on all of them, before a folder is made."""
+    told = torch.cuda.device_count
     torch.cuda.device_count = lambda: 1
-    assert "2 ranks were started on" in (text := refused(lambda: Ranks.start("cuda", 60))) and "has 1 CUDA device" in text
+    text = refused(lambda: Ranks.start("cuda", 60))
+    assert text.startswith("2 ranks were started on ") and "which has 1 CUDA device(s); use --nproc-per-node=1" in text
+    torch.cuda.device_count = told
+    dist.destroy_process_group()
+    ranks = Ranks.start("cpu", 60, dataclasses.replace(Launch.of(), restarts=1))
+    other = ["--train.seed", "7"] if RANK == 1 else []
+    text = refused(lambda: trainer([*arguments, *other], ranks))
+    assert text == "rank 1 has train.seed 7 where rank 0 has 1; start all ranks with the same settings"
+    text = refused(lambda: trainer([*arguments, *(["--data.corpus", "nowhere.txt"] if RANK == 1 else [])], ranks))
+    assert text.startswith("rank 1 has data.corpus nowhere.txt")
+    os.chdir(f"host{RANK}")  # another text under the same path
+    text = refused(lambda: trainer([*arguments, "--data.corpus", "text.jsonl", "--data.cache_dir", "cache"], ranks))
+    assert text.startswith("rank 1 has ") and text.endswith("; start all ranks with the same data")
+    ranks.leave()
+
+
+def stops(plain: str, poisoned: str, full: str) -> None:
+    """A run that nothing happens to, one whose loss is NaN on rank 1 in step 5, one whose disk is full on rank 1 in step 8.
+
+    The arguments of each as JSON. All ranks stop with the same words.
+    """
+    ranks = Ranks.start("cpu", 60)
+    trainer(json.loads(plain), ranks).train()
+
+    run = trainer(json.loads(poisoned), ranks)
+    loss = run._loss
+
+    def poison(*rest: Any) -> Any:
+        value, parts = loss(*rest)
+        if RANK == 1 and run.step == 4:
+            return value * torch.nan, parts | {"diffusion": parts["diffusion"] * torch.nan}
+        return value, parts
+
+    run._loss = poison  # type: ignore[method-assign]
+    text = stopped(run, Diverged)
+    assert "is not finite at step 5 (rank 1); the last good checkpoint is" in text and "(step 4)" in text, text
+    assert set(ranks.gather(text)) == {text}
+
+    create = FileSystem.create_stream
+
+    def no_room(self: FileSystem, path: Any, mode: str) -> Any:
+        if RANK == 1 and "step-00000008" in str(path):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return create(self, path, mode)
+
+    FileSystem.create_stream = no_room  # type: ignore[method-assign]
+    run = trainer(json.loads(full), ranks)
+    text = stopped(run, UsageError)
+    assert text.startswith("cannot write to ") and text.endswith("checkpoints: No space left on device (rank 1)"), text
+    assert set(ranks.gather(text)) == {text} and run.step < 12
+    ranks.leave()
+
+
+def stopped(run: Trainer, kind: type[Exception]) -> str:
+    try:
+        run.train()
+    except kind as error:
+        return str(error)
+    raise AssertionError("it ran to its end")
 
 
 def door(arguments: list[str]) -> None:
@@ -252,21 +314,6 @@ def door_killed(*arguments: str) -> None:
     door([*arguments])
 
 
-def door_full(*arguments: str) -> None:
-    """Rank 1's disk is full at step 8's checkpoint."""
-    from torch.distributed.checkpoint.filesystem import FileSystem
-
-    create = FileSystem.create_stream
-
-    def full(self: FileSystem, path: Any, mode: str) -> Any:
-        if RANK == 1 and "step-00000008" in str(path):
-            raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        return create(self, path, mode)
-
-    FileSystem.create_stream = full  # type: ignore[method-assign]
-    door([*arguments])
-
-
 def door_hung(*arguments: str) -> None:
     """Rank 1 does nothing any more at step 3."""
     batch = Trainer._batch
@@ -278,31 +325,6 @@ def door_hung(*arguments: str) -> None:
 
     Trainer._batch = hang  # type: ignore[method-assign]
     door([*arguments])
-
-
-def door_nan(*arguments: str) -> None:
-    """Rank 1's loss is NaN in step 5."""
-    loss = Trainer._loss
-
-    def poisoned(self: Trainer, *rest: Any) -> Any:
-        value, parts = loss(self, *rest)
-        if RANK == 1 and self.step == 4:
-            return value * torch.nan, parts | {"diffusion": parts["diffusion"] * torch.nan}
-        return value, parts
-
-    Trainer._loss = poisoned  # type: ignore[method-assign]
-    door([*arguments])
-
-
-def door_other_config(*arguments: str) -> None:
-    """Rank 1 was started with another seed."""
-    door([*arguments, *(["--train.seed", "7"] if RANK == 1 else [])])
-
-
-def door_other_data(*arguments: str) -> None:
-    """On rank 1's host lies another text under the same path."""
-    os.chdir(f"host{RANK}")
-    door([*arguments, "--data.corpus", "text.jsonl", "--data.cache_dir", "cache"])
 
 
 def door_plain(*arguments: str) -> None:

@@ -17,13 +17,15 @@ MODEL = [
     "--model.layers", "2", "--model.dropout", "0", "--train.dtype", "fp32", "--optim.name", "adamw", "--optim.lr", "2e-3",
     "--sample.num_samples", "0", "--train.global_batch", "12", "--model.qk_norm", "true",
 ]  # fmt: skip
-FIFTY = [*MODEL, "--train.max_steps", "50", "--train.log_every", "1", "--eval.every", "25"]
+FIFTY = [*MODEL, "--train.max_steps", "50", "--train.log_every", "5", "--eval.every", "50"]
 ATAT = [
     "--importance.source", "learned", "--importance.width", "16", "--importance.heads", "2", "--importance.layers", "1",
     "--diffusion.weighting", "importance", "--curriculum.kind", "linear", "--model.tie_embeddings", "true",
     "--model.document_mask", "true", "--model.time_conditioning", "true",
 ]  # fmt: skip
 TWELVE = [*MODEL, "--train.max_steps", "12", "--train.log_every", "1", "--eval.every", "6"]
+COMPILED = [*MODEL, "--train.max_steps", "4", "--train.log_every", "1", "--eval.every", "4", "--parallel.mode", "fsdp",
+            "--parallel.activation_checkpointing", "1", "--model.dropout", "0.1", "--model.layers", "1"]  # fmt: skip
 WAYS = {
     "two-ddp": (2, ["--parallel.mode", "ddp", "--train.micro_batch", "2"]),
     "two-fsdp": (2, ["--parallel.mode", "fsdp", "--train.micro_batch", "3", "--parallel.reshard_after_forward", "always"]),
@@ -66,7 +68,7 @@ def legs(tmp_path_factory, small_at, torchrun):
         4: [*ways(4), job("handed", *sharded, stop=3)],
         2: [
             *ways(2), job("handed", *sharded, "--resume", stop=6), job("atat-ddp", *TWELVE, *ATAT, "--parallel.mode", "ddp"),
-            job("atat-fsdp", *TWELVE, *ATAT, "--parallel.mode", "fsdp"),
+            job("atat-fsdp", *TWELVE, *ATAT, "--parallel.mode", "fsdp"), job("compiled", *COMPILED, "--train.compile", "on"),
             job("again", *TWELVE, "--parallel.mode", "fsdp", "--model.dropout", "0.1"),
             job("stopped", *TWELVE, "--parallel.mode", "fsdp", "--model.dropout", "0.1", stop=7),
             job("stopped", *TWELVE, "--parallel.mode", "fsdp", "--model.dropout", "0.1", "--resume"),
@@ -115,7 +117,7 @@ def test_losses_and_masks_are_those_of_one_process(legs, monkeypatch):
     monkeypatch.setattr(objective, "hide_for_training", record)
     run([*small, *FIFTY, "--run.name", "one"]).train()
     losses, evaluations = numbers(folder / "runs" / "one")
-    assert len(losses) == 50 and len(seen) == 50 * 12
+    assert len(losses) == 10 and len(seen) == 50 * 12
     for name in WAYS:
         mine, mine_evaluated = numbers(folder / "runs" / name)
         close([row[:2] for row in mine], [row[:2] for row in losses])
@@ -142,6 +144,15 @@ def test_the_estimator_is_trained_alike(legs):
         saved = checkpoint.find(folder / "runs" / name)
         assert saved.sharded and checkpoint.load_importance(saved) is not None
         assert (folder / "runs" / name / "importance.json").is_file()
+
+
+@pytest.mark.slow
+def test_compiled_blocks_that_are_sharded_and_computed_again_give_the_same_losses(legs):
+    folder, small = legs
+    run([*small, *COMPILED, "--parallel.activation_checkpointing", "0", "--run.name", "eager"]).train()
+    for mine, one in zip(*(numbers(folder / "runs" / name)[0] for name in ("compiled", "eager")), strict=True):
+        assert mine == pytest.approx(one, rel=1e-4)
+    assert json.loads((folder / "runs" / "compiled" / "run.json").read_text())["compile"] is True
 
 
 @pytest.mark.slow

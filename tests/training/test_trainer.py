@@ -19,6 +19,7 @@ from atat_fast import cli, evaluate, sample, train
 from atat_fast.errors import UsageError
 from atat_fast.ops import documents_of
 from atat_fast.training import checkpoint
+from atat_fast.training.records import importance_row
 from atat_fast.training.trainer import Diverged, Trainer
 
 
@@ -430,7 +431,7 @@ def test_atat_is_the_same_however_the_batch_is_cut(small):
         trainer._train_step()
     for name, p in whole.objective.named_parameters().items():
         torch.testing.assert_close(p, parts.objective.named_parameters()[name], rtol=1e-3, atol=1e-4)
-    a, b = (trainer._importance_row(2, trainer.window.totals()) for trainer in (whole, parts))
+    a, b = (importance_row(trainer, trainer.window.totals(), 2) for trainer in (whole, parts))
     assert a["importance_loss"] == pytest.approx(b["importance_loss"], rel=1e-3)
 
 
