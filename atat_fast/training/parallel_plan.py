@@ -87,7 +87,7 @@ def layouts(config: Config, world_size: int, device: Device, cards_per_host: int
         shards.append(("fsdp", world_size))
     if wanted.mode == "hsdp" or (wanted.mode == "auto" and hosts > 1):
         size = wanted.shard_size or cards
-        if not 1 < size < world_size or world_size % size:
+        if world_size % size or (wanted.mode == "auto" and size == world_size):
             if wanted.mode == "hsdp":
                 near = [n for n in range(2, world_size) if world_size % n == 0]
                 fix = f"try parallel.shard_size {' or '.join(map(str, near))}" if near else "use parallel.mode fsdp"

@@ -16,6 +16,7 @@ from atat_fast.models.dit import step_cost
 from atat_fast.models.importance import importance_cost
 from atat_fast.training import checkpoint, run_folder
 from atat_fast.training.device import peak_flops
+from atat_fast.training.hardware import by_card, stragglers
 from atat_fast.training.objective import baseline
 from atat_fast.training.optimizers import learning_rate
 
@@ -46,7 +47,14 @@ def train_row(t: Trainer, sums: dict[str, Any], steps: int, elapsed: float) -> d
         work += importance_cost(config.importance, config.model, t.plan.global_batch).flops
         row["mfu"] = done * work / elapsed / (peak * t.ranks.size)
         row["memory_gib"] = torch.cuda.max_memory_allocated(t.compute.device) / (1 << 30)
-    return row | importance_row(t, sums, steps)
+    return row | importance_row(t, sums, steps) | hardware_row(t)
+
+
+def hardware_row(t: Trainer) -> dict[str, Any]:
+    """What a line of the log says of all ranks' cards, and of the slowest rank where there are several. All ranks call it."""
+    cards: dict[str, Any] = dict(by_card(t.ranks.gather(t.monitor.row())))
+    own = t.stopwatch.seconds()
+    return cards | (stragglers(own, t.ranks.gather) if t.ranks.size > 1 else {})
 
 
 def importance_row(t: Trainer, sums: dict[str, Any], steps: int) -> dict[str, Any]:

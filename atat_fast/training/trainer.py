@@ -30,7 +30,7 @@ from atat_fast.models.importance import ImportanceEstimator, log_rank
 from atat_fast.ops.attention import choose_attention, documents_of
 from atat_fast.training import checkpoint, records, run_folder
 from atat_fast.training.device import Compute, environment, resolve
-from atat_fast.training.hardware import Monitor, Stopwatch, by_card, card_of, stragglers
+from atat_fast.training.hardware import Monitor, Stopwatch, card_of
 from atat_fast.training.modes import check_parallel, check_precision, choose_for
 from atat_fast.training.objective import Objective
 from atat_fast.training.optimizers import Average, Optimizers, learning_rate
@@ -351,18 +351,12 @@ class Trainer:
         steps, elapsed = self.step - window.first, time.perf_counter() - window.begin
         self.seconds += elapsed
         sums = window.totals()
-        row = records.train_row(self, sums, steps, elapsed) | self._hardware_row()
+        row = records.train_row(self, sums, steps, elapsed)
         self.show.train(row)
         self._note_checkpoints()
         if self.config.curriculum.watch == "train":
             self.objective.curriculum.observe(row["loss"])
         self.window = Window(self.ranks, self.compute.device, self.step)
-
-    def _hardware_row(self) -> dict[str, Any]:
-        """What a line of the log says of all ranks' cards, and of the slowest rank where there are several."""
-        cards: dict[str, Any] = dict(by_card(self.ranks.gather(self.monitor.row())))
-        own = self.stopwatch.seconds()
-        return cards | (stragglers(own, self.ranks.gather) if self.ranks.size > 1 else {})
 
     @contextmanager
     def _paused(self) -> Iterator[None]:

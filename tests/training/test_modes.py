@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import pytest
+import torch
 
-from atat_fast.config import Config, ParallelConfig
+from atat_fast.config import Config, ParallelConfig, load_preset
 from atat_fast.errors import UsageError
-from atat_fast.training.modes import GIB, check_parallel, check_precision, choose
+from atat_fast.models import DiT
+from atat_fast.training import modes
+from atat_fast.training.device import Compute
+from atat_fast.training.devices import TABLE
+from atat_fast.training.modes import Choice, check_parallel, check_precision, choose_for
 from atat_fast.training.parallel import recompute_blocks
 from atat_fast.training.plan import batches
 from atat_fast.training.ranks import Launch
@@ -68,27 +73,26 @@ def test_a_global_batch_over_ranks():
         batches(config, 5)
 
 
-def test_auto_goes_by_memory_and_says_so():
-    config, at = Config(), Launch(size=4, local_size=2)
-    small = choose(config, at, needed=4 * GIB, memory=24 * GIB, blocks=GIB)
-    assert small.mode == "ddp" and "fits" in small.describe(4)
-    large = choose(config, at, needed=30 * GIB, memory=24 * GIB, blocks=GIB)
-    assert (large.mode, large.shard_size, large.keep_gathered) == ("fsdp", 4, True) and "too much" in large.reason
-    assert not choose(config, at, needed=60 * GIB, memory=24 * GIB, blocks=6 * GIB).keep_gathered
+def test_auto_goes_by_the_plan_of_the_device_it_runs_on(monkeypatch):
+    """tests/training/test_parallel_plan.py has what is decided when; here, that a run gets it."""
+    at, cpu = Launch(size=4, local_size=2), Compute(torch.device("cpu"), torch.float32, False)
+    assert choose_for(load_preset("demo"), Launch(), 300, cpu).mode == "none"
+    small = choose_for(load_preset("demo"), at, 300, cpu)
+    assert (small.mode, small.shard_size) == ("ddp", 1) and "GiB" in small.describe(4)
+    monkeypatch.setattr(modes, "facts_of", lambda compute, ranks: TABLE["rtx4090"])
+    large = choose_for(load_preset("large"), Launch(size=8, local_size=8), 50_258, cpu)
+    assert (large.mode, large.shard_size, large.keep_gathered) == ("fsdp", 8, False) and "ddp needs" in large.reason
+    config = load_preset("large")
     config.parallel = ParallelConfig(mode="hsdp", reshard_after_forward="never")
-    chosen = choose(config, at, needed=60 * GIB, memory=24 * GIB, blocks=6 * GIB)
+    chosen = choose_for(config, at, 50_258, cpu)
     assert chosen.keep_gathered and chosen.describe(4).startswith("hsdp over 4 ranks, 2 copies in shards of 2")
-    assert choose(config, Launch(), needed=1, memory=None, blocks=1).mode == "none"
+    one_host = choose_for(config, Launch(size=2, local_size=2), 50_258, cpu)
+    assert (one_host.mode, one_host.shard_size) == ("hsdp", 2)
 
 
 def test_precisions_that_cannot_be():
-    import torch
-
-    from atat_fast.training.device import Compute
-
     compute = Compute(torch.device("cpu"), torch.float32, False)
-    fsdp, ddp = (choose(Config(parallel=ParallelConfig(mode=m)), Launch(size=2), needed=1, memory=None, blocks=1)
-                 for m in ("fsdp", "ddp"))  # fmt: skip
+    fsdp, ddp = Choice("fsdp", 2, "asked for"), Choice("ddp", 1, "asked for")
     with pytest.raises(UsageError, match=r"this run computes in fp32; use --train.dtype bf16"):
         check_precision(fsdp, ParallelConfig(param_dtype="bf16"), compute)
     with pytest.raises(UsageError, match="reduce_dtype bf16 under ddp needs cards"):
@@ -96,10 +100,6 @@ def test_precisions_that_cannot_be():
 
 
 def test_every_nth_block_is_computed_again_and_gradients_stay():
-    import torch
-
-    from atat_fast.models import DiT
-
     grads = []
     for every in (0, 1, 2):
         torch.manual_seed(0)
