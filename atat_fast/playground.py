@@ -102,10 +102,10 @@ def frames(subject: Subject, ids: list[int], *, sampler: str, steps: int, temper
     model, mask = subject.model, subject.model.mask_id
     start = torch.tensor([ids], device=subject.compute.device)
     given = [i != mask for i in ids]
-    options: dict[str, Any] = {}
     scores = _scorer(subject)
-    if sampler == "importance" and scores is not None and "importance" in inspect.signature(sample).parameters:
-        options["importance"] = scores
+    options: dict[str, Any] = {"steps": steps, "sampler": sampler, "temperature": temperature, "seed": seed}
+    if sampler == "importance" and scores is not None and subject.estimator is not None:
+        options |= {"importance": scores, "tilt": subject.estimator.config.tilt}
     arrived: queue.Queue[Frame | BaseException] = queue.Queue()
     left = threading.Event()
     shades = _Shades(subject, scores, start)
@@ -122,9 +122,7 @@ def frames(subject: Subject, ids: list[int], *, sampler: str, steps: int, temper
             with torch.no_grad(), subject.compute.autocast():
                 shades.begin()
                 arrived.put(Frame(0, steps, ids, given, [False] * len(ids), shades.values()))
-                final = sample(
-                    model, start, steps=steps, sampler=sampler, temperature=temperature, seed=seed, on_step=on_step, **options
-                )
+                final = sample(model, start, on_step=on_step, **options)
                 shades.see(final)
             arrived.put(Frame(steps, steps, final[0].tolist(), given, [False] * len(ids), shades.values(), done=True))
         except BaseException as error:  # handed to the reader, who raises it
@@ -185,11 +183,9 @@ class _Shades:
 
 
 def _scorer(subject: Subject) -> Callable[[Tensor, Tensor], Tensor] | None:
-    from atat_fast.evaluation.orders import scorer
-
     if subject.estimator is None or subject.estimator.network is None:
         return None
-    return scorer(subject.model, subject.estimator)
+    return subject.estimator.scorer(subject.model)
 
 
 def picture(frame: Frame, tokenizer: Tokenizer) -> str:

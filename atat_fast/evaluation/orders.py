@@ -25,6 +25,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atat_fast.data import TokenSplit
+from atat_fast.diffusion.categorical import certainty_of
 from atat_fast.diffusion.objective import Estimate
 from atat_fast.errors import UsageError, nearest
 from atat_fast.evaluation.likelihood import evaluating, spread_sequences
@@ -43,7 +44,7 @@ EXACT = {
 """Rules that look at what is revealed alone: their likelihood is exact."""
 BOUNDS = {"importance": "by chance, with odds exp(-tilt * score) of the model's own estimator"}
 ORDERS = (*EXACT, *BOUNDS)
-TIE = 1e-3  # nats or probability: what two ranks differ by is told apart from here on
+TIE = 1e-5  # nats or probability; ranks that are nearer than this differ by rounding
 SLAB_BYTES = 64 << 20  # of logits at a time
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
@@ -59,10 +60,10 @@ def check_orders(orders: list[str], estimator: ImportanceEstimator | None) -> No
             raise UsageError(
                 f"order importance needs a model with an importance estimator, and this one has none; choose {', '.join(EXACT)}"
             )
-        if order == "importance" and estimator is not None and estimator.config.source != "learned":
+        if order == "importance" and estimator is not None and estimator.network is None:
             raise UsageError(
-                f"order importance needs scores of what is visible, and importance.source {estimator.config.source} reads the "
-                f"hidden tokens themselves; choose {', '.join(EXACT)}"
+                f"order importance needs learned scores, and importance.source {estimator.config.source} knows only the hidden "
+                f"tokens themselves; choose {', '.join(EXACT)}"
             )
 
 
@@ -89,7 +90,7 @@ def evaluate_order(
     if per_pass < 1:
         raise UsageError(f"tokens revealed in a pass must be at least 1, got {per_pass}")
     tokens, wanted = spread_sequences(split, model.config.length, sequences, model.cos.device)
-    score = None if estimator is None else scorer(model, estimator)
+    score = None if estimator is None else estimator.scorer(model)
     if tilt is None and estimator is not None:
         tilt = estimator.config.tilt
     found = []
@@ -188,32 +189,10 @@ def _read(
     nll, best = [], []
     for first in range(0, len(rows), max(1, SLAB_BYTES // (4 * model.vocab_size))):
         part = slice(first, first + max(1, SLAB_BYTES // (4 * model.vocab_size)))
-        logp = F.log_softmax(model.logits(features[part]).float(), dim=-1)
+        logits = model.logits(features[part]).float()
+        logp = F.log_softmax(logits, dim=-1)
         nll.append(-logp.gather(1, target[part, None])[:, 0].double())
         best.append(logp.argmax(1) == target[part])
         if by is not None:
-            by[1][rows[part]] = _rank(logp, by[0])
+            by[1][rows[part]] = certainty_of(logits, by[0]).double()
     return torch.cat(nll), torch.cat(best)
-
-
-def _rank(logp: Tensor, order: str) -> Tensor:
-    """How early a token is revealed, from log-probabilities [R, V] with -inf at the mask: the highest first."""
-    if order == "confidence":
-        return logp.amax(1).double()
-    if order == "margin":
-        two = logp.topk(2, dim=1).values.exp().double()
-        return two[:, 0] - two[:, 1]
-    chance = logp.exp()
-    minus_entropy: Tensor = torch.special.xlogy(chance, chance).sum(1)  # 0 log 0 is 0
-    return minus_entropy.double()
-
-
-def scorer(model: DiT, estimator: ImportanceEstimator) -> Scorer:
-    """The estimator's scores of what is visible: what its network makes of a sequence with masks in it."""
-
-    def score(z: Tensor, share: Tensor) -> Tensor:
-        assert estimator.network is not None
-        scores: Tensor = torch.sigmoid(estimator.network(model.embedding(z), share))
-        return scores
-
-    return score

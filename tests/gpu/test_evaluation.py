@@ -9,7 +9,7 @@ import torch
 
 from atat_fast.config import ImportanceConfig
 from atat_fast.evaluation.likelihood import model_nll
-from atat_fast.evaluation.orders import ORDERS, order_nll, scorer
+from atat_fast.evaluation.orders import ORDERS, order_nll
 from atat_fast.evaluation.precision import estimate_to
 from atat_fast.models import DiT
 from atat_fast.models.importance import ImportanceEstimator
@@ -42,7 +42,7 @@ def test_an_order_is_the_cpus(order, device):
         model, estimator = models(where)
         x = texts(where)
         hidden = torch.ones_like(x, dtype=torch.bool)
-        return order_nll(model, x, hidden, order, score=scorer(model, estimator), tilt=3.0, seed=2)[0].cpu()
+        return order_nll(model, x, hidden, order, score=estimator.scorer(model), tilt=3.0, seed=2)[0].cpu()
 
     assert torch.allclose(run(device), run("cpu"), rtol=1e-3, atol=1e-3)
 
