@@ -47,8 +47,8 @@ def _main(arguments: Sequence[str]) -> int:
     check_parallel(config.parallel, launch)
     check(config, launch.size)
     ranks = Ranks.start(resolve(config.train).device.type, config.parallel.timeout, launch)
-    trainer = Trainer(config, resume=parsed.resume, ranks=ranks)
     try:
+        trainer = Trainer(config, resume=parsed.resume, ranks=ranks)
         last = trainer.train()
     except Diverged as error:
         if ranks.first or not error.everywhere:
@@ -63,11 +63,7 @@ def _main(arguments: Sequence[str]) -> int:
     except RuntimeError as error:
         if ranks.size == 1 or not lost_contact(error):
             raise
-        print(
-            f"rank {ranks.rank} stops at step {trainer.step + 1:,}: it lost contact with another rank",
-            file=sys.stderr,
-            flush=True,
-        )
+        print(f"rank {ranks.rank} stops: it lost contact with another rank", file=sys.stderr, flush=True)
         return 1
     ranks.leave()
     if not ranks.first:

@@ -29,6 +29,8 @@ NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each of several processes besides WORLD_SIZE."""
 SLACK = 120.0
 """Seconds beyond `parallel.timeout` after which PyTorch itself gives up: the watch, which knows names, should be first."""
+PATIENCE = datetime.timedelta(days=1)
+"""How long a word between hosts may take: one may be tokenising, or writing to a slow disk. The watch sees to the rest."""
 GO_ON, STOP, FAILED = 0, 1, 2
 """Votes after a step, by rising weight: go on, save and stop, writing a checkpoint failed."""
 
@@ -119,8 +121,7 @@ class Ranks:
             )  # fmt: skip
         except RuntimeError as error:
             raise UsageError(f"rank {at.rank} does not find the others at {place}: {_first_line(error)}") from error
-        ranks.control = dist.new_group(backend="gloo", timeout=limit)
-        ranks.disk = dist.new_group(backend="gloo", timeout=limit)
+        ranks.control, ranks.disk = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
         with ranks.agree():
             if few:
                 have = torch.cuda.device_count()

@@ -65,7 +65,8 @@ class State:
             "curriculum": t.objective.curriculum.state(),
         }
         if self.saver is not None:
-            self.saver.save(t.step, t.config, self.files(), t.tokenizer, facts, best=best)
+            with t.watch.patient("waiting for the checkpoint before this one"):
+                self.saver.save(t.step, t.config, self.files(), t.tokenizer, facts, best=best)
             return
         path = checkpoint.save(t.folder, t.step, t.config, self.files(), t.tokenizer, facts)
         if best:

@@ -66,12 +66,13 @@ class Trainer:
 
     def _start(self, resume: bool, show_progress: bool) -> None:
         config, ranks = self.config, self.ranks
-        check_parallel(config.parallel, ranks.launch)
-        require(config.run)
-        self.plan: Batches = check(config, ranks.size)
-        self.compute: Compute = resolve(config.train)
-        head_dim = config.model.dim // config.model.heads
-        choose_attention(self.compute.device, self.compute.dtype, head_dim, config.model.document_mask)  # before a folder is made
+        with ranks.agree():
+            check_parallel(config.parallel, ranks.launch)
+            require(config.run)
+            self.plan: Batches = check(config, ranks.size)
+            self.compute: Compute = resolve(config.train)
+            head_dim = config.model.dim // config.model.heads  # before a folder is made:
+            choose_attention(self.compute.device, self.compute.dtype, head_dim, config.model.document_mask)
         shared = {name: value for name, value in run_folder.flat(to_dict(config)).items() if name not in run_folder.OF_A_HOST}
         ranks.require_same("settings", shared)
         saved = self._open(resume)

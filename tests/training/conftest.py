@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import random
+import signal
 import subprocess
 import sys
 from collections.abc import Callable
@@ -69,7 +70,11 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
 
     def run(ranks: int, case: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
         process = start_ranks(ranks, CASES, case, *arguments, **options)
-        out, err = process.communicate(timeout=200)
+        try:
+            out, err = process.communicate(timeout=800)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run

@@ -26,6 +26,7 @@ ATAT = [
 TWELVE = [*MODEL, "--train.max_steps", "12", "--train.log_every", "1", "--eval.every", "6"]
 COMPILED = [*MODEL, "--train.max_steps", "4", "--train.log_every", "1", "--eval.every", "4", "--parallel.mode", "fsdp",
             "--parallel.activation_checkpointing", "1", "--model.dropout", "0.1", "--model.layers", "1"]  # fmt: skip
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a busy machine takes its time
 WAYS = {
     "two-ddp": (2, ["--parallel.mode", "ddp", "--train.micro_batch", "2"]),
     "two-fsdp": (2, ["--parallel.mode", "fsdp", "--train.micro_batch", "3", "--parallel.reshard_after_forward", "always"]),
@@ -100,7 +101,6 @@ def close(a, b):
         assert mine == pytest.approx(other, rel=1e-5, abs=1e-5)
 
 
-@pytest.mark.slow
 def test_losses_and_masks_are_those_of_one_process(legs, monkeypatch):
     """50 steps in fp32 on 1, 2 and 4 ranks, DDP, FSDP and HSDP, with other micro-batches, gathering again and computing again."""
     from atat_fast.training import objective
@@ -125,7 +125,6 @@ def test_losses_and_masks_are_those_of_one_process(legs, monkeypatch):
         assert json.loads((folder / f"{name}.json").read_text()) == seen, name
 
 
-@pytest.mark.slow
 def test_the_estimator_is_trained_alike(legs):
     """Importance, its estimator and curriculum, tied embeddings, time conditioning and documents: on two ranks as on one."""
     folder, small = legs
@@ -146,7 +145,6 @@ def test_the_estimator_is_trained_alike(legs):
         assert (folder / "runs" / name / "importance.json").is_file()
 
 
-@pytest.mark.slow
 def test_compiled_blocks_that_are_sharded_and_computed_again_give_the_same_losses(legs):
     folder, small = legs
     run([*small, *COMPILED, "--parallel.activation_checkpointing", "0", "--run.name", "eager"]).train()
@@ -155,7 +153,6 @@ def test_compiled_blocks_that_are_sharded_and_computed_again_give_the_same_losse
     assert json.loads((folder / "runs" / "compiled" / "run.json").read_text())["compile"] is True
 
 
-@pytest.mark.slow
 def test_a_run_goes_from_four_ranks_to_two_to_one_to_three(legs, capsys):
     """Each leg reads what another number of ranks wrote; together they are the run that nobody stopped."""
     folder, small = legs
@@ -175,7 +172,6 @@ def test_a_run_goes_from_four_ranks_to_two_to_one_to_three(legs, capsys):
     assert sample.main(["--run", str(folder / "runs" / "handed"), "--steps", "3"]) == 0
 
 
-@pytest.mark.slow
 def test_a_resumed_run_on_as_many_ranks_is_the_uninterrupted_one(legs):
     """Bit for bit, with dropout on; and its checkpoints' sizes and times are in the log."""
     folder, _ = legs
@@ -195,7 +191,6 @@ def test_a_resumed_run_on_as_many_ranks_is_the_uninterrupted_one(legs):
     assert all((p == averaged[name]).all() for name, p in exported.named_parameters())
 
 
-@pytest.mark.slow
 def test_gradients_updates_precisions_and_words_between_ranks(tmp_path, torchrun):
     done = torchrun(2, "parts", tmp_path)
     assert done.returncode == 0, done.stderr[-6000:]
