@@ -74,7 +74,7 @@ class Checkpoint:
     def tensors(self, name: str) -> dict[str, Tensor]:
         """The tensors of one file, on the CPU, under the names that parameters have now."""
         if self.sharded:
-            named = {key: torch.empty(shape) for key, shape in self.shapes(name).items()}
+            named = {key: torch.empty_like(kind, device="cpu") for key, kind in self.layout(name).items()}
             shards.read(self.path / SHARDS, {shard_key(name, key): value for key, value in named.items()})
             return named
         try:
@@ -84,15 +84,15 @@ class Checkpoint:
         merge_modulation(tensors)
         return tensors
 
-    def shapes(self, name: str) -> dict[str, tuple[int, ...]]:
-        """The shapes of one file's tensors, by the names that parameters have now; empty where there is no such file."""
+    def layout(self, name: str) -> dict[str, Tensor]:
+        """One file's tensors by shape and dtype alone, by the names parameters have now; empty where there is no such file."""
         if self.sharded:
             prefix = shard_key(name, "")
-            found = shards.shapes(self.path / SHARDS)
-            return {key.removeprefix(prefix): shape for key, shape in found.items() if key.startswith(prefix)}
+            found = shards.layout(self.path / SHARDS)
+            return {key.removeprefix(prefix): kind for key, kind in found.items() if key.startswith(prefix)}
         if not (self.path / name).is_file():
             return {}
-        return {key: tuple(value.shape) for key, value in self.tensors(name).items()}
+        return {key: value.to("meta") for key, value in self.tensors(name).items()}
 
     def restore(self, files: dict[str, dict[str, Tensor]], group: Any = None) -> None:
         """Fill tensors, spread over ranks in any way, with what the files hold under their names; in place.
@@ -279,9 +279,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, name: str) -> None:
 
 def check_fit(checkpoint: Checkpoint, name: str, targets: dict[str, Tensor]) -> None:
     """Raise UsageError where a file's tensors have not the names and shapes of these."""
-    shapes = checkpoint.shapes(name)
-    for key in targets.keys() | shapes.keys():
-        have = shapes.get(key, "missing")
+    layout = checkpoint.layout(name)
+    for key in targets.keys() | layout.keys():
+        have = tuple(layout[key].shape) if key in layout else "missing"
         need = tuple(targets[key].shape) if key in targets else "not part of this model"
         if have != need:
             raise UsageError(f"{checkpoint.path / name} does not fit the model: {key} is {have} there, and here {need}")

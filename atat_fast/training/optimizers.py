@@ -102,15 +102,20 @@ class Optimizers:
             p = by_name[name]
             owner[p].state[p][kind] = value.to(p.device)  # fused AdamW keeps its step count on the parameter's device too
 
-    def room(self, shapes: Mapping[str, tuple[int, ...]]) -> State:
-        """Empty tensors for a saved state of these shapes, spread as the parameters are."""
+    def room(self, layout: Mapping[str, Tensor]) -> State:
+        """Empty tensors for a saved state, of which shapes and dtypes are given: spread like their parameter where they have its
+        shape.
+        """
         by_name = {name: p for p, name in self.names.items()}
         room: State = {}
-        for key, shape in shapes.items():
+        for key, kind in layout.items():
             p = by_name.get(key.rsplit("/", 1)[0])
             if p is None:
                 raise UsageError(f"the checkpoint's optimizer state {key} belongs to no parameter of this model; start a new run")
-            room[key] = torch.zeros_like(p) if tuple(p.shape) == tuple(shape) else torch.zeros(shape, device=p.device)
+            if p.shape == kind.shape:
+                room[key] = torch.zeros_like(p, dtype=kind.dtype, requires_grad=False)
+            else:
+                room[key] = torch.zeros(kind.shape, dtype=kind.dtype, device=p.device)
         return room
 
 

@@ -11,9 +11,11 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
+from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
@@ -37,14 +39,18 @@ def write(folder: Path, tensors: dict[str, Tensor], group: Any) -> Future[Any]:
     return future  # type: ignore[no-any-return]
 
 
-def shapes(folder: Path) -> dict[str, tuple[int, ...]]:
-    """The whole shape of every tensor in the folder. Raises UsageError for files that are no shards."""
+def layout(folder: Path) -> dict[str, Tensor]:
+    """Every tensor in the folder by shape and dtype alone, on the meta device. Raises UsageError where files are none."""
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:
         raise UsageError(f"{folder} cannot be read: {_first_line(error)}") from error
-    sizes = {name: tuple(entry.size) for name, entry in found.items()}  # type: ignore[union-attr]
-    return {name.removesuffix(SCALAR): () if name.endswith(SCALAR) else size for name, size in sizes.items()}
+    kinds = {
+        name: torch.empty(() if name.endswith(SCALAR) else entry.size, dtype=entry.properties.dtype, device="meta")
+        for name, entry in found.items()
+        if isinstance(entry, TensorStorageMetadata)
+    }
+    return {name.removesuffix(SCALAR): kind for name, kind in kinds.items()}
 
 
 def read(folder: Path, targets: dict[str, Tensor], group: Any = None) -> None:

@@ -79,7 +79,7 @@ class State:
         """Go on from a checkpoint of any number of ranks. Raises UsageError for one of another model."""
         t = self.trainer
         with t.ranks.agree():
-            room = t.optimizers.room(saved.shapes(checkpoint.OPTIMIZER))
+            room = t.optimizers.room(saved.layout(checkpoint.OPTIMIZER))
         targets = self.files() | {checkpoint.OPTIMIZER: room}
         with t.ranks.agree():
             saved.restore(targets, t.ranks.control)

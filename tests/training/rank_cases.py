@@ -184,17 +184,21 @@ def scalars(ranks: Ranks, folder: Path) -> None:
     mesh = init_device_mesh("cpu", (ranks.size,))
     full = torch.arange(21.0).view(7, 3)
     tensors = {"a": distribute_tensor(full, mesh, [Shard(0)]), "b/step": torch.tensor(5.0), "c": torch.arange(3.0)}
+    tensors["codes"] = torch.tensor([0, 1, 254, 255], dtype=torch.uint8)
     future = shards.write(folder / "shards", tensors, ranks.disk)
     local(tensors["a"]).zero_()  # what changes afterwards is not written
     future.result()
     ranks.barrier()
-    assert shards.shapes(folder / "shards") == {"a": (7, 3), "b/step": (), "c": (3,)}
+    layout = shards.layout(folder / "shards")
+    assert {key: tuple(kind.shape) for key, kind in layout.items()} == {"a": (7, 3), "b/step": (), "c": (3,), "codes": (4,)}
+    assert layout["codes"].dtype is torch.uint8 and layout["a"].dtype is torch.float32
     back = {"a": distribute_tensor(torch.zeros(7, 3), mesh, [Shard(0)]), "b/step": torch.zeros(())}
     shards.read(folder / "shards", back, ranks.control)
     assert torch.equal(whole(back["a"]), full) and back["b/step"] == 5
-    alone = {"a": torch.zeros(7, 3), "c": torch.zeros(3)}
+    alone = {"a": torch.zeros(7, 3), "c": torch.zeros(3), "codes": torch.zeros(4, dtype=torch.uint8)}
     shards.read(folder / "shards", alone)
-    assert torch.equal(alone["a"], full) and torch.equal(alone["c"], torch.arange(3.0))
+    for name, value in (("a", full), ("c", tensors["c"]), ("codes", tensors["codes"])):
+        assert torch.equal(alone[name], value)
     assert not [f for f in (folder / "shards").iterdir() if f.suffix != ".safetensors"]
 
 

@@ -82,3 +82,24 @@ def test_a_launcher_goes_on_with_its_own_run_only(run):
     assert again.step == 12
     again.close()
     assert not run_folder.begun_by(folder, "none@a:3") and not run_folder.begun_by(folder, f"@a:{os.getpid()}")
+
+
+def test_what_an_optimizer_keeps_comes_back_in_its_dtype(tmp_path):
+    """Moments in 8 bits are codes and scales of other shapes and dtypes than their parameter."""
+    import torch
+    from safetensors.torch import save_file
+    from torch import nn
+
+    from atat_fast.config import OptimConfig
+    from atat_fast.training.optimizers import Optimizers
+
+    kept = {
+        "weight/exp_avg.codes": torch.arange(12, dtype=torch.uint8).view(3, 4), "weight/exp_avg.scale": torch.rand(2),
+        "weight/step": torch.tensor(3.0), "bias/exp_avg": torch.rand(3).bfloat16(),
+    }  # fmt: skip
+    save_file(kept, tmp_path / checkpoint.OPTIMIZER)
+    saved = checkpoint.Checkpoint(tmp_path, {"format": checkpoint.FORMAT})
+    room = Optimizers(nn.Linear(4, 3), OptimConfig()).room(saved.layout(checkpoint.OPTIMIZER))
+    saved.restore({checkpoint.OPTIMIZER: room})
+    assert room.keys() == kept.keys()
+    assert all(room[name].dtype is value.dtype and torch.equal(room[name], value) for name, value in kept.items())
