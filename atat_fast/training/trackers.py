@@ -106,10 +106,14 @@ class Service:
         if name == "wandb":  # a run is found again by its id; --resume is refused for a folder that holds no run before this
             options |= {"id": folder.name, "dir": str(folder), "resume": "allow"}
         self._module.init(**options)
+        self._step = 0
 
     def write(self, kind: str, row: Row) -> None:
-        """Numbers as curves."""
-        self._module.log(dict(scalars(kind, row)), step=row["step"])
+        """Numbers as curves, under their step or the last one: a service takes no row of the past, and a checkpoint's is told
+        once it is written.
+        """
+        self._step = max(self._step, int(row["step"]))
+        self._module.log(dict(scalars(kind, row)), step=self._step)
 
     def close(self) -> None:
         """Send what is left."""

@@ -22,6 +22,9 @@ EVAL = {"step": 5, "nll": 2.0, "nll_se": 0.1}
 SAMPLE = {"step": 5, "texts": ["a", "b"], "steps": 4}
 
 
+CHECKPOINT = {"step": 3, "bytes": 100, "seconds": 0.5, "blocked": 0.1}
+
+
 def everything(show):
     show.say("hello")
     show.train(TRAIN)
@@ -114,6 +117,13 @@ def test_services_get_settings_and_curves(name, tmp_path, monkeypatch):
     require(run)
     for resumed in (False, True):
         everything(start(tmp_path / "mine", run, settings={"train": {"seed": 3}}, resumed=resumed))
+    late = Service(name)
+    monkeypatch.setitem(sys.modules, name, late)
+    show = start(tmp_path / "late", run)
+    show.train(TRAIN)
+    show.checkpoint(CHECKPOINT)
+    show.close()
+    assert late.calls[2] == ("log", {"checkpoint/bytes": 100, "checkpoint/seconds": 0.5, "checkpoint/blocked": 0.1}, 5)
     (_, first), *logged, last = service.calls[: len(service.calls) // 2]
     assert (first["project"], first["name"], first["config"]) == ("atat_fast", "mine", {"train": {"seed": 3}})
     assert [(set(row), step) for _, row, step in logged] == [
