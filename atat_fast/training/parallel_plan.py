@@ -146,6 +146,8 @@ def _reason(config: Config, best: Estimate, found: list[Estimate], fits: bool) -
         gap = f"needs {e.bytes / GIB:.1f} GiB" if not e.fits else f"{e.seconds / best.seconds:.2f}x its time"
         others.append(f"{name_of(e.layout)} {gap}")
     first = "the plainest, and nothing is much faster" if best.layout.shard == 1 else "fastest of what fits"
+    if config.parallel.mode != "auto":
+        first = f"as parallel.mode says; {first}"
     return f"{first}: {best.bytes / GIB:.1f} of {have:.1f} GiB; {', '.join(others)}"
 
 
