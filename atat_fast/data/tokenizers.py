@@ -154,8 +154,8 @@ class Tokenizer:
     @property
     def bos_id(self) -> int:
         """The id that some protocols put before a text: the vocabulary's own start, else its end of document (as GPT-2's)."""
-        named = (self._backend.token_to_id(name) for name in START_NAMES)
-        return next((i for i in named if i is not None), self.eos_id)
+        special = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
+        return next((special[name] for name in START_NAMES if name in special), self.eos_id)
 
     @functools.cached_property
     def _words_hold_spaces(self) -> bool:

@@ -69,6 +69,12 @@ def test_berts_blocks_begin_with_its_own_start(tmp_path):
     assert found.tokens.reshape(-1, 5).tolist() == [[2, 5, 6, 3, 3], [2, 6, 6, 5, 3]]
 
 
+def test_a_word_that_looks_like_a_start_is_none():
+    backend = Backend(models.WordLevel({"<unk>": 0, "<s>": 1, "a": 2}, unk_token="<unk>"))
+    tokenizer = Tokenizer(backend, "words")  # <s> is an ordinary word here: what strikes text out, say
+    assert tokenizer.bos_id == tokenizer.eos_id
+
+
 def test_the_hash_is_of_the_tokens_that_are_read(tmp_path):
     tokenizer, rows = make_tokenizer("bytes"), ["some text here"] * 9
     split = open_set("ag_news", tokenizer, 8, rows_file(tmp_path, rows))
