@@ -13,11 +13,33 @@ os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait do not spin
 import pytest
 import torch
 
+MOST_WORKERS = 4
+
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     specification = importlib.util.spec_from_file_location("interpreter", Path(__file__).parent / "ops" / "interpreter.py")
     interpreter = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(interpreter)
     interpreter.exact_bf16()
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_cmdline_main(config: pytest.Config) -> None:
+    """Whole suites run on as many processes as there are cores, up to MOST_WORKERS, where pytest-xdist is installed.
+
+    Files or tests that are named run in this process, and so does what is debugged or wants a GPU, and everything with `-n 0`.
+    """
+    option = config.option
+    if not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None or option.collectonly:
+        return
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        return
+    whole = config.args_source is not pytest.Config.ArgsSource.ARGS
+    alone = getattr(option, "usepdb", False) or "gpu" in option.markexpr.replace("not gpu", "") or option.keyword
+    cores = len(os.sched_getaffinity(0))
+    if whole and not alone and cores > 1:
+        os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
+        option.numprocesses = min(cores, MOST_WORKERS)
+        option.dist = "worksteal"
 
 
 @pytest.fixture(autouse=True)
