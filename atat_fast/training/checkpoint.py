@@ -3,8 +3,9 @@
     checkpoints/step-00000120/  manifest.json  weights.safetensors  ema.safetensors  optimizer.safetensors  tokenizer/
     checkpoints/last -> step-00000120         checkpoints/best -> step-00000090
 
-A run that trains by importance has importance.safetensors and importance_ema.safetensors too: the estimator, which evaluation and
-sampling do without. A token-identity schedule has schedule.safetensors, the vocabulary's rates.
+A run that trains by importance has importance.safetensors and importance_ema.safetensors too: the estimator, which evaluation
+does without, and sampling unless its order is the estimator's. A token-identity schedule has
+schedule.safetensors, the vocabulary's rates.
 
 A run on several ranks writes shards/*.safetensors in the place of these files (training/shards.py), which any number of ranks
 reads, and so do evaluation and sampling.
