@@ -147,7 +147,8 @@ def test_it(benchmark):
 def test_the_stand_in_does_what_pytest_benchmark_does(plugin, tmp_path):
     (tmp_path / "test_it.py").write_text(BENCHMARK if plugin else BENCHMARK.replace("    assert benchmark(max, 2, 3) == 3\n", ""))
     options = ["-p", plugin, "-p", "no:benchmark"] if plugin else []
-    env = os.environ | {"PYTHONPATH": str(ROOT / "bench")}
+    outside = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}  # xdist turns timing off
+    env = outside | {"PYTHONPATH": str(ROOT / "bench")}
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", *options, "test_it.py"]
     done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)
     if plugin is None and "fixture 'benchmark' not found" in done.stdout:

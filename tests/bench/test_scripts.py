@@ -55,6 +55,7 @@ def test_block_scripts_check_then_time_and_write(tmp_path, name, arguments, ways
     assert refused.returncode == 2 and "did you mean tiny" in refused.stderr
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(["--rounds", 0], "must be at least 1"), (["--preset", "tny"], "did you mean tiny"), (["--vocabulary", 100], "is below")],
@@ -65,11 +66,13 @@ def test_throughput_refuses_in_a_sentence(arguments, message, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_the_readme_says_what_the_files_say():
     done = script("report.py", "--check")
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_report_notices_a_figure_that_no_file_gives(tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
