@@ -94,13 +94,14 @@ def _dry_run(config) -> int:  # type: ignore[no-untyped-def]
     device = named(config.parallel.device) if config.parallel.device else facts_of(compute)
     launch = Launch.of()
     ranks = config.parallel.world_size or launch.size
-    per_host = launch.local_size if launch.size > 1 else 0
+    per_host = launch.local_size if launch.size > 1 and not config.parallel.world_size else 0
     check_parallel(config.parallel, Launch(size=ranks, local_size=per_host or min(ranks, device.cards)))
     lines = describe(config, size, mask_id, compute)
     if ranks > 1 or config.parallel.device:  # what follows says these for all cards
         lines = [line for line in lines if not line.startswith(("batch ", "memory ", "compute "))]
         lines += describe_parallel(config, size, ranks, device, cards_per_host=per_host)
-    print("\n".join(lines))
+    if launch.rank == 0:
+        print("\n".join(lines))
     return 0
 
 

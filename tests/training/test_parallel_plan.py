@@ -19,6 +19,7 @@ from atat_fast.config import Config, ImportanceConfig, ModelConfig, load_preset
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
+from atat_fast.train import main
 from atat_fast.training.device import Compute
 from atat_fast.training.devices import TABLE, facts_of, named, of_name
 from atat_fast.training.parallel_cost import (
@@ -360,6 +361,22 @@ def door(*arguments, cwd):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     command = [sys.executable, "-m", "atat_fast.train", *map(str, arguments)]
     return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True)
+
+
+def test_the_dry_run_of_ranks_that_were_started_is_theirs_and_printed_once(monkeypatch, capsys):
+    facts = {"WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "2", "LOCAL_RANK": "0", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
+    for name, value in facts.items():
+        monkeypatch.setenv(name, value)
+    arguments = ["--preset", "demo", "--dry_run", "--parallel.device", "rtx4090"]
+    for rank in ("0", "3"):
+        monkeypatch.setenv("RANK", rank)
+        assert main(arguments) == 0
+        printed = capsys.readouterr().out
+        assert ("4 ranks x 1 passes x 4" in printed and "between 2 hosts" in printed) == (rank == "0") == bool(printed)
+    monkeypatch.setenv("RANK", "0")
+    assert main([*arguments, "--parallel.world_size", "8"]) == 0  # asked for by number, wherever it is asked
+    printed = capsys.readouterr().out
+    assert "8 ranks x 1 passes x 2" in printed and "hosts" not in printed.split("assumed")[0]
 
 
 @pytest.mark.slow
