@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import re
 import shlex
 import shutil
 import subprocess
@@ -57,6 +58,16 @@ def find_nvcc() -> str | None:
     return (shutil.which("nvcc", path=os.path.join(home, "bin")) if home else None) or shutil.which("nvcc")
 
 
+def cuda_targets() -> tuple[str, ...]:
+    """What nvcc compiles for: both Ada and Hopper, and PTX for what comes after, unless ATAT_FAST_CUDA_ARCHS names less."""
+    chosen = os.environ.get("ATAT_FAST_CUDA_ARCHS", "").split()
+    wrong = next((name for name in chosen if not re.fullmatch(r"[89]\.\d|1\d\.\d", name)), None)
+    if wrong is not None:
+        sys.exit(f"atat_fast: ATAT_FAST_CUDA_ARCHS names {wrong!r}; it lists capabilities from 8.0 on, such as '8.9 9.0'")
+    numbers = [name.replace(".", "") for name in chosen]
+    return tuple(f"arch=compute_{number},code=sm_{number}" for number in numbers) or CUDA_TARGETS
+
+
 def find_host_compiler() -> list[str] | None:
     chosen = shlex.split(os.environ.get("CXX", ""))
     if chosen and not shutil.which(chosen[0]):
@@ -91,7 +102,7 @@ def find_toolchain() -> Toolchain | str:
             suffixes=(".cpp",),
             makes=f"CPU ops, by {host[0]}",
         )
-    targets = [word for target in CUDA_TARGETS for word in ("-gencode", target)]
+    targets = [word for target in cuda_targets() for word in ("-gencode", target)]
     if host and os.environ.get("CXX"):
         targets += ["-ccbin", host[0]]
     return Toolchain(

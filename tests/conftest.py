@@ -39,7 +39,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if whole and not alone and cores > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
         option.numprocesses = min(cores, MOST_WORKERS)
-        option.dist = "worksteal"
+        option.dist = "loadgroup"
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Tests that share a module's fixture run in one process, so that it is made once: some train on four ranks for a minute."""
+    for item in items if config.pluginmanager.hasplugin("xdist") else ():
+        if isinstance(item, pytest.Function):
+            made = item._fixtureinfo.name2fixturedefs.values()
+            if any(found[-1].scope == "module" for found in made):
+                item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(autouse=True)

@@ -101,7 +101,8 @@ def assert_complete(names: set[str], *, library: bool) -> None:
 
 @pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
 def test_nvcc_wheel_loads_on_any_torch(tmp_path: Path) -> None:
-    build = build_wheel(copy_tree(tmp_path))
+    build = build_wheel(copy_tree(tmp_path), ATAT_FAST_CUDA_ARCHS="8.9")  # `make install` compiles for all of them
+    assert "arch=compute_89,code=sm_89" in build.output and "compute_90" not in build.output
     assert build.wheel.name.endswith("-py3-none-linux_" + os.uname().machine + ".whl")
     assert "atat_fast: compiled library with CPU ops and CUDA kernels" in build.output
     assert_complete(build.names, library=True)
@@ -146,12 +147,21 @@ def test_without_compilers_the_wheel_is_pure_and_says_so(tmp_path: Path) -> None
 @pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
 def test_a_source_that_does_not_compile_fails_the_install(tmp_path: Path) -> None:
     tree = copy_tree(tmp_path)
+    for source in (tree / "csrc").glob("*.cpp"):  # the others are sound, and take their time
+        source.unlink()
     (tree / "csrc" / "broken.cpp").write_text("int broken( { return 0; }\n")
     build = build_wheel(tree, ATAT_FAST_NO_CUDA="1")
     assert build.status != 0
     assert not build.wheels
     assert "broken.cpp:1" in build.output
     assert "g++ ended with status 1; its messages are above" in build.output
+
+
+@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+def test_a_capability_that_is_none_is_told_in_one_sentence(tmp_path: Path) -> None:
+    build = build_wheel(copy_tree(tmp_path), ATAT_FAST_CUDA_ARCHS="8.9 sm_90")
+    assert build.status != 0 and not build.wheels
+    assert "ATAT_FAST_CUDA_ARCHS names 'sm_90'; it lists capabilities from 8.0 on, such as '8.9 9.0'" in build.output
 
 
 def test_a_library_that_does_not_load_is_told_in_one_sentence(tmp_path: Path) -> None:
