@@ -7,7 +7,8 @@ every supported Python and torch. nvcc needs no GPU and no CUDA build of torch.
     g++ (or $CXX) alone               CPU ops
     neither, or torch not importable  no library: the package runs on Triton and PyTorch
 
-ATAT_FAST_NO_CUDA=1 leaves nvcc aside, ATAT_FAST_NO_EXT=1 builds no library. A compile that fails fails the install.
+ATAT_FAST_NO_CUDA=1 leaves nvcc aside, ATAT_FAST_NO_EXT=1 builds no library, ATAT_FAST_CUDA_ARCHS="8.9" compiles for that alone.
+A compile that fails fails the install.
 """
 
 from __future__ import annotations
