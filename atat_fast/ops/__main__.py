@@ -55,7 +55,9 @@ def main() -> None:
         first = f"{wanted} where it can run, as ATAT_FAST_BACKEND says, else first" if wanted else "first"
         print(f"\ntensors on {device}: {first} of {' > '.join(registry.PREFERENCE[device.type])}")
         print("\n".join(table(device)))
-        print("\n".join(attention_lines(device, torch.bfloat16 if device.type == "cuda" else torch.float32)))
+        plain, half = device.type == "cpu", device.type == "cuda" or registry.cpu_multiplies_bf16()
+        for dtype in (*((torch.float32,) if plain else ()), *((torch.bfloat16,) if half else ())):
+            print("\n".join(attention_lines(device, dtype)))
 
 
 if __name__ == "__main__":

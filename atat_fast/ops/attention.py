@@ -1,9 +1,10 @@
 """attention and adaptive_attention: bidirectional attention from a packed projection, and the whole branch around it.
 
-No attention kernel is written here: the fastest one present is called, without a copy before or after it. Which one that is
-depends on device, dtype, head dimension and what is installed; `explain_attention` says it with a reason for each of the others,
-and `python -m atat_fast.ops` prints it. `implementation=` or $ATAT_FAST_ATTENTION asks for one by name, and then it is that or
-a ValueError. The orders below follow what the libraries' authors publish; bench/bench_attention.py measures them on a device.
+No attention kernel is written here: the fastest one present is called, without a copy before or after it; on a CPU in bf16 the
+backward of short sequences is put together from matrix products instead. Which one runs depends on device, dtype, head dimension
+and what is installed; `explain_attention` says it with a reason for each of the others, and `python -m atat_fast.ops` prints it.
+`implementation=` or $ATAT_FAST_ATTENTION asks for one by name, and then it is that or a ValueError. The orders below follow what
+the libraries' authors publish; bench/bench_attention.py measures them on a device.
 
 Packed training rows hold several documents. With document ids a token attends inside its own document only: through the
 variable-length form of flash-attn where that runs, and through a boolean mask elsewhere.
@@ -24,8 +25,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atat_fast.errors import UsageError, nearest
+from atat_fast.ops import attention_products
 from atat_fast.ops.adaptive_norm import EPS, adaptive_layer_norm
-from atat_fast.ops.registry import Cost, autocast_dtype, register_composite
+from atat_fast.ops.registry import Cost, autocast_dtype, cpu_multiplies_bf16, register_composite
 from atat_fast.ops.rotary import rotary
 
 MODULES = {"flash_attn_3": "flash_attn_interface", "flash_attn": "flash_attn"}
@@ -43,7 +45,9 @@ _ALLOWED = {
     "sdpa_efficient": torch.backends.cuda.mem_efficient_sdp_enabled,
     "sdpa_math": torch.backends.cuda.math_sdp_enabled,
 }
-IMPLEMENTATIONS = (*MODULES, *SWITCHES)
+PRODUCTS = "products"
+"""SDPA with another backward on a CPU (attention_products.py), for sequences that are short enough for it; others are SDPA's."""
+IMPLEMENTATIONS = (*MODULES, *SWITCHES, PRODUCTS)
 """Every name that `implementation` takes."""
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -137,11 +141,12 @@ def explain_attention(
     if device.type == "cuda" and capability is None:
         capability = torch.cuda.get_device_capability(device)
     if capability is not None and capability[0] in (9, 10):  # cuDNN's kernel is made for these, flash-attn 2 for Ampere
-        order = ("flash_attn_3", "cudnn", "flash_attn", "sdpa_flash", "sdpa_efficient", "sdpa_math")
+        order = ("flash_attn_3", "cudnn", "flash_attn", "sdpa_flash", "sdpa_efficient", "sdpa_math", PRODUCTS)
     elif device.type == "cuda":
-        order = ("flash_attn", "sdpa_flash", "cudnn", "sdpa_efficient", "sdpa_math", "flash_attn_3")
+        order = ("flash_attn", "sdpa_flash", "cudnn", "sdpa_efficient", "sdpa_math", "flash_attn_3", PRODUCTS)
     else:
-        order = ("sdpa_flash", "sdpa_math", "sdpa_efficient", "cudnn", "flash_attn", "flash_attn_3")
+        first = (PRODUCTS, "sdpa_flash") if dtype is torch.bfloat16 and cpu_multiplies_bf16() else ("sdpa_flash", PRODUCTS)
+        order = (*first, "sdpa_math", "sdpa_efficient", "cudnn", "flash_attn", "flash_attn_3")
     return {name: _missing(name, device.type, dtype, head_dim, documents, capability) for name in order}
 
 
@@ -151,8 +156,10 @@ def _missing(
     """Why `name` cannot run, or None."""
     if name == "sdpa_math":
         return None
-    if name == "sdpa_flash" and kind == "cpu":
+    if name in ("sdpa_flash", PRODUCTS) and kind == "cpu":
         return None
+    if name == PRODUCTS:
+        return "it runs on CPU tensors"
     if kind != "cuda" or capability is None:
         return "it runs on CUDA tensors"
     if name != "sdpa_efficient" and dtype not in HALF_DTYPES:
@@ -279,6 +286,8 @@ def _attention(qkv: Tensor, documents: Tensor | None, implementation: str) -> Te
         return qkv[:, :, 0].flatten(2)
     if implementation in MODULES:
         return _packed(qkv, documents, implementation).flatten(2)
+    if implementation == PRODUCTS and qkv.shape[1] <= attention_products.LONGEST:
+        return attention_products.attend(qkv, documents)  # type: ignore[no-any-return]
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     with _only(implementation):
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=documents)
@@ -314,6 +323,7 @@ def _packed(qkv: Tensor, starts: Tensor | None, implementation: str) -> Tensor:
 @contextlib.contextmanager
 def _only(implementation: str) -> Iterator[None]:
     """Within, SDPA may use this kernel alone. 2 microseconds, where torch.nn.attention.sdpa_kernel takes 25."""
+    implementation = "sdpa_flash" if implementation == PRODUCTS else implementation
     before = {name: allowed() for name, allowed in _ALLOWED.items()}
     for name, switch in SWITCHES.items():
         switch(name == implementation)

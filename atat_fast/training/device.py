@@ -17,6 +17,7 @@ import torch
 from atat_fast import __version__
 from atat_fast.config import TrainConfig
 from atat_fast.errors import UsageError
+from atat_fast.ops.registry import cpu_multiplies_bf16
 
 PEAK_BF16_FLOPS = {
     "RTX 4090": 165e12,
@@ -62,12 +63,6 @@ def resolve(config: TrainConfig) -> Compute:
         dtype = torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bf16() else torch.float32
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
     return Compute(device, dtype, compiled)
-
-
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products, AMX or AVX512-BF16; without them bf16 is slower than fp32."""
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(probe is not None and probe() for probe in probes)
 
 
 def device_name(device: torch.device) -> str:

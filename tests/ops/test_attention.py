@@ -19,6 +19,7 @@ from atat_fast.ops import (
     adaptive_attention,
     adaptive_layer_norm_reference,
     attention,
+    attention_products,
     attention_reference,
     document_layout,
     documents_of,
@@ -238,6 +239,51 @@ def test_autocast_attends_in_its_dtype():
     assert (low.double() - exact).norm() <= 1.1 * (plain.double() - exact).norm()
 
 
+def gradient(qkv, ids, implementation):
+    """The output and what a fixed random upstream gives qkv, both in fp64."""
+    qkv = qkv.detach().requires_grad_()
+    out = attention(qkv, document_ids=ids, implementation=implementation)
+    upstream = torch.randn(out.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(3)).to(torch.bfloat16)
+    (found,) = torch.autograd.grad(out, qkv, upstream.to(qkv.dtype).expand(out.shape))
+    return out.detach().double(), found.double()
+
+
+@pytest.mark.parametrize("documents", [False, True])
+@pytest.mark.parametrize(("shape", "spread"), [((3, 37, 5, 6), 1), ((2, 128, 3, 32), 2), ((1, 1, 1, 2), 1), ((1, 256, 2, 64), 1)])
+def test_products_err_no_more_than_torch_does(shape, spread, documents, monkeypatch):
+    """bf16, against fp64; with scores of one head, or of a few that end in the middle of a sequence, at a time."""
+    batch, length, heads, size = shape
+    qkv = (spread * torch.randn(batch, length, 3, heads, size)).to(torch.bfloat16)
+    ids = ids_of(batch, length) if documents else None
+    _, exact = gradient(qkv.double(), ids, "sdpa_math")
+    plain_out, plain = gradient(qkv, ids, "sdpa_flash")
+    seen = []
+    for scores in (1, 4 * length**2, 2**22):
+        monkeypatch.setattr(attention_products, "SCORES", scores)
+        ours_out, ours = gradient(qkv, ids, "products")
+        assert torch.equal(ours_out, plain_out)
+        for part in range(3):  # queries, keys, values
+            error, torchs = ((g[:, :, part] - exact[:, :, part]).norm() for g in (ours, plain))
+            assert error <= 1.5 * torchs + 1e-3 * exact[:, :, part].norm()
+        seen.append(ours)
+    torch.testing.assert_close(seen[0], seen[2], rtol=0.02, atol=0.02 * float(exact.abs().max()))
+    assert torch.equal(gradient(qkv, ids, "products")[1], seen[2])  # two runs
+
+
+def test_products_are_for_short_sequences_in_bf16(monkeypatch):
+    monkeypatch.setattr(module, "cpu_multiplies_bf16", lambda: True)
+    assert next(iter(explain_attention(CPU, torch.bfloat16, 64))) == "products"
+    assert next(iter(explain_attention(CPU, torch.float32, 64))) == "sdpa_flash"
+    monkeypatch.setattr(module, "cpu_multiplies_bf16", lambda: False)
+    assert next(iter(explain_attention(CPU, torch.bfloat16, 64))) == "sdpa_flash"
+    assert explain_attention(GPU, torch.bfloat16, 64, capability=(9, 0))["products"] == "it runs on CPU tensors"
+    for length, ours in ((attention_products.LONGEST, True), (attention_products.LONGEST + 1, False)):
+        qkv = torch.randn(1, length, 3, 1, 2, requires_grad=True)
+        made = attention(qkv, implementation="products")
+        assert ("products" in type(made.grad_fn).__name__.lower()) is ours
+        assert torch.equal(made, attention(qkv, implementation="sdpa_flash"))
+
+
 @pytest.mark.parametrize("documents", [False, True])
 def test_rows_of_the_branch_are_rows_of_the_whole(documents):
     batch, length, heads, width = 2, 7, 2, 12
@@ -306,6 +352,9 @@ def test_opcheck():
     qkv, cos, sin = packed(2, 5, 2, 4, torch.float32)
     mask = document_layout(Documents(ids_of(2, 5)), "sdpa_flash")
     torch.library.opcheck(torch.ops.atat_fast.attention.default, (qkv, mask, "sdpa_flash"))
+    for documents in (None, mask):
+        torch.library.opcheck(torch.ops.atat_fast.attention_products.default, (qkv, documents))
+    torch.library.opcheck(torch.ops.atat_fast.attention_products_backward.default, (torch.randn(2, 5, 8), qkv.detach(), mask))
     x, w, o = (torch.randn(*s).requires_grad_() for s in ((2, 5, 8), (24, 8), (8, 8)))
     for rows, documents in ((None, None), (torch.tensor([1, 9]), mask)):
         arguments = (x, w, o, cos, sin, 2, False, rows, documents, "sdpa_flash")
@@ -314,17 +363,25 @@ def test_opcheck():
 
 @pytest.mark.parametrize("grad", [True, False])
 @pytest.mark.parametrize("documents", [False, True])
-def test_compiles_whole(grad, documents):
+@pytest.mark.parametrize("implementation", ["sdpa_flash", "products"])
+def test_compiles_whole(grad, documents, implementation):
     x, w, o = (torch.randn(*s).requires_grad_(grad) for s in ((2, 5, 8), (24, 8), (8, 8)))
     cos, sin = rotary_table(5, 4)
     ids, rows = ids_of(2, 5), torch.tensor([1, 9, 4])
 
     def f(x, shift):
         layout = document_layout(Documents(ids), "sdpa_flash") if documents else None
-        return adaptive_attention(x, shift, shift, None, w, o, cos, sin, heads=2, rows=rows, documents=layout)
+        return adaptive_attention(
+            x, shift, shift, None, w, o, cos, sin, heads=2, rows=rows, documents=layout, implementation=implementation
+        )
 
     shift = torch.randn(1, 8)
-    torch.testing.assert_close(torch.compile(f, fullgraph=True, backend="aot_eager")(x, shift), f(x, shift))
+    got, want = torch.compile(f, fullgraph=True, backend="aot_eager")(x, shift), f(x, shift)
+    torch.testing.assert_close(got, want)
+    if grad:
+        upstream = torch.randn_like(want)
+        ours, theirs = (torch.autograd.grad(o, (x, w), upstream) for o in (got, want))
+        torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize(

@@ -47,7 +47,7 @@ def test_the_table_names_every_op(capsys):
 def test_the_table_says_what_attention_calls(capsys, monkeypatch):
     table.main()
     printed = capsys.readouterr().out
-    assert "attention              head dimension 64, float32: sdpa_flash, also sdpa_math" in printed
+    assert "attention              head dimension 64, float32: sdpa_flash, also products, sdpa_math" in printed
     assert "within documents, float32: sdpa_flash" in printed and "not flash_attn: it runs on CUDA tensors" in printed
     monkeypatch.setenv("ATAT_FAST_ATTENTION", "cudnn")
     table.main()

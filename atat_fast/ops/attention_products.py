@@ -1,0 +1,79 @@
+"""Attention whose backward is batched matrix products: what trains short sequences fastest on a CPU in bf16.
+
+PyTorch's CPU backward of attention works on tiles, with matrix products too small for bf16 instructions to pay. Sequences of a
+few hundred tokens need no tiles: their scores fit into a core's cache. So the backward is the textbook's, with dP = dO V^T,
+
+    dV = P^T dO,   dS = P * (dP - sum(P * dP)),   dQ = dS K / sqrt(E),   dK = dS^T Q / sqrt(E),
+
+a few sequences at a time. Nothing but the packed projection is kept for it: P is computed again. Scores, P and dS are fp32 and
+rounded once, as factors of the next product. The forward is PyTorch's own, with a gradient or without.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atat_fast.ops.registry import register
+
+LONGEST = 256
+"""Tokens of a sequence up to which this was faster than PyTorch's backward (docs/notes/cpu.md)."""
+SCORES = 2**19
+"""Scores held at a time, 2 MiB of fp32; at least those of one head."""
+
+
+def _forward(qkv: Tensor, documents: Tensor | None) -> Tensor:
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=documents).transpose(1, 2).flatten(2)
+
+
+def _backward(grad: Tensor, qkv: Tensor, documents: Tensor | None) -> Tensor:
+    """The gradient of qkv [B, L, 3, H, E], given that of the output [B, L, H * E]."""
+    batch, length, _, heads, size = qkv.shape
+    wide, scale = torch.promote_types(qkv.dtype, torch.float32), size**-0.5
+    packed = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, length, size)
+    upstream = grad.view(batch, length, heads, size).transpose(1, 2).reshape(batch * heads, length, size)
+    found = torch.empty_like(packed)
+    step = max(1, SCORES // length**2)
+    for i in range(0, batch * heads, step):
+        (q, k, v), (dq, dk, dv) = packed[:, i : i + step], found[:, i : i + step]
+        given = upstream[i : i + step]
+        scores = torch.bmm(q.to(wide) * scale, k.to(wide).transpose(1, 2))
+        if documents is not None:
+            sequences = torch.arange(i, i + len(q), device=q.device) // heads
+            scores.masked_fill_(~documents[sequences, 0], -torch.inf)
+        p = torch.softmax(scores, dim=-1)
+        ds = torch._softmax_backward_data(torch.bmm(given, v.transpose(1, 2)).to(wide), p, -1, wide).mul_(scale).to(q.dtype)
+        torch.bmm(p.to(q.dtype).transpose(1, 2), given, out=dv)
+        torch.bmm(ds, k, out=dq)
+        torch.bmm(ds.transpose(1, 2), q, out=dk)
+    return found.view(3, batch, heads, length, size).permute(1, 3, 0, 2, 4).contiguous()
+
+
+def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    qkv, documents = inputs
+    ctx.save_for_backward(qkv, *(() if documents is None else (documents,)))
+
+
+def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    qkv, *documents = ctx.saved_tensors
+    return backward(grad.contiguous(), qkv, *(documents or (None,))), None
+
+
+def _fake(qkv: Tensor, documents: Tensor | None) -> Tensor:
+    batch, length, _, heads, size = qkv.shape
+    return qkv.new_empty(batch, length, heads * size)
+
+
+backward = register(
+    "attention_products_backward(Tensor grad, Tensor qkv, Tensor? documents) -> Tensor",
+    _backward,
+    lambda grad, qkv, documents: torch.empty_like(qkv, memory_format=torch.contiguous_format),
+)
+attend = register(
+    "attention_products(Tensor qkv, Tensor? documents) -> Tensor", _forward, _fake, backward=_gradient, setup=_setup
+)
+"""qkv [B, L, 3, H, E] and bool [B, 1, L, L], true where a position may look, or None: [B, L, H * E]."""
