@@ -53,6 +53,20 @@ def _occurrences(codes: Tensor) -> Tensor:
     return often
 
 
+def imbalance(c: Tensor, rows: Tensor, k: Tensor) -> Tensor:
+    """How far a mask's tokens are from their sequence: the mean of c [B, L, F] over k[b] hidden rows [R] (flat indices, by
+    sequence) less its mean over all of the sequence. fp64 [B, F] on the CPU; its mean over masks is 0.
+    """
+    flat = c.flatten(0, 1)[rows].double()
+    return (_mean_of(flat, k.to(c.device)) - c.double().mean(1)).cpu()
+
+
+def _mean_of(picked: Tensor, counts: Tensor) -> Tensor:
+    """Means of picked [R, F] over the counts[b] rows of each sequence: [B, F]."""
+    owner = torch.repeat_interleave(torch.arange(len(counts), device=picked.device), counts, output_size=len(picked))
+    return picked.new_zeros(len(counts), picked.shape[1]).index_add_(0, owner, picked) / counts[:, None]
+
+
 class Control:
     """Collects passes, then adjusts their values. fp64 throughout, on the CPU but for what a pass is reduced from."""
 
@@ -71,7 +85,7 @@ class Control:
         counts = k.to(c.device)
         owner = torch.repeat_interleave(torch.arange(batch, device=c.device), counts, output_size=len(rows))
         picked = torch.cat([c.flatten(0, 1)[rows].double(), nll.double()[:, None]], 1)
-        mean = picked.new_zeros(batch, picked.shape[1]).index_add_(0, owner, picked) / counts[:, None]
+        mean = _mean_of(picked, counts)
         around = picked - mean[owner]
         products = (around[:, :-1, None] * around[:, None, :]).flatten(1)
         scatter = picked.new_zeros(batch, products.shape[1]).index_add_(0, owner, products) / counts[:, None]

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atat_fast.diffusion.control import BLOCK_TOKENS, FEATURES, RIDGE, imbalance, surprisals
 from atat_fast.diffusion.masking import MaskedBatch, hide
 from atat_fast.diffusion.objective import Estimate, NllFunction, per_sequence
 from atat_fast.errors import UsageError
@@ -53,11 +54,12 @@ def estimate_to(
     seed: int,
     document_end: int | None = None,
     on_pass: Callable[[int, float], None] | None = None,
+    control: bool = True,
 ) -> Precise:
     """The bound over `sequences` sequences until the masks' standard error is at most `se` nats a token, or most_draws are drawn.
 
     tokens(first, count) gives [count, L] on the model's device. Counts and masks depend on (seed, pass, sequence, position)
-    alone. on_pass(draws, se) is called after every pass.
+    alone. on_pass(draws, se) is called after every pass. control: take off what counts of the text explain of the noise.
 
     The error comes from how the pair means of one sequence differ between passes, summed over sequences. What strata bring is not
     taken off. Raises UsageError for an error that is not above 0, or fewer than 4 draws.
@@ -66,19 +68,24 @@ def estimate_to(
         raise UsageError(f"the standard error asked for must be above 0, got {se}")
     if most_draws < 4:
         raise UsageError(f"an error can be told from 4 draws on, so give --max_draws 4 or more, got {most_draws}")
-    mean, squares = (torch.zeros(sequences, dtype=torch.float64) for _ in range(2))
+    seen = _Passes(sequences)
     length, error, passes = 0, math.inf, 0
+    mean = torch.zeros(sequences, dtype=torch.float64)
+    known, known_from = torch.empty(0, 0, 0), 0
     for step in range(most_draws // 2):
         for first in range(0, sequences, batch):
             count = min(batch, sequences - first)
             x = tokens(first, count)
             length = x.shape[1]
+            if control and not known_from <= first < known_from + len(known):
+                block = max(1, BLOCK_TOKENS // (batch * length)) * batch
+                known_from = first - first % block
+                known = surprisals(tokens(known_from, min(block, sequences - known_from)))
             k = antithetic_counts(sequences, length, seed=seed, step=step)[first : first + count]
-            value = _pair(nll, x, k, first, mask_id, seed, step, document_end)
-            delta = value - mean[first : first + count]
-            mean[first : first + count] += delta / (step + 1)
-            squares[first : first + count] += delta * (value - mean[first : first + count])
+            c = known[first - known_from : first - known_from + count] if control else None
+            seen.add(first, step, _pair(nll, x, k, first, mask_id, seed, step, document_end, c))
         passes = step + 1
+        mean, squares = seen.adjusted()
         if passes > 1:
             error = math.sqrt(float((squares / step).sum()) / passes) / sequences
         if on_pass is not None:
@@ -87,6 +94,35 @@ def estimate_to(
             break
     text = float(mean.std()) / math.sqrt(sequences) if sequences > 1 else math.inf
     return Precise(Estimate(float(mean.mean()), error, sequences, length, mean), text, 2 * passes, error <= se)
+
+
+class _Passes:
+    """Mean and spread over passes of what every sequence gave: a value, and FEATURES control variates whose mean is 0.
+
+    The multiple of them that is taken off is a least-squares fit of one half of the sequences over the passes, applied to the
+    other half, so that nothing is biased (atat_fast/diffusion/control.py). Kept are means and sums of products around them, fp64,
+    20 numbers a sequence.
+    """
+
+    def __init__(self, sequences: int) -> None:
+        self.mean = torch.zeros(sequences, 1 + FEATURES, dtype=torch.float64)
+        self.products = torch.zeros(sequences, 1 + FEATURES, 1 + FEATURES, dtype=torch.float64)
+
+    def add(self, first: int, step: int, found: Tensor) -> None:
+        """found [B, 1 + FEATURES] of sequences first .. first + B - 1 in pass `step`, counted from 0 (Welford's update)."""
+        rows = slice(first, first + len(found))
+        delta = found - self.mean[rows]
+        self.mean[rows] += delta / (step + 1)
+        self.products[rows] += delta[:, :, None] * (found - self.mean[rows])[:, None, :]
+
+    def adjusted(self) -> tuple[Tensor, Tensor]:
+        """Each sequence's mean, and its sum of squares around it, less what the other half's fit explains: [sequences] each."""
+        half = torch.arange(len(self.mean)) % 2
+        sums = torch.zeros(2, *self.products.shape[1:], dtype=torch.float64).index_add_(0, half, self.products)
+        gram, moment = sums[:, 1:, 1:], sums[:, 1:, 0]
+        ridge = torch.diag_embed(RIDGE * torch.diagonal(gram, dim1=1, dim2=2) + 1e-12)
+        weights = torch.cat((torch.ones(2, 1, dtype=torch.float64), -torch.linalg.solve(gram + ridge, moment)), dim=1)[1 - half]
+        return (self.mean * weights).sum(1), torch.einsum("si,sij,sj->s", weights, self.products, weights)
 
 
 def antithetic_counts(sequences: int, length: int, *, seed: int, step: int) -> Tensor:
@@ -117,14 +153,19 @@ def antithetic_pair(x: Tensor, k: Tensor, *, mask_id: int, sample_ids: Tensor, s
 
 
 def _pair(
-    nll: NllFunction, x: Tensor, k: Tensor, first: int, mask_id: int, seed: int, step: int, document_end: int | None
-) -> Tensor:
-    """Each sequence's mean over its two masks, nats a token [B]."""
+    nll: NllFunction, x: Tensor, k: Tensor, first: int, mask_id: int, seed: int, step: int, document_end: int | None,
+    c: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """Each sequence's means over its two masks, fp64 [B, 1 + FEATURES]: nats a token, and how far hidden tokens' control variates
+    c [B, L, FEATURES] lie from the sequence's; 0 without any.
+    """
     ids = torch.arange(first, first + len(x), dtype=torch.int64, device=x.device)
     documents = None if document_end is None else documents_of(x.cpu(), document_end).to(x.device)
-    total = torch.zeros(len(x), dtype=torch.float64)
+    total = torch.zeros(len(x), 1 + FEATURES, dtype=torch.float64)
     pair = antithetic_pair(x, k, mask_id=mask_id, sample_ids=ids, seed=seed, step=step)
     for masked, counts in zip(pair, (k, x.shape[1] + 1 - k), strict=True):
         masked.documents = documents
-        total += per_sequence(nll(masked), counts)
+        total[:, 0] += per_sequence(nll(masked), counts)
+        if c is not None:
+            total[:, 1:] += imbalance(c, masked.rows, counts)
     return total / 2
