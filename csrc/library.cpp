@@ -37,6 +37,9 @@ STABLE_TORCH_LIBRARY(atat_fast_c, m) {
       "linear_categorical(Tensor logits, Tensor index, int forbidden, float inverse_temperature, Tensor seed, Tensor step) "
       "-> Tensor");
   m.def("rotary(Tensor(a!) out, Tensor qkv, Tensor cos, Tensor sin, bool inverse) -> ()");
+  m.def("rotary_normed(Tensor(a!) out, Tensor(b!)? rstd, Tensor qkv, Tensor cos, Tensor sin, float eps) -> ()");
+  m.def(
+      "rotary_normed_backward(Tensor(a!) dqkv, Tensor grad, Tensor out, Tensor rstd, Tensor cos, Tensor sin) -> ()");
   m.def(
       "adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, Tensor? weight, float eps, ScalarType out_dtype) "
       "-> (Tensor y, Tensor mean, Tensor rstd)");

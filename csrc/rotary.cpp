@@ -1,13 +1,26 @@
 // rotary on the CPU: queries and keys of a packed projection are turned by their position in one pass over memory, where eager
-// PyTorch makes about ten. out may be qkv itself.
+// PyTorch makes about ten, and about twenty where they are first scaled to unit root-mean-square. out may be qkv itself.
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <optional>
+#include <vector>
+
+#include "bfloat16.h"
+
+// One function body for three instruction sets, chosen when the library loads. The loops are written for the compiler to
+// vectorise; `omp simd` (-fopenmp-simd) says that their iterations do not depend on one another.
+#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
+#define ATAT_FAST_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define ATAT_FAST_VECTORISED
+#endif
 
 namespace atat_fast {
 namespace {
@@ -15,75 +28,252 @@ namespace {
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 
-struct Bf16 {  // torch's bits; rounds to nearest even in a form that compilers turn into vector instructions
-  uint16_t bits;
-  Bf16() = default;
-  explicit Bf16(float value) {
-    uint32_t word;
-    std::memcpy(&word, &value, 4);
-    const uint32_t rounded = (word + 0x7fffu + ((word >> 16) & 1u)) >> 16;
-    bits = static_cast<uint16_t>(value == value ? rounded : 0x7fc0u);
+using Half = uint16_t;
+ATAT_FAST_INLINE double widened(double value) { return value; }
+ATAT_FAST_INLINE float widened(float value) { return value; }
+ATAT_FAST_INLINE float widened(Half value) { return from_bfloat16(value); }
+ATAT_FAST_INLINE void narrow(double& out, double value) { out = value; }
+ATAT_FAST_INLINE void narrow(float& out, float value) { out = value; }
+ATAT_FAST_INLINE void narrow(Half& out, float value) { out = to_bfloat16(value); }
+
+// In all that follows T is the element, W what it is computed in and what tables and reciprocal root-mean-squares hold.
+
+// The sum of a[i] b[i] over a head, in lanes, because without -ffast-math a compiler may not reorder a sum. Eight of them: heads
+// are short, and more would take longer to fold than they save.
+constexpr int kLanes = 8;
+
+template <typename W>
+ATAT_FAST_INLINE W fold(W* lane) {
+#pragma omp simd
+  for (int j = 0; j < 4; ++j) lane[j] += lane[j + 4];
+  return (lane[0] + lane[1]) + (lane[2] + lane[3]);
+}
+
+template <typename W>
+ATAT_FAST_INLINE W dot(const W* a, const W* b, int64_t n) {
+  alignas(64) W lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+#pragma omp simd
+    for (int j = 0; j < kLanes; ++j) lane[j] += a[i + j] * b[i + j];
   }
-  explicit operator float() const {
-    const uint32_t word = static_cast<uint32_t>(bits) << 16;
-    float value;
-    std::memcpy(&value, &word, 4);
-    return value;
+  for (int j = 0; i + j < n; ++j) lane[j] += a[i + j] * b[i + j];
+  return fold(lane);
+}
+
+// Two neighbours share a word, and the word with its low half cleared is the upper one in fp32: nothing has to be unpacked.
+ATAT_FAST_INLINE float dot(const Half* a, const Half* b, int64_t n) {
+  alignas(64) float lane[kLanes] = {};
+  int64_t i = 0;
+  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
+    uint32_t p[kLanes], q[kLanes];
+    std::memcpy(p, a + i, sizeof(p));
+    std::memcpy(q, b + i, sizeof(q));
+#pragma omp simd
+    for (int j = 0; j < kLanes; ++j) {
+      lane[j] += float_from_bits(p[j] << 16) * float_from_bits(q[j] << 16) +
+                 float_from_bits(p[j] & 0xffff0000u) * float_from_bits(q[j] & 0xffff0000u);
+    }
   }
+  for (; i < n; ++i) lane[i % kLanes] += widened(a[i]) * widened(b[i]);
+  return fold(lane);
+}
+
+// Turns one row's `turned` heads at x into y, which may be x. Where kNorm, each is scaled first, and the scales are left in rstd.
+// They are found for the whole row before it is turned: a sum ends in operations that wait for one another, and meanwhile the
+// next head's can begin.
+template <typename T, typename W, bool kNorm, int64_t kSize>
+ATAT_FAST_VECTORISED void turn_row(T* y, W* rstd, const T* x, const W* c, const W* s, int64_t turned, int64_t any, W sign, W eps) {
+  const int64_t size = kSize ? kSize : any, half = size / 2;
+  if (kNorm) {
+    for (int64_t head = 0; head < turned; ++head) rstd[head] = dot(x + head * size, x + head * size, size);
+#pragma omp simd
+    for (int64_t head = 0; head < turned; ++head) rstd[head] = 1 / std::sqrt(rstd[head] / static_cast<W>(size) + eps);
+  }
+  for (int64_t head = 0; head < turned; ++head, x += size, y += size) {
+    const W scale = kNorm ? rstd[head] : 1;
+#pragma omp simd
+    for (int64_t j = 0; j < half; ++j) {  // both halves are read before either is written
+      const W first = scale * widened(x[j]), second = scale * widened(x[half + j]), turn = sign * s[j];
+      narrow(y[j], first * c[j] - second * turn);
+      narrow(y[half + j], first * turn + second * c[j]);
+    }
+  }
+}
+
+// The gradient of the above with kNorm, from y and what comes from above, g. With x the input, r its reciprocal root-mean-square,
+// R the turn and <> the mean over a head, y = R r x and dx = r (R^T g - r x <R^T g . r x>). R^T R = cos^2 + sin^2, which is one up
+// to rounding, or not where tables are scaled; so r x = R^T y / (cos^2 + sin^2), and the mean is <g . y> whatever the tables.
+// Scratch is for half a head of those sums' reciprocals and a mean for each head.
+template <typename T, typename W, int64_t kSize>
+ATAT_FAST_VECTORISED void turn_row_back(T* dx, const T* g, const T* y, const W* rstd, const W* c, const W* s, W* scratch,
+                                        int64_t turned, int64_t any) {
+  const int64_t size = kSize ? kSize : any, half = size / 2;
+  W *inverse = scratch, *means = scratch + half;
+#pragma omp simd
+  for (int64_t j = 0; j < half; ++j) inverse[j] = 1 / (c[j] * c[j] + s[j] * s[j]);
+  for (int64_t head = 0; head < turned; ++head) means[head] = dot(g + head * size, y + head * size, size);
+  for (int64_t head = 0; head < turned; ++head, dx += size, g += size, y += size) {
+    const W mean = means[head] / static_cast<W>(size), r = rstd[head];
+#pragma omp simd
+    for (int64_t j = 0; j < half; ++j) {
+      const W share = mean * inverse[j];
+      const W first = r * (widened(g[j]) - widened(y[j]) * share);
+      const W second = r * (widened(g[half + j]) - widened(y[half + j]) * share);
+      narrow(dx[j], first * c[j] + second * s[j]);
+      narrow(dx[half + j], second * c[j] - first * s[j]);
+    }
+  }
+}
+
+// Where the rows of a packed tensor lie.
+template <typename T>
+struct Rows {
+  T* data;
+  int64_t batch, row;
+  T* at(int64_t b, int64_t position) const { return data + b * batch + position * row; }
 };
 
-// T is the element, W what it is computed in and what the tables hold.
-template <typename T, typename W>
-void rotate(const Tensor& out, const Tensor& qkv, const W* cos, const W* sin, W sign) {
-  const int64_t length = qkv.size(1), heads = qkv.size(3), size = qkv.size(4), half = size / 2, turned = 2 * heads;
-  const int64_t in_batch = qkv.stride(0), in_row = qkv.stride(1), out_batch = out.stride(0), out_row = out.stride(1);
-  const T* in = static_cast<const T*>(qkv.const_data_ptr());
-  T* to = static_cast<T*>(out.mutable_data_ptr());
-  const bool copies = to != in;
-  const int64_t grain = std::max<int64_t>(1, (1 << 15) / std::max<int64_t>(1, turned * size));
-  torch::stable::parallel_for(0, qkv.size(0) * length, grain, [&](int64_t begin, int64_t end) {
+template <typename T>
+Rows<const T> rows_of(const Tensor& t) {
+  return {static_cast<const T*>(t.const_data_ptr()), t.stride(0), t.stride(1)};
+}
+
+template <typename T>
+Rows<T> writable_rows_of(Tensor& t) {
+  return {static_cast<T*>(t.mutable_data_ptr()), t.stride(0), t.stride(1)};
+}
+
+// Calls run(begin, end, length) with parts of all rows, of about 2^15 elements each.
+template <typename Run>
+void for_rows(const Tensor& qkv, const Run& run) {
+  const int64_t length = qkv.size(1), elements = std::max<int64_t>(1, 2 * qkv.size(3) * qkv.size(4));
+  torch::stable::parallel_for(0, qkv.size(0) * length, std::max<int64_t>(1, (1 << 15) / elements), [&](int64_t begin, int64_t end) {
+    run(begin, end, length);
+  });
+}
+
+struct Tables {
+  const void *cos, *sin;
+};
+
+template <typename T, typename W, bool kNorm>
+void turn(Tensor& out, const std::optional<Tensor>& rstd, const Tensor& qkv, const Tables& tables, W sign, W eps) {
+  const int64_t size = qkv.size(4), half = size / 2, turned = 2 * qkv.size(3);
+  const Rows<const T> in = rows_of<T>(qkv);
+  const Rows<T> to = writable_rows_of<T>(out);
+  W* kept = rstd ? static_cast<W*>(rstd->mutable_data_ptr()) : nullptr;
+  const W *cos = static_cast<const W*>(tables.cos), *sin = static_cast<const W*>(tables.sin);
+  const bool copies = to.data != in.data;
+  const auto one = size == 32   ? turn_row<T, W, kNorm, 32>
+                   : size == 64 ? turn_row<T, W, kNorm, 64>
+                   : size == 128 ? turn_row<T, W, kNorm, 128>
+                                 : turn_row<T, W, kNorm, 0>;
+  for_rows(qkv, [&](int64_t begin, int64_t end, int64_t length) {
+    std::vector<W> unkept(kNorm && !kept ? turned : 0);
     for (int64_t row = begin; row < end; ++row) {
       const int64_t b = row / length, position = row % length;
-      const T* x = in + b * in_batch + position * in_row;
-      T* y = to + b * out_batch + position * out_row;
-      const W *c = cos + position * half, *s = sin + position * half;
-      for (int64_t head = 0; head < turned; ++head, x += size, y += size) {
-#pragma GCC ivdep
-        for (int64_t j = 0; j < half; ++j) {  // both halves are read before either is written
-          const W first = static_cast<W>(x[j]), second = static_cast<W>(x[half + j]), turn = sign * s[j];
-          y[j] = T(first * c[j] - second * turn);
-          y[half + j] = T(first * turn + second * c[j]);
-        }
-      }
-      if (copies) std::memcpy(y, x, sizeof(T) * heads * size);
+      const T* x = in.at(b, position);
+      T* y = to.at(b, position);
+      W* scales = kept ? kept + row * turned : unkept.data();
+      one(y, scales, x, cos + position * half, sin + position * half, turned, size, sign, eps);
+      if (copies) std::memcpy(y + turned * size, x + turned * size, sizeof(T) * turned / 2 * size);
     }
   });
 }
 
-void rotary(Tensor out, Tensor qkv, Tensor cos, Tensor sin, bool inverse) {
+template <typename T, typename W>
+void turn_back(Tensor& dqkv, const Tensor& grad, const Tensor& out, const Tensor& rstd, const Tables& tables) {
+  const int64_t size = grad.size(4), half = size / 2, turned = 2 * grad.size(3);
+  const Rows<const T> from = rows_of<T>(grad), at = rows_of<T>(out);
+  const Rows<T> to = writable_rows_of<T>(dqkv);
+  const W* kept = static_cast<const W*>(rstd.const_data_ptr());
+  const W *cos = static_cast<const W*>(tables.cos), *sin = static_cast<const W*>(tables.sin);
+  const auto one = size == 32   ? turn_row_back<T, W, 32>
+                   : size == 64 ? turn_row_back<T, W, 64>
+                   : size == 128 ? turn_row_back<T, W, 128>
+                                 : turn_row_back<T, W, 0>;
+  for_rows(grad, [&](int64_t begin, int64_t end, int64_t length) {
+    std::vector<W> scratch(half + turned);
+    for (int64_t row = begin; row < end; ++row) {
+      const int64_t b = row / length, position = row % length;
+      const T* g = from.at(b, position);
+      T* dx = to.at(b, position);
+      one(dx, g, at.at(b, position), kept + row * turned, cos + position * half, sin + position * half, scratch.data(), turned,
+          size);
+      std::memcpy(dx + turned * size, g + turned * size, sizeof(T) * turned / 2 * size);
+    }
+  });
+}
+
+// What fp64 data is computed in, and everything else.
+ScalarType wide_type(const Tensor& qkv) {
+  return qkv.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+}
+
+void check_packed(const Tensor& qkv, std::initializer_list<const Tensor*> others) {
   const ScalarType type = qkv.scalar_type();
-  const ScalarType wide = type == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
+  STD_TORCH_CHECK(type == ScalarType::Double || type == ScalarType::Float || type == ScalarType::BFloat16,
+                  "rotary takes fp32, fp64 or bf16 on the CPU");
   STD_TORCH_CHECK(qkv.dim() == 5 && qkv.size(2) == 3 && qkv.size(4) % 2 == 0, "rotary takes [B, L, 3, H, E], E even");
-  for (const Tensor* packed : {&out, &qkv}) {
-    STD_TORCH_CHECK(packed->is_cpu() && packed->scalar_type() == type && packed->dim() == 5, "rotary: out is not like qkv");
-    for (int64_t i = 0; i < 5; ++i) STD_TORCH_CHECK(packed->size(i) == qkv.size(i), "rotary: out is not like qkv");
-    STD_TORCH_CHECK(packed->numel() == 0 || (packed->stride(4) == 1 && packed->stride(3) == qkv.size(4) &&
-                                             packed->stride(2) == qkv.size(3) * qkv.size(4)),
+  const auto check = [&](const Tensor& packed) {
+    STD_TORCH_CHECK(packed.is_cpu() && packed.scalar_type() == type && packed.dim() == 5, "rotary: out is not like qkv");
+    for (int64_t i = 0; i < 5; ++i) STD_TORCH_CHECK(packed.size(i) == qkv.size(i), "rotary: out is not like qkv");
+    STD_TORCH_CHECK(packed.numel() == 0 || (packed.stride(4) == 1 && packed.stride(2) == qkv.size(3) * qkv.size(4) &&
+                                            (qkv.size(3) == 1 || packed.stride(3) == qkv.size(4))),
                     "rotary takes tensors that are dense in their last three dimensions");
-  }
+  };
+  check(qkv);
+  for (const Tensor* packed : others) check(*packed);
+}
+
+Tables check_tables(const Tensor& qkv, const Tensor& cos, const Tensor& sin) {
   for (const Tensor* table : {&cos, &sin}) {
-    STD_TORCH_CHECK(table->is_cpu() && table->is_contiguous() && table->scalar_type() == wide &&
+    STD_TORCH_CHECK(table->is_cpu() && table->is_contiguous() && table->scalar_type() == wide_type(qkv) &&
                         table->numel() == qkv.size(1) * (qkv.size(4) / 2),
                     "rotary takes contiguous tables [L, E / 2], fp64 for fp64 data and fp32 otherwise");
   }
+  return {cos.const_data_ptr(), sin.const_data_ptr()};
+}
+
+void check_rstd(const Tensor& qkv, const Tensor& rstd) {
+  STD_TORCH_CHECK(rstd.is_cpu() && rstd.is_contiguous() && rstd.scalar_type() == wide_type(qkv) &&
+                      rstd.numel() == qkv.size(0) * qkv.size(1) * 2 * qkv.size(3),
+                  "rotary takes contiguous rstd [B, L, 2, H], fp64 for fp64 data and fp32 otherwise");
+}
+
+template <bool kNorm>
+void turn_any(Tensor& out, const std::optional<Tensor>& rstd, const Tensor& qkv, const Tensor& cos, const Tensor& sin, double sign,
+              double eps) {
+  check_packed(qkv, {&out});
+  const Tables tables = check_tables(qkv, cos, sin);
+  if (rstd) check_rstd(qkv, *rstd);
   if (qkv.numel() == 0) return;
-  if (type == ScalarType::Double) {
-    rotate<double, double>(out, qkv, cos.const_data_ptr<double>(), sin.const_data_ptr<double>(), inverse ? -1.0 : 1.0);
-  } else if (type == ScalarType::Float) {
-    rotate<float, float>(out, qkv, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), inverse ? -1.0f : 1.0f);
-  } else {
-    STD_TORCH_CHECK(type == ScalarType::BFloat16, "rotary takes fp32, fp64 or bf16 on the CPU");
-    rotate<Bf16, float>(out, qkv, cos.const_data_ptr<float>(), sin.const_data_ptr<float>(), inverse ? -1.0f : 1.0f);
+  const float sign32 = static_cast<float>(sign), eps32 = static_cast<float>(eps);
+  switch (qkv.scalar_type()) {
+    case ScalarType::Double: return turn<double, double, kNorm>(out, rstd, qkv, tables, sign, eps);
+    case ScalarType::Float: return turn<float, float, kNorm>(out, rstd, qkv, tables, sign32, eps32);
+    default: return turn<Half, float, kNorm>(out, rstd, qkv, tables, sign32, eps32);
+  }
+}
+
+void rotary(Tensor out, Tensor qkv, Tensor cos, Tensor sin, bool inverse) {
+  turn_any<false>(out, std::nullopt, qkv, cos, sin, inverse ? -1.0 : 1.0, 0.0);
+}
+
+void rotary_normed(Tensor out, std::optional<Tensor> rstd, Tensor qkv, Tensor cos, Tensor sin, double eps) {
+  turn_any<true>(out, rstd, qkv, cos, sin, 1.0, eps);
+}
+
+void rotary_normed_backward(Tensor dqkv, Tensor grad, Tensor out, Tensor rstd, Tensor cos, Tensor sin) {
+  check_packed(grad, {&dqkv, &out});
+  const Tables tables = check_tables(grad, cos, sin);
+  check_rstd(grad, rstd);
+  if (grad.numel() == 0) return;
+  switch (grad.scalar_type()) {
+    case ScalarType::Double: return turn_back<double, double>(dqkv, grad, out, rstd, tables);
+    case ScalarType::Float: return turn_back<float, float>(dqkv, grad, out, rstd, tables);
+    default: return turn_back<Half, float>(dqkv, grad, out, rstd, tables);
   }
 }
 
@@ -92,4 +282,6 @@ void rotary(Tensor out, Tensor qkv, Tensor cos, Tensor sin, bool inverse) {
 
 STABLE_TORCH_LIBRARY_IMPL(atat_fast_c, CPU, m) {
   m.impl("rotary", TORCH_BOX(&atat_fast::rotary));
+  m.impl("rotary_normed", TORCH_BOX(&atat_fast::rotary_normed));
+  m.impl("rotary_normed_backward", TORCH_BOX(&atat_fast::rotary_normed_backward));
 }

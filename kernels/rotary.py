@@ -5,6 +5,9 @@ One program owns a few heads of BLOCK_R rows: of each its query, its key and, ou
 the tables, whose fp32 words would otherwise be half as many bytes as the data. A row's halves are next to each other, so both
 are read with 16-byte accesses wherever half a head is 16 bytes or more, and the two together fill whole cache lines. Both are
 loaded before either is stored, which is what lets Out be the input itself. The backward is the same kernel with INVERSE.
+
+With NORM each query and key is scaled to unit root-mean-square before it is turned. Its mean square is a sum over the threads
+that hold it, a few of one warp, and moves nothing but the 4 bytes of its reciprocal root, which the backward reads.
 """
 
 import triton
@@ -12,25 +15,33 @@ import triton.language as tl
 
 
 @triton.jit
-def turn(Out, In, out, at, cos, sin, o_e, m, HALF: tl.constexpr):
-    """Rotate the halves at In + at by the angle of (cos, sin) into Out + out."""
+def turn(
+    Out, In, Rstd, out, at, rstd, cos, sin, o_e, m, m_r, eps,
+    NORM: tl.constexpr, HALF: tl.constexpr,
+):  # fmt: skip
+    """Rotate the halves at In + at, scaled first where NORM, by the angle of (cos, sin) into Out + out."""
     a = tl.load(In + at + o_e, mask=m, other=0.0)
     b = tl.load(In + at + HALF + o_e, mask=m, other=0.0)
-    first = a.to(tl.float32) * cos - b.to(tl.float32) * sin
-    second = a.to(tl.float32) * sin + b.to(tl.float32) * cos
-    tl.store(Out + out + o_e, first.to(a.dtype), mask=m)
-    tl.store(Out + out + HALF + o_e, second.to(a.dtype), mask=m)
+    x, y = a.to(tl.float32), b.to(tl.float32)
+    if NORM:
+        scale = tl.rsqrt(tl.sum(x * x + y * y, 1, keep_dims=True) / (2 * HALF) + eps)
+        if Rstd is not None:
+            tl.store(Rstd + rstd, scale, mask=m_r)
+        x, y = x * scale, y * scale
+    tl.store(Out + out + o_e, (x * cos - y * sin).to(a.dtype), mask=m)
+    tl.store(Out + out + HALF + o_e, (x * sin + y * cos).to(a.dtype), mask=m)
 
 
 @triton.jit
 def _rotary_kernel(
-    Out, In, Cos, Sin, rows, L, H, in_batch, in_row, out_batch, out_row,
-    INVERSE: tl.constexpr, COPY: tl.constexpr, HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr,
-    HEADS: tl.constexpr,
+    Out, In, Rstd, Cos, Sin, rows, L, H, in_batch, in_row, out_batch, out_row, eps,
+    INVERSE: tl.constexpr, NORM: tl.constexpr, COPY: tl.constexpr, HALF: tl.constexpr, BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     o_e = tl.arange(0, BLOCK_E)[None, :]
-    m = o_r < rows
+    m_r = o_r < rows
+    m = m_r
     if BLOCK_E != HALF:
         m = m & (o_e < HALF)
     b = o_r // L
@@ -42,22 +53,81 @@ def _rotary_kernel(
         sin = -sin
     source = b.to(tl.int64) * in_batch + position.to(tl.int64) * in_row
     target = b.to(tl.int64) * out_batch + position.to(tl.int64) * out_row
+    rstd = o_r.to(tl.int64) * 2 * H
     first = tl.program_id(1) * HEADS
     for i in tl.static_range(HEADS):
-        query = (first + i) * 2 * HALF
+        head = first + i
+        query = head * 2 * HALF
         key = query + H * 2 * HALF
-        turn(Out, In, target + query, source + query, cos, sin, o_e, m, HALF)
-        turn(Out, In, target + key, source + key, cos, sin, o_e, m, HALF)
+        turn(Out, In, Rstd, target + query, source + query, rstd + head, cos, sin, o_e, m, m_r, eps, NORM, HALF)
+        turn(Out, In, Rstd, target + key, source + key, rstd + H + head, cos, sin, o_e, m, m_r, eps, NORM, HALF)
         if COPY:
             value = key + H * 2 * HALF
             tl.store(Out + target + value + o_e, tl.load(In + source + value + o_e, mask=m), mask=m)
             tl.store(Out + target + value + HALF + o_e, tl.load(In + source + value + HALF + o_e, mask=m), mask=m)
 
 
-def rotary(out, qkv, cos, sin, inverse):
+@triton.jit
+def turn_back(
+    Dx, Grad, Out, Rstd, out, grad, rstd, cos, sin, inverse, o_e, m, m_r,
+    HALF: tl.constexpr,
+):  # fmt: skip
+    """The gradient of `turn` with NORM into Dx + out, from its own output at Out + out and what comes from above, Grad + grad.
+
+    With x the input, r its reciprocal root-mean-square, R the turn and <> the mean over a head: out = R r x and
+    dx = r (R^T g - r x <R^T g . r x>). R^T R = cos^2 + sin^2, one up to rounding, or not where tables are scaled; so
+    r x = R^T out / (cos^2 + sin^2), and the mean is <g . out> whatever the tables. What is masked is 0 in g and in out.
+    """
+    ga = tl.load(Grad + grad + o_e, mask=m, other=0.0)
+    gb = tl.load(Grad + grad + HALF + o_e, mask=m, other=0.0)
+    a = tl.load(Out + out + o_e, mask=m, other=0.0).to(tl.float32)
+    b = tl.load(Out + out + HALF + o_e, mask=m, other=0.0).to(tl.float32)
+    r = tl.load(Rstd + rstd, mask=m_r, other=0.0)
+    x, y = ga.to(tl.float32), gb.to(tl.float32)
+    share = tl.sum(x * a + y * b, 1, keep_dims=True) / (2 * HALF) * inverse
+    x, y = (x - a * share) * r, (y - b * share) * r
+    tl.store(Dx + out + o_e, (x * cos + y * sin).to(ga.dtype), mask=m)
+    tl.store(Dx + out + HALF + o_e, (y * cos - x * sin).to(ga.dtype), mask=m)
+
+
+@triton.jit
+def _rotary_backward_kernel(
+    Dx, Grad, Out, Rstd, Cos, Sin, rows, L, H, grad_batch, grad_row,
+    HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, HEADS: tl.constexpr,
+):  # fmt: skip
+    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    o_e = tl.arange(0, BLOCK_E)[None, :]
+    m_r = o_r < rows
+    m = m_r
+    if BLOCK_E != HALF:
+        m = m & (o_e < HALF)
+    b = o_r // L
+    position = o_r - b * L
+    table = position * HALF + o_e
+    cos = tl.load(Cos + table, mask=m, other=1.0)
+    sin = tl.load(Sin + table, mask=m, other=0.0)
+    inverse = 1.0 / (cos * cos + sin * sin)
+    grad = b.to(tl.int64) * grad_batch + position.to(tl.int64) * grad_row
+    out = o_r.to(tl.int64) * (6 * HALF) * H
+    rstd = o_r.to(tl.int64) * 2 * H
+    first = tl.program_id(1) * HEADS
+    for i in tl.static_range(HEADS):
+        head = first + i
+        query = head * 2 * HALF
+        key = query + H * 2 * HALF
+        value = key + H * 2 * HALF
+        turn_back(Dx, Grad, Out, Rstd, out + query, grad + query, rstd + head, cos, sin, inverse, o_e, m, m_r, HALF)
+        turn_back(Dx, Grad, Out, Rstd, out + key, grad + key, rstd + H + head, cos, sin, inverse, o_e, m, m_r, HALF)
+        tl.store(Dx + out + value + o_e, tl.load(Grad + grad + value + o_e, mask=m), mask=m)
+        tl.store(Dx + out + value + HALF + o_e, tl.load(Grad + grad + value + HALF + o_e, mask=m), mask=m)
+
+
+def rotary(out, qkv, cos, sin, inverse, rstd=None, eps=None):
     """Rotate qkv [B, L, 3, H, E] into out, which may be qkv itself; otherwise values are copied too.
 
     Both are dense in their last three dimensions. cos, sin: [L, E / 2] fp32, contiguous.
+    eps: where given, queries and keys are scaled to unit root-mean-square first. rstd: None, or [B, L, 2, H] fp32, contiguous,
+         which then holds the scales.
     """
     batch, length, _, heads, size = qkv.shape
     rows = batch * length
@@ -66,15 +136,32 @@ def rotary(out, qkv, cos, sin, inverse):
     sizes = configuration(heads, size)
     grid = (triton.cdiv(rows, sizes["BLOCK_R"]), heads // sizes["HEADS"])
     _rotary_kernel[grid](
-        out, qkv, cos, sin, rows, length, heads, qkv.stride(0), qkv.stride(1), out.stride(0), out.stride(1),
-        INVERSE=inverse, COPY=out is not qkv, HALF=size // 2, **sizes,
+        out, qkv, rstd, cos, sin, rows, length, heads, qkv.stride(0), qkv.stride(1), out.stride(0), out.stride(1), eps,
+        INVERSE=inverse, NORM=eps is not None, COPY=out is not qkv, HALF=size // 2, **sizes,
+    )  # fmt: skip
+
+
+def normed_backward(dqkv, grad, out, rstd, cos, sin):
+    """The gradient of `rotary` with eps, into dqkv, from its output, its rstd and the upstream gradient.
+
+    dqkv and out [B, L, 3, H, E] are contiguous, and out's values are not read; grad is dense in its last three dimensions.
+    """
+    batch, length, _, heads, size = grad.shape
+    rows = batch * length
+    if rows == 0 or heads == 0:
+        return
+    sizes = configuration(heads, size)
+    grid = (triton.cdiv(rows, sizes["BLOCK_R"]), heads // sizes["HEADS"])
+    _rotary_backward_kernel[grid](
+        dqkv, grad, out, rstd, cos, sin, rows, length, heads, grad.stride(0), grad.stride(1), HALF=size // 2, **sizes,
     )  # fmt: skip
 
 
 def configuration(heads, size):
     """The compile-time sizes: a load of half a head by four warps is 1,024 elements, 16 bytes of bf16 a thread, and up to four
     heads share the tables. Loads of one head wait for the stores of the one before, which may be to the same place; at the 48
-    registers this takes, ten programs on a multiprocessor keep 40 kB in flight, twice what the memory's latency asks for.
+    registers this takes, ten programs on a multiprocessor keep 40 kB in flight, twice what the memory's latency asks for. With
+    a norm nine do at 56 registers; its backward, with 80, has six and twice as many loads in each.
     """
     block = triton.next_power_of_2(size // 2)
     shared = next(n for n in (4, 2, 1) if heads % n == 0)

@@ -2,11 +2,18 @@
 
 (a, b) = halves of the head dimension;   a' = a cos - b sin,   b' = a sin + b cos.   Values pass through.
 
+With `norm`, QK-norm without weights (Henry et al., Query-Key Normalization for Transformers, 2020, with RMSNorm) comes first, in
+the same pass:   x' = R (r x),   r = (mean(x^2) + eps)^(-1/2) over the head dimension, R the turn above.
+
 Where a gradient is recorded the result is a new tensor, although a projection's output is needed by nobody else: torch.library
 offers no gradient to an op that writes into its argument, and an autograd.Function that marks it dirty rebases the history of the
 view it is given (the packed projection is one), whose backward then copies the whole gradient. So the rotation copies the values
 in the same launch: half as many bytes again as in place, one kernel, and the unrotated tensor is freed at once because the
 backward, the rotation by the opposite angle, needs only the tables. Without gradients `self_attention` rotates in place.
+
+With `norm` the unrotated tensor is freed too. The backward reads the op's own output, which attention keeps anyway, and r, one
+number a head. With g the gradient from above and y = r x, which is the output turned back,   dx = r (R^T g - y mean(R^T g . y)).
+That holds with eps, for dr/dx = -r^3 x / E; where x = 0 it leaves dx = r R^T g with r = eps^(-1/2), as autograd has it.
 """
 
 from __future__ import annotations
@@ -16,34 +23,73 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atat_fast.ops.registry import Cost, backends, choose_backend, dispatch, library, register
+from atat_fast.ops.registry import Cost, backends, choose_backend, dispatch, library, on_device, register
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
-def rotary(qkv: Tensor, cos: Tensor, sin: Tensor, *, inplace: bool = False, backend: str | None = None) -> Tensor:
+def rotary(
+    qkv: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    norm: bool = False,
+    eps: float | None = None,
+    inplace: bool = False,
+    backend: str | None = None,
+) -> Tensor:
     """Rotate the queries and keys of a packed projection.
 
     qkv: [B, L, 3, H, E] fp32, bf16, fp16 or fp64, E even.   cos, sin: [L, E / 2] fp32 (fp64 for fp64 data).
+    norm: scale each query and key to unit root-mean-square over E, without weights, before it is turned. A row of zeros stays
+          one. Where a gradient is wanted, no (cos, sin) may be (0, 0).
+    eps: of that norm, added to the mean square: above 0, and by default 2^-23 (2^-52 for fp64 data). This is what F.rms_norm
+         takes by itself, for bf16 and fp16 too: the machine epsilon of the dtype it computes in, not of the data's. A model
+         that was trained with one of them gives the same numbers with the other, up to rounding.
     inplace: write into qkv, where no gradient is being recorded; the caller then must not use the unrotated values again.
     backend: "triton", "cpp" or "torch"; the fastest that can run where the caller does not say. Products and sums are fp32
              (fp64 for fp64 data) and rounded once on each of them.
-    Returns the packed tensor. Differentiable in qkv (the backward is the rotation by the opposite angle).
-    Raises ValueError when shapes disagree, a gradient needs what would be overwritten, or the backend cannot run.
+    Returns the packed tensor. Differentiable in qkv, once with norm. The backward is the rotation by the opposite angle, and
+    with norm it reads the returned tensor, which must not be written to before.
+    Raises ValueError when shapes disagree, eps is not above 0 or is given without norm, a gradient needs what would be
+    overwritten, or the backend cannot run.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[-1] % 2:
         raise ValueError(f"qkv must be [batch, length, 3, heads, even head dimension], got shape {tuple(qkv.shape)}")
     table = (qkv.shape[1], qkv.shape[-1] // 2)
     if tuple(cos.shape) != table or tuple(sin.shape) != table:
         raise ValueError(f"cos and sin must have shape {table}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    eps = _checked_eps(norm, eps, qkv.dtype)
     chosen = choose_backend("rotary", qkv.device, backend, _without(qkv.dtype, inplace and not _dense(qkv)))
     if inplace:
         if torch.is_grad_enabled() and qkv.requires_grad:
             raise ValueError("rotary(inplace=True) would overwrite values that a gradient needs; use it under torch.no_grad()")
-        torch.ops.atat_fast.rotary_(qkv, cos, sin, False, chosen)
+        if norm:
+            torch.ops.atat_fast.rotary_normed_(qkv, cos, sin, eps, chosen)
+        else:
+            torch.ops.atat_fast.rotary_(qkv, cos, sin, False, chosen)
         return qkv
+    if norm:
+        return _NORMED(qkv, cos, sin, eps, chosen)[0]  # type: ignore[no-any-return]
     return torch.ops.atat_fast.rotary(qkv, cos, sin, False, chosen)  # type: ignore[no-any-return]
+
+
+def _checked_eps(norm: bool, eps: float | None, dtype: torch.dtype) -> float:
+    """What is added to a mean square: `eps`, or F.rms_norm's own."""
+    limits = torch.finfo(_wide(dtype))
+    if eps is None:
+        return limits.eps
+    if not norm:
+        raise ValueError(f"eps {eps} belongs to the norm; say norm=True, or leave it out")
+    if not limits.tiny <= eps < float("inf"):
+        raise ValueError(f"eps must be a number of at least {limits.tiny}, so that a row of zeros has a norm, got {eps}")
+    return eps
+
+
+def _wide(dtype: torch.dtype) -> torch.dtype:
+    """What products and sums of `dtype` are made in."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def _without(dtype: torch.dtype, strided: bool) -> tuple[tuple[str, str], ...]:
@@ -60,7 +106,8 @@ def _without(dtype: torch.dtype, strided: bool) -> tuple[tuple[str, str], ...]:
 def _dense(qkv: Tensor) -> bool:
     """Whether a row's queries, keys and values lie next to each other."""
     _, _, _, heads, size = qkv.shape
-    return qkv.stride()[2:] == (heads * size, size, 1)
+    three, head, one = qkv.stride()[2:]
+    return (three, one) == (heads * size, 1) and (heads == 1 or head == size)
 
 
 def rotary_table(
@@ -72,18 +119,35 @@ def rotary_table(
     return angle.cos(), angle.sin()
 
 
-def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, norm: bool = False, eps: float | None = None) -> Tensor:
     """The specification, differentiable as often as wanted."""
-    (a, b), c, s = qkv[:, :, :2].chunk(2, dim=-1), cos[:, None, None], sin[:, None, None]
+    turned, c, s = qkv[:, :, :2], cos[:, None, None], sin[:, None, None]
+    if norm:
+        turned = turned.to(_wide(qkv.dtype))
+        turned = turned * torch.rsqrt(turned.square().mean(-1, keepdim=True) + _checked_eps(norm, eps, qkv.dtype))
+    a, b = turned.chunk(2, dim=-1)
     rotated = torch.cat((a * c - b * s, a * s + b * c), dim=-1)
     return torch.cat((rotated.to(qkv.dtype), qkv[:, :, 2:]), dim=2)
 
 
-def _torch(out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+Rstd = Tensor | None
+"""Where the norm's scales [B, L, 2, H] are left, if they are wanted."""
+
+
+def _torch(
+    out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rstd: Rstd = None, eps: float | None = None
+) -> None:
     """The specification's sums, written into out, which may be qkv itself: both are made before either half is written."""
     half = qkv.shape[-1] // 2
     c, s = cos[:, None, None], (-sin if inverse else sin)[:, None, None]
-    a, b = qkv[:, :, :2, :, :half], qkv[:, :, :2, :, half:]
+    turned = qkv[:, :, :2]
+    if eps is not None:
+        turned = turned.to(_wide(qkv.dtype))
+        scale = torch.rsqrt(turned.square().mean(-1, keepdim=True) + eps)
+        turned = turned * scale
+        if rstd is not None:
+            rstd.copy_(scale[..., 0])
+    a, b = turned[..., :half], turned[..., half:]
     first, second = a * c - b * s, a * s + b * c
     out[:, :, :2, :, :half] = first
     out[:, :, :2, :, half:] = second
@@ -91,30 +155,77 @@ def _torch(out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool) ->
         out[:, :, 2] = qkv[:, :, 2]
 
 
+def _torch_backward(dqkv: Tensor, grad: Tensor, out: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor) -> None:
+    """The gradient of the specification with a norm, into dqkv. See the top of this file.
+
+    Tables may be rounded or scaled, so that R^T R = cos^2 + sin^2 is not one: y is R^T out divided by it, and the mean is that
+    of grad . out whatever they are.
+    """
+    half, wide = grad.shape[-1] // 2, _wide(grad.dtype)
+    c, s = cos[:, None, None].to(wide), sin[:, None, None].to(wide)
+    g, turned = grad[:, :, :2].to(wide), out[:, :, :2].to(wide)
+    share = (g * turned).mean(-1, keepdim=True) / (c.square() + s.square())
+    a, b = (rstd[..., None] * (part - of * share) for part, of in zip(g.split(half, -1), turned.split(half, -1), strict=True))
+    dqkv[:, :, :2, :, :half] = a * c + b * s
+    dqkv[:, :, :2, :, half:] = b * c - a * s
+    dqkv[:, :, 2] = grad[:, :, 2]
+
+
 def _tables(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-    wide = torch.float64 if qkv.dtype is torch.float64 else torch.float32
+    wide = _wide(qkv.dtype)
     return cos.to(wide).contiguous(), sin.to(wide).contiguous()
 
 
-def _cpp(out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+def _in_rows(packed: Tensor) -> Tensor:
+    """The tensor as kernels read it: rows may be apart, but each is in one piece."""
+    return packed if _dense(packed) else packed.contiguous()
+
+
+def _cpp(out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rstd: Rstd = None, eps: float | None = None) -> None:
     """csrc/rotary.cpp."""
-    source = qkv if out is qkv or _dense(qkv) else qkv.contiguous()
-    torch.ops.atat_fast_c.rotary(out, source, *_tables(qkv, cos, sin), inverse)
+    source, tables = qkv if out is qkv else _in_rows(qkv), _tables(qkv, cos, sin)
+    if eps is None:
+        torch.ops.atat_fast_c.rotary(out, source, *tables, inverse)
+    else:
+        torch.ops.atat_fast_c.rotary_normed(out, rstd, source, *tables, eps)
 
 
-def _triton(out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool) -> None:
+def _cpp_backward(dqkv: Tensor, grad: Tensor, out: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor) -> None:
+    tables = _tables(grad, cos, sin)
+    torch.ops.atat_fast_c.rotary_normed_backward(dqkv, _in_rows(grad), _in_rows(out), rstd, *tables)
+
+
+def _triton(
+    out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rstd: Rstd = None, eps: float | None = None
+) -> None:
     """kernels/rotary.py."""
     from atat_fast.kernels import rotary as kernel  # triton takes a second to import
 
-    source = qkv if out is qkv or _dense(qkv) else qkv.contiguous()
-    kernel.rotary(out, source, *_tables(qkv, cos, sin), inverse)
+    with on_device(qkv):
+        kernel.rotary(out, qkv if out is qkv else _in_rows(qkv), *_tables(qkv, cos, sin), inverse, rstd, eps)
+
+
+def _triton_backward(dqkv: Tensor, grad: Tensor, out: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor) -> None:
+    from atat_fast.kernels import rotary as kernel
+
+    with on_device(grad):
+        kernel.normed_backward(dqkv, _in_rows(grad), out.contiguous(), rstd, *_tables(grad, cos, sin))
+
+
+backends("rotary", triton=_triton, cpp=_cpp, torch=_torch)
+backends("rotary_normed_backward", triton=_triton_backward, cpp=_cpp_backward, torch=_torch_backward)
 
 
 _rotate_into = dispatch("rotary")
+_normed_backward_into = dispatch("rotary_normed_backward")
+
+
+def _like(qkv: Tensor) -> Tensor:
+    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
 
 
 def _rotary(qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str) -> Tensor:
-    out = torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    out = _like(qkv)
     _rotate_into(out, qkv, cos, sin, inverse, backend)
     return out
 
@@ -124,7 +235,7 @@ def _rotary_(qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str)
 
 
 def _fake(qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str) -> Tensor:
-    return torch.empty_like(qkv, memory_format=torch.contiguous_format)
+    return _like(qkv)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -137,7 +248,48 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return torch.ops.atat_fast.rotary(grad, cos, sin, not ctx.inverse, ctx.backend), None, None, None, None
 
 
-backends("rotary", triton=_triton, cpp=_cpp, torch=_torch)
+def _normed_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
+    batch, length, _, heads, _ = qkv.shape
+    return _like(qkv), qkv.new_empty((batch, length, 2, heads), dtype=_wide(qkv.dtype))
+
+
+def _normed(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    out, rstd = _normed_outputs(qkv)
+    _rotate_into(out, qkv, cos, sin, False, rstd, eps, backend)
+    return out, rstd
+
+
+def _normed_(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float, backend: str) -> None:
+    _rotate_into(qkv, qkv, cos, sin, False, None, eps, backend)
+
+
+def _normed_fake(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float, backend: str) -> tuple[Tensor, Tensor]:
+    return _normed_outputs(qkv)
+
+
+def _normed_backward(grad: Tensor, out: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
+    dqkv = _like(grad)
+    _normed_backward_into(dqkv, grad, out, rstd, cos, sin, backend)
+    return dqkv
+
+
+def _normed_backward_fake(grad: Tensor, out: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor, backend: str) -> Tensor:
+    return _like(grad)
+
+
+def _normed_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    _, cos, sin, _, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(*output, cos, sin)
+
+
+def _normed_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    if grad is None:
+        return (None,) * 5
+    return _NORMED_BACKWARD(grad, *ctx.saved_tensors, ctx.backend), None, None, None, None
+
+
 register(
     "rotary(Tensor qkv, Tensor cos, Tensor sin, bool inverse, str backend) -> Tensor",
     _rotary,
@@ -145,14 +297,46 @@ register(
     backward=_backward,
     setup=_setup,
 )
-library.define(
-    "rotary_(Tensor(a!) qkv, Tensor cos, Tensor sin, bool inverse, str backend) -> ()", tags=(torch.Tag.pt2_compliant_tag,)
+_NORMED = register(
+    "rotary_normed(Tensor qkv, Tensor cos, Tensor sin, float eps, str backend) -> (Tensor out, Tensor rstd)",
+    _normed,
+    _normed_fake,
+    backward=_normed_autograd,
+    setup=_normed_setup,
 )
-library.impl("rotary_", _rotary_, "CompositeExplicitAutograd")
-torch.library.register_fake("atat_fast::rotary_", lambda qkv, cos, sin, inverse, backend: None, lib=library)
+_NORMED_BACKWARD = register(
+    "rotary_normed_backward(Tensor grad, Tensor out, Tensor rstd, Tensor cos, Tensor sin, str backend) -> Tensor",
+    _normed_backward,
+    _normed_backward_fake,
+)
+for _schema, _write in (
+    ("rotary_(Tensor(a!) qkv, Tensor cos, Tensor sin, bool inverse, str backend) -> ()", _rotary_),
+    ("rotary_normed_(Tensor(a!) qkv, Tensor cos, Tensor sin, float eps, str backend) -> ()", _normed_),
+):
+    _name = _schema.split("(", 1)[0]
+    library.define(_schema, tags=(torch.Tag.pt2_compliant_tag,))
+    library.impl(_name, _write, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"atat_fast::{_name}", lambda *arguments: None, lib=library)
 
 
-def rotary_cost(rows: int, heads: int, head_dim: int, *, element_size: int = 2, inplace: bool = True) -> Cost:
-    """Queries and keys are read and written once, and out of place the values too. Three operations an element turned."""
+def rotary_cost(
+    rows: int,
+    heads: int,
+    head_dim: int,
+    *,
+    element_size: int = 2,
+    inplace: bool = True,
+    norm: bool = False,
+    backward: bool = False,
+) -> Cost:
+    """Queries and keys are read and written once, and out of place the values too. Three operations an element turned.
+
+    norm: three more for the mean square and the scale, and out of place four bytes a query and key for what the backward needs.
+          Its backward takes eight, and reads those and the turned queries and keys again.
+    """
     elements = rows * heads * head_dim
-    return Cost(flops=3 * 2 * elements, bytes=2 * (2 if inplace else 3) * elements * element_size)
+    moved, operations, kept = 2 * (2 if inplace else 3), 3, 0
+    if norm:
+        moved, operations = moved + 2 * backward, 8 if backward else 6
+        kept = 0 if inplace and not backward else 2 * rows * heads * 4
+    return Cost(flops=operations * 2 * elements, bytes=moved * elements * element_size + kept)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -209,22 +210,35 @@ def adaptive_norm() -> Iterator[Triton]:
 
 
 def rotary() -> Iterator[Triton]:
-    """Half a head of 16, 32 and 64 elements, in place and out of place, and a length that nothing divides."""
+    """Half a head of 16, 32 and 64 elements, in place and out of place, and a length that nothing divides; with a norm, whose
+    scales are kept out of place, also a head that is no power of two; and the gradient of that.
+    """
     from atat_fast.kernels.rotary import configuration
 
     integers = ("rows", "L", "H", "in_batch", "in_row", "out_batch", "out_row")
-    for size in (32, 64, 128):
+    backward_integers = ("rows", "L", "H", "grad_batch", "grad_row")
+    for size in (32, 64, 96, 128, 256):
         for name, pointer in (("fp32", "*fp32"), ("bf16", "*bf16")):
+            sizes = configuration(12, size)
+            options = {"num_warps": sizes.pop("num_warps")}
             types = {"Out": pointer, "In": pointer, "Cos": "*fp32", "Sin": "*fp32"} | dict.fromkeys(integers, "i32")
-            for copy in (False, True):
-                sizes = configuration(12, size)
-                options = {"num_warps": sizes.pop("num_warps")}
-                constants = sizes | {"INVERSE": copy, "COPY": copy, "HALF": size // 2}
-                case = f"rotary/{name}-{'copy' if copy else 'inplace'}/{size}"
+            for norm, copy in itertools.product((False, True), repeat=2):
+                if size in (96, 256) and not norm:
+                    continue
+                constants = sizes | {"INVERSE": copy and not norm, "NORM": norm, "COPY": copy, "HALF": size // 2}
+                given = types | ({"eps": "fp32"} if norm else {}) | ({"Rstd": "*fp32"} if norm and copy else {})
+                absent = {optional: None for optional in ("eps", "Rstd") if optional not in given}
                 yield Triton(
-                    case, "rotary", "_rotary_kernel", types, constants, options,
+                    f"rotary/{name}-{'norm-' * norm}{'copy' if copy else 'inplace'}/{size}", "rotary", "_rotary_kernel", given,
+                    constants | absent, options,
                     divisible=("in_batch", "in_row", "out_batch", "out_row") if copy else integers[:2] + integers[3:],
                 )  # fmt: skip
+            types = {"Dx": pointer, "Grad": pointer, "Out": pointer, "Rstd": "*fp32", "Cos": "*fp32", "Sin": "*fp32"}
+            yield Triton(
+                f"rotary/{name}-norm-backward/{size}", "rotary", "_rotary_backward_kernel",
+                types | dict.fromkeys(backward_integers, "i32"), sizes | {"HALF": size // 2}, options,
+                divisible=backward_integers[3:],
+            )  # fmt: skip
 
 
 TRITON = (adaptive_norm, cross_entropy, linear_categorical, masking, philox, rotary)

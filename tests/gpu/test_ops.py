@@ -17,6 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atat_fast.ops import (
@@ -137,6 +138,22 @@ def rotary_case(size: Size, device: str, dtype: torch.dtype) -> Case:
     )  # fmt: skip
 
 
+def normed_rotary_case(size: Size, device: str, dtype: torch.dtype) -> Case:
+    """rotary with its norm; PyTorch's own error is that of F.rms_norm and the rotation."""
+    head_dim = size.width // size.heads
+    cos, sin = (t.to(device) for t in rotary_table(size.length, head_dim))
+    qkv = draw(device, size.batch, size.length, 3, size.heads, head_dim, dtype=dtype)
+    eps = torch.finfo(torch.float32).eps
+
+    def reference(given: Tensors) -> Tensors:
+        (x,) = given
+        if x.dtype is torch.float64:
+            return (rotary_reference(x, cos.double(), sin.double(), norm=True, eps=eps),)
+        return (rotary_reference(torch.cat((F.rms_norm(x[:, :, :2], x.shape[-1:]), x[:, :, 2:]), dim=2), cos, sin),)
+
+    return Case((qkv,), lambda backend, given: (rotary(given[0], cos, sin, norm=True, backend=backend),), reference)
+
+
 def attention_case(size: Size, device: str, dtype: torch.dtype) -> Case:
     """attention; its backends are the implementations that can run."""
     qkv = draw(device, size.batch, size.length, 3, size.heads, size.width // size.heads, dtype=dtype)
@@ -152,6 +169,7 @@ CASES: dict[str, Callable[[Size, str, torch.dtype], Case]] = {
     "gated_residual_norm": lambda *a: norm_case(*a, gated=True, shared=False),
     "gated_residual_norm, shared": lambda *a: norm_case(*a, gated=True, shared=True),
     "rotary": rotary_case,
+    "rotary, normed": normed_rotary_case,
     "attention": attention_case,
 }
 
