@@ -234,7 +234,7 @@ def self_attention(
     """qkv projection, rotation, attention and output projection of an already normalised x: [B, L, D] to [B, L, D].
 
     qkv_weight: [3 * D, D], packed (three, heads, head dimension).   out_weight: [D, D].   cos, sin: [L, D / heads / 2].
-    qk_norm:    queries and keys are scaled to unit root-mean-square, without weights, before the rotation.
+    qk_norm:    queries and keys are scaled to unit root-mean-square, without weights, in the rotation's pass (`rotary`'s norm).
     rows:       [R] int64, flat indices b * L + i: only these leave the output projection, as [R, D].
     documents:  what `document_layout` made for this implementation, or None: every position looks everywhere.
     """
@@ -340,11 +340,8 @@ def _self_attention(
 ) -> Tensor:  # fmt: skip
     batch, length, width = x.shape
     qkv = F.linear(x, qkv_weight).view(batch, length, 3, heads, width // heads)
-    if qk_norm:
-        queries_keys, values = qkv.split((2, 1), dim=2)
-        qkv = torch.cat((F.rms_norm(queries_keys, (width // heads,)).to(values.dtype), values), dim=2)
     tracked = torch.is_grad_enabled() and qkv.requires_grad
-    qkv = rotary(qkv, cos, sin, inplace=not tracked)
+    qkv = rotary(qkv, cos, sin, norm=qk_norm, inplace=not tracked)
     if rows is not None and batch == 1 and documents is None and not tracked and implementation not in MODULES:
         # One sequence, and no gradient: rows are its positions, and attention is for their queries alone.
         return F.linear(_attend_from(qkv, rows, implementation), out_weight)
