@@ -98,6 +98,7 @@ def costs(variant: Variant) -> dict[str, Cost]:
     weights = (4 + 2 * c.mlp_ratio) * width * width * layers
     chains = [gated_residual_norm_cost(rows, width, branch_bytes=size, backward=b).bytes for b in (False, True)]
     first = [adaptive_layer_norm_cost(rows, width, branch_bytes=size, backward=b).bytes for b in (False, True)]
+    turns = [rotary_cost(rows, c.heads, width // c.heads, element_size=size, norm=c.qk_norm, backward=b) for b in (False, True)]
     over_logits = 2 * reach * s.vocabulary * size
     parameters = sum(p.numel() for p in variant.losses_of.parameters())
     return {
@@ -106,7 +107,7 @@ def costs(variant: Variant) -> dict[str, Cost]:
         "head products": Cost(head.flops, head.bytes - over_logits),
         "head row pass": Cost(0, over_logits),
         "norm chains": Cost(0, 2 * layers * sum(chains) + sum(first)),
-        "rotary": Cost(0, 2 * layers * rotary_cost(rows, c.heads, width // c.heads, element_size=size).bytes),
+        "rotary": Cost(0, layers * sum(turn.bytes for turn in turns)),
         "masking": Cost(0, mask_tokens_cost(s.batch, c.length, reach).bytes),
         "activation": Cost(0, 5 * rows * c.mlp_ratio * width * size * layers),
         "embedding": Cost(0, 4 * rows * width * 4 + 4 * s.vocabulary * width),

@@ -78,11 +78,14 @@ def pass_parts(
     chains = [gated_residual_norm_cost(rows, width, branch_bytes=size, backward=b).bytes for b in (False, True)]
     first = [adaptive_layer_norm_cost(rows, width, branch_bytes=size, backward=b).bytes for b in (False, True)]
     norm_bytes = 2 * layers * sum(chains) + sum(first)
-    turns = 2 * layers * rotary_cost(rows, config.heads, width // config.heads, element_size=size).bytes
+    turns = [
+        layers * rotary_cost(rows, config.heads, width // config.heads, element_size=size, norm=config.qk_norm, backward=b).bytes
+        for b in (False, True)
+    ]
     activation = 5 * rows * config.mlp_ratio * width * size * layers
     embedding = 4 * rows * width * 4 + 4 * vocabulary * width
     casts = CAST_BYTES * parameters if size == 2 else 0
-    plain = turns + activation + embedding + casts
+    plain = sum(turns) + activation + embedding + casts
 
     over_logits = 2 * hidden * vocabulary * size  # the row pass: it follows the product and cannot overlap it
     rate, moved = device.flops * shares.gemm, device.bandwidth * shares.bandwidth
@@ -100,7 +103,7 @@ def pass_parts(
     if recomputed:
         share = recomputed / layers
         again, attend_again = products / 3 * share, attend[0].flops * recomputed
-        bytes_again = 2 * recomputed * chains[0] + share * (turns / 2 + 2 / 5 * activation)
+        bytes_again = 2 * recomputed * chains[0] + share * (turns[0] + 2 / 5 * activation)
         seconds = again / rate + attend_again / (device.flops * shares.attention) + bytes_again / moved
         seconds += KERNELS_FORWARD * recomputed * shares.gap
         parts.append(Part("recomputed", again + attend_again, bytes_again, seconds))

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 from atat_fast.config import load_preset
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import step_cost
+from atat_fast.training.step_time import pass_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 50_258
@@ -104,6 +106,19 @@ def test_work_is_the_cost_models(project, preset):
     assert 0 < p.mfu(p.flops_hidden) < p.mfu(p.flops_all) < 1
     for part in p.parts:
         assert part.flops / p.device.flops <= part.seconds and part.bytes / p.device.bandwidth <= part.seconds
+
+
+def test_the_norm_of_queries_and_keys_costs_what_its_backward_reads(load):
+    """The turned queries and keys once more, and four bytes a query and key: nothing in the forward pass."""
+    device, config = load("devices").TABLE["rtx4090"], load_preset("small").model
+    plain, normed = (
+        {part.name: part for part in pass_parts(replace(config, qk_norm=norm), VOCABULARY, 4, 10**8, device, recomputed=2)}
+        for norm in (False, True)
+    )
+    rows = 4 * config.length
+    more = config.layers * rows * (2 * config.dim * device.element + 2 * config.heads * 4)
+    assert normed["elementwise"].bytes - plain["elementwise"].bytes == more
+    assert {name for name in plain if plain[name] != normed[name]} == {"elementwise"}
 
 
 def test_a_faster_device_is_faster(project):
