@@ -74,7 +74,7 @@ def mask_errors_of(run: Path, replicates: int, config: Any) -> list[dict[str, An
     from atat_fast.evaluation.mask_variance import model_mask_errors
     from atat_fast.training import checkpoint
     from atat_fast.training.comparison_page import mask_rows
-    from atat_fast.training.device import resolve
+    from atat_fast.training.compute import resolve
 
     saved = checkpoint.find(run)
     model, tokenizer = checkpoint.load_model(saved)

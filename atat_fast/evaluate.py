@@ -98,7 +98,7 @@ def _likelihoods(args: Any) -> int:
     from atat_fast.data.zero_shot import open_set, parse_sets
     from atat_fast.evaluation import measure as figures_of
     from atat_fast.evaluation.orders import check_orders
-    from atat_fast.training.device import environment, resolve
+    from atat_fast.training.compute import environment, resolve
 
     sets = parse_sets(args.zero_shot) if args.zero_shot is not None else {}
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
@@ -214,7 +214,7 @@ def _samples(args: Any) -> int:
     """Quality of generated text."""
     from atat_fast.evaluation import generation
     from atat_fast.evaluation.measure import console
-    from atat_fast.training.device import environment, resolve
+    from atat_fast.training.compute import environment, resolve
 
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
     tokenizer = _subject(args).tokenizer if args.run is not None or args.model is not None else None

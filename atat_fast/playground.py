@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from atat_fast.data import Tokenizer
     from atat_fast.models.dit import DiT
     from atat_fast.models.importance import ImportanceEstimator
-    from atat_fast.training.device import Compute
+    from atat_fast.training.compute import Compute
 
 INSTALL = "pip install 'atat_fast[playground]'"
 EXAMPLE = "The [MASK][MASK][MASK] of the list is returned, ___ value."
@@ -317,7 +317,7 @@ def main(arguments: Sequence[str]) -> int:
 
 def open_subject(args: Any) -> Subject:
     """The model of --run or --model, on its device. Raises UsageError."""
-    from atat_fast.training.device import resolve
+    from atat_fast.training.compute import resolve
 
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
     estimator: ImportanceEstimator | None

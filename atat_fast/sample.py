@@ -40,7 +40,7 @@ def main(arguments: Sequence[str]) -> int:
 
     from atat_fast.diffusion.samplers import SAMPLERS, sample
     from atat_fast.training import checkpoint
-    from atat_fast.training.device import resolve
+    from atat_fast.training.compute import resolve
 
     if args.sampler != "auto" and args.sampler not in SAMPLERS:
         known = ("auto", *SAMPLERS)

@@ -37,7 +37,7 @@ def _main(arguments: Sequence[str]) -> int:
         return _dry_run(config)
 
     from atat_fast.report import write_report
-    from atat_fast.training.device import resolve
+    from atat_fast.training.compute import resolve
     from atat_fast.training.modes import check_parallel
     from atat_fast.training.plan import check
     from atat_fast.training.ranks import Launch, Ranks, leave_to_rank_0, lost_contact
@@ -80,7 +80,7 @@ def _main(arguments: Sequence[str]) -> int:
 def _dry_run(config) -> int:  # type: ignore[no-untyped-def]
     """The plan, for the cards of parallel.device and parallel.world_size, or for this machine's."""
     from atat_fast.data.tokenizers import vocabulary
-    from atat_fast.training.device import resolve
+    from atat_fast.training.compute import resolve
     from atat_fast.training.devices import facts_of, named
     from atat_fast.training.modes import check_parallel
     from atat_fast.training.parallel_plan import describe_parallel

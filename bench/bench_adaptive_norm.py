@@ -36,7 +36,7 @@ from atat_fast.ops import (
     gated_residual_norm_reference,
     registry,
 )
-from atat_fast.training.device import environment, resolve
+from atat_fast.training.compute import environment, resolve
 
 COMPUTE = resolve(TrainConfig())
 DEVICE = COMPUTE.device

@@ -30,7 +30,7 @@ from timing import results_folder
 from atat_fast.config import TrainConfig
 from atat_fast.ops import Documents, attention, attention_cost, attention_reference, document_layout, explain_attention
 from atat_fast.ops.attention import MODULES
-from atat_fast.training.device import environment, resolve, short
+from atat_fast.training.compute import environment, resolve, short
 
 COMPUTE = resolve(TrainConfig())
 DEVICE = COMPUTE.device

@@ -24,7 +24,7 @@ from timing import results_folder
 
 from atat_fast.config import TrainConfig
 from atat_fast.ops import linear_categorical, linear_categorical_cost, linear_categorical_reference, registry
-from atat_fast.training.device import environment, resolve, short
+from atat_fast.training.compute import environment, resolve, short
 
 COMPUTE = resolve(TrainConfig())
 DEVICE = COMPUTE.device

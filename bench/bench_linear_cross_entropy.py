@@ -31,7 +31,7 @@ from timing import interleaved, peak_resident_bytes, results_folder, seconds, sp
 
 from atat_fast.config import TrainConfig
 from atat_fast.ops import linear_cross_entropy, linear_cross_entropy_cost, registry
-from atat_fast.training.device import environment, peak_flops, resolve
+from atat_fast.training.compute import environment, peak_flops, resolve
 
 COMPUTE = resolve(TrainConfig())
 DEVICE, DTYPE = COMPUTE.device, COMPUTE.dtype

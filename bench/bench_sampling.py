@@ -37,7 +37,7 @@ from atat_fast.config import TrainConfig, load_preset
 from atat_fast.diffusion.samplers import SAMPLERS, sample
 from atat_fast.errors import UsageError, nearest
 from atat_fast.models import DiT
-from atat_fast.training.device import Compute, environment, resolve
+from atat_fast.training.compute import Compute, environment, resolve
 
 PLAIN = "plain MDLM loop"
 STEPS = 128

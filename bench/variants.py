@@ -23,7 +23,7 @@ from atat_fast.config import Config, ImportanceConfig, OptimConfig, load_preset
 from atat_fast.data import SequenceLoader
 from atat_fast.models import DiT
 from atat_fast.models.importance import ImportanceEstimator
-from atat_fast.training.device import Compute
+from atat_fast.training.compute import Compute
 from atat_fast.training.objective import Objective
 from atat_fast.training.optimizers import Average, Optimizers
 

@@ -20,7 +20,7 @@ from atat_fast.data import Tokenizer, hub, local
 from atat_fast.errors import UsageError
 
 if TYPE_CHECKING:
-    from atat_fast.training.device import Compute
+    from atat_fast.training.compute import Compute
 
 LONGEST_N = 4
 CONTEXT = 1_024  # tokens a causal LM reads at once, as in MDLM's evaluation, or fewer where it takes fewer

@@ -29,7 +29,7 @@ from atat_fast.evaluation.orders import EXACT, order_nll
 from atat_fast.evaluation.precision import antithetic_counts
 from atat_fast.models.dit import DiT
 from atat_fast.ops.masking import mask_tokens
-from atat_fast.training.device import Compute, resolve
+from atat_fast.training.compute import Compute, resolve
 
 NAME = "atat_fast"
 LIKELIHOODS = ("nelbo", *EXACT)

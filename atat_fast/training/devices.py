@@ -1,7 +1,7 @@
 """What devices are sold as, and what is assumed of how much of it a training step gets: the one table that the plan of a run
 (`training/parallel_plan.py`) and bench/project.py compute from.
 
-Peaks are those of `atat_fast.training.device.PEAK_BF16_FLOPS`. Memory is what nvidia-smi reports for such a card. All other
+Peaks are those of `atat_fast.training.compute.PEAK_BF16_FLOPS`. Memory is what nvidia-smi reports for such a card. All other
 numbers carry their source in words; a share is an assumption until a file in bench/results says otherwise.
 """
 
@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import torch
 
 from atat_fast.errors import UsageError, nearest
-from atat_fast.training.device import PEAK_BF16_FLOPS, Compute, device_name
+from atat_fast.training.compute import PEAK_BF16_FLOPS, Compute, device_name
 
 MIB = 1 << 20
 GB = 10**9

@@ -8,7 +8,7 @@ import torch
 
 from atat_fast.config import Config, ParallelConfig
 from atat_fast.errors import UsageError
-from atat_fast.training.device import Compute, short
+from atat_fast.training.compute import Compute, short
 from atat_fast.training.devices import facts_of
 from atat_fast.training.parallel_plan import choose_mode
 from atat_fast.training.ranks import Launch

@@ -27,7 +27,7 @@ from atat_fast.diffusion.masking import Hide, MaskedBatch, Scored, hidden_in_bat
 from atat_fast.models.dit import DiT, Randomness
 from atat_fast.models.importance import ImportanceEstimator, error_chance, importance_loss
 from atat_fast.ops.attention import Documents
-from atat_fast.training.device import Compute
+from atat_fast.training.compute import Compute
 from atat_fast.training.parallel import compile_blocks
 
 PREFIX = "importance."

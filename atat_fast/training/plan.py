@@ -15,7 +15,7 @@ from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, check_model, step_cost
 from atat_fast.models.importance import ImportanceEstimator, importance_cost
 from atat_fast.ops.slabs import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU
-from atat_fast.training.device import Compute
+from atat_fast.training.compute import Compute
 from atat_fast.training.optimizers import check_optim
 
 LARGEST_MICRO_BATCH = 32

@@ -15,7 +15,7 @@ from atat_fast.evaluation.likelihood import evaluating
 from atat_fast.models.dit import step_cost
 from atat_fast.models.importance import importance_cost
 from atat_fast.training import checkpoint, run_folder
-from atat_fast.training.device import peak_flops
+from atat_fast.training.compute import peak_flops
 from atat_fast.training.hardware import by_card, stragglers
 from atat_fast.training.objective import baseline
 from atat_fast.training.optimizers import learning_rate

@@ -29,7 +29,7 @@ from atat_fast.models.dit import DiT
 from atat_fast.models.importance import ImportanceEstimator, log_rank
 from atat_fast.ops.attention import choose_attention, documents_of
 from atat_fast.training import checkpoint, records, run_folder
-from atat_fast.training.device import Compute, environment, resolve
+from atat_fast.training.compute import Compute, environment, resolve
 from atat_fast.training.hardware import Monitor, Stopwatch, card_of
 from atat_fast.training.modes import check_parallel, check_precision, choose_for
 from atat_fast.training.objective import Objective

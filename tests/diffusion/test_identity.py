@@ -29,7 +29,7 @@ from atat_fast.diffusion.noise import mask_counts
 from atat_fast.diffusion.objective import estimate_nll
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
-from atat_fast.training.device import Compute
+from atat_fast.training.compute import Compute
 from atat_fast.training.objective import Objective
 from atat_fast.training.plan import check, describe_schedule
 from atat_fast.training.recipes import with_recipe

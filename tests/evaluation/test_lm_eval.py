@@ -20,7 +20,7 @@ from atat_fast.errors import UsageError
 from atat_fast.evaluation import lm_eval as adapter
 from atat_fast.evaluation.orders import EXACT, order_nll
 from atat_fast.models.dit import DiT
-from atat_fast.training.device import resolve
+from atat_fast.training.compute import resolve
 
 LENGTH = 12
 

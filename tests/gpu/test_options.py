@@ -9,7 +9,7 @@ from atat_fast.config import ModelConfig, OptimConfig
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
 from atat_fast.training import low_precision
-from atat_fast.training.device import Compute
+from atat_fast.training.compute import Compute
 from atat_fast.training.devices import facts_of
 from atat_fast.training.hardware import Monitor, Stopwatch, card_of
 from atat_fast.training.low_precision import AdamWBf16, round_by_chance, update

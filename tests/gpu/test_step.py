@@ -23,7 +23,7 @@ from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.ops import mask_tokens
-from atat_fast.training.device import Compute
+from atat_fast.training.compute import Compute
 from atat_fast.training.objective import Objective
 from atat_fast.training.optimizers import Average, Optimizers
 from atat_fast.training.plan import estimate_memory

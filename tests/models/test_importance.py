@@ -18,7 +18,7 @@ from atat_fast.models.importance import (
     log_rank,
 )
 from atat_fast.ops import documents_of
-from atat_fast.training.device import Compute
+from atat_fast.training.compute import Compute
 from atat_fast.training.objective import Objective, baseline
 
 V, L = 11, 12

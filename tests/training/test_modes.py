@@ -9,7 +9,7 @@ from atat_fast.config import Config, ParallelConfig, load_preset
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
 from atat_fast.training import modes
-from atat_fast.training.device import Compute
+from atat_fast.training.compute import Compute
 from atat_fast.training.devices import TABLE
 from atat_fast.training.modes import Choice, check_parallel, check_precision, choose_for
 from atat_fast.training.parallel import recompute_blocks

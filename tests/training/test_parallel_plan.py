@@ -20,7 +20,7 @@ from atat_fast.errors import UsageError
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
 from atat_fast.train import main
-from atat_fast.training.device import Compute
+from atat_fast.training.compute import Compute
 from atat_fast.training.devices import TABLE, facts_of, named, of_name
 from atat_fast.training.parallel_cost import (
     GIB,
