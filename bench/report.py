@@ -61,7 +61,7 @@ def tables() -> dict[Path, dict[str, str]]:
         "audit_counts": audit_schedules.counts_table(),
         "audit_identity": audit_schedules.identity_table(),
     }
-    if any(RESULTS.glob("*/compare.json")):
+    if any(RESULTS.glob("*/compare-*.json")):
         atat["compare"] = report_tables.compare(RESULTS)
     return {
         README: readme,
@@ -104,12 +104,16 @@ def record(folder: Path) -> None:
 
 
 def record_compare(folder: Path) -> Path:
-    """Keep a comparison's compare.json and curves under its device's name. Raises UsageError where there is none."""
+    """Keep a comparison's compare.json and curves under its device's name, preset and budget: a new one replaces what was
+    compared at the same cost. Raises UsageError where there is none.
+    """
     path = folder / "compare.json"
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
         device = found["environment"]["device"]
         whole = found["benchmark"] == "compare" and found["results"] and found["differences"] is not None
+        kind, amount = found["settings"]["budget"].split("=")
+        name = f"compare-{found['settings']['preset']}-{kind}-{float(amount):.12g}"
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -118,10 +122,10 @@ def record_compare(folder: Path) -> Path:
         )
     kept = RESULTS / ("cpu" if device.startswith("CPU") else device.lower().replace(" ", "-"))
     kept.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, kept / "compare.json")
+    shutil.copyfile(path, kept / f"{name}.json")
     IMAGES.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(folder / "curves.png", IMAGES / f"compare-{kept.name}.png")
-    return kept / "compare.json"
+    shutil.copyfile(folder / "curves.png", IMAGES / f"{kept.name}-{name}.png")
+    return kept / f"{name}.json"
 
 
 def main(arguments: list[str] | None = None) -> int:
