@@ -33,8 +33,9 @@ from atat_fast.training.trainer import Diverged, Trainer
 IDENTITY, RESULT, VALUES = "comparison.json", "result.json", "values.npy"
 WARM_UP, TIMED = 5, 12
 """Steps of a pass of a calibration: the first ones compile and allocate, the others are spread over the schedule and timed."""
-PASSES = 3
-"""Passes over all recipes that are calibrated: what is slow for a while is slow for each of them."""
+PASSES = 5
+"""Passes over all recipes that are calibrated: what is slow for a while is slow for each of them. Steps count at their lower
+quartile, which other processes, who only ever add time, disturb least."""
 LOG_LINES = 5
 """Log lines between two points of a curve."""
 
@@ -189,11 +190,12 @@ def _calibrate(plan: Plan, names: Sequence[str], say: Callable[[str], None]) -> 
             seconds[name] += _time_steps(plan, name)
     found: dict[str, dict[str, Any]] = {}
     for name in names:
-        each = statistics.median(seconds[name])
-        if not math.isfinite(each):
+        if any(math.isnan(each) for each in seconds[name]):
             raise UsageError(f"recipe {name} diverges within its first steps, so its time cannot be measured; lower its optim.lr")
+        each = statistics.quantiles(seconds[name], n=4)[0]
         found[name] = {"steps": max(1, round(amount * 60 / each)), "seconds_a_step": each}
-        say(f"{name}: {each:.4g} s a step (median of {PASSES * TIMED}), so {found[name]['steps']:,} steps in {amount:g} min")
+        steps = f"{found[name]['steps']:,} steps in {amount:g} min"
+        say(f"{name}: {each:.4g} s a step (lower quartile of {PASSES * TIMED}), so {steps}")
     return found
 
 
