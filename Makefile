@@ -24,7 +24,7 @@ train: install ## train the demo model, then write its report
 	$(VENV)/bin/torchrun --standalone --nproc-per-node=1 -m atat_fast.train
 
 test: install ## run all tests that need no GPU, slow ones too
-	$(VENV)/bin/pytest -m "not gpu"
+	$(VENV)/bin/pytest -m "not gpu" --durations=20
 
 wheels: install ## build the wheels named in WHEELS and run the quick tests on each, about 3 minutes a wheel
 	$(VENV)/bin/python tests/packaging/suite_on_wheels.py --wheels $(WHEELS)

@@ -196,7 +196,7 @@ def _subject(args: Any) -> Subject:
     title = f"{args.model}" + (f"  step {facts['step']:,}  {facts.get('weights', '')} weights" if "step" in facts else "")
     trained_on = found.facts.get("data", {}).get("sha256", {})
     corpus = config.data.corpus if isinstance(known, dict) else None
-    return Subject(found.model, found.tokenizer, found.estimator, None, config, facts, title, corpus, trained_on)
+    return Subject(found.model, found.tokenizer, found.estimator, found.identity, config, facts, title, corpus, trained_on)
 
 
 def _dataset(args: Any, subject: Subject) -> Dataset:

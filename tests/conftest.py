@@ -14,6 +14,8 @@ import pytest
 import torch
 
 MOST_WORKERS = 4
+GROUPED = "ATAT_FAST_TESTS_GROUPED"
+"""Set for the processes of a suite whose tests are handed out by group."""
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     specification = importlib.util.spec_from_file_location("interpreter", Path(__file__).parent / "ops" / "interpreter.py")
@@ -31,7 +33,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option = config.option
     if not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None or option.collectonly:
         return
-    if "PYTEST_XDIST_WORKER" in os.environ:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # which is told the options of the command line alone
+        option.loadgroup = option.loadgroup or GROUPED in os.environ
         return
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     alone = getattr(option, "usepdb", False) or "gpu" in option.markexpr.replace("not gpu", "") or option.keyword
@@ -40,11 +43,16 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
         option.numprocesses = min(cores, MOST_WORKERS)
         option.dist = "loadgroup"
+        os.environ[GROUPED] = "1"
 
 
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that share a module's fixture run in one process, so that it is made once: some train on four ranks for a minute."""
+    """Tests that share a module's fixture run in one process, so that it is made once: some train on four ranks for a minute. Of
+    several processes none is left with a long test while the others have nothing to do: slow ones come first.
+    """
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is None)
     for item in items if config.pluginmanager.hasplugin("xdist") else ():
         if isinstance(item, pytest.Function):
             made = item._fixtureinfo.name2fixturedefs.values()

@@ -5,6 +5,7 @@ A saved model is a folder of safetensors and JSON, nothing that has to be unpick
     config.json  model.safetensors            what DiT.from_pretrained reads
     tokenizer.json  tokenizer_config.json     what AutoTokenizer.from_pretrained reads, and Tokenizer.load
     importance.json  importance.safetensors   the importance estimator, where there is one
+    schedule.safetensors                      the rates of a token-identity schedule, where it was trained with one
     atat_fast.json                            what it was trained on and how good it was
     README.md                                 the same as a model card
 
@@ -34,14 +35,15 @@ from atat_fast.config import Config, ImportanceConfig, ModelConfig, to_dict
 from atat_fast.data import hub as network
 from atat_fast.data.local import without_folders
 from atat_fast.data.tokenizers import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer, make_tokenizer
+from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.errors import UsageError
 from atat_fast.models.card import model_card
 from atat_fast.models.dit import DiT, merge_modulation
 from atat_fast.models.importance import ImportanceEstimator
 
 CONFIG, WEIGHTS, FACTS, CARD = "config.json", "model.safetensors", "atat_fast.json", "README.md"
-IMPORTANCE, IMPORTANCE_WEIGHTS = "importance.json", "importance.safetensors"
-FILES = (CONFIG, WEIGHTS, TOKENIZER_FILE, SETTINGS_FILE, IMPORTANCE, IMPORTANCE_WEIGHTS, FACTS, CARD)
+IMPORTANCE, IMPORTANCE_WEIGHTS, SCHEDULE = "importance.json", "importance.safetensors", "schedule.safetensors"
+FILES = (CONFIG, WEIGHTS, TOKENIZER_FILE, SETTINGS_FILE, IMPORTANCE, IMPORTANCE_WEIGHTS, SCHEDULE, FACTS, CARD)
 """All that a saved model consists of: what is read, downloaded, uploaded, and may be replaced."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
@@ -54,6 +56,7 @@ class Saved:
     tokenizer: Tokenizer
     estimator: ImportanceEstimator | None = None
     facts: dict[str, Any] = field(default_factory=dict)
+    identity: IdentitySchedule | None = None
 
 
 def save_pretrained(
@@ -76,6 +79,8 @@ def save_pretrained(
         if estimator is not None:
             save_file(_tensors(estimator), aside / IMPORTANCE_WEIGHTS, metadata={"format": "pt"})
             _write(aside / IMPORTANCE, dataclasses.asdict(estimator.config))
+        if saved.identity is not None:
+            save_file({"rates": saved.identity.rates.cpu()}, aside / SCHEDULE, metadata={"format": "pt"})
         facts = {"format": 1, "version": __version__, **saved.facts}
         _write(aside / FACTS, facts)
         (aside / CARD).write_text(model_card(facts, name=name or folder.name, licence=licence), encoding="utf-8")
@@ -104,7 +109,7 @@ def from_pretrained(source: str | Path, *, longest: int | None = None, tokenizer
     check_vocabulary(model, reads, str(source))
     _load(model, folder / WEIGHTS)
     facts = _read(folder / FACTS) if (folder / FACTS).is_file() else {}
-    return Saved(model, reads, _estimator(folder, model), facts)
+    return Saved(model, reads, _estimator(folder, model), facts, _identity(folder, model))
 
 
 def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -> str:
@@ -225,6 +230,18 @@ def _estimator(folder: Path, model: DiT) -> ImportanceEstimator | None:
     return estimator
 
 
+def _identity(folder: Path, model: DiT) -> IdentitySchedule | None:
+    if not (folder / SCHEDULE).is_file():
+        return None
+    try:
+        rates = load_file(folder / SCHEDULE)["rates"]
+        if tuple(rates.shape) != (model.vocab_size,):
+            raise ValueError(f"rates are {tuple(rates.shape)}, and the vocabulary {model.vocab_size:,}")
+        return IdentitySchedule(rates)
+    except (OSError, SafetensorError, KeyError, ValueError) as error:
+        raise UsageError(f"{folder / SCHEDULE} does not hold rates of this vocabulary: {_first_line(error)}") from error
+
+
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
     """Parameters, each once however often it is used, and the buffers of the state."""
     state = module.state_dict()
@@ -330,6 +347,9 @@ def open_run(run: Path, which: str, *, average: bool) -> Saved:
     estimator = checkpoint.load_importance(found, average=average)
     if estimator is not None:
         facts["importance"] = dataclasses.asdict(estimator.config)
+    identity = checkpoint.load_identity(found)
+    if identity is not None:
+        facts["identity_strength"] = config.diffusion.identity_strength
     if (run / "metrics.jsonl").is_file():
         seen = read_run(run)
         counts = str(seen.facts.get("data", ""))
@@ -337,7 +357,7 @@ def open_run(run: Path, which: str, *, average: bool) -> Saved:
         facts["name"] = seen.name
         facts["environment"] = {name: seen.facts[name] for name in ("device", "torch", "version") if name in seen.facts}
         facts["samples"] = seen.samples[-1]["texts"] if seen.samples else []
-    return Saved(model, tokenizer, estimator, facts)
+    return Saved(model, tokenizer, estimator, facts, identity)
 
 
 def main(arguments: Sequence[str]) -> int:

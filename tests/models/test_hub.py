@@ -21,6 +21,7 @@ from atat_fast.cli import run_door
 from atat_fast.config import ImportanceConfig
 from atat_fast.data import hub as network
 from atat_fast.data.tokenizers import make_tokenizer
+from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.errors import UsageError
 from atat_fast.models import hub
 from atat_fast.models.card import fenced, model_card
@@ -55,16 +56,25 @@ def test_a_model_comes_back(changes, tmp_path):
     model, tokenizer = small(**changes)
     config = ImportanceConfig(source="full", width=8, layers=1, heads=2)
     estimator = ImportanceEstimator(config, 16, 12, torch.arange(258))
-    saved = hub.Saved(model, tokenizer, estimator, {"step": 7})
+    rates = IdentitySchedule(torch.rand(258) + 0.1)
+    saved = hub.Saved(model, tokenizer, estimator, {"step": 7}, rates)
     folder = hub.save_pretrained(tmp_path / "model", saved)
     assert {f.name for f in folder.iterdir()} == set(hub.FILES)
     back = hub.from_pretrained(folder)
     assert torch.equal(logits(back.model), logits(model)) and back.model.config == model.config
     assert back.tokenizer.fingerprint == tokenizer.fingerprint and back.facts["step"] == 7
     assert back.estimator is not None and back.estimator.config == config
+    assert back.identity is not None and torch.equal(back.identity.rates, rates.rates)
     for name, value in estimator.state_dict().items():
         assert torch.equal(back.estimator.state_dict()[name], value), name
     assert torch.equal(logits(DiT.from_pretrained(folder)), logits(model))  # the hub library's own way reads it too
+
+
+@pytest.mark.parametrize("rates", [torch.ones(257), torch.zeros(258), torch.full((258,), torch.nan), None])
+def test_rates_that_are_none_are_refused(folder, rates):
+    save_file({"rates": rates} if rates is not None else {"other": torch.ones(1)}, folder / "schedule.safetensors")
+    with pytest.raises(UsageError, match=r"schedule\.safetensors does not hold rates of this vocabulary"):
+        hub.from_pretrained(folder)
 
 
 def test_nothing_is_pickled_and_no_code_is_saved(folder):
@@ -273,7 +283,7 @@ def test_pushing(trained_run, monkeypatch, capsys):
     monkeypatch.setattr(network, "reachable", lambda: True)
     assert hub.main(["--run", str(trained_run), "--push", "me/small", "--private"]) == 0
     assert api.made == [("me/small", {"private": True, "exist_ok": True, "repo_type": "model"})]
-    assert set(api.sent["me/small"]) == set(hub.FILES) and b"me/small" in api.sent["me/small"]["README.md"]
+    assert set(api.sent["me/small"]) == set(hub.FILES) - {hub.SCHEDULE} and b"me/small" in api.sent["me/small"]["README.md"]
     printed = capsys.readouterr().out
     assert "pushed hub/me/small" in printed and "nobody stated a licence" in printed and "wrote" not in printed
 

@@ -104,10 +104,15 @@ def test_sigterm_saves_and_the_run_goes_on(small, tmp_path, torchrun_started):
 
 def test_a_rank_that_hangs_is_named(small, torchrun):
     begin = time.monotonic()
-    done = torchrun(2, "door_hung", *small, *RUN, *FSDP, "--parallel.timeout", "4")
+    done = torchrun(
+        2, "door_hung", *small, *RUN, *FSDP, "--parallel.timeout", "8"
+    )  # less, and a busy machine is slower than that
     assert done.returncode != 0 and time.monotonic() - begin < 400
-    (sentence,) = said(done.stderr)
-    assert sentence.startswith("error: rank 1 has not moved for 4 seconds (parallel.timeout): last seen reading a batch, step 4,")
+    sentences = said(done.stderr)
+    assert len(sentences) == 1, done.stderr
+    assert sentences[0].startswith(
+        "error: rank 1 has not moved for 8 seconds (parallel.timeout): last seen reading a batch, step 4,"
+    )
 
 
 def test_ranks_that_differ_are_refused(small, tmp_path, torchrun, monkeypatch):

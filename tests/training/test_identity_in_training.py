@@ -9,6 +9,7 @@ import torch
 
 from atat_fast import cli, evaluate
 from atat_fast.errors import UsageError
+from atat_fast.models import hub
 from atat_fast.training import checkpoint
 from atat_fast.training.trainer import Trainer
 
@@ -46,6 +47,13 @@ def test_a_run_reports_its_own_bound_beside_the_uniform_one(small, tmp_path, cap
     found = json.loads(page.read_text())
     assert found["identity_nll"] == pytest.approx(last["identity_nll"], rel=1e-6) and found["nll"] == pytest.approx(last["nll"])
     assert f"identity nll     {found['identity_nll']:.4f}" in capsys.readouterr().out
+
+    saved = hub.save_pretrained(tmp_path / "saved", hub.open_run(trainer.folder, "last", average=True))
+    assert "token-identity schedule | of strength 1.5" in (saved / "README.md").read_text()
+    corpus = small[small.index("--data.corpus") + 1]
+    command = ["--model", str(saved), "--corpus", corpus, "--sequences", "8", "--json", str(tmp_path / "again.json")]
+    assert evaluate.main(command) == 0
+    assert json.loads((tmp_path / "again.json").read_text())["identity_nll"] == pytest.approx(found["identity_nll"], rel=1e-6)
 
 
 def test_a_checkpoint_without_its_rates_is_refused(small):
