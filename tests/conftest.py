@@ -33,8 +33,9 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     option = config.option
     if not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None or option.collectonly:
         return
-    if "PYTEST_XDIST_WORKER" in os.environ:  # which is told the options of the command line alone
-        option.loadgroup = option.loadgroup or GROUPED in os.environ
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        if hasattr(option, "loadgroup"):  # a worker, not what a test in one started; it knows the command line alone
+            option.loadgroup = option.loadgroup or GROUPED in os.environ
         return
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     alone = getattr(option, "usepdb", False) or "gpu" in option.markexpr.replace("not gpu", "") or option.keyword
