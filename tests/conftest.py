@@ -50,7 +50,8 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
 @pytest.hookimpl(tryfirst=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """Tests that share a module's fixture run in one process, so that it is made once: some train on four ranks for a minute. Of
-    several processes none is left with a long test while the others have nothing to do: slow ones come first.
+    several processes none is left with a long test while the others have nothing to do: slow ones come first. (pytest-xdist 3.8
+    takes no notice of groups under pytest 9.2, which no longer reads the name that it changes.)
     """
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
