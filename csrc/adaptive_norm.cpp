@@ -4,6 +4,7 @@
 // in a fixed order.
 
 #include "adaptive_norm.h"
+#include "vectorised.h"
 #include "bfloat16.h"
 
 #include "adaptive_norm_op.h"
@@ -13,14 +14,6 @@
 #include <memory>
 #include <tuple>
 #include <type_traits>
-
-// One function body for three instruction sets, chosen when the library loads. The loops are written for the compiler to
-// vectorise; `omp simd` (-fopenmp-simd) says that their iterations do not depend on one another.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define ATAT_FAST_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define ATAT_FAST_VECTORISED
-#endif
 
 namespace atat_fast {
 namespace {

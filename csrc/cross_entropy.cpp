@@ -5,6 +5,7 @@
 
 #include "bfloat16.h"
 #include "cross_entropy.h"
+#include "vectorised.h"
 
 #include "cross_entropy_op.h"
 
@@ -12,14 +13,6 @@
 #include <cmath>
 #include <cstring>
 #include <vector>
-
-// One function body for three instruction sets, chosen when the library loads. The loops are written for the compiler to vectorise;
-// `omp simd reduction` (-fopenmp-simd) lets it reorder the sums it names and nothing else.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define ATAT_FAST_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define ATAT_FAST_VECTORISED
-#endif
 
 namespace atat_fast {
 namespace {

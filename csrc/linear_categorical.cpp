@@ -4,6 +4,7 @@
 
 #include "bfloat16.h"
 #include "linear_categorical.h"
+#include "vectorised.h"
 
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
@@ -12,13 +13,6 @@
 #include <algorithm>
 #include <cmath>
 #include <vector>
-
-// One function body for three instruction sets, chosen when the library loads.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define ATAT_FAST_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define ATAT_FAST_VECTORISED
-#endif
 
 namespace atat_fast {
 namespace {

@@ -13,14 +13,7 @@
 #include <vector>
 
 #include "bfloat16.h"
-
-// One function body for three instruction sets, chosen when the library loads. The loops are written for the compiler to
-// vectorise; `omp simd` (-fopenmp-simd) says that their iterations do not depend on one another.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define ATAT_FAST_VECTORISED __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define ATAT_FAST_VECTORISED
-#endif
+#include "vectorised.h"
 
 namespace atat_fast {
 namespace {

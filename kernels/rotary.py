@@ -15,6 +15,19 @@ import triton.language as tl
 
 
 @triton.jit
+def places(rows, L, HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
+    """This program's rows and elements of half a head, which of them there are, and each row's sequence and position."""
+    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
+    o_e = tl.arange(0, BLOCK_E)[None, :]
+    m_r = o_r < rows
+    m = m_r
+    if BLOCK_E != HALF:
+        m = m & (o_e < HALF)
+    b = o_r // L
+    return o_r, o_e, m_r, m, b, o_r - b * L
+
+
+@triton.jit
 def turn(
     Out, In, Rstd, out, at, rstd, cos, sin, o_e, m, m_r, eps,
     NORM: tl.constexpr, HALF: tl.constexpr,
@@ -38,14 +51,7 @@ def _rotary_kernel(
     INVERSE: tl.constexpr, NORM: tl.constexpr, COPY: tl.constexpr, HALF: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    o_e = tl.arange(0, BLOCK_E)[None, :]
-    m_r = o_r < rows
-    m = m_r
-    if BLOCK_E != HALF:
-        m = m & (o_e < HALF)
-    b = o_r // L
-    position = o_r - b * L
+    o_r, o_e, m_r, m, b, position = places(rows, L, HALF, BLOCK_E, BLOCK_R)
     table = position * HALF + o_e
     cos = tl.load(Cos + table, mask=m, other=0.0)
     sin = tl.load(Sin + table, mask=m, other=0.0)
@@ -95,14 +101,7 @@ def _rotary_backward_kernel(
     Dx, Grad, Out, Rstd, Cos, Sin, rows, L, H, grad_batch, grad_row,
     HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
-    o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
-    o_e = tl.arange(0, BLOCK_E)[None, :]
-    m_r = o_r < rows
-    m = m_r
-    if BLOCK_E != HALF:
-        m = m & (o_e < HALF)
-    b = o_r // L
-    position = o_r - b * L
+    o_r, o_e, m_r, m, b, position = places(rows, L, HALF, BLOCK_E, BLOCK_R)
     table = position * HALF + o_e
     cos = tl.load(Cos + table, mask=m, other=1.0)
     sin = tl.load(Sin + table, mask=m, other=0.0)

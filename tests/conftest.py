@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import importlib.util
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait do not spin: a busy machine stays quick
@@ -14,8 +16,8 @@ import pytest
 import torch
 
 MOST_WORKERS = 4
-GROUPED = "ATAT_FAST_TESTS_GROUPED"
-"""Set for the processes of a suite whose tests are handed out by group."""
+SHARED_OUT = pytest.StashKey[bool]()
+"""Whether this suite's tests are given to its processes by `pytest_xdist_make_scheduler`."""
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
     specification = importlib.util.spec_from_file_location("interpreter", Path(__file__).parent / "ops" / "interpreter.py")
@@ -34,8 +36,6 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if not config.pluginmanager.hasplugin("xdist") or option.numprocesses is not None or option.collectonly:
         return
     if "PYTEST_XDIST_WORKER" in os.environ:
-        if hasattr(option, "loadgroup"):  # a worker, not what a test in one started; it knows the command line alone
-            option.loadgroup = option.loadgroup or GROUPED in os.environ
         return
     whole = config.args_source is not pytest.Config.ArgsSource.ARGS
     alone = getattr(option, "usepdb", False) or "gpu" in option.markexpr.replace("not gpu", "") or option.keyword
@@ -43,23 +43,35 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
     if whole and not alone and cores > 1:
         os.environ.setdefault("OMP_NUM_THREADS", "1")  # the processes share the cores
         option.numprocesses = min(cores, MOST_WORKERS)
-        option.dist = "loadgroup"
-        os.environ[GROUPED] = "1"
+        option.dist = "loadscope"
+        config.stash[SHARED_OUT] = True
 
 
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Tests that share a module's fixture run in one process, so that it is made once: some train on four ranks for a minute. Of
-    several processes none is left with a long test while the others have nothing to do: slow ones come first. (pytest-xdist 3.8
-    takes no notice of groups under pytest 9.2, which no longer reads the name that it changes.)
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
+    """Files with a fixture of the module go to one process, so that it is made once: some train on four ranks for minutes. Other
+    tests go to whichever process is free.
     """
+    if not config.stash.get(SHARED_OUT, False):
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    @functools.cache
+    def together(file: str) -> bool:
+        return 'scope="module"' in (config.rootpath / file).read_text(encoding="utf-8")
+
+    class ByFixture(LoadScopeScheduling):
+        def _split_scope(self, nodeid: str) -> str:
+            file = nodeid.split("::", 1)[0]
+            return file if together(file) else nodeid
+
+    return ByFixture(config, log)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Of several processes none is left with a long test while the others have nothing to do: slow ones come first."""
     if "PYTEST_XDIST_WORKER" in os.environ:
         items.sort(key=lambda item: item.get_closest_marker("slow") is None)
-    for item in items if config.pluginmanager.hasplugin("xdist") else ():
-        if isinstance(item, pytest.Function):
-            made = item._fixtureinfo.name2fixturedefs.values()
-            if any(found[-1].scope == "module" for found in made):
-                item.add_marker(pytest.mark.xdist_group(item.nodeid.split("::")[0]))
 
 
 @pytest.fixture(autouse=True)

@@ -53,17 +53,45 @@ def _occurrences(codes: Tensor) -> Tensor:
     return often
 
 
+class Surprisals:
+    """`surprisals` of a text that is read in batches, counted over blocks of whole batches. tokens(first, count): [count, L]."""
+
+    def __init__(self, tokens: Callable[[int, int], Tensor], sequences: int, batch: int) -> None:
+        self.tokens, self.sequences, self.batch = tokens, sequences, batch
+        self._known, self._first = torch.empty(0, 0, 0), 0
+
+    def of(self, first: int, x: Tensor) -> Tensor:
+        """[B, L, FEATURES] of the batch x [B, L], whose first sequence is `first`."""
+        if not self._first <= first < self._first + len(self._known):
+            block = max(1, BLOCK_TOKENS // (self.batch * x.shape[1])) * self.batch
+            self._first = first - first % block
+            self._known = surprisals(self.tokens(self._first, min(block, self.sequences - self._first)))
+        return self._known[first - self._first : first - self._first + len(x)]
+
+
 def imbalance(c: Tensor, rows: Tensor, k: Tensor) -> Tensor:
     """How far a mask's tokens are from their sequence: the mean of c [B, L, F] over k[b] hidden rows [R] (flat indices, by
     sequence) less its mean over all of the sequence. fp64 [B, F] on the CPU; its mean over masks is 0.
     """
-    flat = c.flatten(0, 1)[rows].double()
-    return (_mean_of(flat, k.to(c.device)) - c.double().mean(1)).cpu()
+    counts = k.to(c.device)
+    mean = _mean_of(c.flatten(0, 1)[rows].double(), _owners(counts, len(rows)), counts)
+    return (mean - c.double().mean(1)).cpu()
 
 
-def _mean_of(picked: Tensor, counts: Tensor) -> Tensor:
+def fit(gram: Tensor, moment: Tensor) -> Tensor:
+    """Least squares with a touch of ridge: gram [..., F, F] and moment [..., F] to the multiples [..., F]."""
+    ridge = torch.diag_embed(RIDGE * torch.diagonal(gram, dim1=-2, dim2=-1) + 1e-12)
+    solved: Tensor = torch.linalg.solve(gram + ridge, moment)
+    return solved
+
+
+def _owners(counts: Tensor, rows: int) -> Tensor:
+    """The sequence of each hidden row, [R]."""
+    return torch.repeat_interleave(torch.arange(len(counts), device=counts.device), counts, output_size=rows)
+
+
+def _mean_of(picked: Tensor, owner: Tensor, counts: Tensor) -> Tensor:
     """Means of picked [R, F] over the counts[b] rows of each sequence: [B, F]."""
-    owner = torch.repeat_interleave(torch.arange(len(counts), device=picked.device), counts, output_size=len(picked))
     return picked.new_zeros(len(counts), picked.shape[1]).index_add_(0, owner, picked) / counts[:, None]
 
 
@@ -83,12 +111,12 @@ class Control:
         """
         batch, length, _ = c.shape
         counts = k.to(c.device)
-        owner = torch.repeat_interleave(torch.arange(batch, device=c.device), counts, output_size=len(rows))
+        owner = _owners(counts, len(rows))
         picked = torch.cat([c.flatten(0, 1)[rows].double(), nll.double()[:, None]], 1)
-        mean = _mean_of(picked, counts)
+        mean = _mean_of(picked, owner, counts)
         around = picked - mean[owner]
         products = (around[:, :-1, None] * around[:, None, :]).flatten(1)
-        scatter = picked.new_zeros(batch, products.shape[1]).index_add_(0, owner, products) / counts[:, None]
+        scatter = _mean_of(products, owner, counts)
         # A pass that hides everything has no noise. The others count alike, few tokens or many.
         scatter = scatter.view(batch, FEATURES, FEATURES + 1).cpu() * (1 - k.double() / length)[:, None, None]
         half = torch.arange(first, first + batch) % 2
@@ -101,8 +129,7 @@ class Control:
         processes that each saw some of the passes.
         """
         gram, moment, difference = total(self.gram), total(self.moment), total(self.difference)
-        ridge = torch.diag_embed(RIDGE * torch.diagonal(gram, dim1=1, dim2=2) + 1e-12)
-        gamma: Tensor = torch.linalg.solve(gram + ridge, moment)
+        gamma = fit(gram, moment)
         half = torch.arange(len(values)) % 2
         explained: Tensor = (difference * gamma[1 - half][:, None]).sum(2)
         return values - explained

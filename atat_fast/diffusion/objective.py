@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from atat_fast.diffusion.control import BLOCK_TOKENS, Control, surprisals
+from atat_fast.diffusion.control import Control, Surprisals
 from atat_fast.diffusion.masking import Hide, MaskedBatch, hide
 from atat_fast.ops.attention import documents_of
 from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
@@ -98,7 +98,7 @@ def estimate_nll(
     """
     strata = evaluation_strata(sequences, draws, seed=seed)
     values = torch.zeros(sequences, draws, dtype=torch.float64)
-    length, known, known_from = 0, torch.empty(0, 0, 0), 0
+    length, known = 0, Surprisals(tokens, sequences, batch)
     controls = Control(sequences, draws) if control and process is None else None
     batches = [(first, draw) for first in range(0, sequences, batch) for draw in range(draws)]
     for turn in range(-(-len(batches) // spread.ranks)):
@@ -107,10 +107,6 @@ def estimate_nll(
         count = min(batch, sequences - first)
         x = tokens(first, count)
         length = x.shape[1]
-        block = max(1, BLOCK_TOKENS // (batch * length)) * batch
-        if controls is not None and not known_from <= first < known_from + len(known):
-            known_from = first - first % block
-            known = surprisals(tokens(known_from, min(block, sequences - known_from)))
         ids = torch.arange(first, first + count, dtype=torch.int64)
         jitter = uniform(random_words(ids, seed, draw, STREAM_COUNT)[0])
         share = (strata[first : first + count, draw] + jitter) / (sequences * draws)
@@ -126,7 +122,7 @@ def estimate_nll(
         else:  # weights are (L + 1) / W, of counts from 0 to L; here they are from 1
             values[first : first + count, draw] = per_sequence(losses * masked.weights, k) * k / (length + 1)
         if controls is not None:
-            controls.add(first, draw, known[first - known_from : first - known_from + count], masked.rows, losses, k)
+            controls.add(first, draw, known.of(first, x), masked.rows, losses, k)
     values = spread.total(values)
     if controls is not None:
         values = controls.adjust(values, spread.total)

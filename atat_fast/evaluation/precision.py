@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atat_fast.diffusion.control import BLOCK_TOKENS, FEATURES, RIDGE, imbalance, surprisals
+from atat_fast.diffusion.control import FEATURES, Surprisals, fit, imbalance
 from atat_fast.diffusion.masking import MaskedBatch, hide
 from atat_fast.diffusion.objective import Estimate, NllFunction, per_sequence
 from atat_fast.errors import UsageError
@@ -71,18 +71,14 @@ def estimate_to(
     seen = _Passes(sequences)
     length, error, passes = 0, math.inf, 0
     mean = torch.zeros(sequences, dtype=torch.float64)
-    known, known_from = torch.empty(0, 0, 0), 0
+    known = Surprisals(tokens, sequences, batch)
     for step in range(most_draws // 2):
         for first in range(0, sequences, batch):
             count = min(batch, sequences - first)
             x = tokens(first, count)
             length = x.shape[1]
-            if control and not known_from <= first < known_from + len(known):
-                block = max(1, BLOCK_TOKENS // (batch * length)) * batch
-                known_from = first - first % block
-                known = surprisals(tokens(known_from, min(block, sequences - known_from)))
             k = antithetic_counts(sequences, length, seed=seed, step=step)[first : first + count]
-            c = known[first - known_from : first - known_from + count] if control else None
+            c = known.of(first, x) if control else None
             seen.add(first, step, _pair(nll, x, k, first, mask_id, seed, step, document_end, c))
         passes = step + 1
         mean, squares = seen.adjusted()
@@ -119,9 +115,8 @@ class _Passes:
         """Each sequence's mean, and its sum of squares around it, less what the other half's fit explains: [sequences] each."""
         half = torch.arange(len(self.mean)) % 2
         sums = torch.zeros(2, *self.products.shape[1:], dtype=torch.float64).index_add_(0, half, self.products)
-        gram, moment = sums[:, 1:, 1:], sums[:, 1:, 0]
-        ridge = torch.diag_embed(RIDGE * torch.diagonal(gram, dim1=1, dim2=2) + 1e-12)
-        weights = torch.cat((torch.ones(2, 1, dtype=torch.float64), -torch.linalg.solve(gram + ridge, moment)), dim=1)[1 - half]
+        taken = fit(sums[:, 1:, 1:], sums[:, 1:, 0])
+        weights = torch.cat((torch.ones(2, 1, dtype=torch.float64), -taken), dim=1)[1 - half]
         return (self.mean * weights).sum(1), torch.einsum("si,sij,sj->s", weights, self.products, weights)
 
 

@@ -67,6 +67,12 @@ def test_throughput_refuses_in_a_sentence(arguments, message, tmp_path):
 
 
 @pytest.mark.slow
+def test_the_readme_says_what_the_files_say():
+    done = script("report.py", "--check")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.slow
 def test_report_notices_a_figure_that_no_file_gives(tmp_path):
     copy = tmp_path / "copy"
     copy.mkdir()
