@@ -93,12 +93,13 @@ def find_toolchain() -> Toolchain | str:
     if not (torch / "include/torch/csrc/stable/library.h").is_file():
         sys.exit(f"atat_fast: {torch} has no stable ABI headers; install torch>=2.11, or set ATAT_FAST_NO_EXT=1")
     common = ["-O3", "-std=c++17", f"-DTORCH_TARGET_VERSION={TORCH_TARGET_VERSION}", "-isystem", str(torch / "include")]
+    # libtorch.so brings the CUDA half of torch with it. Beside a CPU torch nothing of it is used, and the linker would drop it.
     libraries = [f"-L{torch / 'lib'}", "-ltorch_cpu", "-ltorch", "-lc10"]
     if nvcc is None:
         assert host is not None
         return Toolchain(
             compile=[*host, *common, "-Wall", "-fPIC", "-fopenmp-simd", "-c"],
-            link=[*host, "-shared"],
+            link=[*host, "-shared", "-Wl,--no-as-needed"],
             libraries=libraries,
             suffixes=(".cpp",),
             makes=f"CPU ops, by {host[0]}",
@@ -106,9 +107,11 @@ def find_toolchain() -> Toolchain | str:
     targets = [word for target in cuda_targets() for word in ("-gencode", target)]
     if host and os.environ.get("CXX"):
         targets += ["-ccbin", host[0]]
+    numbers = [re.sub(r".*code=(sm_|(compute_))", lambda m: "-" if m[2] else "", target) for target in cuda_targets()]
+    said = "-DATAT_FAST_CUDA_TARGETS=" + "".join(f"TARGET({number})" for number in numbers)  # nvcc takes no comma here
     return Toolchain(
-        compile=[nvcc, *common, *targets, "-DUSE_CUDA", "-Xcompiler", "-Wall,-fPIC,-fopenmp-simd", "-c"],
-        link=[nvcc, *targets, "-shared", "--cudart", "static"],
+        compile=[nvcc, *common, *targets, "-DUSE_CUDA", said, "-Xcompiler", "-Wall,-fPIC,-fopenmp-simd", "-c"],
+        link=[nvcc, *targets, "-shared", "--cudart", "static", "-Xlinker", "--no-as-needed"],
         libraries=libraries,
         suffixes=(".cpp", ".cu"),
         makes=f"CPU ops and CUDA kernels, by {nvcc}",

@@ -1,15 +1,22 @@
-"""Everything that needs a GPU, in one command and inside a given time: build, tests, benchmarks, a short training comparison.
+"""What a GPU has to say, in two commands that each end by themselves, the most telling first.
 
-    python bench/gpu_suite.py --out DIR --minutes 25 [--wheels FOLDER] [--only STEP ...] [--list]
-    python bench/gpu_suite.py --unpack DIR/results.json        lay the benchmarks' files into this checkout's bench/results
+    python bench/gpu_suite.py --tier 1            at most six minutes with a library built before (make install)
+    python bench/gpu_suite.py --tier 2            at most five more
+    python bench/gpu_suite.py --tier 1 --dry_run  what would run, and each part's limit
+    python bench/gpu_suite.py --unpack DIR/results.json        lay the results into this checkout's bench/results
 
-It needs this checkout, torch 2.11 or newer, triton and pytest; what else is missing makes steps fail, and they say so. Steps
-run in the order of what they are worth, each in a process of its own with a time limit; one that fails or runs out of time is
-recorded, and the next begins. In DIR it leaves summary.txt (to read), summary.json (the same, with the end of each step's
-output) and results.json (every JSON file the steps wrote under bench/results). --wheels holds pure-Python wheels of peers
-(liger-kernel, cut-cross-entropy): they are unpacked beside the run, not installed.
+Tier 1: what is here and which backend every op chose; every kernel against fp64; the device's ceilings; the head by backend and
+size of slab; training throughput; the other tests that need a GPU. Tier 2: peers of the head, norms, rotary, attention and
+sampling beside compiled PyTorch, a training run, compute-sanitizer on small shapes, plain MDLM under torch.compile.
 
-Status 0: every step that could run did, and passed; without a GPU that is the first alone. 1: a step failed. 2: bad input.
+Each part is a process with a limit of its own. One that fails or runs out of time is recorded and the next begins; a part whose
+package is missing says so and is skipped. In --out stand summary.txt (to read), summary.json (the same, with the end of each
+part's output) and results.json (every JSON file that was written under bench/results), written anew after every part. --wheels
+holds pure-Python wheels of what is missing (liger-kernel, cut-cross-entropy, jsonargparse): they are unpacked beside the run, not
+installed. --small takes shapes that a CPU finishes at once, on a CPU: it shows that every command runs, and measures nothing.
+
+Status 0: every part that could run did, and passed; without a GPU and without --small that is the first alone. 1: a part failed.
+2: bad input.
 """
 
 from __future__ import annotations
@@ -26,7 +33,7 @@ import sys
 import tempfile
 import time
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -44,14 +51,16 @@ LEAST_SECONDS = 5.0
 """A step is not begun with less time than this left."""
 
 FACTS = """
-import json, platform, torch
+import json, platform, torch, atat_fast.ops.__main__ as ops
 facts = {"python": platform.python_version(), "torch": torch.__version__, "cuda": torch.version.cuda,
          "gpus": [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]}
 for name in ("triton", "numpy", "liger_kernel", "cut_cross_entropy", "flash_attn", "quack", "pytest_benchmark", "jsonargparse"):
     try: facts[name] = getattr(__import__(name), "__version__", "installed")
     except Exception as error: facts[name] = None
 print(json.dumps(facts))
+ops.main()
 """
+"""What is printed of a machine: versions beside every figure, and which backend each op chose, with the reasons."""
 QUERY = (
     "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu,"
     "pcie.link.gen.max,pcie.link.width.max,compute_cap"
@@ -67,6 +76,8 @@ class Step:
     seconds: float
     needs_gpu: bool = True
     why: str = ""
+    needs: tuple[str, ...] = ()
+    """Modules without which it is skipped."""
 
 
 @dataclass
@@ -86,36 +97,69 @@ class Outcome:
         return f"{self.name:<28} {self.status:<10} {self.seconds:>7.1f} s  {self.reason}".rstrip()
 
 
-def pytest_step(name: str, seconds: float, *arguments: str, why: str) -> Step:
-    """A pytest run that takes nothing from the project's options: --strict-config refuses a machine without pytest-timeout."""
+def pytest_step(name: str, seconds: float, *arguments: str, why: str, processes: int = 0) -> Step:
+    """A pytest run that takes nothing from the project's options: --strict-config refuses a machine without pytest-timeout.
+
+    In `processes` processes where pytest-xdist is there.
+    """
     options = ["-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "-ra", "-q"]
-    if importlib.util.find_spec("pytest_benchmark") is None and "gpu" not in arguments:
+    if importlib.util.find_spec("pytest_benchmark") is None and "-m" not in arguments:
         options += ["-p", "plain_benchmark"]
+    if processes and importlib.util.find_spec("xdist") is not None:
+        options += ["-n", str(processes)]
     return Step(name, (sys.executable, "-m", "pytest", *options, *arguments), seconds, why=why)
 
 
-def steps() -> list[Step]:
-    """All steps, what is worth most first. Benchmarks are those that are there."""
+def steps(tier: int, small: bool = False) -> list[Step]:
+    """A tier's parts, what is worth most first; `small` for a CPU."""
+    return second_tier(small) if tier == 2 else first_tier(small)
+
+
+def first_tier(small: bool) -> list[Step]:
+    """Is it right, and how fast is it."""
+    python, marker = sys.executable, "not gpu and not slow" if small else "gpu and not slow"
+    ceilings, head = ("--rounds", "2") * small, ("--rows", "64", "--width", "32", "--vocabulary", "517", "--rounds", "2") * small
+    ops, sizes = (
+        "tests/gpu/test_ops.py",
+        ("--preset", "small", "--vocabulary", "50258", "--micro_batch", "8", "--seconds", "85", "--profile"),
+    )
+    if small:
+        sizes = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "30")
+    out, processes = ("--out", DEVICE_FOLDER), 1 if small else min(8, os.cpu_count() or 1)
+    others = ("tests/gpu", "-m", marker, f"--ignore={ops}", "--continue-on-collection-errors")
+    return [
+        Step("environment", (python, "-c", FACTS), 30, needs_gpu=False, why="versions, and which backend every op chose"),
+        pytest_step("ops", 85, ops, "-m", marker, why="every kernel against fp64, on the backend it names", processes=processes),
+        Step("ceilings", (python, "bench/ceilings.py", *out, *ceilings), 20, why="what the device reaches at best"),
+        Step("head", (python, "bench/head.py", *out, *head), 45, why="the head by backend and size of slab, and a profile"),
+        Step("throughput", (python, "bench/throughput.py", *sizes, "--variants", "mdlm", "atat_fast", *out), 100,
+             why="the figure the package is for"),
+        pytest_step("tests", 80, *others, why="a step, sampling, evaluation and options on a GPU", processes=processes),
+    ]  # fmt: skip
+
+
+def second_tier(small: bool) -> list[Step]:
+    """Beside whom, and what else."""
     python, found = sys.executable, []
-    found.append(Step("environment", (python, "-c", FACTS), 120, needs_gpu=False, why="versions and devices beside every figure"))
-    build = (python, "setup.py", "-q", "build_ext", "--inplace")
-    found.append(Step("build", build, 420, why="csrc/ compiled for this machine's torch"))
-    found.append(Step("ceilings", (python, "bench/ceilings.py"), 120, why="what the device reaches at best"))
-    tests = ("tests", "-m", "gpu", "--continue-on-collection-errors")
-    found.append(pytest_step("tests", 480, *tests, why="right numbers before fast ones"))
-    sizes = ("--preset", "small", "--vocabulary", "50258", "--micro_batch", "8", "--profile", "--seconds", "400",
-             "--out", DEVICE_FOLDER)  # fmt: skip
-    found.append(Step("throughput", (python, "bench/throughput.py", *sizes), 480, why="the figure the package is for"))
-    for path in sorted(set(BENCH.glob("bench_*.py")) - {BENCH / "bench_sampling.py"}):
-        name = path.stem.removeprefix("bench_")
-        found.append(pytest_step(f"op {name}", 240, f"bench/{path.name}", "-s", why=f"{name} beside its peers"))
-    sampling = ("--batch", "1", "8", "32", "--steps", "128", "--seconds", "60")
-    found.append(Step("sampling", (python, "bench/bench_sampling.py", *sampling), 240, why="tokens a second of sampling"))
-    found.append(Step("training", (python, "bench/train_short.py", "--preset", "tiny", "--steps", "300", "--seconds", "240",
-                                   "--out", DEVICE_FOLDER), 420, why="objectives side by side"))  # fmt: skip
-    found.append(Step("projection", (python, "bench/project.py", "--gpus", "6", "--accumulation", "8"), 60,
-                      why="how far the projections are from what was measured"))  # fmt: skip
-    found.append(Step("peers", (python, "bench/peers.py"), 60, why="what was there to compare with"))
+    out, tools = ("--out", DEVICE_FOLDER), ("compute-sanitizer",)
+    for name, seconds in (("linear_cross_entropy", 65), ("adaptive_norm", 30), ("rotary", 20), ("attention", 25)):
+        only = ("--collect-only",) if small else ("-s",)
+        found.append(pytest_step(f"op {name}", seconds, f"bench/bench_{name}.py", *only, why=f"{name} beside its peers"))
+    sampling = ("--batch", "1", "16", "--steps", "128", "--seconds", "12")
+    if small:
+        sampling = ("--preset", "demo", "--vocabulary", "131", "--length", "32", "--batch", "1", "--steps", "4", "--seconds", "2")
+    found.append(Step("sampling", (python, "bench/bench_sampling.py", *sampling, *out), 30, why="tokens a second of sampling"))
+    run = ("--train.max_steps", "3", "--eval.sequences", "8", "--sample.num_samples", "0", "--model.layers", "1") * small
+    door = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "atat_fast.train")
+    found.append(Step("training", (*door, "--run.root", "out/runs", *run), 50,
+                      why="what make train does", needs=("jsonargparse",)))  # fmt: skip
+    memcheck = ("tests/gpu/test_ops.py", "-m", "gpu and slow", "-k", "memcheck")
+    found.append(replace(pytest_step("memcheck", 40, *memcheck, why="no kernel touches memory that is not its own"), needs=tools))
+    sizes = ("--preset", "small", "--vocabulary", "50258", "--micro_batch", "8", "--seconds", "40")
+    if small:
+        sizes = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "30")
+    found.append(Step("compiled mdlm", (python, "bench/throughput.py", *sizes, "--variants", "mdlm+compile", "--out",
+                                        f"{DEVICE_FOLDER}/compiled"), 40, why="plain MDLM under torch.compile"))  # fmt: skip
     return found
 
 
@@ -195,19 +239,33 @@ def run_step(step: Step, seconds: float, environment: dict[str, str]) -> Outcome
     return outcome
 
 
-def run_all(todo: Sequence[Step], seconds: float, no_gpu: str | None, environment: dict[str, str]) -> list[Outcome]:
-    """Every step, in order, inside `seconds` and the time the last of them needs to stop."""
+def missing(step: Step, no_gpu: str | None, path: str | None = None) -> str | None:
+    """Why a step cannot run here, or None. `path`: where modules are looked for beside this process's own places."""
+    if step.needs_gpu and no_gpu:
+        return f"it needs a GPU, and {no_gpu}"
+    for name in step.needs:
+        if shutil.which(name) is None and importlib.util.find_spec(name) is None and not (path and Path(path, name).is_dir()):
+            return f"{name} is not here"
+    return None
+
+
+def run_all(
+    todo: Sequence[Step], seconds: float, no_gpu: str | None, environment: dict[str, str], site: str | None = None,
+    then: Callable[[list[Outcome]], None] = lambda outcomes: None,
+) -> list[Outcome]:  # fmt: skip
+    """Every step, in order, inside `seconds` and the time the last of them needs to stop; after each, `then` of all so far."""
     deadline, outcomes = time.monotonic() + seconds, []
     for step in todo:
         left = deadline - time.monotonic()
-        if step.needs_gpu and no_gpu:
-            outcome = Outcome(step.name, "not run", reason=f"it needs a GPU, and {no_gpu}")
+        if reason := missing(step, no_gpu, site):
+            outcome = Outcome(step.name, "not run", reason=reason)
         elif left < LEAST_SECONDS:
             outcome = Outcome(step.name, "not run", reason="the time was over")
         else:
             outcome = run_step(step, min(step.seconds, left), environment)
         print(outcome.line(), flush=True)
         outcomes.append(outcome)
+        then(outcomes)
     return outcomes
 
 
@@ -269,24 +327,25 @@ def unpack(path: Path, results: Path = RESULTS) -> list[Path]:
     return list(targets.values())
 
 
-def choose(only: Sequence[str]) -> list[Step]:
-    """The steps named, or all. Raises ValueError for a name that is none."""
-    every = steps()
+def choose(tier: int, only: Sequence[str], small: bool) -> list[Step]:
+    """The tier's steps, or those named. Raises ValueError for a name that is none."""
+    every = steps(tier, small)
     names = [step.name for step in every]
     for name in only:
         if name not in names:
-            raise ValueError(f"there is no step {name!r}; steps are {', '.join(names)}")
+            raise ValueError(f"tier {tier} has no part {name!r}; its parts are {', '.join(names)}")
     return [step for step in every if not only or step.name in only]
 
 
 def main(arguments: list[str] | None = None) -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tier", type=int, choices=(1, 2), default=1, help="1: right and fast? 2: beside whom?")
     parser.add_argument("--out", type=Path, default=Path("out", "suite"), help="folder for the summary and the results")
-    parser.add_argument("--minutes", type=float, default=25.0, help="time for all steps together")
     parser.add_argument("--wheels", type=Path, default=None, help="folder of pure-Python wheels to make importable")
-    parser.add_argument("--only", nargs="+", default=[], metavar="STEP", help="run these steps alone")
-    parser.add_argument("--list", action="store_true", help="print the steps and stop")
+    parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="run these parts alone")
+    parser.add_argument("--small", action="store_true", help="shapes for a CPU, which it then runs on")
+    parser.add_argument("--dry_run", action="store_true", help="print the parts and their limits, and stop")
     parser.add_argument(
         "--unpack", type=Path, default=None, metavar="FILE", help="lay a results.json into bench/results and stop"
     )
@@ -296,39 +355,44 @@ def main(arguments: list[str] | None = None) -> int:
             for path in unpack(args.unpack):
                 print(path)
             return 0
-        todo = choose(args.only)
-        if args.list:
+        todo = choose(args.tier, args.only, args.small)
+        if args.dry_run:
             for step in todo:
-                print(f"{step.name:<28} at most {step.seconds:>4.0f} s{'  GPU' if step.needs_gpu else '     '}  {step.why}")
+                needs = ", ".join([*(["a GPU"] if step.needs_gpu else []), *step.needs])
+                print(f"{step.name:<24} at most {step.seconds:>3.0f} s   {step.why}{f'; needs {needs}' if needs else ''}")
+            print(f"{'all of tier ' + str(args.tier):<24} at most {sum(step.seconds for step in todo):>3.0f} s")
             return 0
-        if not 0 < args.minutes < 24 * 60:
-            raise ValueError(f"--minutes must be above 0 and below a day, got {args.minutes}")
-        return suite(args.out, args.minutes * 60, todo, args.wheels)
+        return suite(args.out, todo, args.wheels, args.small)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
 
 
-def suite(out: Path, seconds: float, todo: Sequence[Step], wheels: Path | None) -> int:
-    """Run the steps and write what came of them."""
-    begin, clock = time.time(), time.monotonic()
+def suite(out: Path, todo: Sequence[Step], wheels: Path | None, small: bool = False) -> int:
+    """Run the steps, inside the sum of their limits, and write what came of them."""
+    begin = time.time()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as site:
         names = unpack_wheels(wheels, Path(site)) if wheels else []
-        device, no_gpu = find_gpu()
-        todo = [replace(step, command=tuple(w.replace(DEVICE_FOLDER, f"bench/results/{device}") for w in step.command))
-                for step in todo]  # fmt: skip
+        device, no_gpu = (None, None) if small else find_gpu()
+        folder = (out / "small").resolve() if small else RESULTS / str(device)
+        todo = [replace(step, command=tuple(w.replace(DEVICE_FOLDER, str(folder)) for w in step.command)) for step in todo]
         paths = [str(ROOT), str(BENCH), site, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         environment.setdefault("GOMP_SPINCOUNT", "1000")
-        heading = [f"device: {clocks() or no_gpu or 'nvidia-smi is not here'}"]
+        if small:
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        heading = [f"device: {'a CPU, with small shapes' if small else clocks() or no_gpu or 'nvidia-smi is not here'}"]
         heading += [f"wheels: {', '.join(names)}"] if names else []
         if no_gpu:
             waiting = ", ".join(step.name for step in todo if step.needs_gpu)
-            heading.append(f"no GPU here ({no_gpu}); these steps need one: {waiting}")
+            heading.append(f"no GPU here ({no_gpu}); these parts need one: {waiting}")
         print("\n".join(heading), flush=True)
-        outcomes = run_all(todo, seconds - (time.monotonic() - clock), no_gpu, environment)
-    summarise(out, outcomes, written_since(begin), heading)
+
+        def keep(outcomes: list[Outcome]) -> None:
+            summarise(out, outcomes, written_since(begin), heading)
+
+        outcomes = run_all(todo, sum(step.seconds for step in todo), no_gpu, environment, site, keep)
     print(f"written to {out}: summary.txt, summary.json, results.json")
     return int(any(outcome.status in ("failed", "timed out") for outcome in outcomes))
 

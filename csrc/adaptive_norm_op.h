@@ -12,6 +12,7 @@
 #include <utility>
 
 #include "adaptive_norm.h"
+#include "error_code.h"
 
 namespace atat_fast {
 

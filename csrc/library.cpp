@@ -4,6 +4,11 @@
 #include <torch/csrc/stable/library.h>
 
 #include <cstdint>
+#include <iterator>
+
+#ifdef USE_CUDA
+#include "device.h"
+#endif
 
 namespace {
 
@@ -20,10 +25,52 @@ int64_t build_flags() {
 #endif
 }
 
+// What the kernels were compiled for, as setup.py says it: 89 is machine code of sm_89, -90 the PTX of compute_90, which newer
+// devices translate. 0 past the last.
+int64_t cuda_target([[maybe_unused]] int64_t index) {
+#ifdef ATAT_FAST_CUDA_TARGETS
+#define TARGET(number) number,
+  constexpr int64_t targets[] = {ATAT_FAST_CUDA_TARGETS};
+#undef TARGET
+  if (index >= 0 && index < static_cast<int64_t>(std::size(targets))) return targets[index];
+#endif
+  return 0;
+}
+
+// The CUDA that the library's runtime is of, such as 13000; 0 in a build without CUDA.
+int64_t cuda_runtime() {
+#ifdef USE_CUDA
+  return CUDART_VERSION;
+#else
+  return 0;
+#endif
+}
+
+// The newest CUDA that the driver serves, and whether torch tells the library which stream to launch on.
+int64_t cuda_driver() {
+#ifdef USE_CUDA
+  return atat_fast::cuda_driver();
+#else
+  return 0;
+#endif
+}
+
+bool reaches_stream() {
+#ifdef USE_CUDA
+  return atat_fast::reaches_stream();
+#else
+  return false;
+#endif
+}
+
 }  // namespace
 
 STABLE_TORCH_LIBRARY(atat_fast_c, m) {
   m.def("build_flags() -> int");
+  m.def("cuda_target(int index) -> int");
+  m.def("cuda_runtime() -> int");
+  m.def("cuda_driver() -> int");
+  m.def("reaches_stream() -> bool");
   m.def("philox(Tensor index, Tensor seed, Tensor step, int stream) -> Tensor");
   m.def(
       "mask_tokens(Tensor tokens, Tensor num_masked, int num_rows, int mask_id, Tensor? scores, float tilt, float focus, "
@@ -59,4 +106,8 @@ STABLE_TORCH_LIBRARY(atat_fast_c, m) {
 // An op without a tensor argument has no device to dispatch on.
 STABLE_TORCH_LIBRARY_IMPL(atat_fast_c, CompositeExplicitAutograd, m) {
   m.impl("build_flags", TORCH_BOX(&build_flags));
+  m.impl("cuda_target", TORCH_BOX(&cuda_target));
+  m.impl("cuda_runtime", TORCH_BOX(&cuda_runtime));
+  m.impl("cuda_driver", TORCH_BOX(&cuda_driver));
+  m.impl("reaches_stream", TORCH_BOX(&reaches_stream));
 }

@@ -43,8 +43,9 @@ def attention_lines(device: torch.device, dtype: torch.dtype, head_dim: int = 64
 def main() -> None:
     """Print the table of the CPU and of the current GPU."""
     flags = library.build_flags()
-    built = [name for bit, name in ((library.CPU_OPS, "CPU ops"), (library.CUDA_KERNELS, "CUDA kernels")) if flags & bit]
-    print(f"compiled library: {library.problem() or ' and '.join(built)}")
+    built = ["CPU ops"] * bool(flags & library.CPU_OPS)
+    built += [f"CUDA kernels for {library.describe_targets()}"] * bool(flags & library.CUDA_KERNELS)
+    print(f"compiled library: {library.problem() or '; '.join(built)}")
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda", torch.cuda.current_device()))

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from atat_fast.ops.philox import STREAM_DROPOUT, random_words
-from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, dispatch, on_device, register, scalar
+from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, dispatch, register, scalar
 
 EPS = 1e-5
 WIDEST = 4096
@@ -223,8 +223,7 @@ def _norm_triton(
 ) -> tuple[Tensor, Tensor, Tensor]:
     outputs = _norm_outputs(x, out_dtype)
     weight = None if weight is None else weight.contiguous()
-    with on_device(x):
-        _kernels().norm_forward(x.contiguous(), _rows(shift), _rows(scale), weight, eps, *outputs)
+    _kernels().norm_forward(x.contiguous(), _rows(shift), _rows(scale), weight, eps, *outputs)
     return outputs
 
 
@@ -289,8 +288,7 @@ def _norm_backward_triton(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dx, sums = x.new_empty(x.shape), _conditioning_gradients(scale, weight, shift_dtype)
     weight = None if weight is None else weight.contiguous()
-    with on_device(x):
-        _kernels().norm_backward(dy.contiguous(), x.contiguous(), _rows(scale), weight, mean, rstd, dx, *sums)
+    _kernels().norm_backward(dy.contiguous(), x.contiguous(), _rows(scale), weight, mean, rstd, dx, *sums)
     return dx, *sums
 
 
@@ -343,11 +341,10 @@ def _gated_triton(
     outputs = residual.new_empty(residual.shape), *_norm_outputs(residual, out_dtype)
     weight = None if weight is None else weight.contiguous()
     ids = None if sample_ids is None else sample_ids.contiguous()
-    with on_device(residual):
-        _kernels().gated_forward(
-            residual.contiguous(), branch.contiguous(), _rows(gate), _rows(shift), _rows(scale), weight, dropout, seed, step, ids,
-            STREAM_DROPOUT + (layer << 8), eps, *outputs,
-        )  # fmt: skip
+    _kernels().gated_forward(
+        residual.contiguous(), branch.contiguous(), _rows(gate), _rows(shift), _rows(scale), weight, dropout, seed, step, ids,
+        STREAM_DROPOUT + (layer << 8), eps, *outputs,
+    )  # fmt: skip
     return outputs
 
 
@@ -404,11 +401,10 @@ def _gated_backward_triton(
     upstream = (None if dtotal is None else dtotal.contiguous(), None if dy is None else dy.contiguous())
     weight = None if weight is None else weight.contiguous()
     ids = None if sample_ids is None else sample_ids.contiguous()
-    with on_device(total):
-        _kernels().gated_backward(
-            *upstream, total, branch.contiguous(), _rows(gate), _rows(scale), weight, mean, rstd, dropout, seed, step, ids,
-            STREAM_DROPOUT + (layer << 8), *outputs,
-        )  # fmt: skip
+    _kernels().gated_backward(
+        *upstream, total, branch.contiguous(), _rows(gate), _rows(scale), weight, mean, rstd, dropout, seed, step, ids,
+        STREAM_DROPOUT + (layer << 8), *outputs,
+    )  # fmt: skip
     return outputs
 
 

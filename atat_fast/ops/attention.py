@@ -177,6 +177,8 @@ def _missing(
         return f"its backward takes head dimensions up to {limit}, not {head_dim}"
     if head_dim % 8:
         return f"head dimension {head_dim} is not a multiple of 8"
+    if name == "cudnn" and torch.are_deterministic_algorithms_enabled():
+        return "torch refuses it under use_deterministic_algorithms"
     if name == "cudnn" and (torch.version.hip or not torch.backends.cudnn.is_available()):
         return "torch finds no cuDNN"
     return _import_problem(MODULES[name]) if name in MODULES else None
@@ -202,11 +204,15 @@ def choose_attention(
 
     Raises UsageError, a ValueError, where one asked for by name cannot run. A compiled graph keeps its first answer.
     """
-    return _choose(device, dtype, head_dim, documents, asked or os.environ.get("ATAT_FAST_ATTENTION") or None)
+    wanted = asked or os.environ.get("ATAT_FAST_ATTENTION") or None
+    return _choose(device, dtype, head_dim, documents, wanted, torch.are_deterministic_algorithms_enabled())
 
 
 @functools.cache
-def _choose(device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool, asked: str | None) -> str:
+def _choose(
+    device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool, asked: str | None, deterministic: bool
+) -> str:
+    """`deterministic` is the mode that explain_attention reads: an answer is kept for each."""
     reasons = explain_attention(device, dtype, head_dim, documents=documents)
     ready = [name for name, reason in reasons.items() if reason is None]
     if asked is None:

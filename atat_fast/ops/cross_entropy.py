@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atat_fast.ops.registry import on_device
+
 
 def cross_entropy_(
     logits: Tensor, target: Tensor, token_weight: Tensor | None, hidden: Tensor | None, weight: Tensor | None,
@@ -130,7 +132,8 @@ def _triton(*arguments: Any) -> None:
     """kernels/cross_entropy.py."""
     from atat_fast.kernels import cross_entropy  # triton takes a second to import
 
-    cross_entropy.cross_entropy_(*arguments)
+    with on_device(arguments[0]):
+        cross_entropy.cross_entropy_(*arguments)
 
 
 ROW_PASS: dict[str, Callable[..., None]] = {

@@ -31,9 +31,6 @@ BACKENDS = ("cuda", "triton", "cpp", "torch")
 PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch", "triton")}
 """Fastest first, by the kind of device the tensors are on. Triton comes last on a CPU, where it runs in an interpreter."""
 
-OLDEST_CAPABILITY = (8, 9)
-"""What setup.py compiles for: sm_89, sm_90, and PTX that newer devices translate."""
-
 
 @dataclass(frozen=True)
 class Cost:
@@ -140,10 +137,17 @@ def backends(op: str, **implementations: Callable[..., Any]) -> None:
 
 
 def dispatch(op: str) -> Callable[..., Any]:
-    """The implementation of a schema whose last argument is `str backend`."""
+    """The implementation of a schema whose last argument is `str backend`.
+
+    Triton launches on the current device, so for it the first tensor's device is made that. csrc's launches guard themselves.
+    """
 
     def run(*arguments: Any) -> Any:
-        return _table[op][arguments[-1]](*arguments[:-1])
+        *given, backend = arguments
+        if backend != "triton":
+            return _table[op][backend](*given)
+        with on_device(next(a for a in given if isinstance(a, torch.Tensor))):
+            return _table[op][backend](*given)
 
     return run
 
@@ -153,13 +157,9 @@ def missing(backend: str, device: torch.device) -> str | None:
     if backend == "cuda":
         if device.type != "cuda":
             return "it runs on CUDA tensors"
-        if not compiled.build_flags() & compiled.CUDA_KERNELS:
-            return compiled.problem() or "the compiled library was built without nvcc"
         if not torch.cuda.is_available():
             return "torch finds no CUDA device"
-        capability = torch.cuda.get_device_capability(device)
-        if torch.version.hip or capability < OLDEST_CAPABILITY:
-            return f"the kernels are compiled for capability {OLDEST_CAPABILITY} and newer, and this device has {capability}"
+        return compiled.cuda_problem(torch.cuda.get_device_capability(device))
     if backend == "triton":
         if importlib.util.find_spec("triton") is None:
             return "triton is not installed"

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atat_fast.ops.registry import Cost, backends, choose_backend, dispatch, library, on_device, register
+from atat_fast.ops.registry import Cost, backends, choose_backend, dispatch, library, register
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -201,15 +201,13 @@ def _triton(
     """kernels/rotary.py."""
     from atat_fast.kernels import rotary as kernel  # triton takes a second to import
 
-    with on_device(qkv):
-        kernel.rotary(out, qkv if out is qkv else _in_rows(qkv), *_tables(qkv, cos, sin), inverse, rstd, eps)
+    kernel.rotary(out, qkv if out is qkv else _in_rows(qkv), *_tables(qkv, cos, sin), inverse, rstd, eps)
 
 
 def _triton_backward(dqkv: Tensor, grad: Tensor, out: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor) -> None:
     from atat_fast.kernels import rotary as kernel
 
-    with on_device(grad):
-        kernel.normed_backward(dqkv, _in_rows(grad), out.contiguous(), rstd, *_tables(grad, cos, sin))
+    kernel.normed_backward(dqkv, _in_rows(grad), out.contiguous(), rstd, *_tables(grad, cos, sin))
 
 
 backends("rotary", triton=_triton, cpp=_cpp, torch=_torch)

@@ -59,15 +59,26 @@ def accumulation_dtype(hidden: Tensor) -> torch.dtype:
     return torch.float64 if hidden.dtype is torch.float64 else torch.float32
 
 
-def rows_per_slab(chunk_bytes: int, vocabulary: int, element_size: int, count: int, *, multiple: int) -> int:
-    """Rows a slab holds: as many as the budget allows, never a function of D, then equal over slabs so that none is a sliver.
+def most_rows(chunk_bytes: int, vocabulary: int, element_size: int, *, multiple: int) -> int:
+    """Rows that a budget allows, never a function of D: a multiple of `multiple`, and at least that whatever the budget."""
+    return max(multiple, chunk_bytes // max(1, vocabulary * element_size) // multiple * multiple)
 
-    A multiple of `multiple`, and at least that whatever the budget.
-    """
-    most = max(multiple, chunk_bytes // max(1, vocabulary * element_size) // multiple * multiple)
+
+def rows_per_slab(chunk_bytes: int, vocabulary: int, element_size: int, count: int, *, multiple: int) -> int:
+    """Rows a slab holds: equal over as few slabs as the budget allows, so that none is a sliver; a multiple of `multiple`."""
+    most = most_rows(chunk_bytes, vocabulary, element_size, multiple=multiple)
     slabs = max(1, -(-count // most))
     equal = -(-count // slabs)
     return max(1, -(-equal // multiple) * multiple)
+
+
+def new_slab(hidden: Tensor, columns: int, count: int, chunk_bytes: int, *, multiple: int) -> Tensor:
+    """The buffer for slabs of `count` rows. Counts change from step to step, and buffers of as many sizes would leave holes in a
+    GPU's memory: there is one size for all counts that need several slabs, and one for each power of two below.
+    """
+    most = most_rows(chunk_bytes, columns, hidden.element_size(), multiple=multiple)
+    rounded = 1 << max(0, count - 1).bit_length()
+    return hidden.new_empty((min(most, rounded) if count else 0, columns))
 
 
 def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, forbidden: int | None) -> tuple[Tensor, Tensor | None]:
@@ -107,7 +118,9 @@ def run_slabs(
     columns = w.shape[0]
     multiple = PADDED if hidden.device.type == "cuda" else 16
     step = rows_per_slab(chunk_bytes, columns, hidden.element_size(), count, multiple=multiple)
-    exact = {"hidden": None, "weight": None} if wide is hidden.dtype else {"weight": w}
+    exact = None if wide is hidden.dtype else w[:vocabulary]
+    if columns != vocabulary:  # a target among the padding is as wrong as one beyond it
+        target = torch.where(target < vocabulary, target, -1)
 
     statistics = count if wanted.statistics else 0
     out = Totals(
@@ -127,7 +140,7 @@ def run_slabs(
         rates, unpadded = hidden.new_zeros(columns, dtype=wide), rates
         rates[:vocabulary].copy_(unpadded)
         elapsed = None if elapsed is None else elapsed.to(wide).contiguous()
-    slab = hidden.new_empty((min(step, count), columns))
+    slab = new_slab(hidden, columns, count, chunk_bytes, multiple=multiple)
     for start in range(0, count, step):
         part = slice(start, min(start + step, count))
         x = hidden[part] if rows is None else hidden.index_select(0, rows[part])
@@ -141,8 +154,8 @@ def run_slabs(
         else:
             torch.addmm(b, x, w.t(), out=z)
         cross_entropy_(
-            z, target[part].contiguous(), scale, x if exact["weight"] is not None else None, exact["weight"], b, wanted.gradient,
-            out.nll[part], out.max_probability[part] if wanted.statistics else None,
+            z, target[part].contiguous(), scale, None if exact is None else x, exact, b, wanted.gradient, out.nll[part],
+            out.max_probability[part] if wanted.statistics else None,
             out.entropy[part] if wanted.statistics else None, out.bias if wanted.bias else None, rates,
             None if rates is None or elapsed is None else elapsed[part], None if rates is None else out.velocity[part], backend,
         )  # fmt: skip

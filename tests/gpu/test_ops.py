@@ -1,8 +1,10 @@
-"""Every op on every backend a GPU has, at the model's sizes: against fp64, beside PyTorch's own error, and bit for bit twice.
+"""Every op on every backend a GPU has, at the model's sizes and at odd ones: against fp64, beside PyTorch's own error, and twice
+with the same bits.
 
-One function checks an op on a device at a size. A CPU runs it small, on the backends it has; a GPU at D = 768, L = 1,024 and an
-odd vocabulary near 50,304. With ATAT_FAST_SMALL=1 a GPU takes the small sizes too: compute-sanitizer needs minutes for each
-microsecond of a kernel. Gradients are those of a random signed upstream.
+One function checks an op's backend on a device at a size. A CPU runs it small, on the backends it has. A GPU must have what
+EXPECTED names, each in a test of its own that no other backend can pass: at D = 768, L = 1,024 and an odd vocabulary near
+50,304, and at prime lengths and vocabularies. With ATAT_FAST_SMALL=1 a GPU takes the small sizes too: compute-sanitizer needs
+minutes for each microsecond of a kernel. Gradients are those of a random signed upstream.
 """
 
 from __future__ import annotations
@@ -11,7 +13,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -36,6 +38,8 @@ from atat_fast.ops import (
     rotary_reference,
     rotary_table,
 )
+from atat_fast.ops.attention import IMPLEMENTATIONS
+from atat_fast.ops.philox import random_words
 
 GPU = torch.cuda.is_available()
 SMALL = "ATAT_FAST_SMALL"
@@ -56,12 +60,12 @@ class Size:
     vocabulary: int
 
 
-MODEL, TINY = Size(4, 1024, 768, 12, 50_257), Size(3, 40, 64, 4, 131)
+MODEL, ODD, TINY = Size(4, 1024, 768, 12, 50_257), Size(3, 509, 328, 41, 5_003), Size(3, 40, 64, 4, 131)
 
 
-def size_for(device: str) -> Size:
-    """The model's sizes on a GPU, unless small ones are asked for."""
-    return MODEL if device == "cuda" and os.environ.get(SMALL) != "1" else TINY
+def size_for(device: str, size: Size = MODEL) -> Size:
+    """The size asked for on a GPU, unless small ones are wanted there too; the small one on a CPU."""
+    return size if device == "cuda" and os.environ.get(SMALL) != "1" else TINY
 
 
 Tensors = tuple[Tensor, ...]
@@ -174,14 +178,25 @@ CASES: dict[str, Callable[[Size, str, torch.dtype], Case]] = {
 }
 
 
-def backends_of(op: str, device: str, dtype: torch.dtype, size: Size) -> list[str]:
-    """What can run `op` here, fastest first."""
+EXPECTED = {
+    "mask_tokens": ("cuda", "triton"),
+    "linear_cross_entropy": ("cuda", "triton"),
+    "linear_categorical": ("triton",),
+} | dict.fromkeys(("adaptive_layer_norm", "gated_residual_norm", "rotary"), ("triton",))
+"""What a GPU has for each op beside PyTorch, fastest first."""
+
+
+def reasons_of(op: str, device: str, dtype: torch.dtype, size: Size) -> dict[str, str | None]:
+    """For each backend of `op`, or implementation of attention, why it cannot run here, or None."""
     where = torch.device(device, 0 if device == "cuda" else None)
     if op == "attention":
-        reasons = explain_attention(where, dtype, size.width // size.heads)
-    else:
-        reasons = registry.explain(op.split(",")[0], where)
-    return [name for name, reason in reasons.items() if reason is None]
+        return explain_attention(where, dtype, size.width // size.heads)
+    return registry.explain(op.split(",")[0], where)
+
+
+def backends_of(op: str, device: str, dtype: torch.dtype, size: Size) -> list[str]:
+    """What can run `op` here, fastest first."""
+    return [name for name, reason in reasons_of(op, device, dtype, size).items() if reason is None]
 
 
 def results(call: Callable[[Tensors], Tensors], inputs: Tensors, upstream: Tensors) -> Tensors:
@@ -192,16 +207,15 @@ def results(call: Callable[[Tensors], Tensors], inputs: Tensors, upstream: Tenso
     return (*(o.detach() for o in out), *grads)
 
 
-def check(op: str, device: str, dtype: torch.dtype, size: Size) -> list[str]:
-    """Compare every backend with fp64 and with PyTorch's own error, and with itself; the backends that were checked."""
+def check(op: str, device: str, dtype: torch.dtype, size: Size, backends: Sequence[str]) -> None:
+    """Compare backends with fp64 and with PyTorch's own error, and with themselves."""
     torch.manual_seed(0)
     case = CASES[op](size, device, dtype)
     exact_inputs = tuple(t.detach().double() for t in case.inputs)
     upstream = tuple(torch.randn(o.shape).to(device) for o in case.reference(case.inputs))
     exact = results(case.reference, exact_inputs, upstream)
     plain = results(case.reference, case.inputs, upstream)
-    found = backends_of(op, device, dtype, size)
-    for backend in found:
+    for backend in backends:
         got = results(lambda given, b=backend: case.call(b, given), case.inputs, upstream)
         for i, (a, e, p) in enumerate(zip(got, exact, plain, strict=True)):
             error, own = (float((t.double() - e).norm()) for t in (a, p))
@@ -211,23 +225,70 @@ def check(op: str, device: str, dtype: torch.dtype, size: Size) -> list[str]:
         if op != "attention":  # whose libraries promise it under use_deterministic_algorithms alone
             again = results(lambda given, b=backend: case.call(b, given), case.inputs, upstream)
             assert all(torch.equal(a, b) for a, b in zip(got, again, strict=True)), f"{op}, {backend}: two runs differ"
-    return found
 
 
 BOTH = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=on_gpu, id="cuda")]
+DTYPES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+SIZES = pytest.mark.parametrize("size", [MODEL, ODD], ids=["model", "odd"])
+OURS = [op for op in CASES if op != "attention"]
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+@DTYPES
 @pytest.mark.parametrize("op", CASES)
-@pytest.mark.parametrize("device", BOTH)
-def test_against_fp64_and_twice_the_same(device, op, dtype, poisoned):
-    found = check(op, device, dtype, size_for(device))
-    assert found and (device == "cpu" or op == "attention" or {"cuda", "triton"} & set(found))
+def test_on_a_cpu_every_backend_is_close_to_fp64_and_twice_the_same(op, dtype, poisoned):
+    found = backends_of(op, "cpu", dtype, TINY)
+    assert found
+    check(op, "cpu", dtype, TINY, found)
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+@SIZES
+@DTYPES
+@pytest.mark.parametrize(("op", "backend"), [(op, name) for op in OURS for name in EXPECTED[op.split(",")[0]]])
+def test_against_fp64_and_twice_the_same(op, backend, dtype, size, poisoned):
+    reason = reasons_of(op, "cuda", dtype, size)[backend]
+    assert reason is None, f"{op} has no {backend} here: {reason}"
+    check(op, "cuda", dtype, size_for("cuda", size), [backend])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+@SIZES
+@DTYPES
+@pytest.mark.parametrize("name", [name for name in IMPLEMENTATIONS if name != "products"])
+def test_attention_against_fp64(name, dtype, size):
+    size = size_for("cuda", size)
+    reason = reasons_of("attention", "cuda", dtype, size)[name]
+    if reason is not None:
+        pytest.skip(reason)
+    check("attention", "cuda", dtype, size, [name])
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+@pytest.mark.parametrize("op", EXPECTED)
+def test_the_fastest_backend_is_chosen(op, monkeypatch):
+    monkeypatch.delenv("ATAT_FAST_BACKEND", raising=False)
+    where = torch.device("cuda", 0)
+    chosen = registry.choose_backend(op, where)
+    assert chosen == EXPECTED[op][0], f"{op} runs on {chosen} here: {registry.explain(op, where)}"
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+def test_philox_is_the_specification_s():
+    index = torch.cat([torch.arange(-5, 2000), torch.tensor([2**62, 2**32 - 1, 2**32])]).cuda()
+    seed, step = (torch.tensor(n, device="cuda") for n in (2**40 + 7, 3))
+    assert torch.equal(torch.ops.atat_fast_c.philox(index, seed, step, 5), torch.stack(random_words(index, seed, step, 5), -1))
+
+
+@SIZES
 @pytest.mark.parametrize("device", BOTH)
-def test_masks_are_the_specification_s(device, poisoned):
-    size = size_for(device)
+def test_masks_are_the_specification_s(device, size, poisoned):
+    size = size_for(device, size)
+    found = backends_of("mask_tokens", device, torch.int64, size)
+    assert device == "cpu" or set(found) >= {"cuda", "triton"}
     tokens = torch.randint(0, size.vocabulary - 1, (size.batch, size.length)).to(device)
     counts = torch.randint(0, size.length + 1, (size.batch,))
     scores = torch.rand(size.batch, size.length).to(device)
@@ -238,7 +299,7 @@ def test_masks_are_the_specification_s(device, poisoned):
     for scored in (None, scores):
         runs = [
             mask_tokens(tokens, counts.to(device), backend=backend, scores=scored, tilt=0.0 if scored is None else 2.0, **common)
-            for backend in (*backends_of("mask_tokens", device, torch.int64, size), "torch") for _ in range(2)
+            for backend in (*found, "torch") for _ in range(2)
         ]  # fmt: skip
         for run in runs[:-1]:
             assert all(torch.equal(a, b) for a, b in zip(run[:1] if scored is not None else run, runs[-1], strict=False))
@@ -247,7 +308,7 @@ def test_masks_are_the_specification_s(device, poisoned):
 def sanitized(tool: str, *more: str) -> list[str]:
     """The command that runs the tests above, small, under a tool of compute-sanitizer."""
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__)), "-m", "gpu"]
-    wanted = ["-k", "(fp64 or specification) and not attention"]
+    wanted = ["-k", "(fp64 or specification) and not attention and not odd"]
     watch = ["compute-sanitizer", "--tool", tool, "--error-exitcode", "9", "--target-processes", "all"] if tool else []
     return [*watch, *tests, *wanted, *more]
 
@@ -265,6 +326,6 @@ def test_sanitizer_finds_nothing(tool):
 @pytest.mark.slow
 def test_the_sanitizer_s_command_finds_tests():
     done = subprocess.run(sanitized("", "--collect-only"), capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0 and "test_masks_are_the_specification_s[cuda]" in done.stdout, done.stdout + done.stderr
-    assert "[cuda-linear_cross_entropy-bf16]" in done.stdout and "[cuda-attention" not in done.stdout
+    assert done.returncode == 0 and "test_masks_are_the_specification_s[cuda-model]" in done.stdout, done.stdout + done.stderr
+    assert "[linear_cross_entropy-cuda-bf16-model]" in done.stdout and "test_attention" not in done.stdout
     assert sanitized("racecheck")[:3] == ["compute-sanitizer", "--tool", "racecheck"]
