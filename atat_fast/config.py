@@ -220,6 +220,8 @@ class TrainConfig:
         device: cuda, cpu, or auto for cuda where there is one.
         dtype: bf16 (autocast, fp32 master weights), fp32, or auto: bf16 on GPUs and on CPUs with AMX or AVX512-BF16.
         compile: Whether torch.compile is used; auto means on a GPU only.
+        cuda_graphs: Whether forward and backward passes are replayed as CUDA graphs, which spares the host; auto means in one
+            process on a GPU, without an importance estimator and document boundaries.
         log_every: Steps between lines of metrics.jsonl.
         checkpoint_every: Steps between `last` checkpoints; 0 saves with each evaluation only.
         keep: Newest checkpoints that stay; the best one stays besides.
@@ -232,6 +234,7 @@ class TrainConfig:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     dtype: Literal["auto", "bf16", "fp32"] = "auto"
     compile: Literal["auto", "on", "off"] = "auto"
+    cuda_graphs: Literal["auto", "on", "off"] = "auto"
     log_every: int = 50
     checkpoint_every: int = 0
     keep: int = 1

@@ -132,10 +132,10 @@ class Case:
 
     def products(self) -> Callable[[], object]:
         """The three products on the rows that count, by slabs of the same size, results overwritten."""
-        from atat_fast.ops.slabs import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, PADDED, rows_per_slab
+        from atat_fast.ops.slabs import PADDED, default_budget, rows_per_slab
 
         columns = -(-self.shape.v // PADDED) * PADDED if ON_GPU else self.shape.v
-        budget, multiple = (CHUNK_BYTES_GPU, PADDED) if ON_GPU else (CHUNK_BYTES_CPU, 16)
+        budget, multiple = default_budget(DEVICE), PADDED if ON_GPU else 16
         step = rows_per_slab(budget, columns, DTYPE.itemsize, self.shape.rows, multiple=multiple)
         w = torch.randn(columns, self.shape.d, device=DEVICE, dtype=DTYPE)
         x = torch.randn(self.shape.rows, self.shape.d, device=DEVICE, dtype=DTYPE)

@@ -27,7 +27,7 @@ from torch.profiler import ProfilerActivity
 from atat_fast.config import TrainConfig
 from atat_fast.errors import UsageError
 from atat_fast.ops import linear_cross_entropy, linear_cross_entropy_cost, registry
-from atat_fast.ops.slabs import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, PADDED, rows_per_slab
+from atat_fast.ops.slabs import PADDED, default_budget, rows_per_slab
 from atat_fast.training.compute import Compute, environment, resolve
 
 DEFAULTS = {"cuda": ((4096, 8192), 768, 50_258, (128, 256, 512, 1024)), "cpu": ((512,), 256, 8003, (16, 64))}
@@ -179,7 +179,7 @@ def main(arguments: list[str] | None = None) -> int:
             )
         record["results"] += found
         if count == max(args.rows):
-            usual = (CHUNK_BYTES_GPU if compute.device.type == "cuda" else CHUNK_BYTES_CPU) >> 20
+            usual = default_budget(compute.device) >> 20
             kernels = profile(head, backends[0], usual)
             record["profile"] = {"rows": count, "backend": backends[0], "budget_mb": usual, "kernels": kernels}
             for row in record["profile"]["kernels"][:14]:

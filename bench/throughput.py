@@ -159,9 +159,21 @@ def setting_of(args: argparse.Namespace, compute: Compute, ranks: Ranks) -> Sett
 
 def build(name: str, setting: Setting) -> tuple[Variant | None, str]:
     """The variant after a first step, or None and why there is none."""
+    on_gpu = setting.compute.device.type == "cuda"
+    before = torch.cuda.memory_allocated() if on_gpu else 0
     try:
         variant = Variant(name, setting)
+        graphs, variant.graphs = variant.graphs, None
         variant.timed(2 if name == COMPILED or setting.compute.compile else 1)
+        if on_gpu:  # the allocator counts exactly, but not what a graph uses; a CPU is asked in a process of one variant alone
+            held = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            variant.timed(1)
+            step = torch.cuda.max_memory_allocated() - held
+            variant.memory = {"step": step, "peak": held - before + step}
+        variant.graphs = graphs
+        if graphs is not None:
+            variant.timed(3)
     except torch.OutOfMemoryError:
         torch.cuda.empty_cache()
         return None, f"out of memory with {setting.batch} sequences"
@@ -326,7 +338,7 @@ def compare(names: list[str], args: argparse.Namespace, setting: Setting, ranks:
     results = {}
     for name, variant in variants.items():
         parts = variant.parts(1 if compute.device.type == "cpu" else 5)
-        results[name] = summary(variant, seconds[name], joules[name], parts, peak)
+        results[name] = summary(variant, seconds[name], joules[name], parts, peak) | {"memory": variant.memory}
     for r in results.values():
         for key, base in (("ratio", PLAIN), ("ratio_compiled", COMPILED)):
             r[key] = r["tokens_per_second"] / results[base]["tokens_per_second"] if base in results else None
@@ -357,13 +369,15 @@ def compare(names: list[str], args: argparse.Namespace, setting: Setting, ranks:
 
 
 def memory(results: dict[str, Any], args: argparse.Namespace, budget: Budget, record: dict[str, Any]) -> None:
-    """Fill in the memory of a step, and with --largest the largest micro-batch, each from a process of its own."""
+    """Fill in the memory of a step where it is not known, and with --largest the largest micro-batch, each from a process of its
+    own.
+    """
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     record["largest_micro_batch"] = {}
     for name, r in sorted(results.items(), key=lambda item: item[0] == COMPILED):
         enough = budget.allows(CHILD_SECONDS + 3 * r["step_seconds"])
-        found = child("memory", name, args, max(budget.left, 1.0)) if enough else None
+        found = r.pop("memory") or (child("memory", name, args, max(budget.left, 1.0)) if enough else None)
         r["step_memory_bytes"], r["peak_memory_bytes"] = (found["step"], found["peak"]) if found else (None, None)
         if args.largest and record["environment"]["device"].startswith("CPU"):
             record["largest_micro_batch"] = "not measured on a CPU"

@@ -24,6 +24,7 @@ from atat_fast.data import SequenceLoader
 from atat_fast.models import DiT
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.training.compute import Compute
+from atat_fast.training.graphs import Graphs, why_not
 from atat_fast.training.objective import Objective
 from atat_fast.training.optimizers import Average, Optimizers
 
@@ -192,10 +193,15 @@ class Variant:
         if setting.ranks > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.call = nn.parallel.DistributedDataParallel(self.losses_of, device_ids=ids)
+        self.graphs: Graphs | None = None
+        if name == OURS and why_not(objective.config, setting.compute, "none" if setting.ranks == 1 else "ddp") is None:
+            self.graphs = Graphs(objective)
         self.optimizers = Optimizers(self.losses_of, OptimConfig())
         self.average = Average(self.losses_of, 0.9999)
         self.losses: list[Tensor] = []
         self.count = 0
+        self.memory: dict[str, int] | None = None
+        """Bytes a step adds to what stands before it, and all that is held at its peak; where they were measured."""
 
     def step(self) -> None:
         """One whole training step; nothing in it waits for the device."""
@@ -205,10 +211,13 @@ class Variant:
             tokens, ids = s.loader.batch(self.count * s.ranks * s.batch + first, s.batch)
             if self.device.type == "cuda":
                 tokens, ids = (t.pin_memory().to(self.device, non_blocking=True) for t in (tokens, ids))
-        with part("forward"):
-            loss = self.call(tokens, ids, first, self.count) * self.scale
-        with part("backward"):
-            loss.backward()
+        if self.graphs is not None and not self.clock.on:
+            loss = self.graphs(tokens, ids, first=first, step=self.count, progress=PROGRESS)
+        else:
+            with part("forward"):
+                loss = self.call(tokens, ids, first, self.count) * self.scale
+            with part("backward"):
+                loss.backward()
         with part("clip"):
             torch.nn.utils.clip_grad_norm_(self.losses_of.parameters(), 1.0)
         with part("optimizer"):
@@ -228,7 +237,7 @@ class Variant:
         return (time.perf_counter() - begin) / steps
 
     def parts(self, steps: int) -> tuple[dict[str, float], float]:
-        """(seconds of each part, seconds) of a step, in steps of their own whose parts are noted."""
+        """(seconds of each part, seconds) of a step, in steps of their own whose parts are noted, and which are no graphs."""
         with self.clock.started():
             whole = self.timed(steps)
         return {name: total / steps for name, total in self.clock.seconds().items()}, whole

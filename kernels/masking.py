@@ -121,7 +121,8 @@ def _mask_tokens_kernel(
     threshold = smallest(tiles, wanted, TILE)
     ties = wanted - count_under(tiles, threshold, TILE)  # 0 where nothing is wanted: the threshold is 0 then
 
-    weight = (free + 1).to(tl.float32) / tl.maximum(wanted, 1).to(tl.float32)
+    # Rounded as PyTorch's: weights are the same bits everywhere, and Triton's own division is off by a unit in the last place.
+    weight = tl.div_rn((free + 1).to(tl.float32), tl.maximum(wanted, 1).to(tl.float32))
     if WEIGHTING == 3:  # ce: a plain mean over the batch
         total = tl.sum(counts, 0)
         all_free = total * 0
@@ -130,7 +131,7 @@ def _mask_tokens_kernel(
                 all_free += tl.sum((tl.load(Frozen + p + o_t, mask=p + o_t < B * L, other=1) == 0).to(tl.int32), 0)
         else:
             all_free += B * L
-        weight = all_free.to(tl.float32) / tl.maximum(total, 1).to(tl.float32)
+        weight = tl.div_rn(all_free.to(tl.float32), tl.maximum(total, 1).to(tl.float32))
     slope = -tilt if WEIGHTING == 1 else focus
     largest = weight * 0.0
     if (WEIGHTING == 1) | (WEIGHTING == 2):  # order and importance: a softmax over what is hidden

@@ -23,12 +23,11 @@ from torch import Tensor
 from atat_fast.errors import nearest
 from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, register
 from atat_fast.ops.slabs import (
-    CHUNK_BYTES_CPU,
-    CHUNK_BYTES_GPU,
     CHUNK_BYTES_LOW,
     Totals,
     Wanted,
     accumulation_dtype,
+    default_budget,
     run_slabs,
 )
 
@@ -76,7 +75,7 @@ def linear_cross_entropy(
     return_nll:   also return the unweighted nll [R], detached.   return_statistics: also return `RowStatistics`.
     low_memory:   for "sum": hold nothing between forward and backward but the inputs, in slabs of 32 MB; the backward computes
                   the logits again, a fourth product. Without it, gradients (V x D in fp32, R x D) are held.
-    chunk_bytes:  budget for a slab of logits; 256 MB on a GPU and 64 MB on a CPU where the caller does not say.
+    chunk_bytes:  budget for a slab of logits; 64 MB on a CPU and 256 MB to 1 GB on a GPU, by its memory, where not said.
     backend:      "cuda", "triton", "cpp" or "torch" for the row pass between the products; the fastest where not said.
 
     Differentiable in hidden, weight, bias and token_weight, once; not in rates and elapsed. A row of weight 0 gives exact zeros
@@ -91,8 +90,7 @@ def linear_cross_entropy(
     without = _FP64_ONLY if hidden.dtype is torch.float64 else ()
     chosen = choose_backend("linear_cross_entropy", hidden.device, backend, without)
     if chunk_bytes is None:
-        chunk_bytes = CHUNK_BYTES_CPU if hidden.device.type == "cpu" else CHUNK_BYTES_GPU
-        chunk_bytes = min(chunk_bytes, CHUNK_BYTES_LOW) if low_memory else chunk_bytes
+        chunk_bytes = CHUNK_BYTES_LOW if low_memory else default_budget(hidden.device)
     if reduction == "none" or low_memory:
         losses, apart, *known = torch.ops.atat_fast.linear_cross_entropy_rows(
             hidden, weight, target, bias, rows, forbidden, rates, elapsed, chunk_bytes, return_statistics, chosen

@@ -11,6 +11,7 @@ probability, gradient, rows of dW and entries of dbias are exactly 0, no kernel 
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,9 +22,27 @@ from atat_fast.ops.cross_entropy import cross_entropy_
 CHUNK_BYTES_GPU = 256 << 20
 CHUNK_BYTES_CPU = 64 << 20
 CHUNK_BYTES_LOW = 32 << 20
-"""Budgets of a slab: on a GPU, on a CPU, and in low_memory mode. docs/notes/linear_cross_entropy.md has the measurements."""
+"""Budgets of a slab: on a GPU at least, on a CPU, and in low_memory mode; `default_budget` says what a larger GPU takes."""
 
 PADDED = 128
+
+
+@torch.compiler.assume_constant_result
+def default_budget(device: torch.device) -> int:
+    """Bytes of a slab where the caller does not say: 64 MB on a CPU, and on a GPU the power of two up to a 64th of its memory,
+    from 256 MB (24 GB) to 1 GB (80 GB). Fewer and larger products are faster: docs/notes/gpu.md has the sweep.
+    """
+    return _budget(device)
+
+
+@functools.cache
+def _budget(device: torch.device) -> int:
+    if device.type == "cpu":
+        return CHUNK_BYTES_CPU
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return CHUNK_BYTES_GPU
+    share = torch.cuda.get_device_properties(device).total_memory // 64
+    return min(1 << 30, max(CHUNK_BYTES_GPU, 1 << (share.bit_length() - 1)))
 
 
 @dataclass

@@ -110,22 +110,25 @@ class Objective:
         Raises BadScores, on a CPU, where the estimator's scores are no numbers.
         """
         batch = self.hide(tokens, sample_ids, first=first, step=step, progress=progress, documents=documents)
-        randomness = Randomness(self.seed, torch.full((), step, device=tokens.device), sample_ids)
+        loss, nll = self.forward_loss(batch, sample_ids, torch.full((), step, device=tokens.device))
+        parts = {"diffusion": loss.detach()}
+        if batch.importance is not None:
+            own, more = self._importance(batch, batch.importance, nll, tokens.shape[1], step, progress)
+            loss, parts = loss + self.config.importance.loss_weight * own, parts | more
+        return loss, parts
+
+    def forward_loss(self, batch: MaskedBatch, sample_ids: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's part of the loss of a batch that is masked, as in `loss`, and the nll of its rows. step: 0-d int64."""
         if self.compute.compile:  # one graph for every number of hidden rows
             for tensor in (batch.rows, batch.target, batch.weights, batch.elapsed):
                 if tensor is not None:
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
         with self.compute.autocast():
             loss, nll = self.forward(
-                batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share, randomness, batch.documents,
-                batch.rates, batch.elapsed,
+                batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share,
+                Randomness(self.seed, step, sample_ids), batch.documents, batch.rates, batch.elapsed,
             )  # fmt: skip
-        loss = loss / (self.total * tokens.shape[1])
-        parts = {"diffusion": loss.detach()}
-        if batch.importance is not None:
-            own, more = self._importance(batch, batch.importance, nll, tokens.shape[1], step, progress)
-            loss, parts = loss + self.config.importance.loss_weight * own, parts | more
-        return loss, parts
+        return loss / (self.total * batch.noisy.shape[1]), nll
 
     def hide(
         self,

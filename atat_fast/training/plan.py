@@ -14,7 +14,7 @@ from atat_fast.diffusion.identity import check_identity
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, check_model, step_cost
 from atat_fast.models.importance import ImportanceEstimator, importance_cost
-from atat_fast.ops.slabs import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU
+from atat_fast.ops.slabs import default_budget
 from atat_fast.training.compute import Compute
 from atat_fast.training.optimizers import check_optim
 
@@ -120,7 +120,7 @@ def estimate_memory(
     per_row = 2 * 4 * width + (2 + 6 + 1 + 2 + 2 * config.model.mlp_ratio) * small * width
     begun = (4 + small) * width
     kept = config.model.layers - recomputed + (1 if recomputed else 0)
-    slab = CHUNK_BYTES_GPU if compute.device.type == "cuda" else CHUNK_BYTES_CPU
+    slab = default_budget(compute.device)
     moments = 4 if config.optim.name == "muon" else 8
     return Memory(
         weights=4 * parameters,

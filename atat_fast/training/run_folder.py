@@ -20,7 +20,7 @@ IMPORTANCE = "importance.json"
 
 MAY_DIFFER = (
     "run.", "sample.", "parallel.", "train.log_every", "train.checkpoint_every", "train.keep", "train.micro_batch",
-    "train.compile", "preset",
+    "train.compile", "train.cuda_graphs", "preset",
 )  # fmt: skip
 """Settings a resumed run may change: they do not change what is learned (micro-batches and ranks only how sums are rounded)."""
 

@@ -30,6 +30,7 @@ from atat_fast.models.importance import ImportanceEstimator, log_rank
 from atat_fast.ops.attention import choose_attention, documents_of
 from atat_fast.training import checkpoint, records, run_folder
 from atat_fast.training.compute import Compute, environment, resolve
+from atat_fast.training.graphs import Graphs, wanted
 from atat_fast.training.hardware import Monitor, Stopwatch, card_of
 from atat_fast.training.modes import check_parallel, check_precision, choose_for
 from atat_fast.training.objective import Objective
@@ -99,12 +100,14 @@ class Trainer:
         with ranks.agree():
             self.choice = ranks.share(choose_for(config, ranks.launch, self.model.vocab_size, self.compute))
             check_precision(self.choice, config.parallel, self.compute)
+            graphed = wanted(config, self.compute, self.choice.mode)
         recompute_blocks(self.model, config.parallel.activation_checkpointing)
         self.objective = Objective(
             self.model, config, self.compute, seed=config.train.seed, total=self.plan.global_batch, estimator=self.estimator,
             identity=self.identity, by_block=ranks.size > 1 or config.parallel.activation_checkpointing > 0,
         )  # fmt: skip
         self.parallel = Parallel(self.model, self.estimator, self.choice, config.parallel, ranks.size, self.compute.device.type)
+        self.graphs = Graphs(self.objective) if graphed else None
         self.optimizers = Optimizers(self.objective.named_parameters(), config.optim)
         self.average = Average(self.objective.named_parameters(), config.optim.ema)
         self.step = 0
@@ -287,6 +290,12 @@ class Trainer:
             self.watch.mark(self.step, "reading a batch")
             batch = self._batch(slot)
             self.watch.mark(self.step, "in the forward and backward pass")
+            if self.graphs is not None:
+                tokens, ids, _ = batch
+                with self.stopwatch.own():
+                    loss = self.graphs(tokens, ids, first=slot, step=self.step, progress=self.progress)
+                self.window.add("loss", loss)
+                continue
             with parallel.accumulating(last=slot == slots[-1]):
                 try:
                     with self.stopwatch.own():

@@ -231,7 +231,8 @@ def test_a_step_that_reads_its_number_from_memory_draws_fresh_noise():
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not GPU, reason="no CUDA device")
-def test_a_captured_step_draws_fresh_noise_and_goes_where_an_eager_one_goes():
+def test_a_captured_step_draws_fresh_noise_and_goes_where_an_eager_one_goes(poisoned):
+    """Sums are made in a fixed order, for AdamW's first steps turn a rounding into the whole of a step."""
     warm = 3
     eager = Captured("cuda")
     want = eager.run(warm + 4, eager)
@@ -254,23 +255,25 @@ def test_a_captured_step_draws_fresh_noise_and_goes_where_an_eager_one_goes():
 
 
 @pytest.mark.parametrize("device", BOTH)
-def test_one_rank_changes_nothing(device, tmp_path):
+def test_one_rank_changes_nothing(device, tmp_path, poisoned):
+    """Under deterministic algorithms, for a GPU's attention and embedding otherwise add up as threads arrive."""
+
     class Losses(torch.nn.Module):
         def __init__(self, step: Step) -> None:
             super().__init__()
             self.model, self.step = step.model, step
 
-        def forward(self) -> torch.Tensor:
-            return self.step.objective.loss(self.step.tokens, self.step.ids, first=0, step=0)[0]
+        def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+            return self.step.objective.loss(tokens, self.step.ids, first=0, step=0)[0]
 
     alone = Step(device)
-    Losses(alone)().backward()
+    Losses(alone)(alone.tokens).backward()
     kind = "nccl" if device == "cuda" else "gloo"
     dist.init_process_group(kind, init_method=f"file://{tmp_path / 'store'}", rank=0, world_size=1)
     try:
         together = Step(device)
         ranks = [together.device] if device == "cuda" else None
-        torch.nn.parallel.DistributedDataParallel(Losses(together), device_ids=ranks)().backward()
+        torch.nn.parallel.DistributedDataParallel(Losses(together), device_ids=ranks)(together.tokens).backward()
     finally:
         dist.destroy_process_group()
     for (name, p), q in zip(alone.model.named_parameters(), together.model.parameters(), strict=True):

@@ -1,0 +1,153 @@
+"""Forward and backward of a micro-batch as one CUDA graph: one launch where there were hundreds.
+
+A small model, or few sequences on a fast card, keeps a GPU waiting for the host (docs/notes/gpu.md). The first micro-batch of a
+shape runs as it is, which compiles kernels; the next is captured, which executes nothing, and replayed from then on. What changes
+from step to step lies in buffers that are filled before each replay: masks, targets, weights, the step's number.
+
+Gradients keep their place too. The graph that begins an optimizer step writes them, one for a later micro-batch adds to them; the
+optimizer may drop them, for they are put back. A shape that comes when MOST are known runs as it is.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atat_fast.config import Config
+from atat_fast.diffusion.masking import MaskedBatch
+from atat_fast.errors import UsageError
+from atat_fast.training.compute import Compute
+from atat_fast.training.objective import Objective
+
+MOST = 4
+"""Shapes that are captured: each keeps its activations and a set of gradients."""
+TENSORS = ("noisy", "rows", "target", "weights", "hidden_share", "rates", "elapsed")
+
+Grads = list[Tensor | None]
+Replay = Callable[[], None]
+
+
+def why_not(config: Config, compute: Compute, mode: str) -> str | None:
+    """Why passes of a run in this parallel mode cannot be graphs, or None where they can."""
+    if compute.device.type != "cuda":
+        return "graphs are captured on a GPU, and this run computes on a CPU"
+    if mode != "none":
+        return f"under {mode} ranks sum gradients while the backward pass goes on, which a graph would not show them"
+    if config.importance.source != "none":
+        return "the importance estimator's strength changes from step to step on the host"
+    if config.model.document_mask:
+        return "the number of documents changes from batch to batch"
+    return None
+
+
+def wanted(config: Config, compute: Compute, mode: str) -> bool:
+    """Whether passes are graphs under `train.cuda_graphs`. Raises UsageError where they are asked for and cannot be."""
+    asked, reason = config.train.cuda_graphs, why_not(config, compute, mode)
+    if asked == "on" and reason:
+        raise UsageError(f"train.cuda_graphs is on, but {reason}; use --train.cuda_graphs auto")
+    return asked != "off" and reason is None
+
+
+@dataclass
+class Shape:
+    """Micro-batches of one shape: the buffers they are read from, and a graph by where gradients lie (None: nowhere yet)."""
+
+    batch: MaskedBatch
+    sample_ids: Tensor
+    step: Tensor
+    graphs: dict[int | None, tuple[Replay, Tensor, Grads]] = field(default_factory=dict)
+
+    def fill(self, batch: MaskedBatch, sample_ids: Tensor, step: int) -> None:
+        """Put a micro-batch into the buffers."""
+        for name in TENSORS:
+            target, source = getattr(self.batch, name), getattr(batch, name)
+            if target is not None:
+                target.copy_(source, non_blocking=True)
+        self.sample_ids.copy_(sample_ids, non_blocking=True)
+        self.step.fill_(step)
+
+
+class Graphs:
+    """The passes of an objective, from graphs where they can be; `capture` makes a call into one (`Capture`)."""
+
+    def __init__(
+        self, objective: Objective, capture: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] | None = None
+    ) -> None:  # fmt: skip
+        self.objective = objective
+        self.parameters: list[nn.Parameter] = list(objective.parameters())
+        self.shapes: dict[tuple[object, ...], Shape] = {}
+        self.owned: set[int] = set()
+        """Where the gradients of graphs lie, by the address of the first."""
+        self.capture = capture or Capture()
+        self.off = False
+
+    def __call__(self, tokens: Tensor, sample_ids: Tensor, *, first: int, step: int, progress: float = 0.0) -> Tensor:
+        """Add the gradients of slots first .. first + B - 1 to the parameters'. Returns `Objective.loss`'s loss, detached."""
+        batch = self.objective.hide(tokens, sample_ids, first=first, step=step, progress=progress)
+        key = tuple(None if t is None else tuple(t.shape) for t in (getattr(batch, name) for name in TENSORS))
+        shape = self.shapes.get(key)
+        if self.off or (shape is None and len(self.shapes) == MOST):
+            return self._run(batch, sample_ids, torch.full((), step, device=tokens.device))
+        if shape is None:
+            held: dict[str, Any] = {name: getattr(batch, name) for name in TENSORS}
+            held = {name: None if tensor is None else tensor.clone() for name, tensor in held.items()}
+            shape = Shape(replace(batch, **held), sample_ids.clone(), torch.full((), step, device=tokens.device))
+            self.shapes[key] = shape
+            return self._run(shape.batch, shape.sample_ids, shape.step)
+        shape.fill(batch, sample_ids, step)
+        place = self._place()
+        if place is not None and place not in self.owned:  # of a first micro-batch that was no graph
+            return self._run(shape.batch, shape.sample_ids, shape.step)
+        if place not in shape.graphs and not self._record(shape, place):
+            return self._run(shape.batch, shape.sample_ids, shape.step)
+        replay, loss, grads = shape.graphs[place]
+        for p, grad in zip(self.parameters, grads, strict=True):
+            p.grad = grad
+        replay()
+        return loss.clone()
+
+    def _place(self) -> int | None:
+        """Where the parameters' gradients lie, or None where there are none."""
+        first = next((p.grad for p in self.parameters if p.grad is not None), None)
+        return None if first is None else first.data_ptr()
+
+    def _record(self, shape: Shape, place: int | None) -> bool:
+        """Capture a pass whose gradients lie at `place`; whether it could be. Otherwise passes run as they are from now on."""
+        try:
+            replay, loss = self.capture(lambda: self._run(shape.batch, shape.sample_ids, shape.step))
+        except RuntimeError as error:
+            self.off = True
+            for p in self.parameters if place is None else ():
+                p.grad = None
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
+            warnings.warn(f"a pass cannot be captured as a CUDA graph ({reason}); training goes on without", stacklevel=2)
+            return False
+        shape.graphs[place] = replay, loss, [p.grad for p in self.parameters]
+        if place is None and (made := self._place()) is not None:
+            self.owned.add(made)
+        return True
+
+    def _run(self, batch: MaskedBatch, sample_ids: Tensor, step: Tensor) -> Tensor:
+        """The pass itself."""
+        loss, _ = self.objective.forward_loss(batch, sample_ids, step)
+        loss.backward()
+        return loss.detach()
+
+
+class Capture:
+    """Captures calls into CUDA graphs that share their memory: they are replayed one after the other."""
+
+    def __init__(self) -> None:
+        self.pool = torch.cuda.graph_pool_handle()
+
+    def __call__(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
+        """(what replays it, what it returned). Nothing is executed."""
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, pool=self.pool):
+            out = call()
+        return graph.replay, out
