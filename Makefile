@@ -6,17 +6,19 @@ TRITON ?= triton==3.6.0
 
 # With nvcc, with a host compiler alone, and without a library.
 WHEELS ?= nvcc host pure
+# The oldest supported torch, the one that is developed on and the newest: csrc/ has to compile against their headers.
+HEADERS ?= 2.11.0 2.13.0 2.14.1
 
 PIP = $(VENV)/bin/python -m pip --disable-pip-version-check
 INSTALLED = $(VENV)/.installed
 TORCH_INSTALLED = $(VENV)/.torch-installed
 
 .DEFAULT_GOAL := help
-.PHONY: help install train test wheels check bench clean
+.PHONY: help install train test wheels headers check bench clean
 
 help: ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-10s %s\n", $$1, $$2 }' $(firstword $(MAKEFILE_LIST))
-	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) WHEELS=\"$(WHEELS)\""
+	@echo "Settings: PYTHON=$(PYTHON) VENV=$(VENV) TORCH=$(TORCH) WHEELS=\"$(WHEELS)\" HEADERS=\"$(HEADERS)\""
 
 install: $(INSTALLED) ## make $(VENV) with torch, the package (editable, csrc/ compiled) and the tools
 
@@ -28,6 +30,9 @@ test: install ## run all tests that need no GPU, slow ones too
 
 wheels: install ## build the wheels named in WHEELS and run the quick tests on each, about 3 minutes a wheel
 	$(VENV)/bin/python tests/packaging/suite_on_wheels.py --wheels $(WHEELS)
+
+headers: install ## compile csrc/ against the torch releases in HEADERS; their wheels are fetched once, into .torch-headers
+	$(VENV)/bin/python tests/packaging/build_on_headers.py $(HEADERS)
 
 check: install ## lint, formatting, types, the order of imports, and README's figures
 	$(VENV)/bin/ruff check .

@@ -47,6 +47,10 @@ STOP_SECONDS = 10.0
 """What a step has for its last words when its time is over."""
 DEVICE_FOLDER = "bench/results/DEVICE"
 """In a step's command: the folder of this device's results, as bench_*.py name it."""
+PROCESSES, MICRO_BATCH = "PROCESSES", "MICRO_BATCH"
+"""In a step's command: processes that share the device in tests, and sequences of a step, which its memory decides."""
+SMALL = ("--preset", "small", "--vocabulary", "50258", "--micro_batch", MICRO_BATCH)
+"""MDLM's own size, with GPT-2's vocabulary and the mask."""
 LEAST_SECONDS = 5.0
 """A step is not begun with less time than this left."""
 
@@ -97,16 +101,16 @@ class Outcome:
         return f"{self.name:<28} {self.status:<10} {self.seconds:>7.1f} s  {self.reason}".rstrip()
 
 
-def pytest_step(name: str, seconds: float, *arguments: str, why: str, processes: int = 0) -> Step:
+def pytest_step(name: str, seconds: float, *arguments: str, why: str, processes: bool = False) -> Step:
     """A pytest run that takes nothing from the project's options: --strict-config refuses a machine without pytest-timeout.
 
-    In `processes` processes where pytest-xdist is there.
+    In several processes where they are wanted and pytest-xdist is there.
     """
     options = ["-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "-ra", "-q"]
     if importlib.util.find_spec("pytest_benchmark") is None and "-m" not in arguments:
         options += ["-p", "plain_benchmark"]
     if processes and importlib.util.find_spec("xdist") is not None:
-        options += ["-n", str(processes)]
+        options += ["-n", PROCESSES, "-p", "no:benchmark"]
     return Step(name, (sys.executable, "-m", "pytest", *options, *arguments), seconds, why=why)
 
 
@@ -119,22 +123,19 @@ def first_tier(small: bool) -> list[Step]:
     """Is it right, and how fast is it."""
     python, marker = sys.executable, "not gpu and not slow" if small else "gpu and not slow"
     ceilings, head = ("--rounds", "2") * small, ("--rows", "64", "--width", "32", "--vocabulary", "517", "--rounds", "2") * small
-    ops, sizes = (
-        "tests/gpu/test_ops.py",
-        ("--preset", "small", "--vocabulary", "50258", "--micro_batch", "8", "--seconds", "85", "--profile"),
-    )
+    ops, sizes = "tests/gpu/test_ops.py", (*SMALL, "--seconds", "110", "--profile")
     if small:
         sizes = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "30")
-    out, processes = ("--out", DEVICE_FOLDER), 1 if small else min(8, os.cpu_count() or 1)
+    out, processes = ("--out", DEVICE_FOLDER), not small
     others = ("tests/gpu", "-m", marker, f"--ignore={ops}", "--continue-on-collection-errors")
+    variants = ("--variants", "mdlm", "atat_fast", "atat_fast+atat")
     return [
         Step("environment", (python, "-c", FACTS), 30, needs_gpu=False, why="versions, and which backend every op chose"),
-        pytest_step("ops", 85, ops, "-m", marker, why="every kernel against fp64, on the backend it names", processes=processes),
+        pytest_step("ops", 65, ops, "-m", marker, why="every kernel against fp64, as the backend it is", processes=processes),
         Step("ceilings", (python, "bench/ceilings.py", *out, *ceilings), 20, why="what the device reaches at best"),
-        Step("head", (python, "bench/head.py", *out, *head), 45, why="the head by backend and size of slab, and a profile"),
-        Step("throughput", (python, "bench/throughput.py", *sizes, "--variants", "mdlm", "atat_fast", *out), 100,
-             why="the figure the package is for"),
-        pytest_step("tests", 80, *others, why="a step, sampling, evaluation and options on a GPU", processes=processes),
+        Step("head", (python, "bench/head.py", *out, *head), 30, why="the head by backend and size of slab, and a profile"),
+        Step("throughput", (python, "bench/throughput.py", *sizes, *variants, *out), 125, why="the figure the package is for"),
+        pytest_step("tests", 90, *others, why="a step, sampling, evaluation and options on a GPU", processes=processes),
     ]  # fmt: skip
 
 
@@ -142,37 +143,48 @@ def second_tier(small: bool) -> list[Step]:
     """Beside whom, and what else."""
     python, found = sys.executable, []
     out, tools = ("--out", DEVICE_FOLDER), ("compute-sanitizer",)
-    for name, seconds in (("linear_cross_entropy", 65), ("adaptive_norm", 30), ("rotary", 20), ("attention", 25)):
+    for name, seconds in (("linear_cross_entropy", 50), ("adaptive_norm", 20), ("rotary", 15), ("attention", 20)):
         only = ("--collect-only",) if small else ("-s",)
         found.append(pytest_step(f"op {name}", seconds, f"bench/bench_{name}.py", *only, why=f"{name} beside its peers"))
     sampling = ("--batch", "1", "16", "--steps", "128", "--seconds", "12")
     if small:
         sampling = ("--preset", "demo", "--vocabulary", "131", "--length", "32", "--batch", "1", "--steps", "4", "--seconds", "2")
-    found.append(Step("sampling", (python, "bench/bench_sampling.py", *sampling, *out), 30, why="tokens a second of sampling"))
+    found.append(Step("sampling", (python, "bench/bench_sampling.py", *sampling, *out), 25, why="tokens a second of sampling"))
     run = ("--train.max_steps", "3", "--eval.sequences", "8", "--sample.num_samples", "0", "--model.layers", "1") * small
     door = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "atat_fast.train")
-    found.append(Step("training", (*door, "--run.root", "out/runs", *run), 50,
+    found.append(Step("training", (*door, "--run.root", "out/runs", *run), 35,
                       why="what make train does", needs=("jsonargparse",)))  # fmt: skip
     memcheck = ("tests/gpu/test_ops.py", "-m", "gpu and slow", "-k", "memcheck")
-    found.append(replace(pytest_step("memcheck", 40, *memcheck, why="no kernel touches memory that is not its own"), needs=tools))
-    sizes = ("--preset", "small", "--vocabulary", "50258", "--micro_batch", "8", "--seconds", "40")
-    if small:
+    found.append(replace(pytest_step("memcheck", 35, *memcheck, why="no kernel touches memory that is not its own"), needs=tools))
+    sizes, variants = (*SMALL, "--rounds", "3", "--seconds", "85"), ("mdlm", "mdlm+compile", "atat_fast", "atat_fast+atat")
+    if small:  # which a CPU would compile for most of a minute
         sizes = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "30")
-    found.append(Step("compiled mdlm", (python, "bench/throughput.py", *sizes, "--variants", "mdlm+compile", "--out",
-                                        f"{DEVICE_FOLDER}/compiled"), 40, why="plain MDLM under torch.compile"))  # fmt: skip
+        variants = ("mdlm", "atat_fast")
+    found.append(Step("compiled mdlm", (python, "bench/throughput.py", *sizes, "--variants", *variants, *out), 100,
+                      why="tier 1's throughput, beside plain MDLM under torch.compile too"))  # fmt: skip
     return found
 
 
-def find_gpu() -> tuple[str | None, str | None]:
-    """(the folder its results go to, None) where there is a GPU, else (None, why there is none)."""
-    code = "import sys, torch; torch.cuda.is_available() or sys.exit(3); print(torch.cuda.get_device_name())"
+def find_gpu() -> tuple[str | None, int, str | None]:
+    """(the folder its results go to, its GiB of memory, None) where there is a GPU, else (None, 0, why there is none)."""
+    code = (
+        "import sys, torch; torch.cuda.is_available() or sys.exit(3); "
+        "print(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory >> 30, sep='\\n')"
+    )
     try:
         done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=180)
     except (OSError, subprocess.TimeoutExpired):
-        return None, "torch does not answer"
+        return None, 0, "torch does not answer"
     if done.returncode:
-        return None, "torch finds no CUDA device" if done.returncode == 3 else "torch cannot be imported"
-    return done.stdout.strip().lower().replace(" ", "-"), None
+        return None, 0, "torch finds no CUDA device" if done.returncode == 3 else "torch cannot be imported"
+    name, memory = done.stdout.split("\n")[:2]
+    return name.strip().lower().replace(" ", "-"), int(memory), None
+
+
+def settled(step: Step, folder: Path, memory: int) -> Step:
+    """A step for a device of so many GiB, whose results go to `folder`."""
+    places = {PROCESSES: str(max(1, min(8, os.cpu_count() or 1, memory // 8))), MICRO_BATCH: "32" if memory >= 60 else "8"}
+    return replace(step, command=tuple(places.get(word, word.replace(DEVICE_FOLDER, str(folder))) for word in step.command))
 
 
 def clocks() -> str:
@@ -374,9 +386,9 @@ def suite(out: Path, todo: Sequence[Step], wheels: Path | None, small: bool = Fa
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as site:
         names = unpack_wheels(wheels, Path(site)) if wheels else []
-        device, no_gpu = (None, None) if small else find_gpu()
+        device, gib, no_gpu = (None, 0, None) if small else find_gpu()
         folder = (out / "small").resolve() if small else RESULTS / str(device)
-        todo = [replace(step, command=tuple(w.replace(DEVICE_FOLDER, str(folder)) for w in step.command)) for step in todo]
+        todo = [settled(step, folder, gib) for step in todo]
         paths = [str(ROOT), str(BENCH), site, *filter(None, [os.environ.get("PYTHONPATH")])]
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
         environment.setdefault("GOMP_SPINCOUNT", "1000")

@@ -76,8 +76,8 @@ def throughput_png(record: dict[str, Any]) -> bytes:
 
 
 def head_memory_png(results: Path) -> bytes | None:
-    """Memory of one head call against the vocabulary, from the first device that has it; None without one."""
-    for path in sorted(results.glob("*/linear_cross_entropy.json")):
+    """Memory of one head call against the vocabulary, from the first device that has it, a GPU before a CPU; None without one."""
+    for path in sorted(results.glob("*/linear_cross_entropy.json"), key=lambda path: (path.parent.name == "cpu", path)):
         record = json.loads(path.read_text(encoding="utf-8"))
         found = record.get("memory_by_vocabulary")
         if not found:
@@ -85,7 +85,7 @@ def head_memory_png(results: Path) -> bytes | None:
         figure = _figure(6.4, 3.4)
         axes = figure.add_subplot()
         for name, sizes in found["bytes"].items():
-            axes.plot(found["v"], [size / MIB for size in sizes], marker="o", markersize=3.5, label=name)
+            axes.plot(found["v"], [size and size / MIB for size in sizes], marker="o", markersize=3.5, label=name)
         axes.set_xscale("log", base=2)
         axes.set_yscale("log", base=2)
         axes.set_xticks(found["v"], [f"{v:,}" for v in found["v"]])
@@ -107,7 +107,10 @@ def latest_throughput_png(results: Path) -> bytes | None:
     if not found:
         return None
     return throughput_png(
-        max(found, key=lambda r: (not r["environment"]["device"].startswith("CPU"), r["settings"]["vocabulary"]))
+        max(
+            found,
+            key=lambda r: (not r["environment"]["device"].startswith("CPU"), r["settings"]["vocabulary"], len(r["results"])),
+        )
     )
 
 

@@ -171,11 +171,41 @@ def head(results: Path) -> str:
             s, size = r["shape"], r["memory_bytes"]
             rows.append([
                 device, f"N={s['n']:,}, D={s['d']}, V={s['v']:,}, {s['hidden']:.0%} hidden", r["way"],
-                f"{r['median_ms']:,.0f} ({r['low_ms']:,.0f} to {r['high_ms']:,.0f})", f"{r['speedup_over_mdlm']:.2f}x",
+                _milliseconds(r), or_dash(r["speedup_over_mdlm"], ".2f", "x"),
                 f"{r['over_three_products']:.2f}x", "" if size is None else f"{size / MIB:,.0f} MiB",
             ])  # fmt: skip
     heads = ("device", "shape", "way", "ms (quartiles)", "against plain MDLM", "over three bare products", "memory")
     return markdown(heads, rows)
+
+
+def _milliseconds(r: dict[str, Any]) -> str:
+    digits = ",.0f" if r["median_ms"] >= 100 else ",.2f"
+    return f"{r['median_ms']:{digits}} ({r['low_ms']:{digits}} to {r['high_ms']:{digits}})"
+
+
+def head_sweep(results: Path) -> str:
+    """The head by backend and size of slab, from bench/head.py."""
+    rows = []
+    for device, record in records(results, "head"):
+        s = record["settings"]
+        for r in record["results"]:
+            rows.append([
+                device, f"R={r['rows']:,}, D={s['width']}, V={s['vocabulary']:,}", r["way"], f"{r['budget_mb']:,}",
+                _milliseconds(r), f"{r['tflops']:,.0f}", f"{r['over_best_products']:.2f}x",
+            ])  # fmt: skip
+    heads = ("device", "shape", "way", "slab, MB", "ms (quartiles)", "TFLOP/s", "over the best three products")
+    return markdown(heads, rows)
+
+
+def ceilings(results: Path) -> str:
+    """What devices reached at best."""
+    rows = []
+    for device, record in records(results, "ceilings"):
+        for r in record["results"]:
+            product = r["kind"] == "product"
+            rate = f"{r['rate'] / 1e12:,.1f} TFLOP/s" if product else f"{r['rate'] / 1e9:,.0f} GB/s read and written"
+            rows.append([device, f"{r['kind']}, {r['dtype']}", " x ".join(f"{n:,}" for n in r["shape"]), rate])
+    return markdown(("device", "what", "shape", "fastest round"), rows)
 
 
 def _microseconds(r: dict[str, Any]) -> str:
@@ -303,6 +333,7 @@ DISTRIBUTED: dict[str, Callable[[Path], str]] = {
 DOCUMENT: dict[str, Callable[[Path], str]] = {
     "throughput": throughput, "throughput-details": throughput_details, "step-parts": step_parts, "profile": profile,
     "sampling": sampling, "block": block, "linear_cross_entropy": head, "adaptive_norm": adaptive_norm, "rotary": rotary,
-    "attention": attention, "masking": masking, "linear_categorical": linear_categorical,
+    "attention": attention, "masking": masking, "linear_categorical": linear_categorical, "head": head_sweep,
+    "ceilings": ceilings,
 }  # fmt: skip
 """Tables of docs/benchmarks.md by their names there."""

@@ -6,9 +6,10 @@
 
 A step is everything a trainer does: read tokens, hide some, forward, backward, clip, optimizer, average. The variants begin with
 the same weights, and before anything is timed plain MDLM's and atat_fast's losses and gradients on one masked batch must agree.
-Rounds are interleaved, figures are medians with quartiles. Where a step's time goes comes from steps of their own, memory from
-processes of their own, and power (on a GPU whose driver counts it) from the rounds. It leaves
-throughput-PRESET-VOCABULARY.json and .png in bench/results/<device>, with --profile a Chrome trace and a table by op too.
+Rounds are interleaved, figures are medians with quartiles. Where a step's time goes comes from steps of their own (without CUDA
+graphs, which show no parts), a CPU's memory from processes of their own, and power, where a GPU's driver counts it, from the
+rounds. It leaves throughput-PRESET-VOCABULARY-MICRO_BATCH.json and .png in bench/results/<device>, with --profile a Chrome trace
+and a table by op too.
 
 What there is no time for is left out, from the least telling on, and said: first the compiled plain variant on a CPU, where it
 compiles for most of a minute and buys little, then rounds, then memory. --seconds 0 takes all the time it needs.
@@ -343,7 +344,7 @@ def compare(names: list[str], args: argparse.Namespace, setting: Setting, ranks:
         for key, base in (("ratio", PLAIN), ("ratio_compiled", COMPILED)):
             r[key] = r["tokens_per_second"] / results[base]["tokens_per_second"] if base in results else None
     folder = args.out or results_folder(compute.device)
-    stem = f"throughput-{args.preset}-{args.vocabulary}" + (f"-{ranks.count}-ranks" if ranks.count > 1 else "")
+    stem = f"throughput-{args.preset}-{args.vocabulary}-{args.micro_batch}" + (f"-{ranks.count}-ranks" if ranks.count > 1 else "")
     record: dict[str, Any] = {
         "benchmark": "throughput",
         "settings": {k: getattr(args, k) for k in ("preset", "vocabulary", "micro_batch", "steps", "length")}

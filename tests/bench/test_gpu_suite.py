@@ -103,20 +103,20 @@ def test_files_come_back_small_and_whole(suite, tmp_path, monkeypatch, capsys):
     (results / "old" / "before.json").write_text("[1]")
     os.utime(results / "old" / "before.json", (0, 0))
     write = f"import os; os.makedirs({str(results / 'DEVICE')!r}); open({str(results / 'DEVICE' / 'x.json')!r}, 'w').write('[2]')"
-    monkeypatch.setattr(suite, "find_gpu", lambda: ("some-gpu", None))
+    monkeypatch.setattr(suite, "find_gpu", lambda: ("some-gpu", 24, None))
     todo = [
         suite.Step("writes", python(write), 20),
         suite.Step("loud", python("print('x' * 100000)"), 20),
         suite.Step("named", (*python("import sys; print(sys.argv[1])"), suite.DEVICE_FOLDER), 20),
         suite.Step("bad", python("raise SystemExit(4)"), 20),
     ]
-    assert suite.suite(out, 60, todo, None) == 1
+    assert suite.suite(out, todo, None) == 1
     assert sorted(p.name for p in out.iterdir()) == ["results.json", "summary.json", "summary.txt"]
     assert all(p.stat().st_size < 10 << 20 for p in out.iterdir())
     summary = json.loads((out / "summary.json").read_text())
     assert [s["status"] for s in summary["steps"]] == ["passed", "passed", "passed", "failed"]
     assert len(summary["steps"][1]["tail"]) <= suite.TAIL_CHARACTERS
-    assert summary["steps"][2]["tail"].strip() == "bench/results/some-gpu"
+    assert summary["steps"][2]["tail"].strip() == str(results / "some-gpu")
     assert json.loads((out / "results.json").read_text()) == {"DEVICE/x.json": [2]}
     text = (out / "summary.txt").read_text()
     assert "status 4" in text and "DEVICE/x.json" in text and "=== loud: passed" in text
@@ -164,19 +164,57 @@ def door(*arguments, cwd=None):
 
 @pytest.mark.slow
 def test_without_a_gpu_it_says_what_needs_one(tmp_path):
-    done = door("--out", tmp_path / "suite", "--minutes", 1, cwd=tmp_path)
+    done = door("--out", tmp_path / "suite", cwd=tmp_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert "these steps need one: build, ceilings, tests, throughput" in done.stdout
+    assert "these parts need one: ops, ceilings, head, throughput, tests" in done.stdout
     steps = json.loads((tmp_path / "suite" / "summary.json").read_text())["steps"]
     assert steps[0]["name"] == "environment" and steps[0]["status"] == "passed" and "torch" in steps[0]["tail"]
-    assert {s["status"] for s in steps[1:]} == {"not run"} and len(steps) > 6
+    assert "mask_tokens" in steps[0]["tail"] and "tensors on cpu: first of" in steps[0]["tail"]
+    assert {s["status"] for s in steps[1:]} == {"not run"} and len(steps) == 6
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("tier", [1, 2])
+def test_every_part_runs_small_on_a_cpu(tier, tmp_path):
+    """The commands of both tiers with the shapes of --small; those that need more than this machine has say so."""
+    done = door("--tier", tier, "--small", "--out", tmp_path / "suite", cwd=tmp_path)
+    steps = json.loads((tmp_path / "suite" / "summary.json").read_text())["steps"]
+    ends = "".join(
+        f"\n=== {s['name']}: {s['status']} {s['reason']}\n{s['tail'][-3000:]}" for s in steps if s["status"] != "passed"
+    )
+    assert done.returncode == 0, done.stdout + ends
+    assert {s["name"] for s in steps if s["status"] == "not run"} <= {"memcheck", "training"}
+    written = sorted(path.name for path in (tmp_path / "suite" / "small").rglob("*.json"))
+    names = {
+        1: ["ceilings.json", "head.json", "throughput-tiny-4097-2.json"],
+        2: ["sampling.json", "throughput-tiny-4097-2.json"],
+    }
+    assert written == names[tier]
+
+
+@pytest.mark.parametrize(("tier", "most"), [(1, 360), (2, 300)])
+def test_a_dry_run_prints_parts_and_limits_that_add_up(suite, tier, most, capsys):
+    assert suite.main(["--tier", str(tier), "--dry_run"]) == 0
+    *parts, total = capsys.readouterr().out.splitlines()
+    limits = [float(line.split(" at most ")[1].split()[0]) for line in (*parts, total)]
+    assert sum(limits[:-1]) == limits[-1] <= most and total.startswith(f"all of tier {tier} ")
+    assert [line.split("  ")[0] for line in parts] == [step.name for step in suite.steps(tier)]
+
+
+def test_a_part_whose_package_is_missing_is_skipped_and_says_so(suite, tmp_path):
+    step = suite.Step("peer", python("print(1)"), 20, needs_gpu=False, needs=("no_such_package",))
+    assert suite.missing(step, None) == "no_such_package is not here"
+    (tmp_path / "no_such_package").mkdir()
+    assert suite.missing(step, None, str(tmp_path)) is None
+    (outcome,) = suite.run_all([step], 60, None, dict(os.environ))
+    assert (outcome.status, outcome.reason) == ("not run", "no_such_package is not here")
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["--minutes", "0"], "--minutes must be above 0"),
-        (["--only", "bench"], "there is no step 'bench'; steps are environment, build"),
+        (["--only", "bench"], "tier 1 has no part 'bench'; its parts are environment, ops"),
         (["--unpack", "nowhere.json"], "is no results.json"),
         (["--wheels", "nowhere"], "holds no .whl file"),
     ],
@@ -188,13 +226,8 @@ def test_the_door_refuses_in_a_sentence(suite, arguments, message, capsys, monke
     assert message in captured.err and captured.err.count("\n") == 1
 
 
-def test_every_op_benchmark_is_a_step_and_is_there(suite, capsys):
-    assert suite.main(["--list"]) == 0
-    listed = capsys.readouterr().out
-    for path in (ROOT / "bench").glob("bench_*.py"):
-        name = path.stem.removeprefix("bench_")
-        assert ("\nsampling " if name == "sampling" else f"op {name} ") in listed
-    for step in suite.steps():
+def test_what_parts_run_is_there(suite):
+    for step in (*suite.steps(1), *suite.steps(2)):
         for word in step.command:
             if word.endswith(".py"):
-                assert (ROOT / word).is_file(), word
+                assert (ROOT / word.removeprefix("--ignore=")).is_file(), word

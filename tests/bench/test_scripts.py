@@ -27,7 +27,7 @@ def test_throughput_checks_then_times_and_writes(tmp_path):
     done = script("throughput.py", *small, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert "losses and gradients agree to" in done.stdout
-    record = json.loads((tmp_path / "out" / "throughput-tiny-30522.json").read_text())
+    record = json.loads((tmp_path / "out" / "throughput-tiny-30522-2.json").read_text())
     assert record["agreement"] < 1e-3 and record["environment"]["torch"]
     for name in ("mdlm", "atat_fast"):
         r = record["results"][name]

@@ -275,7 +275,7 @@ def test_two_ranks_share_a_global_batch(tmp_path):
     done = run(ROOT / "bench" / "throughput.py", *small, *names, "--out", tmp_path / "out", cwd=tmp_path, launcher=launcher)
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("tokens/s") == 1 and "2 ranks" in done.stdout
-    record = json.loads((tmp_path / "out" / "throughput-tiny-4200-2-ranks.json").read_text())
+    record = json.loads((tmp_path / "out" / "throughput-tiny-4200-2-2-ranks.json").read_text())
     assert record["settings"]["ranks"] == 2 and set(record["results"]) == {"mdlm", "atat_fast", "atat_fast+atat"}
 
 

@@ -309,6 +309,19 @@ def test_masks_are_the_specification_s(device, scored, size, poisoned):
                 assert torch.equal(a, w), f"{backend}: {int((a != w).sum())} of {w.numel()} {name} differ"
 
 
+@pytest.mark.gpu
+@pytest.mark.skipif(not GPU, reason="no CUDA device")
+@DTYPES
+@pytest.mark.parametrize("backend", ["cuda", "triton", "torch"])
+def test_a_target_outside_is_nan_among_the_padding_too(backend, dtype):
+    """A vocabulary of 131 is padded to 256 columns on a GPU: 131 is as far outside as 256."""
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(5, 64, device="cuda", dtype=dtype), torch.randn(131, 64, device="cuda")
+    target = torch.tensor([130, 131, 255, 256, -1], device="cuda")
+    nll = linear_cross_entropy(hidden, weight, target, reduction="none", backend=backend)
+    assert nll.isnan().tolist() == [False, True, True, True, True]
+
+
 def sanitized(tool: str, *more: str) -> list[str]:
     """The command that runs the tests above, small, under a tool of compute-sanitizer."""
     tests = [sys.executable, "-m", "pytest", "-q", "-x", "-p", "no:cacheprovider", str(Path(__file__)), "-m", "gpu"]

@@ -8,7 +8,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atat_fast.ops import linear_cross_entropy, linear_cross_entropy_cost, linear_cross_entropy_reference, registry
-from atat_fast.ops.slabs import rows_per_slab
+from atat_fast.ops.slabs import (
+    CHUNK_BYTES_CPU,
+    CHUNK_BYTES_GPU,
+    _budget,
+    default_budget,
+    most_rows,
+    new_slab,
+    rows_per_slab,
+)
 
 CPU = torch.device("cpu")
 BACKENDS = [
@@ -444,3 +452,36 @@ def test_cost_counts_three_products_and_four():
     assert linear_cross_entropy_cost(10, 3, 7).flops == 3 * 2 * 10 * 3 * 7
     assert linear_cross_entropy_cost(10, 3, 7, recompute=True).flops == 4 * 2 * 10 * 3 * 7
     assert linear_cross_entropy_cost(10, 3, 7, backward=False).flops == 2 * 10 * 3 * 7
+
+
+def test_slabs_of_changing_counts_share_few_sizes():
+    """Counts of hidden tokens change from step to step; a buffer of a new size each time would leave holes in a GPU's memory."""
+    columns, budget = 50_304, 256 << 20
+    hidden = torch.empty(0, 8, dtype=torch.bfloat16)
+    most = most_rows(budget, columns, 2, multiple=128)
+    sizes = set()
+    for count in (*range(1, 300, 7), *range(300, 9000, 501), most - 1, most, most + 1):
+        slab = new_slab(hidden, columns, count, budget, multiple=128)
+        step = rows_per_slab(budget, columns, 2, count, multiple=128)
+        assert min(step, count) <= len(slab) <= most and slab.numel() * 2 <= budget
+        sizes.add(len(slab))
+    assert len(sizes) <= 2 + most.bit_length() and max(sizes) == most
+    assert new_slab(hidden, columns, 0, budget, multiple=128).shape == (0, columns)
+
+
+@pytest.mark.parametrize(("gib", "mib"), [(8, 256), (16, 256), (24, 256), (48, 512), (80, 1024), (140, 1024)])
+def test_a_slab_is_a_share_of_a_gpus_memory(monkeypatch, gib, mib):
+    class Properties:
+        total_memory = gib << 30
+
+    _budget.cache_clear()
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: Properties)
+    try:
+        assert default_budget(torch.device("cuda", 0)) == mib << 20
+        assert default_budget(CPU) == CHUNK_BYTES_CPU
+    finally:
+        _budget.cache_clear()
+    monkeypatch.undo()
+    assert torch.cuda.is_available() or default_budget(torch.device("cuda", 0)) == CHUNK_BYTES_GPU
+    _budget.cache_clear()

@@ -6,9 +6,45 @@ import pytest
 import torch
 
 import atat_fast.ops.__main__ as table
-from atat_fast.ops import library, registry
+from atat_fast.ops import cross_entropy, library, registry
+from atat_fast.ops.attention import _choose, choose_attention
 
 CPU = torch.device("cpu")
+GPU = torch.device("cuda", 0)
+
+
+class Answers:
+    """A compiled library of sm_89, sm_90 and PTX of compute_90 under a driver that serves its CUDA."""
+
+    runtime, driver, reaches, targets = 13000, 13010, True, (89, 90, -90)
+
+    def build_flags(self):
+        return library.CPU_OPS | library.CUDA_KERNELS
+
+    def cuda_target(self, index):
+        return (*self.targets, 0)[index]
+
+    def cuda_runtime(self):
+        return self.runtime
+
+    def cuda_driver(self):
+        return self.driver
+
+    def reaches_stream(self):
+        return self.reaches
+
+
+@pytest.fixture
+def answers(monkeypatch):
+    """The library as somebody else built it, beside a CUDA torch that sees a GPU."""
+    found = Answers()
+    monkeypatch.setattr(library, "problem", lambda: None)
+    monkeypatch.setattr(torch.ops, "atat_fast_c", found)
+    monkeypatch.setattr(torch.version, "cuda", "13.0")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    library.cuda_targets.cache_clear()
+    yield found
+    library.cuda_targets.cache_clear()
 
 
 def test_every_op_runs_its_specification_anywhere():
@@ -52,3 +88,107 @@ def test_the_table_says_what_attention_calls(capsys, monkeypatch):
     monkeypatch.setenv("ATAT_FAST_ATTENTION", "cudnn")
     table.main()
     assert "none: attention cannot use 'cudnn' here" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("capability", "reason"),
+    [
+        ((8, 9), None),
+        ((9, 0), None),
+        ((12, 0), None),  # by PTX
+        ((8, 6), 'holds sm_89, sm_90 and PTX of compute_90, and this device is sm_86; ATAT_FAST_CUDA_ARCHS="8.6" `pip install'),
+        ((7, 5), 'and this device is sm_75; ATAT_FAST_CUDA_ARCHS="7.5"'),
+    ],
+)
+def test_a_library_claims_the_cards_it_was_built_for(answers, monkeypatch, capability, reason):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    found = registry.missing("cuda", GPU)
+    assert found is None if reason is None else reason in found and "\n" not in found
+
+
+def test_a_library_of_one_architecture_does_not_claim_another(answers, monkeypatch):
+    answers.targets = (89,)
+    assert library.describe_targets() == "sm_89" and library.cuda_problem((8, 9)) is None
+    assert "holds sm_89, and this device is sm_90" in library.cuda_problem((9, 0))
+
+
+def test_an_old_driver_is_told_before_a_launch_fails(answers):
+    answers.driver = 12080
+    want = "the compiled library is of CUDA 13.0, and the driver serves CUDA up to 12.8; install a newer driver, or build"
+    assert library.cuda_problem((9, 0)).startswith(want)
+    answers.driver = 13000
+    answers.runtime = 13020  # within a major version an older driver serves a newer runtime
+    assert library.cuda_problem((9, 0)) is None
+
+
+def test_a_library_that_reaches_no_stream_is_no_backend(answers, monkeypatch):
+    answers.reaches = False
+    assert "was linked without libtorch.so" in library.cuda_problem((9, 0))
+    monkeypatch.setattr(torch.version, "cuda", None)
+    assert "is no CUDA build" in library.cuda_problem((9, 0))
+
+
+def test_an_older_library_is_told_in_one_sentence(monkeypatch):
+    if not library.load():
+        pytest.skip("the compiled library is not built here")
+    monkeypatch.setattr(library, "NEWEST", "no_such_op")
+    library.problem.cache_clear()
+    try:
+        assert "was built from older sources than this package's" in library.problem() and library.build_flags() == 0
+    finally:
+        library.problem.cache_clear()
+
+
+def test_every_triton_launch_is_on_its_tensors_device(monkeypatch):
+    """Triton launches on the current device: whatever a backend `triton` does happens with the first tensor's made current."""
+    now = []
+
+    class Entered:
+        def __init__(self, tensor):
+            self.tensor = tensor
+
+        def __enter__(self):
+            now.append(self.tensor)
+
+        def __exit__(self, *_):
+            now.pop()
+
+    def launch(*arguments, **named):
+        first = next(a for a in arguments if isinstance(a, torch.Tensor))
+        assert now and now[-1] is first, "a launch outside of its device"
+        raise Done
+
+    class Done(Exception):
+        pass
+
+    monkeypatch.setattr(registry, "on_device", Entered)
+    monkeypatch.setattr(cross_entropy, "on_device", Entered)
+    x = torch.zeros(2, 2)
+    for name, implementations in registry._table.items():
+        if "triton" not in implementations or name == "linear_cross_entropy":  # whose launches are its row pass's, below
+            continue
+        monkeypatch.setitem(implementations, "triton", launch)
+        with pytest.raises(Done):
+            registry.dispatch(name)(None, x, "triton")
+    kernels = pytest.importorskip("atat_fast.kernels.cross_entropy", exc_type=ImportError)
+    monkeypatch.setattr(kernels, "cross_entropy_", launch)
+    with pytest.raises(Done):
+        cross_entropy.cross_entropy_(x, *[None] * 13, "triton")
+
+
+def test_attention_under_deterministic_algorithms_has_a_kernel(monkeypatch):
+    """torch has no cuDNN attention in that mode, and a choice made in the other is not kept for it."""
+    monkeypatch.setattr(torch.backends.cudnn, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    _choose.cache_clear()
+    try:
+        assert choose_attention(GPU, torch.bfloat16, 64) == "cudnn"
+        torch.use_deterministic_algorithms(True)
+        assert choose_attention(GPU, torch.bfloat16, 64) == "sdpa_flash"
+        with pytest.raises(ValueError, match="cannot use 'cudnn' here: torch refuses it under use_deterministic_algorithms"):
+            choose_attention(GPU, torch.bfloat16, 64, asked="cudnn")
+        torch.use_deterministic_algorithms(False)
+        assert choose_attention(GPU, torch.bfloat16, 64) == "cudnn"
+    finally:
+        torch.use_deterministic_algorithms(False)
+        _choose.cache_clear()

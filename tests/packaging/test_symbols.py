@@ -17,21 +17,32 @@ from atat_fast.ops import library
 PROVIDED = set((Path(__file__).parent / "torch-2.11-symbols.txt").read_text().split())
 
 
-def undefined() -> set[str]:
-    """Names the built library leaves to others to define."""
-    if shutil.which("nm") is None:
-        pytest.skip("nm is not on PATH")
+def asked(*command: str) -> str:
+    """What a program says of the built library."""
+    if shutil.which(command[0]) is None:
+        pytest.skip(f"{command[0]} is not on PATH")
     path = Path(library.__file__).resolve().parents[1] / "libatat_fast.so"
     if not path.is_file():
         pytest.skip("the compiled library is not built here")
-    listed = subprocess.run(["nm", "-D", "--undefined-only", str(path)], capture_output=True, text=True, check=True).stdout
-    return {line.split()[-1].split("@")[0] for line in listed.splitlines()}
+    return subprocess.run([*command, str(path)], capture_output=True, text=True, check=True).stdout
+
+
+def undefined() -> set[str]:
+    """Names the built library leaves to others to define."""
+    return {line.split()[-1].split("@")[0] for line in asked("nm", "-D", "--undefined-only").splitlines()}
+
+
+def test_it_names_libtorch_as_needed():
+    """Through it the CUDA half of torch is found, which says what stream to launch on; beside a CPU torch a linker drops it."""
+    needed = re.findall(r"\(NEEDED\).*\[(.*)\]", asked("readelf", "-d"))
+    assert {"libtorch.so", "libtorch_cpu.so", "libc10.so"} <= set(needed)
+    assert not [name for name in needed if name.startswith(("libcuda", "libcudart", "libpython", "libtorch_cuda"))]
 
 
 def test_it_asks_only_for_what_torch_2_11_provides():
-    asked = {name for name in undefined() if re.match(r"(aoti_)?torch_", name)}
-    assert len(asked) > 20, "the library should speak to torch through its stable interface"
-    assert asked <= PROVIDED, f"torch 2.11 does not provide {sorted(asked - PROVIDED)}"
+    found = {name for name in undefined() if re.match(r"(aoti_)?torch_", name)}
+    assert len(found) > 20, "the library should speak to torch through its stable interface"
+    assert found <= PROVIDED, f"torch 2.11 does not provide {sorted(found - PROVIDED)}"
 
 
 def test_it_asks_for_no_cplusplus_symbol_of_torch_and_nothing_of_python():
