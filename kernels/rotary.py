@@ -1,10 +1,11 @@
-"""rotary: turn queries and keys of a packed projection by their position, in place or into a copy. One launch.
+"""rotary: turn queries and keys of a projection by their position, in place, into a copy or into three tensors. One launch.
 
 Bound by memory: in place, queries and keys are read and written once; out of place the values are copied in the same launch.
 One program owns a few heads of BLOCK_R rows: of each its query, its key and, out of place, its value. They share one load of
 the tables, whose fp32 words would otherwise be half as many bytes as the data. A row's halves are next to each other, so both
 are read with 16-byte accesses wherever half a head is 16 bytes or more, and the two together fill whole cache lines. Both are
-loaded before either is stored, which is what lets Out be the input itself. The backward is the same kernel with INVERSE.
+loaded before either is stored, which is what lets the outputs be the inputs themselves. The backward is the same kernel with
+INVERSE. Queries, keys and values have pointers of their own: what is packed is three views, what is apart needs no packing first.
 
 With NORM each query and key is scaled to unit root-mean-square before it is turned. Its mean square is a sum over the threads
 that hold it, a few of one warp, and moves nothing but the 4 bytes of its reciprocal root, which the backward reads.
@@ -47,7 +48,7 @@ def turn(
 
 @triton.jit
 def _rotary_kernel(
-    Out, In, Rstd, Cos, Sin, rows, L, H, in_batch, in_row, out_batch, out_row, eps,
+    OutQ, OutK, OutV, InQ, InK, InV, Rstd, Cos, Sin, rows, L, H, in_batch, in_row, out_batch, out_row, eps,
     INVERSE: tl.constexpr, NORM: tl.constexpr, COPY: tl.constexpr, HALF: tl.constexpr, BLOCK_E: tl.constexpr,
     BLOCK_R: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
@@ -63,22 +64,20 @@ def _rotary_kernel(
     first = tl.program_id(1) * HEADS
     for i in tl.static_range(HEADS):
         head = first + i
-        query = head * 2 * HALF
-        key = query + H * 2 * HALF
-        turn(Out, In, Rstd, target + query, source + query, rstd + head, cos, sin, o_e, m, m_r, eps, NORM, HALF)
-        turn(Out, In, Rstd, target + key, source + key, rstd + H + head, cos, sin, o_e, m, m_r, eps, NORM, HALF)
+        out, at = target + head * 2 * HALF, source + head * 2 * HALF
+        turn(OutQ, InQ, Rstd, out, at, rstd + head, cos, sin, o_e, m, m_r, eps, NORM, HALF)
+        turn(OutK, InK, Rstd, out, at, rstd + H + head, cos, sin, o_e, m, m_r, eps, NORM, HALF)
         if COPY:
-            value = key + H * 2 * HALF
-            tl.store(Out + target + value + o_e, tl.load(In + source + value + o_e, mask=m), mask=m)
-            tl.store(Out + target + value + HALF + o_e, tl.load(In + source + value + HALF + o_e, mask=m), mask=m)
+            tl.store(OutV + out + o_e, tl.load(InV + at + o_e, mask=m), mask=m)
+            tl.store(OutV + out + HALF + o_e, tl.load(InV + at + HALF + o_e, mask=m), mask=m)
 
 
 @triton.jit
 def turn_back(
-    Dx, Grad, Out, Rstd, out, grad, rstd, cos, sin, inverse, o_e, m, m_r,
+    Dx, Grad, Out, Rstd, dx, grad, out, rstd, cos, sin, inverse, o_e, m, m_r,
     HALF: tl.constexpr,
 ):  # fmt: skip
-    """The gradient of `turn` with NORM into Dx + out, from its own output at Out + out and what comes from above, Grad + grad.
+    """The gradient of `turn` with NORM into Dx + dx, from its own output at Out + out and what comes from above, Grad + grad.
 
     With x the input, r its reciprocal root-mean-square, R the turn and <> the mean over a head: out = R r x and
     dx = r (R^T g - r x <R^T g . r x>). R^T R = cos^2 + sin^2, one up to rounding, or not where tables are scaled; so
@@ -92,13 +91,13 @@ def turn_back(
     x, y = ga.to(tl.float32), gb.to(tl.float32)
     share = tl.sum(x * a + y * b, 1, keep_dims=True) / (2 * HALF) * inverse
     x, y = (x - a * share) * r, (y - b * share) * r
-    tl.store(Dx + out + o_e, (x * cos + y * sin).to(ga.dtype), mask=m)
-    tl.store(Dx + out + HALF + o_e, (y * cos - x * sin).to(ga.dtype), mask=m)
+    tl.store(Dx + dx + o_e, (x * cos + y * sin).to(ga.dtype), mask=m)
+    tl.store(Dx + dx + HALF + o_e, (y * cos - x * sin).to(ga.dtype), mask=m)
 
 
 @triton.jit
 def _rotary_backward_kernel(
-    Dx, Grad, Out, Rstd, Cos, Sin, rows, L, H, grad_batch, grad_row,
+    DxQ, DxK, DxV, GradQ, GradK, GradV, OutQ, OutK, Rstd, Cos, Sin, rows, L, H, grad_batch, grad_row, out_row,
     HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, HEADS: tl.constexpr,
 ):  # fmt: skip
     o_r, o_e, m_r, m, b, position = places(rows, L, HALF, BLOCK_E, BLOCK_R)
@@ -107,52 +106,66 @@ def _rotary_backward_kernel(
     sin = tl.load(Sin + table, mask=m, other=0.0)
     inverse = 1.0 / (cos * cos + sin * sin)
     grad = b.to(tl.int64) * grad_batch + position.to(tl.int64) * grad_row
-    out = o_r.to(tl.int64) * (6 * HALF) * H
+    dx = o_r.to(tl.int64) * (6 * HALF) * H
+    out = o_r.to(tl.int64) * out_row
     rstd = o_r.to(tl.int64) * 2 * H
     first = tl.program_id(1) * HEADS
     for i in tl.static_range(HEADS):
         head = first + i
-        query = head * 2 * HALF
-        key = query + H * 2 * HALF
-        value = key + H * 2 * HALF
-        turn_back(Dx, Grad, Out, Rstd, out + query, grad + query, rstd + head, cos, sin, inverse, o_e, m, m_r, HALF)
-        turn_back(Dx, Grad, Out, Rstd, out + key, grad + key, rstd + H + head, cos, sin, inverse, o_e, m, m_r, HALF)
-        tl.store(Dx + out + value + o_e, tl.load(Grad + grad + value + o_e, mask=m), mask=m)
-        tl.store(Dx + out + value + HALF + o_e, tl.load(Grad + grad + value + HALF + o_e, mask=m), mask=m)
+        o = head * 2 * HALF
+        turn_back(DxQ, GradQ, OutQ, Rstd, dx + o, grad + o, out + o, rstd + head, cos, sin, inverse, o_e, m, m_r, HALF)
+        turn_back(DxK, GradK, OutK, Rstd, dx + o, grad + o, out + o, rstd + H + head, cos, sin, inverse, o_e, m, m_r, HALF)
+        tl.store(DxV + dx + o + o_e, tl.load(GradV + grad + o + o_e, mask=m), mask=m)
+        tl.store(DxV + dx + o + HALF + o_e, tl.load(GradV + grad + o + HALF + o_e, mask=m), mask=m)
+
+
+def parts(tensor):
+    """Queries, keys and values [B, L, H, E]: of a packed tensor [B, L, 3, H, E] its views, or the three that are given."""
+    return tensor.unbind(2) if hasattr(tensor, "unbind") else tensor
+
+
+IN_PLACE = {"maxnreg": 64}
+"""Said aloud, for ptxas would else spill a few of fp32's 64 registers to fit one more program."""
 
 
 def rotary(out, qkv, cos, sin, inverse, rstd=None, eps=None):
-    """Rotate qkv [B, L, 3, H, E] into out, which may be qkv itself; otherwise values are copied too.
+    """Rotate qkv into out, which may be qkv itself; otherwise values are copied too.
 
-    Both are dense in their last three dimensions. cos, sin: [L, E / 2] fp32, contiguous.
+    Each is packed, [B, L, 3, H, E], or three tensors [B, L, H, E] of equal strides, and a row's heads are dense.
+    cos, sin: [L, E / 2] fp32, contiguous.
     eps: where given, queries and keys are scaled to unit root-mean-square first. rstd: None, or [B, L, 2, H] fp32, contiguous,
          which then holds the scales.
     """
-    batch, length, _, heads, size = qkv.shape
+    outs, ins = parts(out), parts(qkv)
+    batch, length, heads, size = ins[0].shape
     rows = batch * length
     if rows == 0 or heads == 0:
         return
     sizes = configuration(heads, size)
     grid = (triton.cdiv(rows, sizes["BLOCK_R"]), heads // sizes["HEADS"])
     _rotary_kernel[grid](
-        out, qkv, rstd, cos, sin, rows, length, heads, qkv.stride(0), qkv.stride(1), out.stride(0), out.stride(1), eps,
+        *outs, *ins, rstd, cos, sin, rows, length, heads, *ins[0].stride()[:2], *outs[0].stride()[:2], eps,
         INVERSE=inverse, NORM=eps is not None, COPY=out is not qkv, HALF=size // 2, **sizes,
+        **(IN_PLACE if out is qkv else {}),
     )  # fmt: skip
 
 
 def normed_backward(dqkv, grad, out, rstd, cos, sin):
     """The gradient of `rotary` with eps, into dqkv, from its output, its rstd and the upstream gradient.
 
-    dqkv and out [B, L, 3, H, E] are contiguous, and out's values are not read; grad is dense in its last three dimensions.
+    dqkv [B, L, 3, H, E] is contiguous; out's queries and keys are rows at equal distance, and its values are not read; grad is
+    as qkv in `rotary`.
     """
-    batch, length, _, heads, size = grad.shape
+    grads, outs = parts(grad), parts(out)
+    batch, length, heads, size = grads[0].shape
     rows = batch * length
     if rows == 0 or heads == 0:
         return
     sizes = configuration(heads, size)
     grid = (triton.cdiv(rows, sizes["BLOCK_R"]), heads // sizes["HEADS"])
     _rotary_backward_kernel[grid](
-        dqkv, grad, out, rstd, cos, sin, rows, length, heads, grad.stride(0), grad.stride(1), HALF=size // 2, **sizes,
+        *parts(dqkv), *grads, *outs[:2], rstd, cos, sin, rows, length, heads, *grads[0].stride()[:2], outs[0].stride(1),
+        HALF=size // 2, **sizes,
     )  # fmt: skip
 
 

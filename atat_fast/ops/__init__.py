@@ -35,7 +35,7 @@ from atat_fast.ops.linear_cross_entropy import (
 )
 from atat_fast.ops.masking import mask_tokens, mask_tokens_cost
 from atat_fast.ops.registry import Cost
-from atat_fast.ops.rotary import rotary, rotary_cost, rotary_reference, rotary_table
+from atat_fast.ops.rotary import rotary, rotary_cost, rotary_reference, rotary_split, rotary_table
 
 __all__ = [
     "Cost",
@@ -64,6 +64,7 @@ __all__ = [
     "rotary",
     "rotary_cost",
     "rotary_reference",
+    "rotary_split",
     "rotary_table",
     "self_attention",
 ]

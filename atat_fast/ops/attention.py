@@ -28,7 +28,7 @@ from atat_fast.errors import UsageError, nearest
 from atat_fast.ops import attention_products
 from atat_fast.ops.adaptive_norm import EPS, adaptive_layer_norm
 from atat_fast.ops.registry import Cost, autocast_dtype, cpu_multiplies_bf16, register_composite
-from atat_fast.ops.rotary import rotary
+from atat_fast.ops.rotary import rotary, rotary_split
 
 MODULES = {"flash_attn_3": "flash_attn_interface", "flash_attn": "flash_attn"}
 """Packages that take the packed projection as it is, and a variable-length form of it."""
@@ -294,9 +294,14 @@ def _attention(qkv: Tensor, documents: Tensor | None, implementation: str) -> Te
         return _packed(qkv, documents, implementation).flatten(2)
     if implementation == PRODUCTS and qkv.shape[1] <= attention_products.LONGEST:
         return attention_products.attend(qkv, documents)  # type: ignore[no-any-return]
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
+    q, k, v = qkv.unbind(2)
+    return _attend(q, k, v, documents, implementation)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, implementation: str) -> Tensor:
+    """A kernel of SDPA on [B, L, H, E] each: [B, L, H * E]."""
     with _only(implementation):
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=documents)
+        out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=documents)
     return out.transpose(1, 2).flatten(2)
 
 
@@ -347,6 +352,9 @@ def _self_attention(
     batch, length, width = x.shape
     qkv = F.linear(x, qkv_weight).view(batch, length, 3, heads, width // heads)
     tracked = torch.is_grad_enabled() and qkv.requires_grad
+    if tracked and implementation in SWITCHES and qkv.numel():  # gradients come back as three, and are read as three
+        attended = _attend(*rotary_split(qkv, cos, sin, norm=qk_norm), documents, implementation)
+        return F.linear(attended if rows is None else attended.view(batch * length, width).index_select(0, rows), out_weight)
     qkv = rotary(qkv, cos, sin, norm=qk_norm, inplace=not tracked)
     if rows is not None and batch == 1 and documents is None and not tracked and implementation not in MODULES:
         # One sequence, and no gradient: rows are its positions, and attention is for their queries alone.

@@ -55,11 +55,7 @@ def rotary(
     Raises ValueError when shapes disagree, eps is not above 0 or is given without norm, a gradient needs what would be
     overwritten, or the backend cannot run.
     """
-    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[-1] % 2:
-        raise ValueError(f"qkv must be [batch, length, 3, heads, even head dimension], got shape {tuple(qkv.shape)}")
-    table = (qkv.shape[1], qkv.shape[-1] // 2)
-    if tuple(cos.shape) != table or tuple(sin.shape) != table:
-        raise ValueError(f"cos and sin must have shape {table}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    _check(qkv, cos, sin)
     eps = _checked_eps(norm, eps, qkv.dtype)
     chosen = choose_backend("rotary", qkv.device, backend, _without(qkv.dtype, inplace and not _dense(qkv)))
     if inplace:
@@ -73,6 +69,32 @@ def rotary(
     if norm:
         return _NORMED(qkv, cos, sin, eps, chosen)[0]  # type: ignore[no-any-return]
     return torch.ops.atat_fast.rotary(qkv, cos, sin, False, chosen)  # type: ignore[no-any-return]
+
+
+def rotary_split(
+    qkv: Tensor, cos: Tensor, sin: Tensor, *, norm: bool = False, eps: float | None = None, backend: str | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`rotary` into three tensors, queries, keys and values [B, L, H, E] each: what attention kernels take.
+
+    Their gradients come back as three too, and are read as they lie; those of a packed tensor's parts would be packed first, a
+    pass over all of it. Arguments and numbers are rotary's. Differentiable in qkv, once.
+    """
+    _check(qkv, cos, sin)
+    given = _checked_eps(norm, eps, qkv.dtype) if norm or eps is not None else None
+    chosen = choose_backend("rotary", qkv.device, backend, _without(qkv.dtype, False))
+    if chosen == "cpp":  # whose loop packs
+        q, k, v = rotary(qkv, cos, sin, norm=norm, eps=given, backend=chosen).unbind(2)
+    else:
+        q, k, v, _ = _SPLIT(qkv, cos, sin, given, chosen)
+    return q, k, v
+
+
+def _check(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
+    if qkv.dim() != 5 or qkv.shape[2] != 3 or qkv.shape[-1] % 2:
+        raise ValueError(f"qkv must be [batch, length, 3, heads, even head dimension], got shape {tuple(qkv.shape)}")
+    table = (qkv.shape[1], qkv.shape[-1] // 2)
+    if tuple(cos.shape) != table or tuple(sin.shape) != table:
+        raise ValueError(f"cos and sin must have shape {table}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
 
 
 def _checked_eps(norm: bool, eps: float | None, dtype: torch.dtype) -> float:
@@ -132,43 +154,53 @@ def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, norm: bool = Fals
 
 Rstd = Tensor | None
 """Where the norm's scales [B, L, 2, H] are left, if they are wanted."""
+Packed = Tensor | tuple[Tensor, ...]
+"""[B, L, 3, H, E], or queries, keys and (where they are wanted) values [B, L, H, E]."""
+
+
+def _parts(packed: Packed) -> tuple[Tensor, ...]:
+    return packed.unbind(2) if isinstance(packed, Tensor) else packed
 
 
 def _torch(
-    out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rstd: Rstd = None, eps: float | None = None
+    out: Packed, qkv: Packed, cos: Tensor, sin: Tensor, inverse: bool, rstd: Rstd = None, eps: float | None = None
 ) -> None:
     """The specification's sums, written into out, which may be qkv itself: both are made before either half is written."""
-    half = qkv.shape[-1] // 2
-    c, s = cos[:, None, None], (-sin if inverse else sin)[:, None, None]
-    turned = qkv[:, :, :2]
-    if eps is not None:
-        turned = turned.to(_wide(qkv.dtype))
-        scale = torch.rsqrt(turned.square().mean(-1, keepdim=True) + eps)
-        turned = turned * scale
-        if rstd is not None:
-            rstd.copy_(scale[..., 0])
-    a, b = turned[..., :half], turned[..., half:]
-    first, second = a * c - b * s, a * s + b * c
-    out[:, :, :2, :, :half] = first
-    out[:, :, :2, :, half:] = second
+    outs, ins = _parts(out), _parts(qkv)
+    half, wide = ins[0].shape[-1] // 2, _wide(ins[0].dtype)
+    c, s = cos[:, None], (-sin if inverse else sin)[:, None]
+    for i in range(2):
+        turned = ins[i]
+        if eps is not None:
+            turned = turned.to(wide)
+            scale = torch.rsqrt(turned.square().mean(-1, keepdim=True) + eps)
+            turned = turned * scale
+            if rstd is not None:
+                rstd[:, :, i] = scale[..., 0]
+        a, b = turned[..., :half], turned[..., half:]
+        first, second = a * c - b * s, a * s + b * c
+        outs[i][..., :half] = first
+        outs[i][..., half:] = second
     if out is not qkv:
-        out[:, :, 2] = qkv[:, :, 2]
+        outs[2].copy_(ins[2])
 
 
-def _torch_backward(dqkv: Tensor, grad: Tensor, out: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _torch_backward(dqkv: Tensor, grad: Packed, out: Packed, rstd: Tensor, cos: Tensor, sin: Tensor) -> None:
     """The gradient of the specification with a norm, into dqkv. See the top of this file.
 
     Tables may be rounded or scaled, so that R^T R = cos^2 + sin^2 is not one: y is R^T out divided by it, and the mean is that
     of grad . out whatever they are.
     """
-    half, wide = grad.shape[-1] // 2, _wide(grad.dtype)
-    c, s = cos[:, None, None].to(wide), sin[:, None, None].to(wide)
-    g, turned = grad[:, :, :2].to(wide), out[:, :, :2].to(wide)
-    share = (g * turned).mean(-1, keepdim=True) / (c.square() + s.square())
-    a, b = (rstd[..., None] * (part - of * share) for part, of in zip(g.split(half, -1), turned.split(half, -1), strict=True))
-    dqkv[:, :, :2, :, :half] = a * c + b * s
-    dqkv[:, :, :2, :, half:] = b * c - a * s
-    dqkv[:, :, 2] = grad[:, :, 2]
+    grads, outs = _parts(grad), _parts(out)
+    half, wide = dqkv.shape[-1] // 2, _wide(dqkv.dtype)
+    c, s = cos[:, None].to(wide), sin[:, None].to(wide)
+    for i in range(2):
+        g, turned = grads[i].to(wide), outs[i].to(wide)
+        share, scale = (g * turned).mean(-1, keepdim=True) / (c.square() + s.square()), rstd[:, :, i, :, None]
+        a, b = (scale * (part - of * share) for part, of in zip(g.split(half, -1), turned.split(half, -1), strict=True))
+        dqkv[:, :, i, :, :half] = a * c + b * s
+        dqkv[:, :, i, :, half:] = b * c - a * s
+    dqkv[:, :, 2] = grads[2]
 
 
 def _tables(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
@@ -195,19 +227,30 @@ def _cpp_backward(dqkv: Tensor, grad: Tensor, out: Tensor, rstd: Tensor, cos: Te
     torch.ops.atat_fast_c.rotary_normed_backward(dqkv, _in_rows(grad), _in_rows(out), rstd, *tables)
 
 
+def _alike(packed: Packed) -> Packed:
+    """As kernels read it: a row's heads in one piece, and three tensors at equal strides."""
+    if isinstance(packed, Tensor):
+        return _in_rows(packed)
+    heads, size = packed[0].shape[2:]
+    fine = all(t.stride(3) == 1 and (heads == 1 or t.stride(2) == size) and t.stride() == packed[0].stride() for t in packed)
+    return packed if fine else tuple(t.contiguous() for t in packed)
+
+
 def _triton(
-    out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rstd: Rstd = None, eps: float | None = None
+    out: Packed, qkv: Packed, cos: Tensor, sin: Tensor, inverse: bool, rstd: Rstd = None, eps: float | None = None
 ) -> None:
     """kernels/rotary.py."""
     from atat_fast.kernels import rotary as kernel  # triton takes a second to import
 
-    kernel.rotary(out, qkv if out is qkv else _in_rows(qkv), *_tables(qkv, cos, sin), inverse, rstd, eps)
+    tables = _tables(qkv if isinstance(qkv, Tensor) else qkv[0], cos, sin)
+    kernel.rotary(out, qkv if out is qkv else _alike(qkv), *tables, inverse, rstd, eps)
 
 
-def _triton_backward(dqkv: Tensor, grad: Tensor, out: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor) -> None:
+def _triton_backward(dqkv: Tensor, grad: Packed, out: Packed, rstd: Tensor, cos: Tensor, sin: Tensor) -> None:
     from atat_fast.kernels import rotary as kernel
 
-    kernel.normed_backward(dqkv, _in_rows(grad), out.contiguous(), rstd, *_tables(grad, cos, sin))
+    out = out.contiguous() if isinstance(out, Tensor) else tuple(t.contiguous() for t in out)
+    kernel.normed_backward(dqkv, _alike(grad), out, rstd, *_tables(dqkv, cos, sin))
 
 
 backends("rotary", triton=_triton, cpp=_cpp, torch=_torch)
@@ -288,6 +331,54 @@ def _normed_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     return _NORMED_BACKWARD(grad, *ctx.saved_tensors, ctx.backend), None, None, None, None
 
 
+Split = tuple[Tensor, Tensor, Tensor, Tensor]
+
+
+def _split_outputs(qkv: Tensor, eps: float | None) -> Split:
+    """q, k, v, and the norm's scales, of which there are none without it."""
+    batch, length, _, heads, size = qkv.shape
+    q, k, v = (qkv.new_empty((batch, length, heads, size)) for _ in range(3))
+    return q, k, v, qkv.new_empty((batch, length, 2, heads) if eps is not None else (0,), dtype=_wide(qkv.dtype))
+
+
+def _split(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float | None, backend: str) -> Split:
+    *out, rstd = outputs = _split_outputs(qkv, eps)
+    _rotate_into(tuple(out), qkv, cos, sin, False, None if eps is None else rstd, eps, backend)
+    return outputs
+
+
+def _split_fake(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float | None, backend: str) -> Split:
+    return _split_outputs(qkv, eps)
+
+
+def _split_backward(
+    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor | None, k: Tensor | None, rstd: Tensor | None, cos: Tensor, sin: Tensor,
+    backend: str,
+) -> Tensor:  # fmt: skip
+    dqkv = _split_backward_fake(dq)
+    if q is None or k is None or rstd is None:
+        _rotate_into(dqkv, (dq, dk, dv), cos, sin, True, backend)
+    else:
+        _normed_backward_into(dqkv, (dq, dk, dv), (q, k), rstd, cos, sin, backend)
+    return dqkv
+
+
+def _split_backward_fake(dq: Tensor, *_: Any) -> Tensor:
+    batch, length, heads, size = dq.shape
+    return dq.new_empty((batch, length, 3, heads, size))
+
+
+def _split_setup(ctx: Any, inputs: tuple[Any, ...], output: Split) -> None:
+    _, cos, sin, eps, ctx.backend = inputs
+    ctx.mark_non_differentiable(output[3])
+    q, k, _, rstd = output if eps is not None else (None,) * 4
+    ctx.save_for_backward(q, k, rstd, cos, sin)
+
+
+def _split_autograd(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, _: Any) -> tuple[Any, ...]:
+    return _SPLIT_BACKWARD(dq, dk, dv, *ctx.saved_tensors, ctx.backend), None, None, None, None
+
+
 register(
     "rotary(Tensor qkv, Tensor cos, Tensor sin, bool inverse, str backend) -> Tensor",
     _rotary,
@@ -306,6 +397,19 @@ _NORMED_BACKWARD = register(
     "rotary_normed_backward(Tensor grad, Tensor out, Tensor rstd, Tensor cos, Tensor sin, str backend) -> Tensor",
     _normed_backward,
     _normed_backward_fake,
+)
+_SPLIT = register(
+    "rotary_split(Tensor qkv, Tensor cos, Tensor sin, float? eps, str backend) -> (Tensor q, Tensor k, Tensor v, Tensor rstd)",
+    _split,
+    _split_fake,
+    backward=_split_autograd,
+    setup=_split_setup,
+)
+_SPLIT_BACKWARD = register(
+    "rotary_split_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? q, Tensor? k, Tensor? rstd, Tensor cos, Tensor sin, "
+    "str backend) -> Tensor",
+    _split_backward,
+    _split_backward_fake,
 )
 for _schema, _write in (
     ("rotary_(Tensor(a!) qkv, Tensor cos, Tensor sin, bool inverse, str backend) -> ()", _rotary_),

@@ -213,15 +213,17 @@ def rotary() -> Iterator[Triton]:
     """Half a head of 16, 32 and 64 elements, in place and out of place, and a length that nothing divides; with a norm, whose
     scales are kept out of place, also a head that is no power of two; and the gradient of that.
     """
-    from atat_fast.kernels.rotary import configuration
+    from atat_fast.kernels.rotary import IN_PLACE, configuration
 
     integers = ("rows", "L", "H", "in_batch", "in_row", "out_batch", "out_row")
-    backward_integers = ("rows", "L", "H", "grad_batch", "grad_row")
+    backward_integers = ("rows", "L", "H", "grad_batch", "grad_row", "out_row")
+    three = ("Q", "K", "V")
     for size in (32, 64, 96, 128, 256):
         for name, pointer in (("fp32", "*fp32"), ("bf16", "*bf16")):
             sizes = configuration(12, size)
             options = {"num_warps": sizes.pop("num_warps")}
-            types = {"Out": pointer, "In": pointer, "Cos": "*fp32", "Sin": "*fp32"} | dict.fromkeys(integers, "i32")
+            types = {f"{name}{part}": pointer for name in ("Out", "In") for part in three}
+            types |= {"Cos": "*fp32", "Sin": "*fp32"} | dict.fromkeys(integers, "i32")
             for norm, copy in itertools.product((False, True), repeat=2):
                 if size in (96, 256) and not norm:
                     continue
@@ -230,10 +232,11 @@ def rotary() -> Iterator[Triton]:
                 absent = {optional: None for optional in ("eps", "Rstd") if optional not in given}
                 yield Triton(
                     f"rotary/{name}-{'norm-' * norm}{'copy' if copy else 'inplace'}/{size}", "rotary", "_rotary_kernel", given,
-                    constants | absent, options,
+                    constants | absent, options | ({} if copy else IN_PLACE),
                     divisible=("in_batch", "in_row", "out_batch", "out_row") if copy else integers[:2] + integers[3:],
                 )  # fmt: skip
-            types = {"Dx": pointer, "Grad": pointer, "Out": pointer, "Rstd": "*fp32", "Cos": "*fp32", "Sin": "*fp32"}
+            types = {f"{name}{part}": pointer for name in ("Dx", "Grad") for part in three} | {"OutQ": pointer, "OutK": pointer}
+            types |= {"Rstd": "*fp32", "Cos": "*fp32", "Sin": "*fp32"}
             yield Triton(
                 f"rotary/{name}-norm-backward/{size}", "rotary", "_rotary_backward_kernel",
                 types | dict.fromkeys(backward_integers, "i32"), sizes | {"HALF": size // 2}, options,

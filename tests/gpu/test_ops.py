@@ -36,6 +36,7 @@ from atat_fast.ops import (
     registry,
     rotary,
     rotary_reference,
+    rotary_split,
     rotary_table,
 )
 from atat_fast.ops.attention import IMPLEMENTATIONS
@@ -158,6 +159,17 @@ def normed_rotary_case(size: Size, device: str, dtype: torch.dtype) -> Case:
     return Case((qkv,), lambda backend, given: (rotary(given[0], cos, sin, norm=True, backend=backend),), reference)
 
 
+def split_rotary_case(size: Size, device: str, dtype: torch.dtype, *, norm: bool) -> Case:
+    """rotary into three tensors."""
+    packed = (normed_rotary_case if norm else rotary_case)(size, device, dtype)
+    cos, sin = (t.to(device) for t in rotary_table(size.length, size.width // size.heads))
+
+    def reference(given: Tensors) -> Tensors:
+        return packed.reference(given)[0].unbind(2)
+
+    return Case(packed.inputs, lambda backend, given: rotary_split(given[0], cos, sin, norm=norm, backend=backend), reference)
+
+
 def attention_case(size: Size, device: str, dtype: torch.dtype) -> Case:
     """attention; its backends are the implementations that can run."""
     qkv = draw(device, size.batch, size.length, 3, size.heads, size.width // size.heads, dtype=dtype)
@@ -174,6 +186,8 @@ CASES: dict[str, Callable[[Size, str, torch.dtype], Case]] = {
     "gated_residual_norm, shared": lambda *a: norm_case(*a, gated=True, shared=True),
     "rotary": rotary_case,
     "rotary, normed": normed_rotary_case,
+    "rotary, split": lambda *a: split_rotary_case(*a, norm=False),
+    "rotary, split and normed": lambda *a: split_rotary_case(*a, norm=True),
     "attention": attention_case,
 }
 

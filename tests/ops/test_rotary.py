@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atat_fast.ops import registry, rotary, rotary_cost, rotary_reference, rotary_table
+from atat_fast.ops import registry, rotary, rotary_cost, rotary_reference, rotary_split, rotary_table
 
 # With TRITON_INTERPRET=1 that includes triton, in an interpreter: see test_interpreted.py.
 READY = [name for name, reason in registry.explain("rotary", torch.device("cpu")).items() if reason is None]
@@ -315,6 +315,69 @@ def test_norm_compiles_whole(backend, inplace, compiler):
         qkv.requires_grad_()
         ours, theirs = (torch.autograd.grad(g(qkv).square().sum(), qkv)[0] for g in (whole, f))
         torch.testing.assert_close(ours, theirs)
+
+
+# Into three tensors: rotary's own numbers, and gradients that are read wherever they lie.
+
+
+@every
+@pytest.mark.parametrize("norm", [False, True])
+@pytest.mark.parametrize("shape", [(2, 9, 3, 8), (1, 13, 4, 32), (3, 5, 6, 10), (0, 4, 2, 8), (2, 3, 1, 96)])
+def test_split_is_the_packed_tensors_parts(poisoned, backend, norm, shape):
+    qkv, cos, sin = uneven(*shape, torch.float32)
+    one, two = qkv.clone().requires_grad_(), qkv.clone().requires_grad_()
+    want, got = (
+        rotary(one, cos, sin, norm=norm, backend=backend).unbind(2),
+        rotary_split(two, cos, sin, norm=norm, backend=backend),
+    )
+    for a, b in zip(want, got, strict=True):
+        assert torch.equal(a, b)
+    dense = [torch.randn(shape) for _ in range(3)]
+    apart = [
+        dense[0],
+        dense[1].transpose(1, 2).contiguous().transpose(1, 2),
+        dense[2].transpose(0, 3).contiguous().transpose(0, 3),
+    ]
+    (expected,) = torch.autograd.grad(want, one, dense)
+    for upstream in (dense, apart):
+        (ours,) = torch.autograd.grad(got, two, upstream, retain_graph=True)
+        assert ours.is_contiguous() or not ours.numel()
+        torch.testing.assert_close(ours, expected, rtol=1e-6, atol=1e-6)
+    (ones,) = torch.autograd.grad(got[0].sum(), two)  # an expanded gradient, and none for the others
+    (plain,) = torch.autograd.grad(rotary(one, cos, sin, norm=norm, backend=backend)[:, :, 0].sum(), one)
+    torch.testing.assert_close(ones, plain, rtol=1e-5, atol=1e-5)
+
+
+@quick
+@pytest.mark.parametrize("norm", [False, True])
+def test_split_compiles_whole_and_passes_opcheck(backend, norm):
+    qkv, cos, sin = packed(2, 5, 3, 4, torch.float32)
+    qkv.requires_grad_()
+
+    def f(x):
+        q, k, v = rotary_split(x * 2, cos, sin, norm=norm, backend=backend)
+        return q * k + v
+
+    whole = torch.compile(f, fullgraph=True, backend="aot_eager")
+    torch.testing.assert_close(whole(qkv), f(qkv))
+    ours, theirs = (torch.autograd.grad(g(qkv).square().sum(), qkv)[0] for g in (whole, f))
+    torch.testing.assert_close(ours, theirs)
+    if backend == "torch":
+        eps = 1e-6 if norm else None
+        torch.library.opcheck(torch.ops.atat_fast.rotary_split.default, (qkv, cos, sin, eps, backend))
+        q, k, v, rstd = torch.ops.atat_fast.rotary_split(qkv.detach(), cos, sin, eps, backend)
+        saved = (q, k, rstd) if norm else (None, None, None)
+        torch.library.opcheck(torch.ops.atat_fast.rotary_split_backward.default, (q, k, v, *saved, cos, sin, backend))
+
+
+def test_split_refuses_what_rotary_refuses():
+    tables = torch.zeros(3, 2), torch.zeros(3, 2)
+    with pytest.raises(ValueError, match="even head dimension"):
+        rotary_split(torch.zeros(2, 3, 3, 2, 5), *tables)
+    with pytest.raises(ValueError, match="eps 1e-06 belongs to the norm"):
+        rotary_split(torch.zeros(2, 3, 3, 2, 4), *tables, eps=1e-6)
+    with pytest.raises(ValueError, match="has no backend 'trition'"):
+        rotary_split(torch.zeros(2, 3, 3, 2, 4), *tables, backend="trition")
 
 
 needs_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
