@@ -9,12 +9,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
 from atat_fast.config import OptimConfig
 from atat_fast.errors import UsageError
 from atat_fast.training.low_precision import AdamWBf16, adamw_8bit, check_state, joined, parts_of
-from atat_fast.training.parallel import local, part_like, whole
+from atat_fast.training.muon import Muon
+from atat_fast.training.parallel import local
 
 State = dict[str, Tensor]
 Trained = nn.Module | Mapping[str, nn.Parameter]
@@ -52,9 +52,9 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
 class Optimizers:
     """One or two torch optimizers stepped as one, with state that is saved by parameter name.
 
-    adamw: fused, weight decay on matrices only. muon: torch.optim.Muon for the matrices inside the blocks, its updates scaled
-    to AdamW's root-mean-square so that one learning rate serves both, and AdamW for the rest. adamw may keep its moments in bf16
-    or 8 bits (`low_precision.py`).
+    adamw: fused, weight decay on matrices only. muon: `muon.py` for the matrices inside the blocks, its updates scaled to AdamW's
+    root-mean-square so that one learning rate serves both, and AdamW for the rest. adamw may keep its moments in bf16 or 8 bits
+    (`low_precision.py`).
     """
 
     def __init__(self, model: Trained, config: OptimConfig) -> None:
@@ -70,8 +70,7 @@ class Optimizers:
         ]
         self.parts: list[torch.optim.Optimizer] = [_adamw(groups, config)]
         if blocks:
-            kind = ShardedMuon if isinstance(blocks[0], DTensor) else torch.optim.Muon
-            self.parts.append(kind(blocks, lr=config.lr, weight_decay=config.weight_decay, adjust_lr_fn="match_rms_adamw"))
+            self.parts.append(Muon(blocks, lr=config.lr, weight_decay=config.weight_decay))
 
     def step(self, lr: float) -> None:
         """Move every parameter and drop the gradients."""
@@ -117,36 +116,6 @@ class Optimizers:
             else:
                 room[key] = torch.zeros(kind.shape, dtype=kind.dtype, device=p.device)
         return room
-
-
-class ShardedMuon(torch.optim.Muon):
-    """torch.optim.Muon for matrices that are sharded over ranks. Masters and momenta stay sharded; one update at a time is put
-    together on every rank, for only whole matrices can be made orthogonal. Its numbers are torch.optim.Muon's, but for rounding.
-    """
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
-        for group in self.param_groups:
-            for p in group["params"]:
-                if p.grad is None:
-                    continue
-                state = self.state[p]
-                if "momentum_buffer" not in state:
-                    state["momentum_buffer"] = torch.zeros_like(p)
-                grad, momentum, mine = local(p.grad), local(state["momentum_buffer"]), local(p)
-                momentum.lerp_(grad, 1 - group["momentum"])
-                update = p.grad.detach().clone()
-                local(update).lerp_(momentum, group["momentum"])
-                mine.mul_(1 - group["lr"] * group["weight_decay"]).add_(part_like(self._orthogonal(whole(update), group), p))
-
-    def _orthogonal(self, update: Tensor, group: dict[str, object]) -> Tensor:
-        """What torch.optim.Muon adds to a matrix for this update, by asking it: a step from zero, without memory or decay."""
-        scratch = nn.Parameter(torch.zeros_like(update))
-        scratch.grad = update
-        kept = {name: group[name] for name in ("lr", "ns_coefficients", "eps", "ns_steps", "adjust_lr_fn")}
-        torch.optim.Muon([scratch], momentum=0.0, nesterov=False, weight_decay=0.0, **kept).step()  # type: ignore[arg-type]
-        return scratch.detach()
 
 
 def _adamw(groups: list[dict[str, Any]], config: OptimConfig) -> torch.optim.Optimizer:

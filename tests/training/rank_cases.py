@@ -27,7 +27,7 @@ from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT
 from atat_fast.training import checkpoint, objective, shards
 from atat_fast.training.modes import Choice
-from atat_fast.training.optimizers import ShardedMuon
+from atat_fast.training.muon import Muon
 from atat_fast.training.parallel import Parallel, local, whole
 from atat_fast.training.ranks import Launch, Ranks
 from atat_fast.training.stops import Diverged, Interrupted
@@ -141,23 +141,32 @@ def gradients(ranks: Ranks, mode: str, tied: bool) -> None:
 
 
 def muon(ranks: Ranks) -> None:
-    """Three updates of sharded matrices, wide, tall and uneven, are torch.optim.Muon's."""
+    """Three updates of sharded matrices, wide, tall, uneven and of fewer rows than ranks, are torch.optim.Muon's; each rank makes
+    some of them orthogonal, and no rank all.
+    """
     from torch.distributed.device_mesh import init_device_mesh
 
     mesh = init_device_mesh("cpu", (ranks.size,))
-    for shape in ((8, 24), (25, 8), (7, 7)):
-        torch.manual_seed(1)
-        plain = torch.nn.Parameter(torch.randn(shape))
-        split = torch.nn.Parameter(distribute_tensor(plain.detach().clone(), mesh, [Shard(0)]))
-        options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.2, "adjust_lr_fn": "match_rms_adamw"}
-        one, many = torch.optim.Muon([plain], **options), ShardedMuon([split], **options)
-        for _ in range(3):
-            plain.grad = torch.randn(shape)
-            split.grad = distribute_tensor(plain.grad.clone(), mesh, [Shard(0)])
-            one.step()
-            many.step()
-        torch.testing.assert_close(whole(split), plain.detach(), rtol=1e-5, atol=1e-5)
-        assert local(many.state[split]["momentum_buffer"]).numel() < plain.numel()
+    torch.manual_seed(1)
+    shapes = [(8, 24)] * 3 + [(24, 8)] * 4 + [(25, 8), (7, 7), (1, 5), (9, 9)]
+    plain = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    split = [torch.nn.Parameter(distribute_tensor(p.detach().clone(), mesh, [Shard(0)])) for p in plain]
+    options: dict[str, Any] = {"lr": 0.1, "weight_decay": 0.2}
+    one, many = torch.optim.Muon(plain, adjust_lr_fn="match_rms_adamw", **options), Muon(split, dtype=torch.bfloat16, **options)
+    made: list[int] = []
+    orthogonal = many._orthogonal
+    many._orthogonal = lambda updates: made.append(len(updates)) or orthogonal(updates)  # type: ignore[method-assign]
+    for _ in range(3):
+        for p, q in zip(plain, split, strict=True):
+            p.grad = torch.randn(p.shape)
+            q.grad = distribute_tensor(p.grad.clone(), mesh, [Shard(0)])
+        one.step()
+        many.step()
+    for p, q in zip(plain, split, strict=True):
+        torch.testing.assert_close(whole(q), p.detach(), rtol=1e-5, atol=1e-5)
+        assert ranks.size == 1 or p.shape[0] == 1 or local(many.state[q]["momentum_buffer"]).numel() < p.numel()
+    assert ranks.total(torch.tensor([float(sum(made))], dtype=torch.float64)).item() == 3 * len(shapes)
+    assert ranks.size == 1 or sum(made) < 3 * len(shapes)
 
 
 def precisions(ranks: Ranks) -> None:

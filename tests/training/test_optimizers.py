@@ -8,6 +8,7 @@ import torch
 from atat_fast.config import OptimConfig, load_preset
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
+from atat_fast.training import muon
 from atat_fast.training.optimizers import Average, Optimizers, check_optim, learning_rate
 
 SMALL = {"dim": 16, "layers": 2, "heads": 2, "length": 12, "conditioning_dim": 8, "dropout": 0.0}
@@ -56,8 +57,8 @@ def test_state_by_name_goes_on_as_if_nothing_had_happened(name):
 
 def test_muon_takes_the_blocks_matrices_and_nothing_else():
     model = DiT(11, 10, **SMALL)
-    adamw, muon = Optimizers(model, OptimConfig(name="muon")).parts
-    chosen = {id(p) for group in muon.param_groups for p in group["params"]}
+    adamw, inner = Optimizers(model, OptimConfig(name="muon")).parts
+    chosen = {id(p) for group in inner.param_groups for p in group["params"]}
     names = {name for name, p in model.named_parameters() if id(p) in chosen}
     assert names == {f"blocks.{i}.{part}.weight" for i in (0, 1) for part in ("qkv", "out", "up", "down")}
     rest = {id(p) for group in adamw.param_groups for p in group["params"]}
@@ -100,3 +101,63 @@ def test_the_average_follows_its_definition_and_gives_the_weights_back():
 def test_bad_settings(change, message):
     with pytest.raises(UsageError, match=message):
         check_optim(OptimConfig(**change))
+
+
+MATRICES = [(16, 48), (48, 16), (16, 16), (64, 16), (16, 64), (48, 16), (1, 7), (7, 1), (5, 5)]
+
+
+@pytest.mark.parametrize("most", [1, 2000, 1 << 25])
+def test_muon_is_torchs_up_to_rounding(most, monkeypatch):
+    """Stacked or one by one, in bf16 it makes torch.optim.Muon's updates; in fp32 they differ by what bf16 rounds away."""
+    monkeypatch.setattr(muon, "MOST", most)
+    torch.manual_seed(0)
+    start = [torch.randn(shape) for shape in MATRICES]
+    options = {"lr": 0.1, "weight_decay": 0.2}
+    sets = [[torch.nn.Parameter(p.clone()) for p in start] for _ in range(4)]
+    theirs = torch.optim.Muon(sets[0], adjust_lr_fn="match_rms_adamw", **options)
+    half, full, exact = (muon.Muon(some, dtype=t, **options)
+                         for some, t in zip(sets[1:], (torch.bfloat16, torch.float32, torch.float64), strict=True))  # fmt: skip
+    for step in range(4):
+        for i, shape in enumerate(MATRICES):
+            grad = None if (step, i) == (1, 3) else torch.randn(shape)  # a matrix that nothing reached
+            for some in sets:
+                some[i].grad = None if grad is None else grad.clone()
+        for one in (theirs, half, full, exact):
+            one.step()
+    for p, start_of, h, f, e in zip(sets[0], start, *sets[1:], strict=True):
+        torch.testing.assert_close(h, p, rtol=2e-2, atol=2e-2)
+        moved = float((e - start_of).detach().norm())
+        rounding = float((p - e).detach().norm()) / moved
+        assert float((f - e).detach().norm()) / moved < 1e-4 and rounding < 0.1
+        assert float((h - e).detach().norm()) / moved <= 1.5 * rounding + 1e-3
+    assert {key: tuple(theirs.state[p]) for key, p in enumerate(sets[0])} == {
+        key: tuple(half.state[p]) for key, p in enumerate(sets[1])
+    }
+
+
+def test_muon_makes_matrices_nearly_orthogonal():
+    torch.manual_seed(0)
+    x = torch.randn(3, 12, 40) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
+    values = torch.linalg.svdvals(muon.orthogonal(x))
+    assert ((values > 0.6) & (values < 1.25)).all()
+    assert torch.equal(muon.orthogonal(torch.zeros(1, 3, 4)), torch.zeros(1, 3, 4))
+
+
+def test_muon_takes_few_launches():
+    """Of 24 matrices in four shapes, two of which are one another's transpose: a stack for each of three."""
+    shapes = [(48, 16), (16, 16), (64, 16), (16, 64)] * 6
+    some = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
+    counts = []
+    for optimizer in (muon.Muon(some, lr=0.1, weight_decay=0.1), torch.optim.Muon(some, lr=0.1, weight_decay=0.1)):
+        for p in some:
+            p.grad = torch.randn_like(p)
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watched:
+            optimizer.step()
+        products = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
+        counts.append(sum(event.count for event in watched.key_averages() if event.key in products))
+    assert counts[0] == 3 * muon.STEPS * 3 and counts[1] >= 24 * muon.STEPS * 3
+
+
+def test_muon_refuses_what_is_no_matrix():
+    with pytest.raises(ValueError, match=r"muon moves matrices, and one of its parameters has shape \(3,\)"):
+        muon.Muon([torch.nn.Parameter(torch.zeros(3))], lr=0.1, weight_decay=0.0)

@@ -1,0 +1,151 @@
+"""Muon (Jordan et al., 2024; Liu et al., arXiv 2502.16982) for many matrices at once.
+
+    m <- lerp(m, g, 1 - momentum),   u = lerp(g, m, momentum),   w <- (1 - lr decay) w - 0.2 lr sqrt(max(rows, columns)) O(u)
+
+O is five steps of a Newton-Schulz iteration towards the nearest orthogonal matrix. Matrices of one shape, and those of its
+transpose, are stacked and made orthogonal together: about twenty launches a shape, where one matrix at a time takes as many for
+each. The products are bf16 where those are fast and fp32 elsewhere; the iteration forgives either, for its limit is not exact.
+
+Under FSDP a matrix is in pieces, and only a whole one can be made orthogonal. Each rank puts some of them together, works on
+those alone, and sends the pieces back.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.distributed.tensor import DTensor, Shard
+
+from atat_fast.ops.registry import cpu_multiplies_bf16
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+STEPS = 5
+LEAST_NORM = 1e-7
+MOST = 1 << 25
+"""Elements of a stack: what is held besides the matrices themselves stays below 0.4 GB."""
+
+
+class Muon(torch.optim.Optimizer):
+    """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", up to rounding; its state has the same names.
+
+    params: matrices, plain or DTensors that are sharded by rows. dtype: of the products; where not said, bf16 where it is fast.
+    """
+
+    def __init__(
+        self, params: Iterable[Tensor], *, lr: float, weight_decay: float, momentum: float = 0.95,
+        dtype: torch.dtype | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__(params, {"lr": lr, "weight_decay": weight_decay, "momentum": momentum})
+        self.dtype = dtype
+        for group in self.param_groups:
+            for p in group["params"]:
+                if p.ndim != 2:
+                    raise ValueError(f"muon moves matrices, and one of its parameters has shape {tuple(p.shape)}")
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Move every parameter that has a gradient."""
+        for group in self.param_groups:
+            moving = [p for p in group["params"] if p.grad is not None]
+            for p in moving:
+                if "momentum_buffer" not in self.state[p]:
+                    self.state[p]["momentum_buffer"] = torch.zeros_like(p)
+            for some in stacks(moving):
+                self._move(some, group)
+
+    def _move(self, some: list[Tensor], group: dict[str, Any]) -> None:
+        """One step of matrices of one shape, or its transpose."""
+        sharded = isinstance(some[0], DTensor)
+        mine = [_local(p) for p in some]
+        grads = [_local(p.grad) for p in some if p.grad is not None]
+        momenta = [_local(self.state[p]["momentum_buffer"]) for p in some]
+        torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
+        updates = torch._foreach_lerp(grads, momenta, group["momentum"])
+        moved = self._across_ranks(some, updates) if sharded else self._orthogonal(updates)
+        scale = 0.2 * group["lr"] * math.sqrt(max(some[0].shape))
+        torch._foreach_mul_(mine, 1 - group["lr"] * group["weight_decay"])
+        torch._foreach_add_(mine, moved, alpha=-scale)
+
+    def _orthogonal(self, updates: Sequence[Tensor]) -> list[Tensor]:
+        """Every update made orthogonal, each in its own shape; those of one shape, then those of its transpose."""
+        dtype = self.dtype or products_dtype(updates[0].device)
+        wide = [u for u in updates if u.shape[0] <= u.shape[1]]
+        tall = [u for u in updates if u.shape[0] > u.shape[1]]
+        stacked = [torch.stack(wide).to(dtype)] if wide else []
+        stacked += [torch.stack(tall).to(dtype).mT] if tall else []
+        x = orthogonal(torch.cat(stacked) if len(stacked) > 1 else stacked[0]).to(updates[0].dtype)
+        of_wide, of_tall = iter(x[: len(wide)].unbind()), iter(x[len(wide) :].mT.contiguous().unbind())
+        return [next(of_wide if u.shape[0] <= u.shape[1] else of_tall) for u in updates]
+
+    def _across_ranks(self, some: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
+        """The pieces of orthogonal matrices that lie here, from those of updates: matrix i is put together on rank i % ranks."""
+        group, ranks, rank = _group_of(some[0])
+        moved: list[Tensor] = []
+        for first in range(0, len(some), ranks):
+            turn = range(first, min(first + ranks, len(some)))
+            rows = [_rows_of(some[i].shape[0], ranks) for i in turn]
+            widths = [some[i].shape[1] for i in turn]
+            out = [rows[j][rank] * widths[j] for j in range(len(turn))] + [0] * (ranks - len(turn))
+            owner = rank if rank < len(turn) else None
+            back = [n * widths[owner] for n in rows[owner]] if owner is not None else [0] * ranks
+            like = updates[first]
+            whole = like.new_empty(sum(back))
+            dist.all_to_all_single(whole, torch.cat([updates[i].flatten() for i in turn]), back, out, group=group)
+            if owner is not None:
+                (made,) = self._orthogonal([whole.view(some[first + owner].shape)])
+                whole = made.contiguous().flatten()
+            pieces = like.new_empty(sum(out))
+            dist.all_to_all_single(pieces, whole, out, back, group=group)
+            moved += [piece.view(updates[i].shape) for piece, i in zip(pieces.split(out[: len(turn)]), turn, strict=True)]
+        return moved
+
+
+def orthogonal(x: Tensor) -> Tensor:
+    """Matrices [N, R, C], R <= C, with their singular values pushed towards one (into 0.7 to 1.2): a new tensor."""
+    a, b, c = COEFFICIENTS
+    wide = torch.promote_types(x.dtype, torch.float32)
+    x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide).clamp(min=LEAST_NORM).to(x.dtype)
+    for _ in range(STEPS):
+        gram = x @ x.mT
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x
+
+
+def stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
+    """Parameters by shape, a shape with its transpose, at most MOST elements together and at least one matrix."""
+    by_shape: dict[tuple[int, ...], list[Tensor]] = {}
+    for p in parameters:
+        by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
+    for found in by_shape.values():
+        count = max(1, MOST // max(1, found[0].numel()))
+        for first in range(0, len(found), count):
+            yield found[first : first + count]
+
+
+def products_dtype(device: torch.device) -> torch.dtype:
+    """bf16 where the device multiplies it fast, else fp32."""
+    return torch.bfloat16 if device.type != "cpu" or cpu_multiplies_bf16() else torch.float32
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """The part of a tensor that lies here."""
+    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
+
+
+def _group_of(parameter: Tensor) -> tuple[dist.ProcessGroup, int, int]:
+    """The ranks that hold a DTensor's pieces between them, how many they are, and which of them this one is."""
+    assert isinstance(parameter, DTensor)
+    (dimension,) = (i for i, placement in enumerate(parameter.placements) if placement == Shard(0))
+    mesh = parameter.device_mesh
+    return mesh.get_group(dimension), mesh.size(dimension), mesh.get_local_rank(dimension)
+
+
+def _rows_of(rows: int, ranks: int) -> list[int]:
+    """How many rows of a matrix each rank holds, as torch.chunk cuts it."""
+    most = -(-rows // ranks)
+    return [max(0, min(most, rows - rank * most)) for rank in range(ranks)]
