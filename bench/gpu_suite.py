@@ -1,7 +1,8 @@
-"""What a GPU has to say, in two commands that each end by themselves, the most telling first.
+"""What a GPU has to say, in commands that each end by themselves, the most telling first.
 
     python bench/gpu_suite.py --tier 1            at most six minutes with a library built before (make install)
     python bench/gpu_suite.py --tier 2            at most five more
+    python bench/gpu_suite.py --tier 3            the tests of single ops that need a GPU, and the slow ones: at most fifteen
     python bench/gpu_suite.py --tier 1 --dry_run  what would run, and each part's limit
     python bench/gpu_suite.py --unpack DIR/results.json        lay the results into this checkout's bench/results
 
@@ -116,7 +117,7 @@ def pytest_step(name: str, seconds: float, *arguments: str, why: str, processes:
 
 def steps(tier: int, small: bool = False) -> list[Step]:
     """A tier's parts, what is worth most first; `small` for a CPU."""
-    return second_tier(small) if tier == 2 else first_tier(small)
+    return (first_tier, second_tier, third_tier)[tier - 1](small)
 
 
 def first_tier(small: bool) -> list[Step]:
@@ -130,12 +131,12 @@ def first_tier(small: bool) -> list[Step]:
     others = ("tests/gpu", "-m", marker, f"--ignore={ops}", "--continue-on-collection-errors")
     variants = ("--variants", "mdlm", "atat_fast", "atat_fast+atat")
     return [
-        Step("environment", (python, "-c", FACTS), 30, needs_gpu=False, why="versions, and which backend every op chose"),
+        Step("environment", (python, "-c", FACTS), 25, needs_gpu=False, why="versions, and which backend every op chose"),
         pytest_step("ops", 65, ops, "-m", marker, why="every kernel against fp64, as the backend it is", processes=processes),
-        Step("ceilings", (python, "bench/ceilings.py", *out, *ceilings), 20, why="what the device reaches at best"),
-        Step("head", (python, "bench/head.py", *out, *head), 30, why="the head by backend and size of slab, and a profile"),
-        Step("throughput", (python, "bench/throughput.py", *sizes, *variants, *out), 125, why="the figure the package is for"),
-        pytest_step("tests", 90, *others, why="a step, sampling, evaluation and options on a GPU", processes=processes),
+        Step("ceilings", (python, "bench/ceilings.py", *out, *ceilings), 15, why="what the device reaches at best"),
+        Step("head", (python, "bench/head.py", *out, *head), 20, why="the head by backend and size of slab, and a profile"),
+        Step("throughput", (python, "bench/throughput.py", *sizes, *variants, *out), 120, why="the figure the package is for"),
+        pytest_step("tests", 115, *others, why="a step, sampling, evaluation and options on a GPU", processes=processes),
     ]  # fmt: skip
 
 
@@ -143,7 +144,7 @@ def second_tier(small: bool) -> list[Step]:
     """Beside whom, and what else."""
     python, found = sys.executable, []
     out, tools = ("--out", DEVICE_FOLDER), ("compute-sanitizer",)
-    for name, seconds in (("linear_cross_entropy", 50), ("adaptive_norm", 20), ("rotary", 15), ("attention", 20)):
+    for name, seconds in (("linear_cross_entropy", 45), ("adaptive_norm", 20), ("rotary", 15), ("attention", 20)):
         only = ("--collect-only",) if small else ("-s",)
         found.append(pytest_step(f"op {name}", seconds, f"bench/bench_{name}.py", *only, why=f"{name} beside its peers"))
     sampling = ("--batch", "1", "16", "--steps", "128", "--seconds", "12")
@@ -152,7 +153,7 @@ def second_tier(small: bool) -> list[Step]:
     found.append(Step("sampling", (python, "bench/bench_sampling.py", *sampling, *out), 25, why="tokens a second of sampling"))
     run = ("--train.max_steps", "3", "--eval.sequences", "8", "--sample.num_samples", "0", "--model.layers", "1") * small
     door = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "atat_fast.train")
-    found.append(Step("training", (*door, "--run.root", "out/runs", *run), 35,
+    found.append(Step("training", (*door, "--run.root", "out/runs", *run), 40,
                       why="what make train does", needs=("jsonargparse",)))  # fmt: skip
     memcheck = ("tests/gpu/test_ops.py", "-m", "gpu and slow", "-k", "memcheck")
     found.append(replace(pytest_step("memcheck", 35, *memcheck, why="no kernel touches memory that is not its own"), needs=tools))
@@ -163,6 +164,15 @@ def second_tier(small: bool) -> list[Step]:
     found.append(Step("compiled mdlm", (python, "bench/throughput.py", *sizes, "--variants", *variants, *out), 100,
                       why="tier 1's throughput, beside plain MDLM under torch.compile too"))  # fmt: skip
     return found
+
+
+def third_tier(small: bool) -> list[Step]:
+    """Every other test that needs a GPU: grids of shapes for each op, compute-sanitizer, what takes long."""
+    marker = "not gpu and not slow" if small else "gpu"
+    where = ("tests/gpu/test_ops.py",) if small else ("tests", "--continue-on-collection-errors")
+    return [
+        pytest_step("all tests", 900, *where, "-m", marker, why="grids of shapes, sanitizers, what is slow", processes=not small)
+    ]
 
 
 def find_gpu() -> tuple[str | None, int, str | None]:
@@ -183,7 +193,7 @@ def find_gpu() -> tuple[str | None, int, str | None]:
 
 def settled(step: Step, folder: Path, memory: int) -> Step:
     """A step for a device of so many GiB, whose results go to `folder`."""
-    places = {PROCESSES: str(max(1, min(8, os.cpu_count() or 1, memory // 8))), MICRO_BATCH: "32" if memory >= 60 else "8"}
+    places = {PROCESSES: str(max(1, min(12, os.cpu_count() or 1, memory // 6))), MICRO_BATCH: "32" if memory >= 60 else "8"}
     return replace(step, command=tuple(places.get(word, word.replace(DEVICE_FOLDER, str(folder))) for word in step.command))
 
 
@@ -352,7 +362,7 @@ def choose(tier: int, only: Sequence[str], small: bool) -> list[Step]:
 def main(arguments: list[str] | None = None) -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", type=int, choices=(1, 2), default=1, help="1: right and fast? 2: beside whom?")
+    parser.add_argument("--tier", type=int, choices=(1, 2, 3), default=1, help="1: right and fast? 2: beside whom? 3: the rest")
     parser.add_argument("--out", type=Path, default=Path("out", "suite"), help="folder for the summary and the results")
     parser.add_argument("--wheels", type=Path, default=None, help="folder of pure-Python wheels to make importable")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="run these parts alone")

@@ -323,16 +323,50 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def compare(names: list[str], args: argparse.Namespace, setting: Setting, ranks: Ranks, budget: Budget) -> int:
-    """Check, time, print, write."""
+    """Check, time, print, write. On a GPU the compiled plain variant, which may take minutes to compile, comes when all others
+    are written: then everything is timed again, with it.
+    """
     compute = setting.compute
     each = f"{args.micro_batch} x {args.length} tokens a step" + (f" and rank, {ranks.count} ranks" if ranks.count > 1 else "")
     ranks.say(f"{compute.describe()}; preset {args.preset}, V={args.vocabulary:,}, {each}")
-    variants, reasons, worst = build_all(names, args, setting, ranks, budget)
+    late = compute.device.type == "cuda" and COMPILED in names and names != [COMPILED]
+    variants, reasons, worst = build_all([n for n in names if n != COMPILED or not late], args, setting, ranks, budget)
     ranks.say(f"checked: on one batch, losses and gradients agree to {worst:.1e}")
     if not variants:
         raise UsageError("none of these variants can run: " + "; ".join(f"{name}: {reason}" for name, reason in reasons.items()))
-    meter = EnergyMeter(compute.device)
-    seconds, joules = rounds(variants, args, ranks, meter, budget)
+    folder = args.out or results_folder(compute.device)
+    stem = f"throughput-{args.preset}-{args.vocabulary}-{args.micro_batch}" + (f"-{ranks.count}-ranks" if ranks.count > 1 else "")
+    record = timed(variants, reasons, worst, args, setting, ranks, budget)
+    if late:
+        finish(record, args, ranks, budget, folder, stem)
+        compiled, reason = build(COMPILED, setting)
+        if compiled is None:
+            reasons[COMPILED] = reason
+        else:
+            variants = {name: compiled if name == COMPILED else variants[name] for name in names if name not in reasons}
+        record = timed(variants, reasons, worst, args, setting, ranks, budget)
+    if args.profile and ranks.rank == 0:
+        from profiling import profile
+
+        known = devices.find(record["environment"], RESULTS)
+        record["profile"] = {name: profile(v, folder / f"{stem}-{name}.trace.json.gz", known) for name, v in variants.items()}
+    if args.sampling and ranks.rank == 0:
+        from bench_sampling import time_samplers
+
+        model = (variants.get(OURS) or variants.get(ADAPTIVE) or Variant(OURS, setting)).model
+        record["sampling"] = time_samplers(model, compute, batch=2 if compute.device.type == "cpu" else 16, budget=budget.left)
+    del variants
+    finish(record, args, ranks, budget, folder, stem)
+    return 0
+
+
+def timed(
+    variants: dict[str, Variant], reasons: dict[str, str], worst: float, args: argparse.Namespace, setting: Setting, ranks: Ranks,
+    budget: Budget,
+) -> dict[str, Any]:  # fmt: skip
+    """The figures of interleaved rounds, and beside them those that others are ratios of."""
+    compute = setting.compute
+    seconds, joules = rounds(variants, args, ranks, EnergyMeter(compute.device), budget)
     facts = environment(compute) | {"load_average": os.getloadavg()[0]}
     known = devices.find(facts, RESULTS)
     peak = None if known is None or (compute.device.type == "cuda" and compute.dtype is not torch.bfloat16) else known.flops
@@ -343,33 +377,30 @@ def compare(names: list[str], args: argparse.Namespace, setting: Setting, ranks:
     for r in results.values():
         for key, base in (("ratio", PLAIN), ("ratio_compiled", COMPILED)):
             r[key] = r["tokens_per_second"] / results[base]["tokens_per_second"] if base in results else None
-    folder = args.out or results_folder(compute.device)
-    stem = f"throughput-{args.preset}-{args.vocabulary}-{args.micro_batch}" + (f"-{ranks.count}-ranks" if ranks.count > 1 else "")
-    record: dict[str, Any] = {
+    return {
         "benchmark": "throughput",
         "settings": {k: getattr(args, k) for k in ("preset", "vocabulary", "micro_batch", "steps", "length")}
         | {"rounds": len(next(iter(seconds.values()))), "ranks": ranks.count},
-        "agreement": worst, "results": results, "missing": reasons, "environment": facts,
+        "agreement": worst, "results": results, "missing": dict(reasons), "environment": facts,
     }  # fmt: skip
-    if args.profile and ranks.rank == 0:
-        from profiling import profile
 
-        record["profile"] = {name: profile(v, folder / f"{stem}-{name}.trace.json.gz", known) for name, v in variants.items()}
-    if args.sampling and ranks.rank == 0:
-        from bench_sampling import time_samplers
 
-        model = (variants.get(OURS) or variants.get(ADAPTIVE) or Variant(OURS, setting)).model
-        record["sampling"] = time_samplers(model, compute, batch=2 if compute.device.type == "cpu" else 16, budget=budget.left)
-    del variants
+def finish(
+    record: dict[str, Any], args: argparse.Namespace, ranks: Ranks, budget: Budget, folder: Path, stem: str
+) -> None:  # fmt: skip
+    """Fill in the memory, print and write."""
+    known = {name: r.pop("memory") for name, r in record["results"].items()}
     if ranks.count == 1:
-        memory(results, args, budget, record)
+        memory(record["results"], known, args, budget, record)
     if ranks.rank == 0:
         print("\n".join(table(record)))
         write(record, folder, stem)
-    return 0
 
 
-def memory(results: dict[str, Any], args: argparse.Namespace, budget: Budget, record: dict[str, Any]) -> None:
+def memory(
+    results: dict[str, Any], known: dict[str, dict[str, int] | None], args: argparse.Namespace, budget: Budget,
+    record: dict[str, Any],
+) -> None:  # fmt: skip
     """Fill in the memory of a step where it is not known, and with --largest the largest micro-batch, each from a process of its
     own.
     """
@@ -378,7 +409,7 @@ def memory(results: dict[str, Any], args: argparse.Namespace, budget: Budget, re
     record["largest_micro_batch"] = {}
     for name, r in sorted(results.items(), key=lambda item: item[0] == COMPILED):
         enough = budget.allows(CHILD_SECONDS + 3 * r["step_seconds"])
-        found = r.pop("memory") or (child("memory", name, args, max(budget.left, 1.0)) if enough else None)
+        found = known[name] or (child("memory", name, args, max(budget.left, 1.0)) if enough else None)
         r["step_memory_bytes"], r["peak_memory_bytes"] = (found["step"], found["peak"]) if found else (None, None)
         if args.largest and record["environment"]["device"].startswith("CPU"):
             record["largest_micro_batch"] = "not measured on a CPU"

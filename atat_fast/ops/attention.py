@@ -28,7 +28,7 @@ from atat_fast.errors import UsageError, nearest
 from atat_fast.ops import attention_products
 from atat_fast.ops.adaptive_norm import EPS, adaptive_layer_norm
 from atat_fast.ops.registry import Cost, autocast_dtype, cpu_multiplies_bf16, register_composite
-from atat_fast.ops.rotary import rotary, rotary_split
+from atat_fast.ops.rotary import rotary, rotary_split, splits
 
 MODULES = {"flash_attn_3": "flash_attn_interface", "flash_attn": "flash_attn"}
 """Packages that take the packed projection as it is, and a variable-length form of it."""
@@ -352,7 +352,7 @@ def _self_attention(
     batch, length, width = x.shape
     qkv = F.linear(x, qkv_weight).view(batch, length, 3, heads, width // heads)
     tracked = torch.is_grad_enabled() and qkv.requires_grad
-    if tracked and implementation in SWITCHES and qkv.numel():  # gradients come back as three, and are read as three
+    if tracked and implementation in SWITCHES and qkv.numel() and splits():  # three gradients come back, and are read as three
         attended = _attend(*rotary_split(qkv, cos, sin, norm=qk_norm), documents, implementation)
         return F.linear(attended if rows is None else attended.view(batch * length, width).index_select(0, rows), out_weight)
     qkv = rotary(qkv, cos, sin, norm=qk_norm, inplace=not tracked)

@@ -88,7 +88,7 @@ def _shortcut(op: Any, implementation: Callable[..., Any], record: Any) -> Calla
     """
 
     def call(*arguments: Any) -> Any:
-        if torch.compiler.is_compiling() or _intercepted():
+        if torch.compiler.is_compiling() or intercepted():
             return op(*arguments)
         recorded = False
         for argument in arguments:
@@ -106,7 +106,7 @@ def _shortcut(op: Any, implementation: Callable[..., Any], record: Any) -> Calla
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
-def _intercepted() -> bool:
+def intercepted() -> bool:
     """Whether a dispatch mode (fake tensors, proxies, selective checkpoints) or a functorch transform is on."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
 

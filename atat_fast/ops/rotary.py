@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atat_fast.ops.registry import Cost, backends, choose_backend, dispatch, library, register
+from atat_fast.ops.registry import Cost, backends, choose_backend, dispatch, intercepted, library, register
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -87,6 +87,19 @@ def rotary_split(
     else:
         q, k, v, _ = _SPLIT(qkv, cos, sin, given, chosen)
     return q, k, v
+
+
+def splits() -> bool:
+    """Whether `rotary_split` may be used here: not while torch 2.11 or 2.12 compiles.
+
+    For a log line that nobody reads, their inductor spells out all that leads to an op when it first meets it, once for each of
+    its arguments. Three gradients that come from one place multiply that by about five a block: twelve blocks deep it takes
+    hours. From 2.13 on the line is written only where it is read.
+    """
+    return _LAZY_LOG or not (torch.compiler.is_compiling() or intercepted())
+
+
+_LAZY_LOG = tuple(int(part) for part in torch.__version__.split(".")[:2]) >= (2, 13)
 
 
 def _check(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:

@@ -193,7 +193,7 @@ def test_every_part_runs_small_on_a_cpu(tier, tmp_path):
     assert written == names[tier]
 
 
-@pytest.mark.parametrize(("tier", "most"), [(1, 360), (2, 300)])
+@pytest.mark.parametrize(("tier", "most"), [(1, 360), (2, 300), (3, 900)])
 def test_a_dry_run_prints_parts_and_limits_that_add_up(suite, tier, most, capsys):
     assert suite.main(["--tier", str(tier), "--dry_run"]) == 0
     *parts, total = capsys.readouterr().out.splitlines()
@@ -227,7 +227,7 @@ def test_the_door_refuses_in_a_sentence(suite, arguments, message, capsys, monke
 
 
 def test_what_parts_run_is_there(suite):
-    for step in (*suite.steps(1), *suite.steps(2)):
+    for step in (*suite.steps(1), *suite.steps(2), *suite.steps(3)):
         for word in step.command:
             if word.endswith(".py"):
                 assert (ROOT / word.removeprefix("--ignore=")).is_file(), word

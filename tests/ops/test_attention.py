@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch._dynamo.backends.common import aot_autograd
+from torch._functorch.aot_autograd import make_boxed_func
 
 from atat_fast.ops import (
     Documents,
@@ -31,6 +33,7 @@ from atat_fast.ops import (
 from atat_fast.ops.attention import IMPLEMENTATIONS, MODULES, choose_attention
 
 module = importlib.import_module("atat_fast.ops.attention")  # the package has a function of that name
+rotary_module = importlib.import_module("atat_fast.ops.rotary")
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
 READY = [name for name, reason in explain_attention(CPU, torch.float64, 8).items() if reason is None]
 
@@ -427,3 +430,30 @@ class TestOnGpu:
         upstream = torch.randn_like(got)
         ours, truth, theirs = (torch.autograd.grad(o, qkv, upstream.to(o.dtype))[0].double() for o in (got, exact, plain))
         assert (ours - truth).norm() <= 1.5 * (theirs - truth).norm()
+
+
+@pytest.mark.parametrize("lazy", [True, False], ids=["from 2.13", "before"])
+def test_a_compiled_block_reads_three_gradients_where_that_compiles(lazy, monkeypatch):
+    """torch 2.11 and 2.12 would compile for hours: there the projection stays packed. Eagerly nothing stands in the way."""
+    monkeypatch.setattr(rotary_module, "_LAZY_LOG", lazy)
+    monkeypatch.setenv("ATAT_FAST_BACKEND", "torch")  # the C++ loop packs
+    cos, sin = rotary_table(6, 4)
+    weights = torch.randn(24, 8), torch.randn(8, 8)
+    seen = []
+
+    def note(graph, inputs):
+        seen.append({str(node.target) for node in graph.graph.nodes})
+        return make_boxed_func(graph.forward)
+
+    def f(x):
+        return self_attention(x, *weights, cos, sin, heads=2, implementation="sdpa_math")
+
+    x = torch.randn(2, 6, 8, requires_grad=True)
+    out = torch.compile(f, backend=aot_autograd(fw_compiler=note), fullgraph=True)(x)
+    assert any("rotary_split" in name for name in set().union(*seen)) == lazy
+    with torch.profiler.profile() as watched:
+        plain = f(x)
+    torch.testing.assert_close(out, plain)
+    (ours,), (theirs,) = torch.autograd.grad(out.sum(), x), torch.autograd.grad(plain.sum(), x)
+    torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
+    assert not any(event.key == "aten::stack" for event in watched.key_averages())
