@@ -1,4 +1,4 @@
-"""Compare ways to train:  python -m atat_fast.compare --recipes uniform,fast --preset demo --seeds 3 --budget minutes=1.5
+"""Compare ways to train:  python -m atat_fast.compare --recipes uniform,fast --preset plain --seeds 3 --budget minutes=1.5
 
 Every recipe trains with the same data, seeds and budget and is evaluated on the same masks, so what is printed are paired
 differences with their standard errors. Minutes are training time, evaluation excluded: a few steps of each recipe are timed

@@ -11,8 +11,8 @@ graphs, which show no parts), a CPU's memory from processes of their own, and po
 rounds. It leaves throughput-PRESET-VOCABULARY-MICRO_BATCH.json and .png in bench/results/<device>, with --profile a Chrome trace
 and a table by op too.
 
-What there is no time for is left out, from the least telling on, and said: first the compiled plain variant on a CPU, where it
-compiles for most of a minute and buys little, then rounds, then memory. --seconds 0 takes all the time it needs.
+What there is no time for is left out, from what takes longest on, and said: first the compiled plain variant on a CPU, where it
+compiles for most of a minute, then rounds, then memory. --seconds 0 takes all the time it needs.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ TURN_SECONDS = 1.0
 COMPILE_SECONDS = 60.0
 CHILD_SECONDS = 12.0
 """Assumed of a CPU: what compiling the plain step takes, and starting a process and building a model."""
-NO_TIME = "no time left: on a CPU it compiles for most of a minute and buys little (--variants and --seconds decide)"
+NO_TIME = "no time left: on a CPU it compiles for most of a minute (--variants and --seconds decide)"
 LARGEST_SECONDS = 120.0
 
 

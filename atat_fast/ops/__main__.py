@@ -7,7 +7,7 @@ import os
 import torch
 
 import atat_fast.ops  # noqa: F401  (states every op's backends)
-from atat_fast.ops import library, registry
+from atat_fast.ops import library, processor, registry
 from atat_fast.ops.attention import choose_attention, explain_attention
 
 
@@ -46,6 +46,7 @@ def main() -> None:
     built = ["CPU ops"] * bool(flags & library.CPU_OPS)
     built += [f"CUDA kernels for {library.describe_targets()}"] * bool(flags & library.CUDA_KERNELS)
     print(f"compiled library: {library.problem() or '; '.join(built)}")
+    print(f"bf16 products on this CPU: {processor.bf16_products()}")
     devices = [torch.device("cpu")]
     if torch.cuda.is_available():
         devices.append(torch.device("cuda", torch.cuda.current_device()))
@@ -56,7 +57,7 @@ def main() -> None:
         first = f"{wanted} where it can run, as ATAT_FAST_BACKEND says, else first" if wanted else "first"
         print(f"\ntensors on {device}: {first} of {' > '.join(registry.PREFERENCE[device.type])}")
         print("\n".join(table(device)))
-        plain, half = device.type == "cpu", device.type == "cuda" or registry.cpu_multiplies_bf16()
+        plain, half = device.type == "cpu", processor.multiplies_bf16(device)
         for dtype in (*((torch.float32,) if plain else ()), *((torch.bfloat16,) if half else ())):
             print("\n".join(attention_lines(device, dtype)))
 

@@ -27,7 +27,8 @@ from torch import Tensor
 from atat_fast.errors import UsageError, nearest
 from atat_fast.ops import attention_products
 from atat_fast.ops.adaptive_norm import EPS, adaptive_layer_norm
-from atat_fast.ops.registry import Cost, autocast_dtype, cpu_multiplies_bf16, register_composite
+from atat_fast.ops.processor import multiplies_bf16, widens_bf16
+from atat_fast.ops.registry import Cost, autocast_dtype, register_composite
 from atat_fast.ops.rotary import rotary, rotary_split, splits
 
 MODULES = {"flash_attn_3": "flash_attn_interface", "flash_attn": "flash_attn"}
@@ -145,7 +146,7 @@ def explain_attention(
     elif device.type == "cuda":
         order = ("flash_attn", "sdpa_flash", "cudnn", "sdpa_efficient", "sdpa_math", "flash_attn_3", PRODUCTS)
     else:
-        first = (PRODUCTS, "sdpa_flash") if dtype is torch.bfloat16 and cpu_multiplies_bf16() else ("sdpa_flash", PRODUCTS)
+        first = (PRODUCTS, "sdpa_flash") if dtype is torch.bfloat16 and multiplies_bf16(device) else ("sdpa_flash", PRODUCTS)
         order = (*first, "sdpa_math", "sdpa_efficient", "cudnn", "flash_attn", "flash_attn_3")
     return {name: _missing(name, device.type, dtype, head_dim, documents, capability) for name in order}
 
@@ -300,6 +301,9 @@ def _attention(qkv: Tensor, documents: Tensor | None, implementation: str) -> Te
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, implementation: str) -> Tensor:
     """A kernel of SDPA on [B, L, H, E] each: [B, L, H * E]."""
+    if widens_bf16(q):
+        with torch.autocast("cpu", enabled=False):
+            return _attend(q.float(), k.float(), v.float(), documents, implementation).to(q.dtype)
     with _only(implementation):
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=documents)
     return out.transpose(1, 2).flatten(2)
@@ -307,9 +311,12 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, implement
 
 def _attend_from(qkv: Tensor, rows: Tensor, implementation: str) -> Tensor:
     """Attention of some positions [R] of one sequence over all of it: [R, H * E]. qkv is [1, L, 3, H, E]."""
-    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     if rows.numel() == 0:
         return qkv.new_empty((0, qkv.shape[3] * qkv.shape[4]))
+    if widens_bf16(qkv):
+        with torch.autocast("cpu", enabled=False):
+            return _attend_from(qkv.float(), rows, implementation).to(qkv.dtype)
+    q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     with _only(implementation):
         out = F.scaled_dot_product_attention(q.index_select(2, rows), k, v)
     return out.transpose(1, 2).flatten(2)[0]

@@ -17,6 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atat_fast.ops.processor import widens_bf16
 from atat_fast.ops.registry import register
 
 LONGEST = 256
@@ -26,12 +27,18 @@ SCORES = 2**19
 
 
 def _forward(qkv: Tensor, documents: Tensor | None) -> Tensor:
+    if widens_bf16(qkv):
+        with torch.autocast("cpu", enabled=False):
+            return _forward(qkv.float(), documents).to(qkv.dtype)
     q, k, v = (part.transpose(1, 2) for part in qkv.unbind(2))
     return F.scaled_dot_product_attention(q, k, v, attn_mask=documents).transpose(1, 2).flatten(2)
 
 
 def _backward(grad: Tensor, qkv: Tensor, documents: Tensor | None) -> Tensor:
     """The gradient of qkv [B, L, 3, H, E], given that of the output [B, L, H * E]."""
+    if widens_bf16(qkv):
+        with torch.autocast("cpu", enabled=False):
+            return _backward(grad.float(), qkv.float(), documents).to(qkv.dtype)
     batch, length, _, heads, size = qkv.shape
     wide, scale = torch.promote_types(qkv.dtype, torch.float32), size**-0.5
     packed = qkv.permute(2, 0, 3, 1, 4).reshape(3, batch * heads, length, size)

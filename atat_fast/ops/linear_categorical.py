@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atat_fast.ops.philox import STREAM_TOKEN, gumbel64, random_words
+from atat_fast.ops.processor import widens_bf16
 from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, dispatch, register, scalar
 from atat_fast.ops.slabs import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, rows_per_slab
 
@@ -138,6 +139,9 @@ def _slabs(row_pass: Callable[..., Tensor], budget: int) -> Callable[..., Tensor
         hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, forbidden: int | None, temperature: float,
         seed: Tensor, step: Tensor, chunk_bytes: int,
     ) -> Tensor:  # fmt: skip
+        if widens_bf16(hidden):
+            with torch.autocast("cpu", enabled=False):
+                return run(hidden.float(), weight, index, bias, forbidden, temperature, seed, step, chunk_bytes)
         count, vocabulary = index.shape[0], weight.shape[0]
         weight, bias = _as(weight, hidden), None if bias is None else _as(bias, hidden)
         rows = rows_per_slab(min(chunk_bytes, budget), vocabulary, hidden.element_size(), count, multiple=16)

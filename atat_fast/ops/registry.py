@@ -233,10 +233,3 @@ def scalar(value: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
     if isinstance(value, torch.Tensor):
         return value
     return torch.full((), value, dtype=torch.int64, device=like.device)
-
-
-@functools.cache
-def cpu_multiplies_bf16() -> bool:
-    """Whether this CPU has instructions for bf16 products, AMX or AVX512-BF16; without them bf16 is slower than fp32."""
-    probes = (getattr(torch.cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(probe is not None and probe() for probe in probes)

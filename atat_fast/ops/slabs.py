@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from atat_fast.ops.cross_entropy import cross_entropy_
+from atat_fast.ops.processor import widens_bf16
 
 CHUNK_BYTES_GPU = 256 << 20
 CHUNK_BYTES_CPU = 64 << 20
@@ -131,6 +132,13 @@ def run_slabs(
     """Every slab. Arguments are linear_cross_entropy's; gradients are those of sum(token_weight * nll), or with rates of
     sum(token_weight * (rates[target] * nll + velocity)).
     """
+    if widens_bf16(hidden):  # the products are fp32's, of a head that is not rounded to bf16
+        with torch.autocast("cpu", enabled=False):
+            out = run_slabs(
+                hidden.float(), weight, target, bias, token_weight, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed
+            )  # fmt: skip
+        out.hidden = out.hidden.to(hidden.dtype)
+        return out
     wide = accumulation_dtype(hidden)
     count, (vocabulary, width) = target.shape[0], weight.shape
     w, b = head_of(hidden, weight, bias, forbidden)

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import datetime
+import functools
 import os
 import platform
 import subprocess
+import sys
 from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
@@ -17,7 +19,7 @@ import torch
 from atat_fast import __version__
 from atat_fast.config import TrainConfig
 from atat_fast.errors import UsageError
-from atat_fast.ops.registry import cpu_multiplies_bf16
+from atat_fast.ops import processor
 
 PEAK_BF16_FLOPS = {
     "RTX 4090": 165e12,
@@ -51,7 +53,9 @@ class Compute:
 
 
 def resolve(config: TrainConfig) -> Compute:
-    """Turn the `auto`s of a TrainConfig into choices. Raises UsageError for cuda where there is none."""
+    """Turn the `auto`s of a TrainConfig into choices, and say where one that was made is a slow one. Raises UsageError for cuda
+    where there is none.
+    """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError("train.device is cuda, but torch sees no CUDA device here; use --train.device cpu")
     wanted = config.device
@@ -60,9 +64,22 @@ def resolve(config: TrainConfig) -> Compute:
     device = torch.device(wanted)
     dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}.get(config.dtype)
     if dtype is None:
-        dtype = torch.bfloat16 if device.type == "cuda" or cpu_multiplies_bf16() else torch.float32
+        dtype = torch.bfloat16 if processor.multiplies_bf16(device) else torch.float32
+    elif dtype is torch.bfloat16 and device.type == "cpu" and processor.bf16_products() == "none":
+        _say_slow()
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
     return Compute(device, dtype, compiled)
+
+
+@functools.cache
+def _say_slow() -> None:
+    """Once a process, on one rank of a host."""
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        print(
+            f"note: this CPU has no instructions for bf16 and multiplies it {processor.times_slower():.0f} times slower than "
+            "fp32; --train.dtype auto takes fp32",
+            file=sys.stderr,
+        )
 
 
 def device_name(device: torch.device) -> str:

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from atat_fast.ops.registry import cpu_multiplies_bf16
+from atat_fast.ops.processor import multiplies_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
@@ -129,7 +129,7 @@ def stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 def products_dtype(device: torch.device) -> torch.dtype:
     """bf16 where the device multiplies it fast, else fp32."""
-    return torch.bfloat16 if device.type != "cpu" or cpu_multiplies_bf16() else torch.float32
+    return torch.bfloat16 if multiplies_bf16(device) else torch.float32
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import yaml
 
-from atat_fast.config import Config, from_dict, preset_names, preset_settings, to_dict
+from atat_fast.config import Config, from_dict, preset_settings, to_dict
 from atat_fast.errors import UsageError, nearest
 
 Settings = dict[str, Any]
@@ -29,9 +29,10 @@ WHAT = {
     "uniform": "exactly k tokens hidden, k uniform, weighed as the preset says",
     "identity": "uniform under a token-identity schedule: rare tokens stay hidden longer, with the bound's own term for it",
     "atat": "what preset atat sets: importance, curriculum and weights",
-    "fast": "what preset fast sets: bell counts, weights, the model's and optimizer's options",
+    "fast": "what preset demo sets: bell counts, weights, the model's and optimizer's options",
 }
-FROM_PRESETS = ("atat", "fast")
+FROM_PRESETS = {"atat": "atat", "fast": "demo"}
+"""Recipes that are what a preset sets."""
 SIZES = ("dim", "layers", "heads", "length", "mlp_ratio", "conditioning_dim", "time_conditioning", "document_mask")
 """Settings of a model that stay the preset's, so that recipes share it."""
 SHARED = ("data", "eval", "run", "sample", "preset", "train.max_steps", "train.seed", "model.length", "model.document_mask")
@@ -41,7 +42,7 @@ SHARED = ("data", "eval", "run", "sample", "preset", "train.max_steps", "train.s
 def recipe_settings(name: str) -> Settings:
     """The settings of a recipe by name, or of a YAML file. Raises UsageError for a name or a file that is none."""
     if name in FROM_PRESETS:
-        return _from_preset(name)
+        return _from_preset(FROM_PRESETS[name])
     if name in RECIPES:
         return copy.deepcopy(RECIPES[name])
     if not name.endswith((".yaml", ".yml")):
@@ -68,8 +69,6 @@ def recipe_settings(name: str) -> Settings:
 
 def _from_preset(name: str) -> Settings:
     """A preset's recipe: what it sets, less what all recipes share and the model's sizes."""
-    if name not in preset_names():
-        raise UsageError(f"recipe {name} is not available: this version has no preset {name}")
     settings = {group: value for group, value in preset_settings(name).items() if group not in (*SHARED, "train")}
     if "model" in settings:
         settings["model"] = {key: value for key, value in settings["model"].items() if key not in SIZES}

@@ -30,6 +30,7 @@ from atat_fast.models.importance import ImportanceEstimator, log_rank
 from atat_fast.ops.attention import choose_attention, documents_of
 from atat_fast.training import checkpoint, records, run_folder
 from atat_fast.training.compute import Compute, environment, resolve
+from atat_fast.training.figures import duration
 from atat_fast.training.graphs import Graphs, wanted
 from atat_fast.training.hardware import Monitor, Stopwatch, card_of
 from atat_fast.training.modes import check_parallel, check_precision, choose_for
@@ -46,6 +47,9 @@ from atat_fast.training.watch import Watch
 from atat_fast.training.window import Window
 
 __all__ = ["Diverged", "Interrupted", "Trainer"]
+
+WORTH_TELLING = 5.0
+"""Seconds from which on the rest of a run is worth a line."""
 
 
 class Trainer:
@@ -114,6 +118,7 @@ class Trainer:
         self.seconds = 0.0
         self.best = math.inf
         self.estimate: Estimate | None = None
+        self._foretold = 1 if self.compute.compile else 0
         self.window = Window(ranks, self.compute.device, 0)
         self.state = State(self)
         if saved is not None:
@@ -362,11 +367,19 @@ class Trainer:
         self.seconds += elapsed
         sums = window.totals()
         row = records.train_row(self, sums, steps, elapsed)
+        self._foretell(elapsed / steps)
         self.show.train(row)
         self._note_checkpoints()
         if self.config.curriculum.watch == "train":
             self.objective.curriculum.observe(row["loss"])
         self.window = Window(self.ranks, self.compute.device, self.step)
+
+    def _foretell(self, step_seconds: float) -> None:
+        """Say once how long the rest takes: at the first line, or where that was spent on compiling at the second."""
+        rest = (self.config.train.max_steps - self.step) * step_seconds
+        if self._foretold == 0 and rest > WORTH_TELLING:
+            self.show.say(f"about {duration(rest)} to go, and what evaluations take")
+        self._foretold -= 1
 
     @contextmanager
     def _paused(self) -> Iterator[None]:

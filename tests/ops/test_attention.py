@@ -274,10 +274,10 @@ def test_products_err_no_more_than_torch_does(shape, spread, documents, monkeypa
 
 
 def test_products_are_for_short_sequences_in_bf16(monkeypatch):
-    monkeypatch.setattr(module, "cpu_multiplies_bf16", lambda: True)
+    monkeypatch.setattr(module, "multiplies_bf16", lambda device: True)
     assert next(iter(explain_attention(CPU, torch.bfloat16, 64))) == "products"
     assert next(iter(explain_attention(CPU, torch.float32, 64))) == "sdpa_flash"
-    monkeypatch.setattr(module, "cpu_multiplies_bf16", lambda: False)
+    monkeypatch.setattr(module, "multiplies_bf16", lambda device: False)
     assert next(iter(explain_attention(CPU, torch.bfloat16, 64))) == "sdpa_flash"
     assert explain_attention(GPU, torch.bfloat16, 64, capability=(9, 0))["products"] == "it runs on CPU tensors"
     for length, ours in ((attention_products.LONGEST, True), (attention_products.LONGEST + 1, False)):

@@ -1,0 +1,57 @@
+"""What this machine's processor computes fast in: asked by ops, Muon, `train.dtype auto`, benchmarks and tests.
+
+    native     AMX or AVX512-BF16: bf16 products beat fp32's, two to eight times
+    emulated   AVX-512 alone: oneDNN widens bf16 as it goes; about as fast as fp32
+    none       the rest, most laptops: torch multiplies bf16 on one thread without vector instructions, some forty times slower
+
+Only the first makes bf16 the better choice; only the last makes it a bad one, and there the ops widen what they multiply to fp32.
+"""
+
+from __future__ import annotations
+
+import functools
+import time
+
+import torch
+
+
+@functools.cache
+def _bf16_instructions() -> str:
+    def has(*names: str) -> bool:
+        probes = (getattr(torch.cpu, name, None) for name in names)
+        return any(probe is not None and probe() for probe in probes)
+
+    if has("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+        return "native"
+    return "emulated" if has("_is_avx512_supported") else "none"
+
+
+def bf16_products() -> str:
+    """How the CPU multiplies bf16: native, emulated or none. Without oneDNN, which alone knows how, it is none."""
+    return _bf16_instructions() if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled else "none"
+
+
+def multiplies_bf16(device: torch.device) -> bool:
+    """Whether bf16 products are faster than fp32's there."""
+    return device.type != "cpu" or bf16_products() == "native"
+
+
+def widens_bf16(tensor: torch.Tensor) -> bool:
+    """Whether a product of this tensor is better made in fp32: bf16 on a CPU that multiplies it one number at a time."""
+    return tensor.dtype is torch.bfloat16 and tensor.device.type == "cpu" and bf16_products() == "none"
+
+
+def times_slower(size: int = 256) -> float:
+    """How many times longer a bf16 product takes this CPU than one in fp32; a few hundredths of a second."""
+
+    def seconds(dtype: torch.dtype) -> float:
+        a = torch.randn(size, size).to(dtype)
+        a @ a
+        taken = []
+        for _ in range(3):
+            begin = time.perf_counter()
+            a @ a
+            taken.append(time.perf_counter() - begin)
+        return min(taken)
+
+    return seconds(torch.bfloat16) / max(1e-9, seconds(torch.float32))
