@@ -4,8 +4,12 @@ A small model, or few sequences on a fast card, keeps a GPU waiting for the host
 shape runs as it is, which compiles kernels; the next is captured, which executes nothing, and replayed from then on. What changes
 from step to step lies in buffers that are filled before each replay: masks, targets, weights, the step's number.
 
-Gradients keep their place too. The graph that begins an optimizer step writes them, one for a later micro-batch adds to them; the
-optimizer may drop them, for they are put back. A shape that comes when MOST are known runs as it is.
+Gradients keep their place too, one for all graphs: a graph that begins an optimizer step writes them, one for a later micro-batch
+adds to them; the optimizer may drop them, for they are put back.
+
+With uniform counts in pairs every micro-batch hides as many tokens. Where that number changes, the first keeps its own and
+others are rounded up to a 16th of the tokens, by rows of weight 0, so that shapes come again. When MOST are known, others run as
+they are.
 """
 
 from __future__ import annotations
@@ -16,6 +20,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atat_fast.config import Config
@@ -24,8 +29,10 @@ from atat_fast.errors import UsageError
 from atat_fast.training.compute import Compute
 from atat_fast.training.objective import Objective
 
-MOST = 4
-"""Shapes that are captured: each keeps its activations and a set of gradients."""
+MOST = 6
+"""Shapes that are captured."""
+PARTS, LEAST = 16, 64
+"""Numbers of rows that are rounded up are multiples of the tokens' 16th, and of 64 at least."""
 TENSORS = ("noisy", "rows", "target", "weights", "hidden_share", "rates", "elapsed")
 
 Grads = list[Tensor | None]
@@ -55,12 +62,14 @@ def wanted(config: Config, compute: Compute, mode: str) -> bool:
 
 @dataclass
 class Shape:
-    """Micro-batches of one shape: the buffers they are read from, and a graph by where gradients lie (None: nowhere yet)."""
+    """Micro-batches of one shape: the buffers they are read from, and a graph with its loss for the first micro-batch of a step
+    (True) and for later ones (False).
+    """
 
     batch: MaskedBatch
     sample_ids: Tensor
     step: Tensor
-    graphs: dict[int | None, tuple[Replay, Tensor, Grads]] = field(default_factory=dict)
+    graphs: dict[bool, tuple[Replay, Tensor]] = field(default_factory=dict)
 
     def fill(self, batch: MaskedBatch, sample_ids: Tensor, step: int) -> None:
         """Put a micro-batch into the buffers."""
@@ -81,17 +90,20 @@ class Graphs:
         self.objective = objective
         self.parameters: list[nn.Parameter] = list(objective.parameters())
         self.shapes: dict[tuple[object, ...], Shape] = {}
-        self.owned: set[int] = set()
-        """Where the gradients of graphs lie, by the address of the first."""
+        self.grads: Grads = []
+        """The parameters' gradients, once a graph has made them."""
         self.capture = capture or Capture()
         self.off = False
 
     def __call__(self, tokens: Tensor, sample_ids: Tensor, *, first: int, step: int, progress: float = 0.0) -> Tensor:
         """Add the gradients of slots first .. first + B - 1 to the parameters'. Returns `Objective.loss`'s loss, detached."""
         batch = self.objective.hide(tokens, sample_ids, first=first, step=step, progress=progress)
+        if self.off:
+            return self._run(batch, sample_ids, torch.full((), step, device=tokens.device))
+        batch = self._rounded(batch, tokens)
         key = tuple(None if t is None else tuple(t.shape) for t in (getattr(batch, name) for name in TENSORS))
         shape = self.shapes.get(key)
-        if self.off or (shape is None and len(self.shapes) == MOST):
+        if shape is None and len(self.shapes) == MOST:
             return self._run(batch, sample_ids, torch.full((), step, device=tokens.device))
         if shape is None:
             held: dict[str, Any] = {name: getattr(batch, name) for name in TENSORS}
@@ -100,36 +112,48 @@ class Graphs:
             self.shapes[key] = shape
             return self._run(shape.batch, shape.sample_ids, shape.step)
         shape.fill(batch, sample_ids, step)
-        place = self._place()
-        if place is not None and place not in self.owned:  # of a first micro-batch that was no graph
+        begins = all(p.grad is None for p in self.parameters)
+        elsewhere = not begins and any(p.grad is not g for p, g in zip(self.parameters, self.grads or [None], strict=False))
+        if elsewhere or (begins not in shape.graphs and not self._record(shape, begins)):  # or after a pass that was no graph
             return self._run(shape.batch, shape.sample_ids, shape.step)
-        if place not in shape.graphs and not self._record(shape, place):
-            return self._run(shape.batch, shape.sample_ids, shape.step)
-        replay, loss, grads = shape.graphs[place]
-        for p, grad in zip(self.parameters, grads, strict=True):
+        for p, grad in zip(self.parameters, self.grads, strict=True):
             p.grad = grad
+        replay, loss = shape.graphs[begins]
         replay()
         return loss.clone()
 
-    def _place(self) -> int | None:
-        """Where the parameters' gradients lie, or None where there are none."""
-        first = next((p.grad for p in self.parameters if p.grad is not None), None)
-        return None if first is None else first.data_ptr()
+    def _rounded(self, batch: MaskedBatch, tokens: Tensor) -> MaskedBatch:
+        """The batch with rows of weight 0 behind its own, unless it is the first, or has as many rows as one that is known."""
+        count = len(batch.rows)
+        if not self.shapes or any(len(shape.batch.rows) == count for shape in self.shapes.values()):
+            return batch
+        unit = max(LEAST, tokens.numel() // PARTS)
+        more = -(-count // unit) * unit - count
+        rows, weights = F.pad(batch.rows, (0, more)), F.pad(batch.weights, (0, more))
+        elapsed = None if batch.elapsed is None else F.pad(batch.elapsed, (0, more))
+        return replace(batch, rows=rows, target=tokens.flatten()[rows], weights=weights, elapsed=elapsed)
 
-    def _record(self, shape: Shape, place: int | None) -> bool:
-        """Capture a pass whose gradients lie at `place`; whether it could be. Otherwise passes run as they are from now on."""
+    def _record(self, shape: Shape, begins: bool) -> bool:
+        """Capture a pass that begins a step, or one that adds to it; whether it could be. If not, none is tried again."""
+
+        def call() -> Tensor:
+            if begins and self.grads:
+                torch._foreach_zero_([grad for grad in self.grads if grad is not None])
+            return self._run(shape.batch, shape.sample_ids, shape.step)
+
+        if begins and self.grads:  # the first graph makes them; another writes where they are
+            for p, grad in zip(self.parameters, self.grads, strict=True):
+                p.grad = grad
         try:
-            replay, loss = self.capture(lambda: self._run(shape.batch, shape.sample_ids, shape.step))
+            shape.graphs[begins] = self.capture(call)
         except RuntimeError as error:
             self.off = True
-            for p in self.parameters if place is None else ():
+            for p in self.parameters if begins else ():
                 p.grad = None
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             warnings.warn(f"a pass cannot be captured as a CUDA graph ({reason}); training goes on without", stacklevel=2)
             return False
-        shape.graphs[place] = replay, loss, [p.grad for p in self.parameters]
-        if place is None and (made := self._place()) is not None:
-            self.owned.add(made)
+        self.grads = self.grads or [p.grad for p in self.parameters]
         return True
 
     def _run(self, batch: MaskedBatch, sample_ids: Tensor, step: Tensor) -> Tensor:

@@ -39,7 +39,7 @@ class Again:
         self.captured += 1
         for p, grad in zip(self.parameters, before, strict=True):  # capturing executes nothing
             if p.grad is not None:
-                p.grad.copy_(torch.full_like(p.grad, torch.nan) if fresh else grad)
+                p.grad.copy_(torch.full_like(p.grad, torch.nan) if grad is None else grad)
 
         def replay():
             self.replayed += 1
@@ -71,7 +71,7 @@ def objective_of(device, **diffusion):
     )  # fmt: skip
 
 
-def steps(objective, passes, device, count, micro):
+def steps(objective, passes, device, count, micro, lr):
     """Losses and gradients of each optimizer step; `passes` adds a micro-batch's gradients and gives its loss."""
     optimizers = Optimizers(objective.named_parameters(), objective.config.optim)
     generator, found = torch.Generator().manual_seed(3), []
@@ -82,7 +82,7 @@ def steps(objective, passes, device, count, micro):
             ids = torch.arange(step * TOTAL + first, step * TOTAL + first + micro, device=device)
             losses.append(passes(tokens, ids, first=first, step=step))
         found.append((torch.stack(losses), [None if p.grad is None else p.grad.clone() for p in objective.parameters()]))
-        optimizers.step(1e-3)
+        optimizers.step(lr)
     return found
 
 
@@ -103,7 +103,7 @@ def graphed(objective, device):
 
 KINDS = {
     "antithetic": {}, "ce": {"weighting": "ce"}, "independent": {"pairing": "independent"},
-    "identity": {"schedule": "token_identity"},
+    "identity": {"schedule": "token_identity"}, "bell": {"counts": "bell", "weighting": "ce"},
 }  # fmt: skip
 
 
@@ -111,20 +111,24 @@ KINDS = {
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("device", BOTH)
 def test_gradients_are_those_of_passes_as_they_are(device, kind, micro, poisoned):
-    count = 5
+    changing = kind in ("independent", "bell")
+    rounds = device == "cuda" and changing  # bf16 products and sums over more rows round otherwise
+    count, lr = 16 if changing else 5, 1e-6 if rounds else 1e-3
     one, two = objective_of(device, **KINDS[kind]), objective_of(device, **KINDS[kind])
     passes = graphed(two, device)
-    want, got = steps(one, plain(one), device, count, micro), steps(two, passes, device, count, micro)
+    want, got = steps(one, plain(one), device, count, micro, lr), steps(two, passes, device, count, micro, lr)
     for (loss, grads), (other, others) in zip(want, got, strict=True):
-        torch.testing.assert_close(other, loss, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(other, loss, rtol=1e-3 if rounds else 1e-5, atol=1e-7)
         for a, b in zip(grads, others, strict=True):
             assert (a is None) == (b is None)
             if a is not None:
-                assert float((a - b).norm()) <= 1e-4 * float(a.norm()) + 1e-9
+                assert float((a - b).norm()) <= (1e-2 if rounds else 1e-4) * float(a.norm()) + 1e-9
     assert not passes.off and 0 < len(passes.shapes) <= graphs.MOST
-    if kind != "independent":  # whose number of hidden tokens changes
-        (shape,) = passes.shapes.values()
-        assert len(shape.graphs) == (1 if micro == TOTAL else 2)
+    captured = [shape.graphs for shape in passes.shapes.values() if shape.graphs]
+    if changing:
+        assert captured and all(len(shape.batch.rows) % graphs.LEAST == 0 for shape in list(passes.shapes.values())[1:])
+    else:
+        assert len(passes.shapes) == 1 and len(captured[0]) == (1 if micro == TOTAL else 2)
 
 
 def test_a_pass_that_cannot_be_captured_runs_as_it_is():
@@ -134,9 +138,9 @@ def test_a_pass_that_cannot_be_captured_runs_as_it_is():
 
     one, two = objective_of("cpu"), objective_of("cpu")
     passes = Graphs(two, refuse)
-    want = steps(one, plain(one), "cpu", 3, TOTAL)
+    want = steps(one, plain(one), "cpu", 3, TOTAL, 1e-3)
     with pytest.warns(UserWarning, match=r"cannot be captured as a CUDA graph \(operation not permitted .* goes on without"):
-        got = steps(two, passes, "cpu", 3, TOTAL)
+        got = steps(two, passes, "cpu", 3, TOTAL, 1e-3)
     assert passes.off and all(torch.equal(a[0], b[0]) for a, b in zip(want, got, strict=True))
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from atat_fast.config import TrainConfig, load_preset
+from atat_fast.config import TrainConfig, load_preset, preset_names
 from atat_fast.models import DiT
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.ops import (
@@ -66,7 +66,7 @@ def slow(monkeypatch):
         cache.cache_clear()
 
 
-@pytest.mark.parametrize("preset", ["demo", "plain", "atat", "tiny"])
+@pytest.mark.parametrize("preset", preset_names())
 def test_a_step_multiplies_nothing_in_bf16(preset, slow):
     config = load_preset(preset)
     config.model.dim, config.model.layers, config.model.heads, config.model.length = 32, 2, 2, 24
