@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
-from mdlm import PlainMDLM, block_by_block, modulate
+from mdlm import PlainMDLM, block_by_block, mdlm_network, modulate
 
 from atat_fast.config import TrainConfig, load_preset
 from atat_fast.errors import UsageError
@@ -110,7 +110,7 @@ def measure(args: argparse.Namespace) -> int:
     if min(args.rounds, args.batch) < 1 or args.length < 0:
         raise UsageError("--rounds and --batch must be at least 1, and --length at least 0")
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype))
-    config = load_preset(args.preset).model
+    config = mdlm_network(load_preset(args.preset).model)
     config.layers, config.dropout, config.length = 1, 0.0, args.length or config.length
     torch.manual_seed(0)
     ours = DiT(8, 7, **vars(config))

@@ -29,7 +29,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
-from mdlm import NEVER, PlainMDLM, block_by_block
+from mdlm import NEVER, PlainMDLM, block_by_block, mdlm_network
 from timing import results_folder, seconds, spread, synchronize
 from torch import Tensor
 
@@ -225,7 +225,7 @@ def main() -> int:
         compute = resolve(TrainConfig(device=args.device, dtype=args.dtype))
         on_gpu = compute.device.type == "cuda"
         preset, vocabulary = args.preset or ("small" if on_gpu else "tiny"), args.vocabulary or (50_258 if on_gpu else 30_522)
-        config = load_preset(preset).model
+        config = mdlm_network(load_preset(preset).model)
         config.length, config.dropout = args.length or config.length, 0.0
         torch.manual_seed(0)
         model = DiT(vocabulary, vocabulary - 1, **vars(config)).to(compute.device)

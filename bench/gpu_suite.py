@@ -233,6 +233,10 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 def run_step(step: Step, seconds: float, environment: dict[str, str]) -> Outcome:
     """Run it for at most `seconds`, then stop it with all it has started."""
     before, begin = clocks(), time.monotonic()
+    if (
+        signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+    ):  # as in a shell's background: a step would never hear that it is to stop
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryFile() as output:
         try:
             process = subprocess.Popen(

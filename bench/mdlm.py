@@ -9,6 +9,7 @@ weights and be checked against each other before either is timed.
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import math
 
@@ -22,6 +23,11 @@ from atat_fast.diffusion.noise import LogLinear
 NEVER = -1_000_000.0
 FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 """Whether flash-attn, which MDLM's own code calls, is installed."""
+
+
+def mdlm_network(config: ModelConfig) -> ModelConfig:
+    """The sizes of a preset for MDLM's network, which has none of the options beyond it: what both sides are timed as."""
+    return dataclasses.replace(config, tie_embeddings=False, qk_norm=False, activation="gelu")
 
 
 def block_by_block(named: dict[str, Tensor], layers: int) -> dict[str, Tensor]:

@@ -34,6 +34,7 @@ import torch.distributed as dist
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
 import devices
+from mdlm import mdlm_network
 from power import EnergyMeter, figures
 from timing import RESULTS, peak_resident_bytes, results_folder, spread, synchronize
 from variants import (
@@ -150,6 +151,7 @@ def setting_of(args: argparse.Namespace, compute: Compute, ranks: Ranks) -> Sett
     preset, vocabulary = DEFAULTS[compute.device.type]
     args.preset, args.vocabulary = args.preset or preset, args.vocabulary or vocabulary
     config = load_preset(args.preset)
+    config.model = mdlm_network(config.model)
     args.length = config.model.length = args.length or config.model.length
     dataset = prepare(DataConfig(corpus="python-docs", tokenizer="bpe-4096"), progress=False)
     if args.vocabulary < dataset.tokenizer.model_vocab_size:

@@ -27,9 +27,9 @@ from atat_fast.training.compute import environment, resolve
 from atat_fast.training.trainer import Diverged, Trainer
 
 VARIANTS = {
-    "mdlm": {"masking": "bernoulli", "pairing": "independent", "weighting": "uniform"},
-    "exact": {"masking": "exact", "pairing": "antithetic", "weighting": "uniform"},
-    "ce": {"masking": "exact", "pairing": "antithetic", "weighting": "ce"},
+    "mdlm": {"counts": "uniform", "masking": "bernoulli", "pairing": "independent", "weighting": "uniform"},
+    "exact": {"counts": "uniform", "masking": "exact", "pairing": "antithetic", "weighting": "uniform"},
+    "ce": {"counts": "uniform", "masking": "exact", "pairing": "antithetic", "weighting": "ce"},
 }
 
 

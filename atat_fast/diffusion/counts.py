@@ -84,7 +84,10 @@ def check_counts(config: DiffusionConfig, length: int, global_batch: int) -> Non
             "give the weighting that is to follow, or leave ce_until at 0"
         )
     if config.masking == "bernoulli" and (config.counts != "uniform" or config.mirror):
-        raise UsageError("diffusion.counts bell and diffusion.mirror need exact counts; set diffusion.masking exact")
+        raise UsageError(
+            "diffusion.counts bell and diffusion.mirror need exact counts; set diffusion.masking exact, or diffusion.counts "
+            "uniform and diffusion.mirror false"
+        )
     if config.counts == "bell" and config.weighting != "ce":
         chances = bell(length, config.counts_centre, config.counts_width)
         rarest = float(chances[1:].min())

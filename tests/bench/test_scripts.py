@@ -71,9 +71,10 @@ def test_a_cpu_without_bf16_is_played_checked_and_timed(tmp_path):
     done = script("without_bf16.py", "--rounds", 1, "--out", tmp_path / "out", cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     record = json.loads((tmp_path / "out" / "without_bf16.json").read_text())
-    assert len(record["results"]) == 3 and record["environment"]["ATEN_CPU_CAPABILITY"] == "avx2"
-    for row in record["results"]:
-        assert row["ratio"] == pytest.approx(row["ms"]["before"][1] / row["ms"]["after"][1])
+    assert len(record["results"]) == 6 and record["environment"]["ATEN_CPU_CAPABILITY"] == "avx2"
+    for before, after in zip(record["results"][::2], record["results"][1::2], strict=True):
+        assert (before["what"], before["way"], after["way"]) == (after["what"], "before", "after")
+        assert after["speedup"] == pytest.approx(before["median_ms"] / after["median_ms"])
     done = script("without_bf16.py", "--rounds", 0, cwd=tmp_path)
     assert done.returncode == 2 and "--rounds must be at least 1, got 0" in done.stderr
 

@@ -33,14 +33,29 @@ def run(arguments, monkeypatch):
 @pytest.mark.parametrize("micro", [4, 1])
 def test_mirrored_pairs_are_the_same_sequence_and_the_data_moves_half_as_fast(small, monkeypatch, micro):
     small = [*small, "--train.dtype", "fp32", "--train.micro_batch", str(micro), "--model.dropout", "0"]
-    seen, losses = run([*small, "--diffusion.mirror", "true", "--run.name", "mirror"], monkeypatch)
+    seen, losses = run(
+        [*small, "--diffusion.counts", "uniform", "--diffusion.mirror", "true", "--run.name", "mirror"], monkeypatch
+    )
     plain, _ = run([*small, "--run.name", "plain"], monkeypatch)
     tokens, noisy = (torch.cat(parts) for parts in zip(*((t, m.noisy) for t, m, _, _ in seen), strict=True))
     assert torch.equal(tokens[::2], tokens[1::2])
     assert torch.equal(tokens[::2], torch.cat([t for t, *_ in plain])[: len(tokens) // 2])
     hidden = noisy != tokens
     assert (hidden[::2] ^ hidden[1::2]).all()
-    whole, same = run([*small, "--diffusion.mirror", "true", "--run.name", "whole", "--train.micro_batch", "4"], monkeypatch)
+    whole, same = run(
+        [
+            *small,
+            "--diffusion.counts",
+            "uniform",
+            "--diffusion.mirror",
+            "true",
+            "--run.name",
+            "whole",
+            "--train.micro_batch",
+            "4",
+        ],
+        monkeypatch,
+    )
     assert torch.equal(noisy, torch.cat([m.noisy for _, m, _, _ in whole])) and losses == pytest.approx(same, rel=1e-4)
 
 

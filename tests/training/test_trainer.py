@@ -169,7 +169,7 @@ ADAPTIVE = [
     [
         [],
         ["--optim.name", "adamw"],
-        ["--diffusion.masking", "bernoulli"],
+        ["--diffusion.counts", "uniform", "--diffusion.masking", "bernoulli"],
         ["--diffusion.schedule", "token_identity"],
         ATAT,
         ADAPTIVE,
