@@ -149,8 +149,10 @@ def test_a_sample_does_not_depend_on_its_batch(sampler):
 
 @pytest.mark.parametrize("sampler", ["ddpm_cache", "first_hitting", "entropy", "remdm_cap"])
 def test_lengths_of_their_own(sampler):
-    """A short sequence among long ones is what it is alone, and its padding comes back untouched."""
-    model = dit()
+    """A short sequence among long ones is what it is alone, and its padding comes back untouched. In fp64: products of other
+    sizes round otherwise, and a rounding may decide which of two equally certain positions comes first.
+    """
+    model = dit().double()
     start = torch.full((3, 9), model.mask_id)
     start[1, 2], start[1, 6:] = 5, 7
     lengths = torch.tensor([9, 6, 4])

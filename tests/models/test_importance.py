@@ -225,7 +225,7 @@ def test_it_learns_which_tokens_are_hard():
     objective = Objective(model, config, compute, seed=3, total=16, estimator=estimator)
     optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-2)
     ids = torch.arange(16)
-    for step in range(80):
+    for step in range(160):
         x = torch.randint(0, MASK, (16, L))
         x[:, : L // 2] = 3  # known for certain
         loss, parts = objective.loss(x, ids, first=0, step=step)
