@@ -64,8 +64,8 @@ def linear_cross_entropy(
 
     hidden:       [N, D] fp32, bf16 or fp64, rows of the final norm. Under autocast it is taken in autocast's dtype.
     weight:       [V, D] fp32 or hidden's dtype; a master copy in fp32 is cast inside, and its gradient comes back in fp32.
-    target:       [N] int64, or [R] with rows.      token_weight: the same length, fp32, or None for ones; any sign.
-    bias:         [V] or None.                      rows: [R] int64, the rows of hidden that count, or None for all.
+    target:       [N] integers, or [R] with rows.      token_weight: the same length, fp32, or None for ones; any sign.
+    bias:         [V] or None.                      rows: [R] integers, the rows of hidden that count, or None for all.
     forbidden:    a vocabulary id whose probability is zero (the mask token): its row of dW is exactly 0.
     rates:        [V] fp32 above 0, or None: at which rate each token of the vocabulary is revealed. A row's loss is then
                   rates[target] nll + sum_v rates[v] p_v - rates[target], which for rates of 1 is nll.
@@ -86,6 +86,7 @@ def linear_cross_entropy(
     outside gives NaN and a forbidden one inf, and with ATAT_FAST_DEBUG=1 a device assertion names the fault.
     """
     hidden = hidden.to(autocast_dtype(hidden))
+    target, rows = _as_ids("target", target), None if rows is None else _as_ids("rows", rows)
     _check(hidden, weight, target, bias, token_weight, rows, forbidden, reduction, rates, elapsed)
     without = _FP64_ONLY if hidden.dtype is torch.float64 else ()
     chosen = choose_backend("linear_cross_entropy", hidden.device, backend, without)
@@ -127,7 +128,8 @@ def _check(
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be [N, D] and weight [V, D]; got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(f"hidden is {hidden.dtype}; pass bfloat16 or float32 (float16 logits overflow at 65,504)")
+        here = ", which autocast makes it" if torch.is_autocast_enabled(hidden.device.type) else ""
+        raise ValueError(f"hidden is {hidden.dtype}{here}; pass bfloat16 or float32 (float16 logits overflow at 65,504)")
     if type(weight).__name__ == "DTensor":
         raise ValueError("weight is a DTensor; pass weight.full_tensor(), gathered once for forward and backward")
     vocabulary, count = weight.shape[0], (hidden if rows is None else rows).shape[0]
@@ -153,14 +155,27 @@ def _check(
     if torch.compiler.is_compiling():
         return
     if hidden.device.type == "cpu":
+        if token_weight is not None:  # a row of weight 0 counts for nothing, whatever its target is: -100, say
+            target = target[token_weight != 0]
         _check_ids("target has id", target, vocabulary, "the vocabulary of")
         if rows is not None:
             _check_ids("rows has", rows, hidden.shape[0], "hidden's rows, of which there are")
         if forbidden is not None and bool((target == forbidden).any()):
             raise ValueError(f"target has the forbidden id {forbidden}: its loss would be infinite")
     elif os.environ.get("ATAT_FAST_DEBUG") == "1":
-        valid = ((target >= 0) & (target < vocabulary)).all() & (True if forbidden is None else (target != forbidden).all())
-        torch._assert_async(valid, f"a target is outside the vocabulary of {vocabulary}, or the forbidden id {forbidden}")
+        valid = (target >= 0) & (target < vocabulary)
+        valid = valid if forbidden is None else valid & (target != forbidden)
+        valid = valid if token_weight is None else valid | (token_weight == 0)
+        torch._assert_async(valid.all(), f"a target is outside the vocabulary of {vocabulary}, or the forbidden id {forbidden}")
+
+
+def _as_ids(name: str, ids: Tensor) -> Tensor:
+    """Integers of any width as int64. Raises ValueError for others."""
+    if ids.dtype is torch.bool:
+        raise ValueError(f"{name} is a mask of bools; pass {name}.nonzero().flatten(), numbers of rows")
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"{name} is {ids.dtype}; pass integers")
+    return ids.long()
 
 
 def _check_ids(name: str, ids: Tensor, limit: int, of: str) -> None:
@@ -269,7 +284,8 @@ def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 def _scale(
     grad: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, nll: Tensor, rows: Tensor | None, num_hidden: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    scaled = _scatter(dhidden * grad.to(dhidden.dtype), rows, num_hidden)
+    wide = accumulation_dtype(dhidden)  # an upstream of 1 / 769 in bf16 would scale every gradient by 1.002
+    scaled = _scatter((dhidden.to(wide) * grad.to(wide)).to(dhidden.dtype), rows, num_hidden)
     return scaled, dweight * grad, dbias * grad, nll * grad
 
 
