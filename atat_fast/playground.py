@@ -132,7 +132,8 @@ def frames(subject: Subject, ids: list[int], *, sampler: str, steps: int, temper
     try:
         while True:
             found = arrived.get()
-            while arrived.qsize() >= MOST_WAITING and isinstance(found, Frame) and not found.done:
+            # A reader that is late skips what lies between; it sees the beginning and the end.
+            while arrived.qsize() >= MOST_WAITING and isinstance(found, Frame) and found.step and not found.done:
                 found = arrived.get()
             if isinstance(found, BaseException):
                 raise found
