@@ -21,6 +21,8 @@ from atat_fast.ops.registry import autocast_dtype
 
 SLAB_BYTES = 64 << 20
 """Budget of a slab of fp32 logits where logits have to be seen."""
+COLDEST = 1e-6
+"""Below this temperature, 0 included, the likeliest token is taken: logits over anything smaller leave the range of fp32."""
 
 Drawer = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(features [R, D], names [R] in the random stream, step as a 0-d tensor) -> ids [R]; -1 where a row's logits are no numbers."""
@@ -30,7 +32,8 @@ Drawer = Callable[[Tensor, Tensor, Tensor], Tensor]
 class Cut:
     """Which tokens may be drawn, and how sharply.
 
-    temperature: divides the logits; above 0.   top_k: only the k most likely tokens; 0 is all of them.
+    temperature: divides the logits; 0 takes the likeliest token, of equals the one of the lowest id, whatever is cut off.
+    top_k: only the k most likely tokens; 0 is all of them.
     top_p: only the fewest most likely tokens whose chances, after temperature and top_k, add up to p or more; 1 is all of them.
     """
 
@@ -40,8 +43,11 @@ class Cut:
 
     def check(self) -> None:
         """Raise UsageError for numbers that mean nothing."""
-        if not 0 < self.temperature < float("inf"):
-            raise UsageError(f"temperature must be above 0 and finite, got {self.temperature}; 0.01 all but takes the likeliest")
+        if not 0 <= self.temperature < float("inf"):
+            raise UsageError(
+                f"temperature must be at least 0 and finite, got {self.temperature}; 0 takes the likeliest token, 1 draws as the "
+                "model says"
+            )
         if self.top_k < 0:
             raise UsageError(f"top_k must be at least 1, or 0 for all tokens; got {self.top_k}")
         if not 0 < self.top_p <= 1:
@@ -51,6 +57,11 @@ class Cut:
     def cuts(self) -> bool:
         """Whether any token is excluded."""
         return self.top_k > 0 or self.top_p < 1
+
+    @property
+    def greedy(self) -> bool:
+        """Whether the likeliest token is taken without a draw."""
+        return self.temperature < COLDEST
 
 
 def shortlist(logits: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
@@ -78,6 +89,12 @@ def draw_shortlisted(logits: Tensor, names: Tensor, cut: Cut, seed: Tensor, step
     return torch.where(best.values > -torch.inf, drawn, -1).where(~best.values.isnan(), -1)
 
 
+def likeliest(logits: Tensor) -> Tensor:
+    """[R, V] logits to the [R] ids of the largest, of equals the lowest id; -1 where a row holds NaN or nothing but -inf."""
+    best = logits.max(1)  # NaN counts as the largest
+    return torch.where(best.values > -torch.inf, best.indices, -1)
+
+
 def slabs(count: int, vocabulary: int) -> Iterator[slice]:
     """Ranges of rows whose fp32 logits fit the budget."""
     rows = max(16, SLAB_BYTES // (4 * max(1, vocabulary)))
@@ -96,7 +113,7 @@ def output_head(model: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None
 
 def make_drawer(model: Any, cut: Cut, seed: Tensor) -> Drawer:
     """How rows of features become tokens. The head is cast once, for all steps."""
-    head = None if cut.cuts else output_head(model, seed)
+    head = None if cut.cuts or cut.greedy else output_head(model, seed)
 
     def fused(features: Tensor, names: Tensor, step: Tensor) -> Tensor:
         assert head is not None
@@ -108,7 +125,9 @@ def make_drawer(model: Any, cut: Cut, seed: Tensor) -> Drawer:
         parts = []
         for some in _row_slabs(model, features):
             logits = model.logits(features[some])
-            if cut.cuts:
+            if cut.greedy:
+                parts.append(likeliest(logits))
+            elif cut.cuts:
                 parts.append(draw_shortlisted(logits, names[some], cut, seed, step))
             else:
                 parts.append(draw_rows(logits, names[some], -1, cut.temperature, seed, step))

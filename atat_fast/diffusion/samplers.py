@@ -8,7 +8,7 @@ those rows alone. docs/sampling.md says what each sampler's law is and where it 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -71,6 +71,7 @@ def sample(
     importance: ImportanceScores | None = None,
     tilt: float = 2.0,
     eta: float | None = None,
+    stop_at: int | None = None,
     graphs: bool | None = None,
     on_step: OnStep | None = None,
 ) -> Tensor:
@@ -79,7 +80,9 @@ def sample(
     tokens:      [B, L] int64 on the model's device, the model's mask_id wherever something is to be filled in.
     steps:       denoising steps, of each block where there are blocks. A step that reveals nothing costs nothing.
     sampler:     a name of SAMPLERS. ddpm_cache and ancestral are one law; ddpm_cache is refused for a model that is told the
-    time. temperature, top_k, top_p: see `Cut`.
+                 time.
+    temperature, top_k, top_p: see `Cut`. They say what a position becomes; which positions are revealed when is the sampler's
+                 law at every temperature. At 0 that law is all that is left to chance.
     sample_ids:  [B] int64 names of the samples in the random stream; 0 .. B - 1 by default. A sample is a function of the model,
                  seed, its name and its own tokens: not of the batch it is drawn in (up to how the model's products round).
     lengths:     [B] tokens of each sequence; what follows is padding, which comes back as it is and is not attended to.
@@ -88,15 +91,19 @@ def sample(
     importance:  (tokens [B, L], hidden share [B]) -> scores [B, L] in [0, 1], for sampler importance;   tilt: its odds are
                  exp(-tilt * score). `ImportanceEstimator.scorer(model)` makes one.
     eta:         how much the remasking samplers hide again; see diffusion/remask.py. None is the sampler's usual.
+    stop_at:     the id that ends a text (tokenizer.eos_id). Behind a sequence's last given token, all that follows its first
+                 stop_at becomes stop_at too, and blocks that would fill nothing else are left out. What comes before is what it
+                 is without stop_at; `cut_at_end` takes the rest off.
     graphs:      replay steps as CUDA graphs. None: on a GPU, where the model says it can (`graph_safe`).
-    on_step:     called with (step, tokens) after each step that changed something, for showing progress. The tensor changes with
-                 the next step: clone what is to be kept. It has padding where blocks are shorter than the text.
+    on_step:     called with (step, tokens) after each step that changed something, and after what stop_at changed, for showing
+                 progress. The tensor changes with the next step: clone what is to be kept. It has padding where blocks are
+                 shorter than the text.
 
     Returns [B, L] with no mask token before each sequence's length. Raises UsageError for options that mean nothing, ids outside
     the vocabulary, text longer than the model takes, and a model whose logits are no numbers.
     """
     cut = Cut(temperature, top_k, top_p)
-    _check(model, tokens, steps, sampler, cut, block, importance, eta, lengths)
+    _check(model, tokens, steps, sampler, cut, block, importance, eta, lengths, stop_at)
     batch, length = tokens.shape
     ids = torch.arange(batch) if sample_ids is None else sample_ids.cpu()
     names = ids[:, None] * POSITIONS + torch.arange(length)
@@ -104,6 +111,7 @@ def sample(
     host = tokens.cpu()
     fill = (host == model.mask_id) & inside
     _check_ids(model, host)
+    given = ((~fill & inside) * torch.arange(1, length + 1)).amax(1) if length else torch.zeros(batch)  # ends of what is given
     settings = {"steps": steps, "sampler": sampler, "importance": importance, "tilt": tilt, "eta": eta}
     if graphs is None:
         graphs = tokens.device.type == "cuda" and bool(getattr(model, "graph_safe", False))
@@ -130,7 +138,35 @@ def sample(
         out[:, window] = canvas.tokens
         if bool(canvas.failed):
             raise UsageError("the model's logits are not numbers (NaN, or all of them -inf); its weights have diverged")
+        if stop_at is not None:
+            rest = _after_the_end(out[:, :end].cpu() == stop_at, given, fill)
+            fill &= ~rest  # no later block fills what an end has settled
+            if rest.any():
+                out.masked_fill_(rest.to(out.device), stop_at)
+                if on_step is not None:
+                    on_step(number * steps + steps - 1, out)
     return out
+
+
+def _after_the_end(ends: Tensor, given: Tensor, fill: Tensor) -> Tensor:
+    """[B, L] bool: what is still to be filled behind the first end of each sequence that lies past its last given token.
+
+    ends: [B, E] where an end is, as far as the text is finished.   given: [B] ends of what is given.   fill: [B, L].
+    """
+    places = torch.arange(ends.shape[1])
+    past = ends & (places >= given[:, None])
+    first = torch.where(past, places, fill.shape[1]).amin(1)
+    return fill & (torch.arange(fill.shape[1]) > first[:, None])
+
+
+def cut_at_end(ids: Sequence[int], prompt_length: int, eos_id: int) -> list[int]:
+    """The ids before the first eos_id at or behind `prompt_length`, or all of them where there is none.
+
+    prompt_length: how many ids belong to the prompt, whose own ends are no end of what was written. Where a text was filled in
+    between given tokens it is the place behind the last of them, so that nothing given is lost.
+    """
+    ids = list(ids)
+    return ids[: ids.index(eos_id, prompt_length)] if eos_id in ids[prompt_length:] else ids
 
 
 def _fill(
@@ -210,7 +246,7 @@ def _longest(model: Any) -> int | None:
 
 def _check(
     model: Any, tokens: Tensor, steps: int, sampler: str, cut: Cut, block: int, importance: ImportanceScores | None,
-    eta: float | None, lengths: Tensor | None,
+    eta: float | None, lengths: Tensor | None, stop_at: int | None,
 ) -> None:  # fmt: skip
     if sampler not in SAMPLERS:
         raise UsageError(f"there is no sampler {sampler!r}{nearest(sampler, SAMPLERS)}; choose one of {', '.join(SAMPLERS)}")
@@ -238,6 +274,8 @@ def _check(
         raise UsageError(f"the text has {length:,} tokens, and the random stream has numbers for {POSITIONS:,}; split it")
     if lengths is not None and (tuple(lengths.shape) != (batch,) or bool(((lengths < 0) | (lengths > length)).any())):
         raise ValueError(f"lengths must be {batch} numbers in 0..{length}, got {lengths.tolist()}")
+    if stop_at is not None and (stop_at == model.mask_id or not 0 <= stop_at < getattr(model, "vocab_size", stop_at + 1)):
+        raise ValueError(f"stop_at must be a token of the model's vocabulary other than its mask, got {stop_at}")
 
 
 def _check_ids(model: Any, tokens: Tensor) -> None:

@@ -15,6 +15,7 @@ from atat_fast.diffusion.categorical import (
     certainty,
     certainty_of,
     draw_shortlisted,
+    likeliest,
     log_chance,
     make_drawer,
     output_head,
@@ -75,6 +76,11 @@ def test_rows_that_hold_no_numbers():
     for cut in (Cut(), Cut(top_k=2), Cut(top_p=0.9)):
         drawn = draw_shortlisted(logits, torch.arange(3), cut, SEED, STEP)
         assert drawn[:2].tolist() == [-1, -1] and drawn[2] >= 0
+
+
+def test_the_likeliest_of_equals_is_the_lowest_id():
+    logits = torch.tensor([[0.0, 2.0, 1.0, 2.0], [torch.nan, 1.0, 0.0, 0.0], [-torch.inf] * 4, [-torch.inf, -9.0, -9.0, -10.0]])
+    assert likeliest(logits).tolist() == [1, -1, -1, 1]
 
 
 def test_certainty():

@@ -16,7 +16,7 @@ from exact import MASK, Exact, ancestral_law, chi_square, distance, law_of, law_
 from atat_fast.config import ModelConfig
 from atat_fast.diffusion import samplers
 from atat_fast.diffusion.audit import Joint
-from atat_fast.diffusion.samplers import BY_CERTAINTY, SAMPLERS, sample
+from atat_fast.diffusion.samplers import BY_CERTAINTY, SAMPLERS, cut_at_end, sample
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
 
@@ -242,6 +242,100 @@ def test_a_head_that_is_shown_gives_the_samples_of_one_that_is_not(monkeypatch):
         monkeypatch.undo()
 
 
+def states_of(model, start, **options):
+    """The tokens before the first step and after each."""
+    seen = [start.clone()]
+    sample(model, start, on_step=lambda _, tokens: seen.append(tokens.clone()), **options)
+    return seen
+
+
+@pytest.mark.parametrize("cut", [{}, {"top_k": 2, "top_p": 0.5}])
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_temperature_0_takes_the_likeliest_token_of_every_position(sampler, cut):
+    model = dit().double()
+    start = torch.full((3, 12), model.mask_id)
+    start[1, 3:7] = 5
+    options = options_of(sampler) | ({"eta": 0.5} if "remdm" in sampler else {}) | {"steps": 5, "temperature": 0.0, "seed": 2}
+    states = states_of(model, start, **options, **cut)
+    for before, after in itertools.pairwise(states):
+        shown = (before == model.mask_id) & (after != model.mask_id)
+        likeliest = model.logits(model.features(before)).argmax(1).view_as(before)
+        assert shown.any() and torch.equal(after[shown], likeliest[shown])
+    assert torch.equal(sample(model, start, **options), states[-1])
+    assert torch.equal(sample(model, start, **options | {"temperature": 1e-320}), states[-1])
+
+
+@pytest.mark.parametrize("sampler", ["ancestral", "ddpm_cache", "first_hitting", "remdm_cap", "remdm_confidence"])
+def test_which_positions_are_left_to_chance_stay_so_at_temperature_0(sampler):
+    model = dit()
+    start = torch.full((2, 12), model.mask_id)
+    cold, other = (states_of(model, start, sampler=sampler, steps=6, temperature=0.0, seed=seed) for seed in (1, 2))
+    hidden = [(state == model.mask_id).tolist() for state in cold]
+    assert hidden != [(state == model.mask_id).tolist() for state in other]
+    if sampler != "remdm_confidence":  # which goes by the chances of what was drawn
+        warm = states_of(model, start, sampler=sampler, steps=6, seed=1)
+        assert hidden == [(state == model.mask_id).tolist() for state in warm]
+
+
+END = 7
+
+
+def often_ends(**changes):
+    model = dit(**changes).double()
+    with torch.no_grad():
+        model.head.bias[END] += 1.5
+    return model
+
+
+@pytest.mark.parametrize("sampler", ["ddpm_cache", "confidence", "remdm_cap"])
+@pytest.mark.parametrize(("block", "length"), [(0, 12), (4, 12), (5, 33)])
+def test_texts_stop_at_their_end_and_are_what_they_would_be_up_to_it(sampler, block, length):
+    model = often_ends()
+    start = torch.full((6, length), model.mask_id)
+    start[0, :3] = torch.tensor([1, END, 2])  # an end that was given is no end
+    start[1, 9] = 1  # and nothing that was given comes behind one
+    start[2, length - 1] = 1
+    lengths = torch.tensor([length, length, length, length - 2, length, length])
+    options = {"sampler": sampler, "block": block, "steps": 4, "lengths": lengths, "seed": 3}
+    whole, stopped = sample(model, start, **options), sample(model, start, **options, stop_at=END)
+    given = [3, 10, length, 0, 0, 0]
+    ended = 0
+    for was, now, first, end in zip(whole.tolist(), stopped.tolist(), given, lengths.tolist(), strict=True):
+        text = cut_at_end(was[:end], first, END)
+        assert now[:end] == text + [END] * (end - len(text)) and now[end:] == was[end:]
+        ended += len(text) < end
+    assert ended >= 3 and torch.equal(stopped[2], whole[2])
+
+
+def test_blocks_that_nobody_would_read_are_not_filled():
+    model, steps = often_ends(), []
+    start = torch.full((2, 40), model.mask_id)
+    options = {"block": 4, "steps": 4, "sampler": "confidence", "stop_at": END, "seed": 1}
+    drawn = sample(model, start, on_step=lambda step, tokens: steps.append((step, tokens.clone())), **options)
+    last = max(row.index(END) for row in drawn.tolist())
+    assert last < 30 and steps[-1][0] // 4 == last // 4 and torch.equal(steps[-1][1], drawn)
+    alone = sample(model, start[1:], sample_ids=torch.tensor([1]), **options)
+    assert torch.equal(alone, drawn[1:])
+
+
+@pytest.mark.parametrize(
+    ("ids", "prompt", "kept"),
+    [
+        ([1, 2, 9, 3, 9], 0, [1, 2]), ([1, 2, 9, 3, 9], 2, [1, 2]), ([1, 2, 9, 3, 9], 3, [1, 2, 9, 3]),
+        ([1, 2, 9], 3, [1, 2, 9]), ([1, 2], 0, [1, 2]), ([9, 1], 0, []), ([], 0, []),
+    ],
+)  # fmt: skip
+def test_what_stands_behind_an_end_is_cut_off(ids, prompt, kept):
+    assert cut_at_end(ids, prompt, 9) == kept
+
+
+@pytest.mark.parametrize("stop_at", [3, 11, -1])
+def test_a_text_cannot_stop_at_what_is_no_token(stop_at):
+    model = dit()
+    with pytest.raises(ValueError, match=f"other than its mask, got {stop_at}"):
+        sample(model, torch.full((1, 5), model.mask_id), stop_at=stop_at)
+
+
 def test_estimators_give_an_order():
     from atat_fast.config import ImportanceConfig
     from atat_fast.models.importance import ImportanceEstimator
@@ -274,9 +368,9 @@ def test_estimators_give_an_order():
     ("options", "message"),
     [
         ({"steps": 0}, "steps must be at least 1, got 0"),
-        ({"temperature": 0.0}, "temperature must be above 0"),
-        ({"temperature": float("nan")}, "temperature must be above 0"),
-        ({"temperature": float("inf")}, "temperature must be above 0 and finite"),
+        ({"temperature": -0.5}, "temperature must be at least 0 and finite, got -0.5; 0 takes the likeliest token"),
+        ({"temperature": float("nan")}, "temperature must be at least 0"),
+        ({"temperature": float("inf")}, "temperature must be at least 0 and finite"),
         ({"sampler": "ddpm"}, "did you mean ddpm_cache"),
         ({"top_p": 0.0}, "top_p must be above 0 and at most 1"),
         ({"top_p": 1.1}, "top_p must be above 0 and at most 1"),
