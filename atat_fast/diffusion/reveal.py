@@ -26,6 +26,9 @@ from atat_fast.ops.philox import STREAM_ORDER, STREAM_SAMPLE, gumbel64, random_w
 POSITIONS = 1 << 20
 """Position p of sample i is number i * 2^20 + p in the random streams: its noise does not depend on the batch's length."""
 
+TIE = 1e-5
+"""Certainties that are nearer than this are equal: in nats, for a margin in probability. Rounding alone makes about 2e-6."""
+
 ImportanceScores = Callable[[Tensor, Tensor], Tensor]
 """(noised tokens [B, L], share of each sequence that is hidden [B] fp32) -> importance [B, L] in [0, 1]."""
 
@@ -220,6 +223,19 @@ def largest(keys: Tensor, counts: Tensor) -> Tensor:
     return rank < counts[:, None]
 
 
+def surest(certainties: Tensor, hidden: Tensor, counts: Tensor) -> Tensor:
+    """[B, L] bool: the counts[b] hidden positions of each sequence that the orders by certainty reveal next, or all there are.
+
+    certainties: [B, L] fp32 as `categorical.certainty` has them, anything where hidden [B, L] is not.   counts: [B].
+    Positions go by how many whole TIEs they lie below the surest one, and among equals from left to right. Where everything is
+    hidden a model without absolute positions says the same everywhere, and rounding must not decide. Samplers and likelihoods in
+    an order (evaluation/orders.py) both choose by this, so that one is the law of the other.
+    """
+    known = certainties.masked_fill(~hidden, -torch.inf)
+    below = ((known.amax(1, keepdim=True) - known) / TIE).floor().nan_to_num(nan=0.0)
+    return largest((-below).masked_fill(~hidden, -torch.inf), counts) & hidden
+
+
 class Ordered(Basic):
     """An even schedule of counts; subclasses say which positions."""
 
@@ -252,10 +268,10 @@ class ByCertainty(Ordered):
 
     def after(self, canvas: Canvas, features: Tensor, rows: Tensor, sizes: Sizes) -> Tensor:
         """See Policy."""
-        keys = torch.full((canvas.bin + 1,), -torch.inf, device=canvas.device)
-        keys.index_copy_(0, rows, certainty(self.model, features, self.order, self.head))
-        chosen = largest(keys[: canvas.bin].view(canvas.shape), self.now(canvas))
-        return canvas.rows_of(chosen & canvas.hidden(), sizes.revealed)
+        known = torch.zeros(canvas.bin + 1, device=canvas.device)
+        known.index_copy_(0, rows, certainty(self.model, features, self.order, self.head))
+        chosen = surest(known[: canvas.bin].view(canvas.shape), canvas.hidden(), self.now(canvas))
+        return canvas.rows_of(chosen, sizes.revealed)
 
 
 class ByImportance(Ordered):

@@ -6,7 +6,8 @@ A sampler that reveals tokens one after another by a rule F gives a text x, reve
 
 Where F looks at z alone (left to right; where the model is most confident) there is one way to arrive at x, so this is the
 probability that the sampler writes x, exactly, and it sums to 1 over all texts (DUEL, arXiv 2603.01367). Several tokens a pass
-are drawn independently, in the sampler and here, so they leave it exact, of that faster sampler.
+are drawn independently, in the sampler and here, so they leave it exact, of that faster sampler. F is the sampler's own code
+(`certainty`, `surest`), ties included.
 
 Where chance decides (importance: odds exp(-tilt * score of z)), many ways lead to x, and the mean over drawn orders of -log p of
 what was revealed is a bound on the negative log-likelihood of the sampler that uses the same policy. Policies that saw the
@@ -25,8 +26,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atat_fast.data import TokenSplit
-from atat_fast.diffusion.categorical import certainty_of
+from atat_fast.diffusion.categorical import certainty, likeliest, output_head, slabs
 from atat_fast.diffusion.objective import Estimate
+from atat_fast.diffusion.reveal import largest, surest
 from atat_fast.errors import UsageError, nearest
 from atat_fast.evaluation.likelihood import evaluating, spread_sequences
 from atat_fast.models.dit import DiT
@@ -44,8 +46,6 @@ EXACT = {
 """Rules that look at what is revealed alone: their likelihood is exact."""
 BOUNDS = {"importance": "by chance, with odds exp(-tilt * score) of the model's own estimator"}
 ORDERS = (*EXACT, *BOUNDS)
-TIE = 1e-5  # nats or probability; ranks that are nearer than this differ by rounding
-SLAB_BYTES = 64 << 20  # of logits at a time
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
 """(ids with the mask where they are hidden [B, L], share that is hidden [B]) -> scores in [0, 1], [B, L]."""
@@ -137,6 +137,8 @@ def order_nll(
     greedy = torch.ones(batch, dtype=torch.bool, device=tokens.device)
     ids = torch.arange(batch, device=tokens.device) if sample_ids is None else sample_ids
     position = torch.arange(length, device=tokens.device)
+    count = torch.full((batch,), per_pass, device=tokens.device)
+    head = output_head(model, tokens)
     for step in range(-(-int(hidden.sum(1).max()) // per_pass)):
         z = tokens.masked_fill(hidden, model.mask_id)
         share = hidden.float().mean(1)
@@ -147,15 +149,18 @@ def order_nll(
                 assert score is not None
                 word = random_words(ids[:, None] * length + position, seed, step, STREAM_SAMPLE)[0]
                 rank = reveal_keys(word, score(z, share), tilt).double()  # the largest key is shown first
-            rows = _first(rank, hidden, per_pass, 0.0 if order == "importance" else TIE)
-            nll, best = _read(model, z, rows, tokens, share, documents, None)
+            chosen = largest(rank.masked_fill(~hidden, -torch.inf), count) & hidden
+            rows = chosen.flatten().nonzero().flatten()
+            features = model.features(z, share, rows=rows, documents=documents)
         else:
             everywhere = hidden.flatten().nonzero().flatten()
-            rank = torch.full((batch * length,), -torch.inf, dtype=torch.float64, device=tokens.device)
-            values, sure = torch.zeros_like(rank), torch.zeros_like(rank, dtype=torch.bool)
-            values[everywhere], sure[everywhere] = _read(model, z, everywhere, tokens, share, documents, (order, rank))
-            rows = _first(rank.view(batch, length), hidden, per_pass, TIE)
-            nll, best = values[rows], sure[rows]
+            features = model.features(z, share, rows=everywhere, documents=documents)
+            known = torch.zeros(batch * length, device=tokens.device)
+            known[everywhere] = certainty(model, features, order, head)
+            chosen = surest(known.view(batch, length), hidden, count)
+            rows = chosen.flatten().nonzero().flatten()
+            features = features[chosen.flatten()[everywhere]]
+        nll, best = _read(model, features, tokens.flatten()[rows])
         owner = torch.div(rows, length, rounding_mode="floor")
         total.index_add_(0, owner, nll)
         greedy[owner[~best]] = False
@@ -163,36 +168,11 @@ def order_nll(
     return total, greedy
 
 
-def _first(rank: Tensor, hidden: Tensor, count: int, tie: float) -> Tensor:
-    """Flat indices of the `count` hidden tokens of highest rank [B, L] in each sequence, fewer at the end.
-
-    Of those within `tie` of the highest the earliest is taken. Where everything is hidden a model without absolute positions
-    says the same everywhere, and rounding must not decide.
-    """
-    rank, left = rank.clone(), hidden.clone()
-    flat = []
-    start = torch.arange(len(rank), device=rank.device) * rank.shape[1]
-    for _ in range(count):
-        rank.masked_fill_(~left, -torch.inf)
-        place = (rank >= rank.amax(1, keepdim=True) - tie).int().argmax(1)  # the first of them
-        flat.append((start + place)[left.any(1)])
-        left.scatter_(1, place[:, None], False)
-    return torch.cat(flat)
-
-
-def _read(
-    model: DiT, z: Tensor, rows: Tensor, tokens: Tensor, share: Tensor, documents: Documents | None, by: tuple[str, Tensor] | None
-) -> tuple[Tensor, Tensor]:
-    """-log p of the true tokens at rows, fp64 [R], and whether each is the most likely one; `by`: (order, ranks to fill in)."""
-    features = model.features(z, share, rows=rows, documents=documents)
-    target = tokens.flatten()[rows]
+def _read(model: DiT, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """-log p of target [R] at features [R, D], fp64 [R], and whether each is what greedy decoding takes."""
     nll, best = [], []
-    for first in range(0, len(rows), max(1, SLAB_BYTES // (4 * model.vocab_size))):
-        part = slice(first, first + max(1, SLAB_BYTES // (4 * model.vocab_size)))
+    for part in slabs(len(target), model.vocab_size):
         logits = model.logits(features[part]).float()
-        logp = F.log_softmax(logits, dim=-1)
-        nll.append(-logp.gather(1, target[part, None])[:, 0].double())
-        best.append(logp.argmax(1) == target[part])
-        if by is not None:
-            by[1][rows[part]] = certainty_of(logits, by[0]).double()
+        nll.append(F.cross_entropy(logits, target[part], reduction="none").double())
+        best.append(likeliest(logits) == target[part])
     return torch.cat(nll), torch.cat(best)

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from atat_fast.diffusion.graphs import rounded_up
 from atat_fast.diffusion.reveal import (
     POSITIONS,
+    TIE,
     Canvas,
     Planned,
     Table,
@@ -21,6 +22,7 @@ from atat_fast.diffusion.reveal import (
     first_hitting_times,
     largest,
     reveal_words,
+    surest,
 )
 
 
@@ -105,6 +107,38 @@ def test_largest_takes_that_many_and_the_first_of_equals(data, length):
     for b in range(3):
         order = sorted(range(length), key=lambda i, b=b: (-float(keys[b, i]), i))
         assert sorted(order[: counts[b]]) == chosen[b].nonzero()[:, 0].tolist()
+
+
+@settings(max_examples=60, deadline=None)
+@given(data=st.data(), length=st.integers(1, 16))
+def test_the_surest_come_first_and_equals_from_left_to_right(data, length):
+    ties = torch.tensor([data.draw(st.lists(st.integers(0, 40), min_size=length, max_size=length)) for _ in range(3)])
+    noise = torch.tensor([data.draw(st.lists(st.floats(0.05, 0.95), min_size=length, max_size=length)) for _ in range(3)])
+    hidden = torch.tensor([data.draw(st.lists(st.booleans(), min_size=length, max_size=length)) for _ in range(3)])
+    counts = torch.tensor(data.draw(st.lists(st.integers(0, length), min_size=3, max_size=3)))
+    below = (ties + noise).masked_fill(~hidden, 99)
+    below -= below.amin(1, keepdim=True)  # how many TIEs below the surest
+    chosen = surest((-below.double() * TIE).float(), hidden, counts)
+    whole = (below + 1e-3).floor()
+    for b in range(3):
+        fair = ((below[b] - below[b].round()).abs() > 1e-2) | (below[b] == 0)
+        places = [i for i in range(length) if hidden[b, i]]
+        if all(fair[places]):  # none where fp32 may round to the other side
+            order = sorted(places, key=lambda i, b=b: (float(whole[b, i]), i))
+            assert sorted(order[: counts[b]]) == chosen[b].nonzero()[:, 0].tolist()
+
+
+def test_rounding_does_not_choose_among_equals():
+    torch.manual_seed(0)
+    for length in (3, 50, 1024):
+        certainties = -5.5 + 2e-6 * torch.rand(4, length)
+        for count in (1, 3):
+            chosen = surest(certainties, torch.ones(4, length, dtype=torch.bool), torch.full((4,), count))
+            assert chosen.nonzero()[:, 1].tolist() == 4 * [*range(count)]
+    far = torch.tensor([[-200.0, -0.5, -torch.inf, -0.5, torch.nan]])
+    hidden = torch.tensor([[True, True, True, True, False]])
+    ranks = [surest(far, hidden, torch.tensor([count])).nonzero()[:, 1].tolist() for count in range(6)]
+    assert ranks == [[], [1], [1, 3], [0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
 
 
 def test_tables_pad_with_the_bin():
