@@ -8,6 +8,8 @@ Presets are laid over the defaults, a --config file over the preset, and dotted 
 from __future__ import annotations
 
 import ctypes
+import errno
+import io
 import os
 import platform
 import re
@@ -17,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from atat_fast.config import Config, preset_names, preset_settings, to_dict
-from atat_fast.errors import UsageError, nearest
+from atat_fast.errors import UsageError, first_line, nearest
 
 Settings = dict[str, Any]
 _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
@@ -25,7 +27,8 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def run_door(door: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
-    """Run a door and leave: status 0, or 2 after one sentence on standard error where the user can put it right.
+    """Run a door and leave: status 0, or 2 after one sentence on standard error where the user can put it right, as where the
+    operating system refuses something. Ctrl-C leaves silently with 130, and a reader of our output that went away with 141.
 
     GNU OpenMP's threads spin only briefly while they wait, unless the user says otherwise: by default they spin so long that
     training on a CPU gets several times slower as soon as another process wants a core (docs/notes/cpu.md). torch reads this
@@ -33,13 +36,37 @@ def run_door(door: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     keep_freed_memory()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is no reason to lose a run
+            stream.reconfigure(errors="replace")
+    status = _status(door, sys.argv[1:] if arguments is None else arguments)
     try:
-        sys.exit(door(sys.argv[1:] if arguments is None else arguments))
+        sys.stdout.flush()
+    except OSError as error:
+        status = status or _refused(error)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the interpreter flushes once more
+    sys.exit(status)
+
+
+def _status(door: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+    try:
+        return door(arguments)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except BrokenPipeError:
-        sys.exit(141)  # the reader of our output went away
+        return 2
+    except KeyboardInterrupt:
+        return 130
+    except OSError as error:
+        return _refused(error)
+
+
+def _refused(error: OSError) -> int:
+    """Say what the operating system refused; the status to leave with."""
+    if isinstance(error, BrokenPipeError):
+        return 141
+    where = error.filename if error.filename is not None else "standard output" if error.errno == errno.ENOSPC else None
+    print(f"error: {error.strerror or first_line(error)}{'' if where is None else f': {where}'}", file=sys.stderr)
+    return 2
 
 
 def keep_freed_memory() -> None:
@@ -54,6 +81,11 @@ def keep_freed_memory() -> None:
     libc = ctypes.CDLL(None)
     libc.mallopt(_M_MMAP_MAX, 0)
     libc.mallopt(_M_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def path_text(text: str) -> str:
+    """The type of an option that names a file or folder: ~ is the home folder, however the option is written."""
+    return os.path.expanduser(text)
 
 
 def make_parser(**options: Any) -> Any:
@@ -88,7 +120,7 @@ def parse_config(parser: Any, arguments: Sequence[str]) -> tuple[Config, Any]:
     The preset is --preset's, or with --resume the settings of the run named by --run.name where there is one.
     """
     preset = _early(arguments, "--preset")
-    root, name = _early(arguments, "--run.root") or "runs", _early(arguments, "--run.name")
+    root, name = path_text(_early(arguments, "--run.root") or "runs"), _early(arguments, "--run.name")
     base = preset_settings(preset or "demo")
     if "--resume" in arguments and preset is None and name is not None and (Path(root) / name / "config.yaml").is_file():
         from atat_fast.training.run_folder import read_settings

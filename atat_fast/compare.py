@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atat_fast.cli import make_parser, parse_config, run_door
+from atat_fast.cli import make_parser, parse_config, path_text, run_door
 from atat_fast.errors import UsageError
 
 
@@ -27,12 +27,14 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--seeds", type=int, default=3, help="Runs of each recipe, with seeds from train.seed on.")
     parser.add_argument("--budget", type=str, default="minutes=1.5", help="Of each run: minutes=1.5 of training, or tokens=2M.")
     parser.add_argument("--points", type=int, default=8, help="Evaluations of a run, about.")
-    parser.add_argument("--out", type=str, default=None, help="Folder of results; by default compare/PRESET.")
+    parser.add_argument("--out", type=path_text, default=None, help="Folder of results; by default compare/PRESET.")
     parser.add_argument(
         "--masks", type=int, default=0,
         help="Also draw masks this often on the first recipe's first model, and print each way's standard error; 0 does not.",
     )  # fmt: skip
-    parser.add_argument("--masks_of", type=str, default=None, help="Only that (--masks 16 by default), on the model of this run.")
+    parser.add_argument(
+        "--masks_of", type=path_text, default=None, help="Only that (--masks 16 by default), on the model of this run."
+    )
     config, args = parse_config(parser, arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
     if ranks > 1:
@@ -79,7 +81,7 @@ def mask_errors_of(run: Path, replicates: int, config: Any) -> list[dict[str, An
     saved = checkpoint.find(run)
     model, tokenizer = checkpoint.load_model(saved)
     compute = resolve(config.train)
-    split = prepare(saved.config.data, tokenizer=tokenizer).valid
+    split = prepare(saved.config.data, tokenizer=tokenizer, hashes=saved.manifest["data"]).valid
     errors = model_mask_errors(model.to(compute.device), split, config.eval, compute.autocast(), replicates=replicates)
     return [{"model": run.name, "replicates": replicates} | row for row in mask_rows(errors)]
 

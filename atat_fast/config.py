@@ -213,7 +213,8 @@ class TrainConfig:
     """The loop.
 
     Args:
-        max_steps: Optimizer steps.
+        max_steps: Optimizer steps. A resumed run may be given more; whatever is a share of the run is then a share of the longer.
+        init_from: Weights to begin with: a run folder, a saved model or an MDLM checkpoint. The optimizer begins anew.
         global_batch: Sequences an optimizer step sees, over all accumulation.
         micro_batch: Sequences in one forward pass; 0 chooses the largest divisor of global_batch up to 32.
         seed: Seed of initial weights, data order, masks and dropout.
@@ -228,6 +229,7 @@ class TrainConfig:
     """
 
     max_steps: int = 50_000
+    init_from: str | None = None
     global_batch: int = 24
     micro_batch: int = 0
     seed: int = 1

@@ -10,7 +10,22 @@ class UsageError(ValueError):
     """Bad input from a user. Its text is one clear sentence; a command-line door prints it and exits with status 2."""
 
 
+SEEDS = 2**63
+"""How many seeds there are: random numbers take 64 bits of one, and no tensor holds more than 63 without a sign."""
+
+
+def check_seed(name: str, seed: int) -> None:
+    """Raise UsageError for a seed that no random number takes. name: of the setting."""
+    if not 0 <= seed < SEEDS:
+        raise UsageError(f"{name} is {seed}; give a whole number from 0 to {SEEDS - 1}")
+
+
 def nearest(word: str, known: Iterable[str]) -> str:
     """' (did you mean X?)' for the known word closest to `word`, or '' when nothing is close."""
     close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
     return f" (did you mean {close[0]}?)" if close else ""
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -9,44 +9,31 @@ import dataclasses
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from atat_fast.cli import make_parser, run_door
-from atat_fast.config import Config, DataConfig, TrainConfig, from_dict
-from atat_fast.errors import UsageError
+from atat_fast.cli import make_parser, path_text, run_door
+from atat_fast.config import DataConfig, TrainConfig
+from atat_fast.errors import UsageError, check_seed
+from atat_fast.files import disk_errors, write_text
 
 if TYPE_CHECKING:
-    from atat_fast.data import Dataset, Tokenizer
-    from atat_fast.diffusion.identity import IdentitySchedule
-    from atat_fast.models.dit import DiT
-    from atat_fast.models.importance import ImportanceEstimator
-
-
-@dataclass(frozen=True)
-class Subject:
-    """What is evaluated: a model, what reads its text, and the settings it was trained under, where those are known."""
-
-    model: DiT
-    tokenizer: Tokenizer
-    estimator: ImportanceEstimator | None
-    identity: IdentitySchedule | None
-    config: Config
-    facts: dict[str, Any]
-    title: str
-    corpus: str | None
-    trained_on: dict[str, Any]
+    from atat_fast.data import Dataset
+    from atat_fast.evaluation.subject import Subject
 
 
 def _parser() -> Any:
     parser = make_parser(prog="python -m atat_fast.evaluate", description="Likelihoods of a model, or the quality of samples.")
-    parser.add_argument("--run", type=str, default=None, help="A run folder, or one of its checkpoints.")
-    parser.add_argument("--model", type=str, default=None, help="A saved model instead of a run: a folder, or owner/name.")
-    parser.add_argument("--tokenizer", type=str, default=None, help="What reads text for a --model saved without its tokenizer.")
+    parser.add_argument("--run", type=path_text, default=None, help="A run folder, or one of its checkpoints.")
+    parser.add_argument("--model", type=path_text, default=None, help="A saved model instead of a run: a folder, or owner/name.")
+    parser.add_argument(
+        "--tokenizer", type=path_text, default=None, help="What reads text for a --model saved without its tokenizer."
+    )
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="Averaged weights, or the last step's.")
-    parser.add_argument("--corpus", type=str, default=None, help="Another corpus: a name or path, tokenised as the run's was.")
+    parser.add_argument(
+        "--corpus", type=path_text, default=None, help="Another corpus: a name or path, tokenised as the run's was."
+    )
     parser.add_argument("--split", type=Literal["valid", "train"], default="valid", help="Which split of the corpus.")
     parser.add_argument(
         "--zero_shot", type=str, default=None, help="Zero-shot sets instead, by MDLM's protocol: all, or ptb,lambada=FILE,..."
@@ -64,14 +51,16 @@ def _parser() -> Any:
     parser.add_argument("--order_sequences", type=int, default=16, help="Sequences read for orders; 0 reads all.")
     parser.add_argument("--tokens_per_pass", type=int, default=1, help="Tokens an order reveals at a time.")
     parser.add_argument("--tilt", type=float | None, default=None, help="Of the importance order; by default the run's own.")
-    parser.add_argument("--samples", type=str, default=None, help="Measure these texts instead: .jsonl, .txt or .parquet.")
+    parser.add_argument("--samples", type=path_text, default=None, help="Measure these texts instead: .jsonl, .txt or .parquet.")
     parser.add_argument("--causal_lm", type=str, default=None, help="Generative perplexity of --samples under this model.")
-    parser.add_argument("--reference", type=str, default=None, help="Text by people that --samples are compared with (MAUVE).")
+    parser.add_argument(
+        "--reference", type=path_text, default=None, help="Text by people that --samples are compared with (MAUVE)."
+    )
     parser.add_argument("--batch", type=int, default=32, help="Sequences in one forward pass.")
     parser.add_argument("--seed", type=int | None, default=None, help="Seed of the masks; by default the run's own.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
     parser.add_argument("--dtype", type=Literal["auto", "bf16", "fp32"], default="auto", help="Precision.")
-    parser.add_argument("--json", type=str, default=None, help="Also write the numbers to this file.")
+    parser.add_argument("--json", type=path_text, default=None, help="Also write the numbers to this file.")
     return parser
 
 
@@ -80,8 +69,6 @@ def main(arguments: Sequence[str]) -> int:
     args = _parser().parse_args(list(arguments))
     if args.json is not None and not Path(args.json).absolute().parent.is_dir():
         raise UsageError(f"cannot write {args.json}: its folder does not exist")
-    if args.run is not None and args.model is not None:
-        raise UsageError("give --run, a folder of training, or --model, a saved model, not both")
     if args.samples is not None:
         return _samples(args)
     for name in ("causal_lm", "reference"):
@@ -89,6 +76,8 @@ def main(arguments: Sequence[str]) -> int:
             raise UsageError(f"--{name} measures samples; give them with --samples FILE")
     if args.run is None and args.model is None:
         raise UsageError("nothing to evaluate: give --run runs/NAME, --model FOLDER, or --samples FILE")
+    if args.seed is not None:
+        check_seed("--seed", args.seed)
     if args.zero_shot is not None and args.corpus is not None:
         raise UsageError("give --corpus, one text, or --zero_shot, sets with a protocol of their own, not both")
     return _likelihoods(args)
@@ -169,45 +158,25 @@ def _print_bound(out: Any, f: dict[str, Any]) -> None:
 
 
 def _subject(args: Any) -> Subject:
-    """The model of --run or --model, on the CPU. Raises UsageError."""
-    if args.tokenizer is not None and args.model is None:
-        raise UsageError("--tokenizer goes with --model; a run carries its own")
-    if args.run is not None:
-        from atat_fast.training import checkpoint
+    from atat_fast.evaluation.subject import open_subject
 
-        saved = checkpoint.find(Path(args.run), args.checkpoint)
-        average = args.weights == "ema"
-        model, tokenizer = checkpoint.load_model(saved, average=average)
-        # Only an importance order asks the estimator; every other figure does without.
-        ordered = "importance" in (args.order or "")
-        estimator = checkpoint.load_importance(saved, average=average) if ordered else None
-        facts = {"checkpoint": str(saved.path), "step": saved.step, "weights": args.weights}
-        title = f"{saved.path}  step {saved.step:,}  {args.weights} weights"
-        trained_on = saved.manifest.get("data", {})
-        identity = checkpoint.load_identity(saved)
-        return Subject(model, tokenizer, estimator, identity, saved.config, facts, title, saved.config.data.corpus, trained_on)
-
-    from atat_fast.models import hub
-
-    found = hub.from_pretrained(args.model, tokenizer=args.tokenizer)
-    known = found.facts.get("config")
-    config = from_dict(known) if isinstance(known, dict) else Config()
-    facts = {"model": args.model} | {name: found.facts[name] for name in ("step", "weights") if name in found.facts}
-    title = f"{args.model}" + (f"  step {facts['step']:,}  {facts.get('weights', '')} weights" if "step" in facts else "")
-    trained_on = found.facts.get("data", {}).get("sha256", {})
-    corpus = config.data.corpus if isinstance(known, dict) else None
-    return Subject(found.model, found.tokenizer, found.estimator, found.identity, config, facts, title, corpus, trained_on)
+    ordered = "importance" in (args.order or "")  # every other figure does without the estimator
+    return open_subject(
+        run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint, average=args.weights == "ema",
+        importance=ordered,
+    )  # fmt: skip
 
 
 def _dataset(args: Any, subject: Subject) -> Dataset:
     from atat_fast.data import prepare
 
     data: DataConfig = subject.config.data
+    hashes = subject.trained_on if args.corpus is None else None
     if args.corpus is not None:
         data = dataclasses.replace(data, corpus=args.corpus, valid=None)
     elif subject.corpus is None:
         raise UsageError(f"{args.model} does not say what it was trained on; give --corpus NAME-OR-PATH, or --zero_shot all")
-    return prepare(data, tokenizer=subject.tokenizer)
+    return prepare(data, tokenizer=subject.tokenizer, hashes=hashes)
 
 
 def _samples(args: Any) -> int:
@@ -232,10 +201,8 @@ def _write(path: str | None, values: dict[str, Any]) -> None:
     """JSON beside the table; what is no number there is null."""
     if path is None:
         return
-    from atat_fast.training.checkpoint import disk_errors
-
-    with disk_errors(Path(path)):
-        Path(path).write_text(json.dumps(_finite(values), indent=1) + "\n", encoding="utf-8")
+    with disk_errors(path):
+        write_text(path, json.dumps(_finite(values), indent=1) + "\n")
 
 
 def _finite(value: Any) -> Any:

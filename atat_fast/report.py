@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import argparse
 import base64
+import contextlib
 import html
 import math
-import os
 import re
 import statistics
 import sys
@@ -22,6 +22,7 @@ from typing import Any
 
 from atat_fast.config import Config, to_dict
 from atat_fast.errors import UsageError
+from atat_fast.files import replacing
 from atat_fast.training.figures import (
     DARK,
     Curves,
@@ -331,20 +332,16 @@ def _page(run: Run, curves: Curves, light: dict[str, bytes], dark: dict[str, byt
 
 def _write_all(folder: Path, files: dict[str, bytes]) -> None:
     """Writes every file aside, then renames them all: a failure before the end leaves the earlier files as they were."""
-    aside = {folder / f".{name}.{os.getpid()}.tmp": folder / name for name in files}
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for temporary, target in aside.items():
-            temporary.write_bytes(files[target.name])
-        for temporary, target in aside.items():
-            os.replace(temporary, target)
+        with contextlib.ExitStack() as stack:
+            for name, content in files.items():
+                stream = stack.enter_context(replacing(folder / name, binary=True))
+                stream.write(content)
+                stream.flush()
     except OSError as error:
         why = error.strerror or error
         raise UsageError(f"the report cannot be written to {folder} ({why}); give --out a folder you can write to") from None
-    finally:
-        for temporary in aside:
-            if folder.is_dir():
-                temporary.unlink(missing_ok=True)
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -16,9 +16,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from atat_fast.cli import make_parser, run_door
+from atat_fast.cli import make_parser, path_text, run_door
 from atat_fast.config import TrainConfig
-from atat_fast.errors import UsageError, nearest
+from atat_fast.data.text import valid_unicode
+from atat_fast.errors import UsageError, check_seed, nearest
+from atat_fast.files import disk_errors, replacing
 
 STDIN = "-"
 
@@ -30,6 +32,10 @@ class Job:
     start: list[int]
     given: str
 
+    def given_tokens(self, mask_id: int) -> int:
+        """How many of the first tokens lie before the end of what was given."""
+        return max((i + 1 for i, token in enumerate(self.start) if token != mask_id), default=0)
+
 
 def main(arguments: Sequence[str]) -> int:
     """The door. Prints samples; status 0, or 2 on bad input."""
@@ -38,25 +44,24 @@ def main(arguments: Sequence[str]) -> int:
 
     import torch
 
-    from atat_fast.diffusion.samplers import SAMPLERS, sample
-    from atat_fast.training import checkpoint
+    from atat_fast.diffusion.samplers import SAMPLERS, cut_at_end, sample
+    from atat_fast.evaluation.subject import open_subject
     from atat_fast.training.compute import resolve
 
     if args.sampler != "auto" and args.sampler not in SAMPLERS:
         known = ("auto", *SAMPLERS)
         raise UsageError(f"there is no sampler {args.sampler!r}{nearest(args.sampler, known)}; choose one of {', '.join(known)}")
     lines = _lines(args)
-    saved = checkpoint.find(Path(args.run), args.checkpoint)
-    model, tokenizer = checkpoint.load_model(saved)
+    scored = args.sampler == "importance" or args.html is not None
+    subject = open_subject(run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint, importance=scored)
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
-    model.eval().to(compute.device)
-    estimator = checkpoint.load_importance(saved) if args.sampler == "importance" or args.html is not None else None
+    model, tokenizer, estimator = subject.model.eval().to(compute.device), subject.tokenizer, subject.estimator
     scores = None
-    if estimator is not None and estimator.network is not None:
+    if estimator is not None and estimator.network is not None and scored:
         scores = estimator.eval().to(compute.device).scorer(model)
     elif args.sampler == "importance":
-        source = saved.config.importance.source
-        raise UsageError(f"sampler importance needs learned importance, and importance.source of {args.run} is {source}")
+        source = "none" if estimator is None else estimator.config.source
+        raise UsageError(f"sampler importance needs learned importance, and importance.source of {subject.place} is {source}")
     jobs = [job for job in _jobs(args, lines, tokenizer, model.config.length) for _ in range(args.num_samples)]
     sampler = args.sampler
     if sampler == "auto":
@@ -64,7 +69,8 @@ def main(arguments: Sequence[str]) -> int:
     settings = {
         "steps": args.steps, "sampler": sampler, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
         "seed": args.seed, "block": args.block, "importance": scores, "eta": args.eta,
-        "tilt": saved.config.importance.tilt if args.tilt is None else args.tilt,
+        "stop_at": tokenizer.eos_id if args.stop_at_end else None,
+        "tilt": subject.config.importance.tilt if args.tilt is None else args.tilt,
     }  # fmt: skip
 
     begin, filled = time.perf_counter(), 0
@@ -85,24 +91,36 @@ def main(arguments: Sequence[str]) -> int:
                 ).cpu()
             for row, job in enumerate(some):
                 ids = drawn[row, : len(job.start)].tolist()
-                write(first + row, len(jobs), job, ids, tokenizer, {"sampler": sampler, "run": str(saved.path)})
+                if args.stop_at_end:
+                    ids = cut_at_end(ids, job.given_tokens(model.mask_id), tokenizer.eos_id)
+                write(first + row, len(jobs), job, ids, tokenizer, {"sampler": sampler, "run": subject.place})
     seconds = time.perf_counter() - begin
     print(f"{filled:,} tokens in {seconds:.1f} s, {filled / max(seconds, 1e-9):,.1f} tokens/s", file=sys.stderr)
     if args.html is not None:
-        facts = {"run": saved.path, "sampler": sampler, "steps": args.steps, "temperature": args.temperature, "seed": args.seed}
+        facts = {
+            "run": subject.place,
+            "sampler": sampler,
+            "steps": args.steps,
+            "temperature": args.temperature,
+            "seed": args.seed,
+        }
         progress.write_html(Path(args.html), facts)
     return 0
 
 
 def _parser() -> Any:
     parser = make_parser(prog="python -m atat_fast.sample", description="Text from a run's model.")
-    parser.add_argument("--run", type=str, required=True, help="A run folder, or one of its checkpoints.")
+    parser.add_argument("--run", type=path_text, default=None, help="A run folder, or one of its checkpoints.")
+    parser.add_argument("--model", type=path_text, default=None, help="A saved model instead of a run: a folder, or owner/name.")
+    parser.add_argument(
+        "--tokenizer", type=path_text, default=None, help="What reads text for a --model saved without its tokenizer."
+    )
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
     parser.add_argument("--num_samples", type=int, default=1, help="How many, of each prompt.")
     parser.add_argument("--prompt", type=str, default="", help="Text each sample begins with; the model continues it.")
     parser.add_argument(
         "--prompts",
-        type=str,
+        type=path_text,
         nargs="+",
         default=[],
         help="Files of prompts, - for standard input: one a line, or .jsonl objects with prompt, text or ids.",
@@ -127,7 +145,10 @@ def _parser() -> Any:
         help="auto (ddpm_cache, or ancestral for a model that is told the time), ancestral, ddpm_cache, first_hitting, "
         "confidence, entropy, margin, importance, remdm_cap, remdm_rescale or remdm_confidence.",
     )
-    parser.add_argument("--temperature", type=float, default=1.0, help="Divides the logits.")
+    parser.add_argument(
+        "--stop_at_end", action="store_true", help="End each sample before its first end-of-document token behind what was given."
+    )
+    parser.add_argument("--temperature", type=float, default=1.0, help="Divides the logits; 0 takes the likeliest token.")
     parser.add_argument("--top_k", type=int, default=0, help="Draw from the k most likely tokens; 0 means all.")
     parser.add_argument("--top_p", type=float, default=1.0, help="Draw from the fewest tokens whose chances add up to this.")
     parser.add_argument("--eta", type=float, default=None, help="How much the remdm samplers hide again, 0 to 1.")
@@ -137,10 +158,10 @@ def _parser() -> Any:
     parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
     parser.add_argument("--batch", type=int, default=16, help="Sequences at a time; samples do not depend on it.")
     parser.add_argument(
-        "--jsonl", type=str, default=None, help="Write one JSON object a sample to this file, - for standard output."
+        "--jsonl", type=path_text, default=None, help="Write one JSON object a sample to this file, - for standard output."
     )
     parser.add_argument("--watch", action="store_true", help="Show the first sample of each batch as it is denoised.")
-    parser.add_argument("--html", type=str, default=None, help="Write a page that replays the first sample.")
+    parser.add_argument("--html", type=path_text, default=None, help="Write a page that replays the first sample.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
     parser.add_argument("--dtype", type=Literal["auto", "bf16", "fp32"], default="auto", help="Precision.")
     return parser
@@ -151,8 +172,7 @@ def _check(args: Any) -> None:
     for name in ("num_samples", "batch", "steps"):
         if getattr(args, name) < 1:
             raise UsageError(f"{name} must be at least 1, got {getattr(args, name)}")
-    if not args.temperature > 0:
-        raise UsageError(f"temperature must be above 0, got {args.temperature}; 0.01 all but takes the likeliest token")
+    check_seed("--seed", args.seed)
     if args.infill is not None and args.prompt:
         raise UsageError("give either --prompt, which is continued, or --infill, which is completed")
     if args.prompts and args.prompt:
@@ -216,6 +236,7 @@ def _jobs(args: Any, lines: list[tuple[str, Any]], tokenizer: Any, longest: int)
     length = args.length or longest
     jobs = []
     for place, given in lines:
+        given = given if isinstance(given, list) else valid_unicode(given)
         ids = list(given) if isinstance(given, list) else tokenizer.encode_prompt(given)
         outside = [i for i in ids if not 0 <= i < tokenizer.model_vocab_size]
         if outside:
@@ -235,7 +256,7 @@ def _jobs(args: Any, lines: list[tuple[str, Any]], tokenizer: Any, longest: int)
 
 @contextmanager
 def _output(args: Any) -> Iterator[Any]:
-    """Yields what is called with each sample. A file takes its name when the last one is written."""
+    """Yields what is called with each sample. A file takes its name when the last one is written, or at Ctrl-C."""
     if args.jsonl is None:
 
         def plain(number: int, count: int, job: Job, ids: list[int], tokenizer: Any, facts: dict[str, str]) -> None:
@@ -245,35 +266,26 @@ def _output(args: Any) -> Iterator[Any]:
 
         yield plain
         return
-    path = None if args.jsonl == STDIN else Path(args.jsonl)
-    aside = None if path is None else path.with_name(f".{path.name}.part")
-    if path is not None and path.is_dir():
-        raise UsageError(f"cannot write {path}: it is a folder; give the name of a file")
-    try:
-        stream = sys.stdout if aside is None else aside.open("w", encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {args.jsonl}: {error.strerror}") from error
 
-    def line(number: int, count: int, job: Job, ids: list[int], tokenizer: Any, facts: dict[str, str]) -> None:
+    def line(stream: Any, number: int, job: Job, ids: list[int], tokenizer: Any, facts: dict[str, str]) -> None:
         row = {"sample": number, "given": job.given, "text": tokenizer.decode(ids), "ids": ids}
-        drawn = {
-            "steps": args.steps,
-            "temperature": args.temperature,
-            "top_k": args.top_k,
-            "top_p": args.top_p,
-            "seed": args.seed,
-        }
-        print(json.dumps(row | facts | drawn, ensure_ascii=False), file=stream, flush=True)
+        drawn = {name: getattr(args, name) for name in ("steps", "temperature", "top_k", "top_p", "seed")}
+        stream.write(json.dumps(row | facts | drawn, ensure_ascii=False) + "\n")
+        stream.flush()
 
-    try:
-        yield line
-        if aside is not None and path is not None:
-            stream.close()
-            aside.replace(path)
-    finally:
-        if aside is not None:
-            stream.close()
-            aside.unlink(missing_ok=True)
+    if args.jsonl == STDIN:
+        yield lambda number, count, *sample: line(sys.stdout, number, *sample)
+        return
+    interrupted = False
+    with disk_errors(args.jsonl), replacing(args.jsonl) as stream:
+        try:
+            yield lambda number, count, *sample: line(stream, number, *sample)
+        except KeyboardInterrupt:
+            interrupted = stream.tell() > 0  # what is drawn so far is kept
+            if not interrupted:
+                raise
+    if interrupted:
+        raise KeyboardInterrupt
 
 
 class _Progress:

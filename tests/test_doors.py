@@ -131,6 +131,11 @@ BAD = [
     (["--resume"], "to resume"),
     (["--train.device", "cuda"], "torch sees no CUDA device"),
     (["--run.root", "file/inside"], "cannot write to file/inside"),
+    (["--train.seed", "99999999999999999999"], "train.seed is 99999999999999999999; give a whole number from 0"),
+    (["--eval.seed", "-1"], "eval.seed is -1; give a whole number from 0 to 9223372036854775807"),
+    (["--sample.steps", "10000000000"], "sample.steps is 10,000,000,000"),
+    (["--sample.steps", "0"], "sample.steps must be at least 1, got 0"),
+    (["--sample.temperature", "-1"], "temperature must be at least 0 and finite, got -1"),
 ]
 
 
@@ -243,3 +248,50 @@ def test_doors_keep_freed_memory_unless_the_user_arranged_it():
             [sys.executable, "-c", MAPPED_BY_A_LARGE_TENSOR], env=clean | extra, capture_output=True, text=True, check=True
         )
         assert done.stdout.strip() == mapped
+
+
+@pytest.mark.parametrize(
+    ("body", "out", "status", "said"),
+    [
+        ("raise KeyboardInterrupt", None, 130, ""),
+        ("os.kill(os.getpid(), signal.SIGINT); time.sleep(9)", None, 130, ""),
+        ("open('no/such/file')", None, 2, "error: No such file or directory: no/such/file\n"),
+        ("raise PermissionError(13, 'Permission denied', 'here')", None, 2, "error: Permission denied: here\n"),
+        ("print('x')", "/dev/full", 2, "error: No space left on device: standard output\n"),
+        ("print('x', flush=True)", "/dev/full", 2, "error: No space left on device: standard output\n"),
+        ("[print('x' * 99) for _ in range(9999)]", "closed pipe", 141, ""),
+        ("print('x')", "closed pipe", 141, ""),
+        ("print('± \\u6f22 \\ud800')", "ascii", 0, ""),
+        ("sys.exit('± \\ud800')", "ascii", 1, "? ?\n"),
+    ],
+)
+def test_how_a_door_leaves(body, out, status, said):
+    code = "import os, signal, sys, time\nfrom atat_fast.cli import run_door\ndef door(_):\n    {}\n    return 0\nrun_door(door)"
+    env = os.environ | ({"PYTHONIOENCODING": "ascii"} if out == "ascii" else {})
+    read, write = os.pipe()
+    if out == "closed pipe":
+        os.close(read)
+    with open("/dev/full" if out == "/dev/full" else os.devnull, "w") as file:
+        target = {None: subprocess.PIPE, "ascii": subprocess.PIPE, "closed pipe": write}.get(out, file)
+        done = subprocess.run(
+            [sys.executable, "-c", code.format(body)], stdout=target, stderr=subprocess.PIPE, env=env, text=True, timeout=60
+        )
+    os.close(write)
+    if out != "closed pipe":
+        os.close(read)
+    assert (done.returncode, done.stderr) == (status, said)
+    if out == "ascii" and status == 0:
+        assert done.stdout == "? ? ?\n"
+
+
+def test_a_home_folder_is_found_however_it_is_written(tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for main, option in ((evaluate.main, "--run=~/gone"), (sample.main, "--run=~/gone")):
+        with pytest.raises(UsageError, match=f"there is no run folder {tmp_path}/gone"):
+            main([option])
+    (tmp_path / "runs" / "mine").mkdir(parents=True)
+    (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text("kept\n")
+    with pytest.raises(UsageError, match="already holds a run"):
+        train.main(["--run.root=~/runs", "--run.name=mine"])
+    with pytest.raises(UsageError, match=r"mine/config\.yaml cannot be read"):
+        train.main(["--run.root=~/runs", "--run.name=mine", "--resume"])

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from html.parser import HTMLParser
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pytest
 import yaml
@@ -18,6 +20,7 @@ import yaml
 import atat_fast.report as report
 from atat_fast.config import Config, to_dict
 from atat_fast.errors import UsageError
+from atat_fast.files import replacing
 from atat_fast.training.figures import compact, duration, loss_png, measured, overview_png, smooth
 
 PICTURES = ("loss.png", "throughput.png", "overview.png")
@@ -293,15 +296,16 @@ def test_failed_write_leaves_the_earlier_report(tmp_path: Path, monkeypatch: pyt
     earlier = {name: b"earlier " + name.encode() for name in (*PICTURES, "report.html")}
     for name, content in earlier.items():
         (tmp_path / name).write_bytes(content)
-    whole = Path.write_bytes
 
-    def disk_full(path: Path, data: bytes) -> int:
-        if "report.html" in path.name:
-            whole(path, data[: len(data) // 2])
-            raise OSError(28, "No space left on device")
-        return whole(path, data)
+    @contextlib.contextmanager
+    def disk_full(path: Path, **options: bool) -> Iterator[IO[bytes]]:
+        with replacing(path, **options) as stream:
+            if path.name == "report.html":
+                stream.write(b"half")
+                raise OSError(28, "No space left on device")
+            yield stream
 
-    monkeypatch.setattr(Path, "write_bytes", disk_full)
+    monkeypatch.setattr(report, "replacing", disk_full)
     with pytest.raises(UsageError, match="No space left on device"):
         report._write_all(tmp_path, dict.fromkeys(earlier, b"new and longer"))
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == earlier

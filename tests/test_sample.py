@@ -9,6 +9,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -18,9 +19,11 @@ from atat_fast import sample
 from atat_fast.cli import run_door
 from atat_fast.config import Config, ImportanceConfig, ModelConfig
 from atat_fast.data.tokenizers import make_tokenizer
+from atat_fast.diffusion import samplers
 from atat_fast.diffusion.samplers import SAMPLERS
+from atat_fast.errors import UsageError
 from atat_fast.evaluation.trajectory import HIDDEN, Recorder, page
-from atat_fast.models import DiT
+from atat_fast.models import DiT, hub
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.training import checkpoint
 
@@ -181,8 +184,12 @@ BAD = [
     (["--prompts", "latin.txt"], "latin.txt is not UTF-8 text"),
     (["--prompt", "a", "--infill", "b[MASK]"], "give either --prompt, which is continued, or --infill"),
     (["--steps", "0"], "steps must be at least 1, got 0"),
-    (["--temperature", "0"], "temperature must be above 0, got 0"),
-    (["--temperature", "-1"], "temperature must be above 0, got -1"),
+    (["--temperature", "-1"], "temperature must be at least 0 and finite, got -1"),
+    (["--seed", "99999999999999999999"], "--seed is 99999999999999999999; give a whole number from 0 to 9223372036854775807"),
+    (["--seed", "-1"], "--seed is -1; give a whole number from 0"),
+    (["--steps", "10000000000"], "steps is 10,000,000,000"),
+    (["--model", "model"], "say which model: --run runs/NAME, a folder of training, or --model FOLDER, a saved model"),
+    (["--tokenizer", "gpt2"], "--tokenizer goes with --model"),
     (["--temperature", "nan"], "Got value: nan"),
     (["--top_p", "0"], "top_p must be above 0 and at most 1, got 0"),
     (["--sampler", "ddpm"], "there is no sampler 'ddpm' (did you mean ddpm_cache?)"),
@@ -192,7 +199,7 @@ BAD = [
     (["--num_samples", "0"], "num_samples must be at least 1"),
     (["--html", "no/such/folder.html"], "its folder does not exist"),
     (["--jsonl", "no/such/folder.jsonl"], "its folder does not exist"),
-    (["--jsonl", "folder"], "cannot write folder: it is a folder"),
+    (["--jsonl", "folder"], "cannot write to folder: Is a directory"),
     (["--stepps", "3"], "did you mean --steps?"),
 ]
 
@@ -245,3 +252,75 @@ def test_the_door_from_a_fresh_directory(run, tmp_path):
     done = subprocess.run(command, cwd=tmp_path, env=env, input=f"{TEXT}\n", capture_output=True, text=True)
     assert done.returncode == 0 and fits(done.stdout.removesuffix("\n")), done.stderr
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_saved_model_is_sampled_as_its_run_is(call, run, tmp_path, capsys):
+    hub.save_pretrained(tmp_path / "model", hub.open_run(run, "last", average=True))
+    expected = call("--infill", TEXT, "--html", tmp_path / "run.html").out
+    assert sample.main(["--model", str(tmp_path / "model"), "--infill", TEXT, "--html", str(tmp_path / "model.html")]) == 0
+    assert capsys.readouterr().out == expected and (tmp_path / "model.html").is_file()
+    alone = tmp_path / "alone"
+    checkpoint.load_model(checkpoint.find(run))[0].save_pretrained(alone)
+    with pytest.raises(UsageError, match=r"saved without its tokenizer.*--tokenizer gpt2"):
+        sample.main(["--model", str(alone), "--infill", TEXT])
+    assert sample.main(["--model", str(alone), "--tokenizer", "bytes", "--infill", TEXT]) == 0
+    assert capsys.readouterr().out == expected
+
+
+@pytest.mark.parametrize("after", [0, 2])
+def test_ctrl_c_keeps_what_is_drawn(run, tmp_path, monkeypatch, capsys, after):
+    path, real, calls = tmp_path / "kept.jsonl", samplers.sample, []
+    path.write_text("old\n")
+
+    def draw(*arguments, **options):
+        calls.append(1)
+        if len(calls) > after:
+            raise KeyboardInterrupt
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(samplers, "sample", draw)
+    with pytest.raises(SystemExit) as left:
+        run_door(sample.main, ["--run", str(run), "--num_samples", "9", "--batch", "1", "--steps", "4", "--jsonl", str(path)])
+    assert left.value.code == 130 and "Traceback" not in capsys.readouterr().err
+    lines = path.read_text().splitlines()
+    assert lines == ["old"] if not after else [json.loads(line)["sample"] for line in lines] == list(range(after))
+    assert os.listdir(tmp_path) == ["kept.jsonl"]
+
+
+def test_jsonl_through_a_pipe_and_a_link(call, tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to(tmp_path / "target.jsonl")
+    heard = []
+    reader = threading.Thread(target=lambda: heard.append((tmp_path / "pipe").read_text()))
+    reader.start()
+    for name in ("pipe", "link"):
+        call("--infill", TEXT, "--seed", 3, "--jsonl", tmp_path / name)
+    reader.join(20)
+    assert heard == [(tmp_path / "target.jsonl").read_text()] and json.loads(heard[0])["seed"] == 3
+    assert (tmp_path / "pipe").is_fifo() and (tmp_path / "link").is_symlink()
+
+
+def test_samples_stop_at_their_end(call, tmp_path, monkeypatch):
+    end, mask = make_tokenizer("bytes").eos_id, make_tokenizer("bytes").mask_id
+    asked = []
+
+    def draw(model, tokens, *, stop_at, **options):
+        asked.append(stop_at)
+        out = torch.where(tokens == mask, ord("x"), tokens)
+        out[:, 5] = end
+        return out
+
+    monkeypatch.setattr(samplers, "sample", draw)
+    prompt = json.dumps({"ids": [97, end, 98]})
+    (tmp_path / "prompts.jsonl").write_text(prompt + "\n")
+    for option, ids in ((["--stop_at_end"], [97, end, 98, 120, 120]), ([], [97, end, 98, 120, 120, end, *[120] * 18])):
+        row = json.loads(call("--prompts", tmp_path / "prompts.jsonl", "--jsonl", "-", *option).out)
+        assert row["ids"] == ids and row["text"] == make_tokenizer("bytes").decode(ids)
+    assert asked == [end, None]
+
+
+def test_text_that_is_none(call, tmp_path):
+    (tmp_path / "prompts.jsonl").write_text('{"prompt": "a\\ud800"}\n')
+    for options in (["--prompts", tmp_path / "prompts.jsonl"], ["--prompt", "a\udcff"]):
+        row = json.loads(call(*options, "--jsonl", "-").out)
+        assert row["given"] == "a\ufffd" and row["text"].startswith("a\ufffd")

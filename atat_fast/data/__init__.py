@@ -8,6 +8,7 @@ Example:
 
 from __future__ import annotations
 
+import json
 import os
 import re
 from dataclasses import dataclass
@@ -52,19 +53,32 @@ class Dataset:
         return f"{self.manifest['corpus']}: {counts(self.train)} for training; {counts(self.valid)} held out"
 
 
-def prepare(config: DataConfig, progress: bool = True, tokenizer: Tokenizer | None = None) -> Dataset:
+def prepare(
+    config: DataConfig, progress: bool = True, tokenizer: Tokenizer | None = None, hashes: dict[str, str] | None = None
+) -> Dataset:
     """The corpus as tokens: packed at the first call, opened at later ones.
 
     Args:
         config: What to read and where to keep it.
         progress: Whether a terminal shows a bar while text is tokenised.
         tokenizer: Used instead of config.tokenizer: the one that a run carries, to evaluate that run.
+        hashes: SHA-256 of each split's tokens, as a manifest has them: tokens that were prepared before and have these are taken,
+            whatever has become of the text since. Without such tokens the text is read.
 
     Raises UsageError, one sentence each, for whatever the user can put right. Processes may call this at the same time.
     """
     if config.num_workers < 0:
         raise UsageError(f"data.num_workers is {config.num_workers}; give a positive number, or 0 for one per core")
-    corpus = open_corpus(config)
+    cache = cache_folder(config)
+    found = _with_hashes(cache, hashes, tokenizer) if hashes else None
+    if found is not None:
+        return found
+    try:
+        corpus = open_corpus(config)
+    except UsageError as error:
+        if hashes:
+            raise UsageError(f"{error} (and {cache} does not hold the tokens that were made of it)") from error
+        raise
     base = {"corpus": config.corpus, "source": corpus.identity, "max_documents": config.max_documents}
     named = tokenizer is None or tokenizer.name == config.tokenizer
     if tokenizer is None:
@@ -74,7 +88,6 @@ def prepare(config: DataConfig, progress: bool = True, tokenizer: Tokenizer | No
         candidates.append(base | {"tokenizer": setting_identity(config.tokenizer)})
     if tokenizer is not None:
         candidates.append(base | {"tokenizer": tokenizer.fingerprint})
-    cache = cache_folder(config)
     for settings in candidates:
         dataset = _open(_folder(cache, settings), tokenizer)
         if dataset is not None:
@@ -95,6 +108,20 @@ def prepare(config: DataConfig, progress: bool = True, tokenizer: Tokenizer | No
 def cache_folder(config: DataConfig) -> Path:
     """Where prepared corpora lie: config.cache_dir, else $ATAT_FAST_CACHE, else ~/.cache/atat_fast."""
     return Path(config.cache_dir or os.environ.get("ATAT_FAST_CACHE") or "~/.cache/atat_fast").expanduser()
+
+
+def _with_hashes(cache: Path, hashes: dict[str, str], tokenizer: Tokenizer | None) -> Dataset | None:
+    """The prepared folder whose splits have these SHA-256, made with this tokenizer; None where there is none."""
+    for file in sorted(cache.glob(f"*/{packing.MANIFEST_FILE}")):
+        try:
+            splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
+            same = all(splits[name]["sha256"] == value for name, value in hashes.items())
+        except (OSError, ValueError, KeyError, TypeError):  # what is damaged is not what is looked for
+            continue
+        dataset = _open(file.parent, tokenizer) if same else None
+        if dataset is not None:
+            return dataset
+    return None
 
 
 def _folder(cache: Path, settings: dict[str, Any]) -> Path:

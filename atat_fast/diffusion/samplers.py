@@ -29,12 +29,14 @@ from atat_fast.diffusion.reveal import (
     ancestral_times,
     first_hitting_times,
 )
-from atat_fast.errors import UsageError, nearest
+from atat_fast.errors import UsageError, check_seed, nearest
 from atat_fast.ops.attention import Documents
 
 BY_CERTAINTY = ("confidence", "entropy", "margin")
 SAMPLERS = ("ddpm_cache", "ancestral", "first_hitting", *BY_CERTAINTY, "importance", *REMASKING)
 """Every sampler's name."""
+
+MOST_STEPS = 1_000_000
 
 OnStep = Callable[[int, Tensor], None]
 
@@ -103,7 +105,7 @@ def sample(
     the vocabulary, text longer than the model takes, and a model whose logits are no numbers.
     """
     cut = Cut(temperature, top_k, top_p)
-    _check(model, tokens, steps, sampler, cut, block, importance, eta, lengths, stop_at)
+    _check(model, tokens, steps, sampler, cut, block, importance, eta, lengths, stop_at, seed)
     batch, length = tokens.shape
     ids = torch.arange(batch) if sample_ids is None else sample_ids.cpu()
     names = ids[:, None] * POSITIONS + torch.arange(length)
@@ -167,6 +169,14 @@ def cut_at_end(ids: Sequence[int], prompt_length: int, eos_id: int) -> list[int]
     """
     ids = list(ids)
     return ids[: ids.index(eos_id, prompt_length)] if eos_id in ids[prompt_length:] else ids
+
+
+def check_steps(name: str, steps: int) -> None:
+    """Raise UsageError for a number of denoising steps that means nothing. name: of the setting."""
+    if steps < 1:
+        raise UsageError(f"{name} must be at least 1, got {steps}")
+    if steps > MOST_STEPS:
+        raise UsageError(f"{name} is {steps:,}, and a text needs no more than it has tokens; give at most {MOST_STEPS:,}")
 
 
 def _fill(
@@ -246,12 +256,12 @@ def _longest(model: Any) -> int | None:
 
 def _check(
     model: Any, tokens: Tensor, steps: int, sampler: str, cut: Cut, block: int, importance: ImportanceScores | None,
-    eta: float | None, lengths: Tensor | None, stop_at: int | None,
+    eta: float | None, lengths: Tensor | None, stop_at: int | None, seed: int,
 ) -> None:  # fmt: skip
     if sampler not in SAMPLERS:
         raise UsageError(f"there is no sampler {sampler!r}{nearest(sampler, SAMPLERS)}; choose one of {', '.join(SAMPLERS)}")
-    if steps < 1:
-        raise UsageError(f"steps must be at least 1, got {steps}")
+    check_steps("steps", steps)
+    check_seed("seed", seed)
     cut.check()
     if sampler == "ddpm_cache" and getattr(model, "time_conditioning", False):
         raise UsageError("ddpm_cache reuses a prediction across times, but this model is told the time; use sampler ancestral")

@@ -16,7 +16,7 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
-from atat_fast.errors import UsageError
+from atat_fast.files import disk_errors, write_text
 
 Scores = Callable[[Tensor, Tensor], Tensor]
 HIDDEN = "\u2592"  # a medium shade: what is not known yet
@@ -96,7 +96,5 @@ def page(recorder: Recorder, piece: Callable[[int], str], facts: dict[str, Any])
 
 def write_page(path: Path, content: str) -> None:
     """Write it. Raises UsageError where the disk refuses."""
-    try:
-        path.write_text(content, encoding="utf-8")
-    except OSError as error:
-        raise UsageError(f"cannot write {path}: {error.strerror}") from error
+    with disk_errors(path):
+        write_text(path, content)

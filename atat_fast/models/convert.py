@@ -8,17 +8,17 @@ import, and nothing imports it.
 from __future__ import annotations
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
-from atat_fast.cli import make_parser, run_door
+from atat_fast.cli import make_parser, path_text, run_door
 from atat_fast.errors import UsageError
+from atat_fast.files import disk_errors, replacing, replacing_folder
 from atat_fast.models.dit import DiT
-from atat_fast.models.mdlm import OVERRIDES, load_mdlm, to_mdlm_state_dict
+from atat_fast.models.mdlm import OVERRIDES, to_mdlm_state_dict
 from atat_fast.models.mdlm_files import STATED
+from atat_fast.training.origin import open_origin
 
 SAVED = {"config.json", "model.safetensors", "README.md"}
 """What save_pretrained writes, and so what --overwrite may replace."""
@@ -27,8 +27,10 @@ SAVED = {"config.json", "model.safetensors", "README.md"}
 def main(arguments: Sequence[str]) -> int:
     """The door. Writes the converted model and says what it is; status 0, or 2 on bad input."""
     parser = make_parser(prog="python -m atat_fast.models.convert", description="MDLM checkpoints in and out.")
-    parser.add_argument("source", type=str, help="An MDLM checkpoint (file, folder, hub id), a folder of ours, or a run folder.")
-    parser.add_argument("destination", type=str, help="A folder to make; with --to mdlm, a .safetensors file.")
+    parser.add_argument(
+        "source", type=path_text, help="An MDLM checkpoint (file, folder, hub id), a folder of ours, or a run folder."
+    )
+    parser.add_argument("destination", type=path_text, help="A folder to make; with --to mdlm, a .safetensors file.")
     parser.add_argument("--to", type=Literal["atat_fast", "mdlm"], default="atat_fast", help="Whose names and layout to write.")
     parser.add_argument(
         "--heads", type=int | None, default=None, help="Attention heads; by default what the file says, or dim / 64."
@@ -45,13 +47,14 @@ def main(arguments: Sequence[str]) -> int:
     destination = Path(args.destination)
     check_destination(destination, to_mdlm=args.to == "mdlm", overwrite=args.overwrite)
     overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    what, model = load(args.source, overrides, ema=not args.no_ema)
+    origin = open_origin(args.source, overrides, ema=not args.no_ema)
+    model = origin.model
     if args.to == "mdlm":
         write_mdlm(model, destination)
     else:
         write_folder(model, destination)
     config, total = model.config, model.parameter_counts()["total"]
-    print(f"read   {args.source}: {what}")
+    print(f"read   {args.source}: {origin.what}")
     print(f"model  {config.layers} layers of {config.dim}, {config.heads} heads, length {config.length:,}, {total:,} parameters")
     time = "on" if config.time_conditioning else "off"
     print(f"       vocabulary {model.vocab_size:,} with mask {model.mask_id:,}, time conditioning {time}")
@@ -59,67 +62,20 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def load(source: str, overrides: dict[str, Any], *, ema: bool) -> tuple[str, DiT]:
-    """What `source` is, in words, and its model. Raises UsageError."""
-    from atat_fast.training import checkpoint
-
-    path = Path(source)
-    weights = "averaged" if ema else "last step's"
-    if (path / checkpoint.MANIFEST).is_file() or (path / checkpoint.FOLDER).is_dir():
-        _no_overrides(source, "a run", overrides)
-        saved = checkpoint.find(path, "best")
-        return f"step {saved.step:,} of a run, {weights} weights", checkpoint.load_model(saved, average=ema)[0]
-    if _is_ours(path):
-        _no_overrides(source, "a model of atat_fast", overrides)
-        if not ema:
-            raise UsageError(f"{source} holds one set of weights, so --no_ema has nothing to choose; leave it out")
-        try:
-            return "a model of atat_fast", DiT.from_pretrained(path, strict=True)
-        except Exception as error:
-            raise UsageError(f"{source} cannot be read: {(str(error).splitlines() or [type(error).__name__])[0]}") from error
-    return f"an MDLM checkpoint, {'its average where it has one' if ema else weights + ' weights'}", load_mdlm(
-        source, ema=ema, **overrides
-    )
-
-
 def write_folder(model: DiT, destination: Path) -> None:
     """`save_pretrained` into another name beside `destination`, then put in its place."""
-    aside = _beside(destination, "new")
-    from atat_fast.training.checkpoint import disk_errors
-
-    with disk_errors(destination.parent):
-        shutil.rmtree(aside, ignore_errors=True)
-        try:
-            model.save_pretrained(aside)
-            old = _beside(destination, "old")
-            if destination.exists():
-                destination.rename(old)
-            try:
-                aside.rename(destination)
-            except OSError:
-                if old.exists():
-                    old.rename(destination)
-                raise
-            shutil.rmtree(old, ignore_errors=True)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+    with disk_errors(destination.parent), replacing_folder(destination) as aside:
+        model.save_pretrained(aside)
 
 
 def write_mdlm(model: DiT, destination: Path) -> None:
-    """One safetensors file under MDLM's names, whose metadata states what weights cannot, written aside and renamed."""
-    from safetensors.torch import save_file
-
-    from atat_fast.training.checkpoint import disk_errors
+    """One safetensors file under MDLM's names, whose metadata states what weights cannot."""
+    from safetensors.torch import save
 
     known = {**vars(model.config), "mask_id": model.mask_id}
     metadata = {"format": "pt"} | {published: json.dumps(known[ours]) for ours, (published, _) in STATED.items()}
-    aside = _beside(destination, "new")
-    with disk_errors(destination.parent):
-        try:
-            save_file(to_mdlm_state_dict(model), aside, metadata=metadata)
-            aside.replace(destination)
-        finally:
-            aside.unlink(missing_ok=True)
+    with disk_errors(destination.parent), replacing(destination, binary=True) as stream:
+        stream.write(save(to_mdlm_state_dict(model), metadata=metadata))
 
 
 def check_destination(destination: Path, *, to_mdlm: bool, overwrite: bool) -> None:
@@ -141,24 +97,6 @@ def check_destination(destination: Path, *, to_mdlm: bool, overwrite: bool) -> N
                 f"{destination} holds more than a saved model ({', '.join(foreign[:3]) or 'it is a link'}), so --overwrite does "
                 "not replace it; give another name"
             )
-
-
-def _beside(destination: Path, word: str) -> Path:
-    return destination.absolute().parent / f".{destination.name}.{os.getpid()}.{word}"
-
-
-def _is_ours(path: Path) -> bool:
-    try:
-        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return False
-    return isinstance(settings, dict) and {"vocab_size", "mask_id"} <= settings.keys()
-
-
-def _no_overrides(source: str, what: str, overrides: dict[str, Any]) -> None:
-    if overrides:
-        options = ", ".join(f"--{name}" for name in overrides)
-        raise UsageError(f"{source} is {what} and says itself what it is; leave {options} out, which MDLM checkpoints need")
 
 
 if __name__ == "__main__":

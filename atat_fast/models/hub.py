@@ -16,8 +16,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
-import shutil
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -37,6 +35,7 @@ from atat_fast.data.local import without_folders
 from atat_fast.data.tokenizers import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer, make_tokenizer
 from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.errors import UsageError
+from atat_fast.files import disk_errors, replacing_folder
 from atat_fast.models.card import model_card
 from atat_fast.models.dit import DiT, merge_modulation
 from atat_fast.models.importance import ImportanceEstimator
@@ -72,7 +71,7 @@ def save_pretrained(
     check_vocabulary(saved.model, saved.tokenizer, str(folder))
     model, estimator = saved.model, saved.estimator
     settings = {"vocab_size": model.vocab_size, "mask_id": model.mask_id, **dataclasses.asdict(model.config)}
-    with _replacing(folder) as aside:
+    with disk_errors(folder), replacing_folder(folder) as aside:
         save_file(_tensors(model), aside / WEIGHTS, metadata={"format": "pt"})
         _write(aside / CONFIG, settings)
         saved.tokenizer.save(aside, longest=model.config.length)
@@ -280,30 +279,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-@contextmanager
-def _replacing(folder: Path) -> Iterator[Path]:
-    """A folder beside `folder` to fill; it takes its place at the end, or disappears where something fails."""
-    aside, old = (folder.absolute().parent / f".{folder.name}.{os.getpid()}.{word}" for word in ("new", "old"))
-    try:
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        yield aside
-        if folder.exists():
-            folder.rename(old)
-        try:
-            aside.rename(folder)
-        except OSError:
-            if old.exists():
-                old.rename(folder)
-            raise
-        shutil.rmtree(old, ignore_errors=True)
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
-        raise UsageError(f"cannot write to {folder}: {reason}") from error
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _first_line(error: Exception) -> str:

@@ -11,18 +11,17 @@ A run on several ranks writes shards/*.safetensors in the place of these files (
 reads, and so do evaluation and sampling.
 
 A checkpoint is written under another name, flushed to disk and renamed; the links are replaced in one step, so `last` and
-`best` always lead to something whole. Nothing is ever unpickled. The manifest holds the step, the settings, and the size and
-SHA-256 of every file, which are checked before a byte is used.
+`best` always lead to something whole. Where there are no links, files that hold a checkpoint's name stand for them. Nothing is
+ever unpickled. The manifest holds the step, the settings, and the size and SHA-256 of every file, which are checked before a byte
+is used.
 """
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +34,8 @@ from torch import Tensor, nn
 from atat_fast.config import Config, from_dict, to_dict
 from atat_fast.data.tokenizers import Tokenizer
 from atat_fast.diffusion.identity import IdentitySchedule
-from atat_fast.errors import UsageError
+from atat_fast.errors import UsageError, first_line
+from atat_fast.files import ASIDE, disk_errors, remove, remove_leftovers
 from atat_fast.models.dit import DiT, merge_modulation
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.training import shards
@@ -48,6 +48,7 @@ MANIFEST = "manifest.json"
 WEIGHTS, EMA, OPTIMIZER = "weights.safetensors", "ema.safetensors", "optimizer.safetensors"
 IMPORTANCE, IMPORTANCE_EMA = "importance.safetensors", "importance_ema.safetensors"
 SCHEDULE = "schedule.safetensors"
+LINKS = ("last", "best")
 
 
 @dataclass(frozen=True)
@@ -81,7 +82,7 @@ class Checkpoint:
         try:
             tensors = load_file(self.path / name)
         except (OSError, SafetensorError) as error:
-            raise UsageError(f"{self.path / name} cannot be read: {_first_line(error)}") from error
+            raise UsageError(f"{self.path / name} cannot be read: {first_line(error)}") from error
         merge_modulation(tensors)
         return tensors
 
@@ -124,9 +125,9 @@ def save(
     Raises UsageError where the disk refuses; what was there before is untouched.
     """
     root = folder / FOLDER
-    final, aside = root / f"step-{step:08d}", root / f".step-{step:08d}.{os.getpid()}"
+    final, aside = root / f"step-{step:08d}", root / f".step-{step:08d}{ASIDE}"
     with disk_errors(root):
-        shutil.rmtree(aside, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)  # of an attempt that failed
         aside.mkdir(parents=True)
         try:
             for name, named in tensors.items():
@@ -147,7 +148,7 @@ def complete(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
     for f in aside.rglob("*"):
         _flush(f)
     _flush(aside)
-    old = final.with_name(f".old-{final.name}")
+    old = final.with_name(f".{final.name}.old{ASIDE}")
     if final.exists():  # the same step again, after a resume: the same content
         final.rename(old)
     aside.rename(final)
@@ -156,19 +157,63 @@ def complete(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
 
 def point(folder: Path, link: str, target: Path, keep: int = 1) -> None:
     """Make checkpoints/<link> lead to `target` in one step, and drop checkpoints that no link leads to and that are not among the
-    `keep` newest.
+    `keep` newest. On a file system without links, a file that holds the target's name takes the link's place.
     """
     root = folder / FOLDER
     with disk_errors(root):
-        aside = root / f".{link}.{os.getpid()}"
-        aside.unlink(missing_ok=True)
-        aside.symlink_to(target.name)
+        aside = root / f".{link}{ASIDE}"
+        remove(aside)
+        try:
+            aside.symlink_to(target.name)
+        except OSError:
+            aside.write_text(target.name + "\n", encoding="utf-8")
         aside.replace(root / link)
         _flush(root)
-        kept = {path.resolve() for path in root.iterdir() if path.is_symlink()}
+        kept = {led_to(root, name) for name in LINKS}
         for path in steps(root)[keep:]:
             if path.resolve() not in kept:
-                shutil.rmtree(path, ignore_errors=True)
+                remove(path)
+
+
+def tidy(folder: Path) -> None:
+    """Put a run folder in order: for its only writer, before it goes on from a checkpoint.
+
+    What killed processes left unfinished goes. Where a copy that followed links made folders of `last` and `best`, they become
+    links again, `last` to the newest step.
+    """
+    root = folder / FOLDER
+    with disk_errors(root):
+        for place in (folder, root):
+            remove_leftovers(place)
+        whole = set(steps(root))
+        older = [path for pattern in (".step-*", ".old-step-*", ".last.*", ".best.*") for path in root.glob(pattern)]
+        for path in [*older, *(path for path in root.glob("step-*") if path not in whole)]:
+            remove(path)
+        for name in LINKS:
+            path = root / name
+            if not path.is_dir() or path.is_symlink():
+                continue
+            try:
+                target = root / f"step-{open_checkpoint(path).step:08d}"
+            except UsageError:
+                if not whole:
+                    raise
+                target = max(whole)
+            if target in whole:
+                remove(path)
+            else:
+                path.rename(target)
+                whole.add(target)
+            point(folder, name, steps(root)[0] if name == "last" else target, keep=len(whole))
+
+
+def led_to(root: Path, link: str) -> Path | None:
+    """The complete checkpoint that checkpoints/<link> leads to; None where there is none."""
+    path = root / link
+    if path.is_file():
+        path = root / Path(path.read_text(encoding="utf-8", errors="replace").strip()).name
+    path = path.resolve()
+    return path if (path / MANIFEST).is_file() else None
 
 
 def steps(root: Path) -> list[Path]:
@@ -181,13 +226,16 @@ def find(run: Path, which: str = "last") -> Checkpoint:
 
     Raises UsageError where there is none, and for a damaged one, with the one before it.
     """
+    if run.name in LINKS and run.is_file():
+        run = led_to(run.parent, run.name) or run
     if (run / MANIFEST).is_file():
         return open_checkpoint(run)
     if not run.is_dir():
         raise UsageError(f"there is no run folder {run}; give the folder a training run wrote, such as runs/demo")
     for name in dict.fromkeys((which, "last")):
-        if (run / FOLDER / name / MANIFEST).is_file():
-            return _open_or_offer((run / FOLDER / name).resolve())
+        path = led_to(run / FOLDER, name)
+        if path is not None:
+            return _open_or_offer(path)
     for path in steps(run / FOLDER):
         return _open_or_offer(path)
     raise UsageError(f"{run} holds no checkpoint: it has no {FOLDER}/{which}/{MANIFEST}")
@@ -250,10 +298,12 @@ def load_model(checkpoint: Checkpoint, *, average: bool = True) -> tuple[DiT, To
 
 def load_importance(checkpoint: Checkpoint, *, average: bool = True) -> ImportanceEstimator | None:
     """The importance estimator of a checkpoint, on the CPU, or None where the run had none."""
+    if checkpoint.config.importance.source == "none":
+        return None
     counts = torch.zeros(checkpoint.manifest["vocabulary"])  # the table itself is in the file
     estimator = ImportanceEstimator.of(checkpoint.config, counts)
-    if estimator is not None:
-        load_weights(estimator, checkpoint, IMPORTANCE_EMA if average else IMPORTANCE)
+    assert estimator is not None
+    load_weights(estimator, checkpoint, IMPORTANCE_EMA if average else IMPORTANCE)
     return estimator
 
 
@@ -281,7 +331,7 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, name: str) -> None:
 def check_fit(checkpoint: Checkpoint, name: str, targets: dict[str, Tensor]) -> None:
     """Raise UsageError where a file's tensors have not the names and shapes of these."""
     layout = checkpoint.layout(name)
-    for key in targets.keys() | layout.keys():
+    for key in [*layout, *(key for key in targets if key not in layout)]:  # the first in the file's order is named
         have = tuple(layout[key].shape) if key in layout else "missing"
         need = tuple(targets[key].shape) if key in targets else "not part of this model"
         if have != need:
@@ -291,20 +341,6 @@ def check_fit(checkpoint: Checkpoint, name: str, targets: dict[str, Tensor]) -> 
 def shard_key(name: str, key: str) -> str:
     """The name in shards of a file's tensor."""
     return f"{name.removesuffix('.safetensors')}/{key}"
-
-
-@contextlib.contextmanager
-def disk_errors(folder: Path) -> Iterator[None]:
-    """Turn a disk's refusal into a UsageError that says where and why."""
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else _first_line(error)
-        raise UsageError(f"cannot write to {folder}: {reason}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def fingerprint(file: Path) -> dict[str, Any]:
@@ -317,5 +353,8 @@ def _flush(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError:
+        if not path.is_dir():  # some file systems flush no folders
+            raise
     finally:
         os.close(handle)

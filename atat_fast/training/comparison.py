@@ -25,6 +25,7 @@ import yaml
 
 from atat_fast.config import Config, to_dict
 from atat_fast.errors import UsageError
+from atat_fast.files import disk_errors, write_text
 from atat_fast.training import checkpoint, run_folder
 from atat_fast.training.plan import batches, check
 from atat_fast.training.recipes import label, with_recipe
@@ -169,13 +170,13 @@ def _steps(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     path = plan.folder / IDENTITY
     kept = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else {}
     missing = [name for name in plan.recipes if name not in kept]
-    with checkpoint.disk_errors(plan.folder):
+    with disk_errors(plan.folder):
         (plan.folder / "recipes").mkdir(parents=True, exist_ok=True)
-        run_folder.write_aside(path, json.dumps(_identity(plan) | {"steps": kept}, indent=1) + "\n")
+        write_text(path, json.dumps(_identity(plan) | {"steps": kept}, indent=1) + "\n")
         for name, found in _calibrate(plan, missing, say).items():
-            run_folder.write_aside(_recipe_file(plan, name), yaml.safe_dump(to_dict(plan.recipes[name]), sort_keys=False))
+            write_text(_recipe_file(plan, name), yaml.safe_dump(to_dict(plan.recipes[name]), sort_keys=False))
             kept[name] = found
-        run_folder.write_aside(path, json.dumps(_identity(plan) | {"steps": kept}, indent=1) + "\n")
+        write_text(path, json.dumps(_identity(plan) | {"steps": kept}, indent=1) + "\n")
     return kept
 
 
@@ -252,13 +253,13 @@ def _run(plan: Plan, config: Config) -> dict[str, Any]:
         last = trainer.train()
         assert trainer.estimate is not None
         result |= {name: last[name] for name in ("nll", "nll_se", "bits_per_byte", "unigram_entropy", "sequences")}
-        with checkpoint.disk_errors(folder):
+        with disk_errors(folder):
             np.save(folder / VALUES, trainer.estimate.values.numpy(), allow_pickle=False)
     except Diverged as error:
         result["diverged"] = str(error)
     result |= _curve(folder)
-    with checkpoint.disk_errors(folder):
-        run_folder.write_aside(folder / RESULT, json.dumps(result, indent=1) + "\n")
+    with disk_errors(folder):
+        write_text(folder / RESULT, json.dumps(result, indent=1) + "\n")
     return read_result(folder)
 
 

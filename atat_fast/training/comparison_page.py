@@ -16,8 +16,7 @@ from torch import Tensor
 from atat_fast.diffusion.objective import evaluation_strata
 from atat_fast.evaluation.mask_variance import WAYS, MaskError
 from atat_fast.evaluation.paired import mean_over_seeds, share_to_match
-from atat_fast.training import run_folder
-from atat_fast.training.checkpoint import disk_errors
+from atat_fast.files import disk_errors, write_text
 from atat_fast.training.comparison import Plan
 from atat_fast.training.figures import LIGHT, STYLE, compact, duration, measured
 
@@ -198,7 +197,7 @@ def write(plan: Plan, results: Results, found: dict[str, Any], text: str) -> lis
     """compare.json, table.txt and curves.png in the comparison's folder."""
     paths = [plan.folder / name for name in ("table.txt", "compare.json", "curves.png")]
     with disk_errors(plan.folder):
-        run_folder.write_aside(paths[0], text + "\n")
-        run_folder.write_aside(paths[1], json.dumps(found, indent=1) + "\n")
+        write_text(paths[0], text + "\n")
+        write_text(paths[1], json.dumps(found, indent=1) + "\n")
         paths[2].write_bytes(curves_png(plan, results))
     return paths

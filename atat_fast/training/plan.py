@@ -8,10 +8,12 @@ import torch
 
 from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import bias, check_importance
+from atat_fast.diffusion.categorical import Cut
 from atat_fast.diffusion.counts import check_counts, expected_share
 from atat_fast.diffusion.curriculum import Curriculum, check_curriculum
 from atat_fast.diffusion.identity import check_identity
-from atat_fast.errors import UsageError
+from atat_fast.diffusion.samplers import check_steps
+from atat_fast.errors import UsageError, check_seed
 from atat_fast.models.dit import DiT, check_model, step_cost
 from atat_fast.models.importance import ImportanceEstimator, importance_cost
 from atat_fast.ops.slabs import default_budget
@@ -60,10 +62,14 @@ def check(config: Config, ranks: int = 1) -> Batches:
     for name in ("max_steps", "log_every"):
         if getattr(config.train, name) < 1:
             raise UsageError(f"train.{name} must be at least 1, got {getattr(config.train, name)}")
+    for seed in ("train", "eval"):
+        check_seed(f"{seed}.seed", getattr(config, seed).seed)
     if config.eval.every < 1 or config.eval.draws < 1 or config.eval.batch < 1 or config.eval.sequences < 0:
         raise UsageError("eval.every, eval.draws and eval.batch must be at least 1, and eval.sequences at least 0")
     if config.train.checkpoint_every < 0 or config.train.keep < 1 or config.sample.num_samples < 0:
         raise UsageError("train.checkpoint_every and sample.num_samples must be at least 0, and train.keep at least 1")
+    check_steps("sample.steps", config.sample.steps)
+    Cut(config.sample.temperature).check()
     if not 0 < config.diffusion.sigma_min < config.diffusion.sigma_max:
         raise UsageError(
             f"diffusion.sigma_min {config.diffusion.sigma_min} must be above 0 and below sigma_max {config.diffusion.sigma_max}"

@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from atat_fast.errors import UsageError
+from atat_fast.errors import UsageError, first_line
 
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """What torchrun tells each of several processes besides WORLD_SIZE."""
@@ -106,7 +106,7 @@ class Ranks:
         try:
             store, _, _ = next(rendezvous("env://", timeout=datetime.timedelta(seconds=min(timeout, 300))))
         except (OSError, ValueError, RuntimeError) as error:
-            raise UsageError(f"rank {at.rank} does not reach the meeting point {place}: {_first_line(error)}") from error
+            raise UsageError(f"rank {at.rank} does not reach the meeting point {place}: {first_line(error)}") from error
         few = device == "cuda" and torch.cuda.device_count() < at.local_size
         card = None
         if device == "cuda" and not few:
@@ -120,7 +120,7 @@ class Ranks:
                 device_id=card,
             )  # fmt: skip
         except RuntimeError as error:
-            raise UsageError(f"rank {at.rank} does not find the others at {place}: {_first_line(error)}") from error
+            raise UsageError(f"rank {at.rank} does not find the others at {place}: {first_line(error)}") from error
         ranks.control, ranks.disk = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))
         with ranks.agree():
             if few:
@@ -232,7 +232,3 @@ def leave_to_rank_0(status: int, seconds: float = 20.0) -> NoReturn:
         signal.signal(number, end)
     time.sleep(seconds)
     os._exit(status)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

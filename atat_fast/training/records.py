@@ -12,9 +12,10 @@ from atat_fast.diffusion.counts import expected_share
 from atat_fast.diffusion.samplers import sample
 from atat_fast.evaluation.importance import reliability, text_importance
 from atat_fast.evaluation.likelihood import evaluating
+from atat_fast.files import disk_errors, write_text
 from atat_fast.models.dit import step_cost
 from atat_fast.models.importance import importance_cost
-from atat_fast.training import checkpoint, run_folder
+from atat_fast.training import run_folder
 from atat_fast.training.compute import peak_flops
 from atat_fast.training.hardware import by_card, stragglers
 from atat_fast.training.objective import baseline
@@ -92,9 +93,9 @@ def importance_record(t: Trainer) -> dict[str, Any]:
     found = reliability(t.objective, t.data.valid, t.config.eval, progress=progress)
     passages = text_importance(t.objective, t.data.valid, t.tokenizer)
     if t.ranks.first:
-        with checkpoint.disk_errors(t.folder):
+        with disk_errors(t.folder):
             page = json.dumps({"step": t.step, "passages": passages}, indent=1)
-            run_folder.write_aside(t.folder / run_folder.IMPORTANCE, page + "\n")
+            write_text(t.folder / run_folder.IMPORTANCE, page + "\n")
     return {"reliability": found}
 
 

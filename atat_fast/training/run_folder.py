@@ -12,17 +12,21 @@ from filelock import FileLock, Timeout
 
 from atat_fast.config import Config, from_dict, to_dict
 from atat_fast.errors import UsageError
-from atat_fast.training.checkpoint import FOLDER, disk_errors
+from atat_fast.files import disk_errors, write_text
+from atat_fast.training.checkpoint import FOLDER
 
 LOCK = ".lock"
 SETTINGS, FACTS, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 IMPORTANCE = "importance.json"
 
 MAY_DIFFER = (
-    "run.", "sample.", "parallel.", "train.log_every", "train.checkpoint_every", "train.keep", "train.micro_batch",
-    "train.compile", "train.cuda_graphs", "preset",
+    "run.", "sample.", "parallel.", "data.", "eval.batch", "eval.every", "train.log_every", "train.checkpoint_every",
+    "train.keep", "train.micro_batch", "train.device", "train.compile", "train.cuda_graphs", "preset",
 )  # fmt: skip
-"""Settings a resumed run may change: they do not change what is learned (micro-batches and ranks only how sums are rounded)."""
+"""Settings a resumed run may change: they do not change what is learned, micro-batches and ranks only how sums are rounded.
+
+Its tokens and its tokenizer must be the same, wherever they are; the trainer compares those.
+"""
 
 OF_A_HOST = ("data.cache_dir", "data.num_workers", "run.root")
 """Settings that may be different on hosts that share a run."""
@@ -39,7 +43,7 @@ def choose_folder(config: Config, *, resume: bool) -> Path:
     A named folder that holds a run is refused unless it is resumed. Without a name the preset's is taken: the next free one of
     demo, demo-2, ... for a new run, the last taken one to resume.
     """
-    root = Path(config.run.root)
+    root = Path(config.run.root).expanduser()
     if config.run.name is not None:
         folder = root / config.run.name
         if Path(config.run.name).name != config.run.name or config.run.name in ("", ".", ".."):
@@ -64,7 +68,7 @@ def last_folder(config: Config) -> Path:
     try:
         return choose_folder(config, resume=True)
     except UsageError:
-        return Path(config.run.root) / (config.run.name or config.preset)
+        return Path(config.run.root).expanduser() / (config.run.name or config.preset)
 
 
 def lock(folder: Path) -> FileLock:
@@ -103,10 +107,14 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_same_settings(config: Config, folder: Path) -> None:
-    """Raise UsageError where a resumed run would learn something else than it began."""
+    """Raise UsageError where a resumed run would learn something else than it began. It may go on for longer, not shorter."""
     before, now = flat(to_dict(from_dict(read_settings(folder)))), flat(to_dict(config))
-    fixed = "train.log_every" if config.curriculum.kind == "adaptive" and config.curriculum.watch == "train" else None
+    fixed = None
+    if config.curriculum.kind == "adaptive":
+        fixed = "train.log_every" if config.curriculum.watch == "train" else "eval.every"
     for name, value in now.items():
+        if name == "train.max_steps" and value > before[name]:
+            continue
         if before.get(name) != value and (name == fixed or not name.startswith(MAY_DIFFER)):
             raise UsageError(
                 f"{folder} was started with {name} {before.get(name)}, but this is {value}; "
@@ -127,15 +135,8 @@ def open_folder(folder: Path, config: Config, facts: dict[str, Any]) -> None:
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         named = dataclasses.replace(config, run=dataclasses.replace(config.run, name=folder.name))
-        write_aside(folder / SETTINGS, yaml.safe_dump(to_dict(named), sort_keys=False))
-        write_aside(folder / FACTS, json.dumps(facts, indent=1) + "\n")
-
-
-def write_aside(path: Path, text: str) -> None:
-    """Write under another name, then rename: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    aside.replace(path)
+        write_text(folder / SETTINGS, yaml.safe_dump(to_dict(named), sort_keys=False))
+        write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
 
 
 class Metrics:
@@ -146,7 +147,7 @@ class Metrics:
         path = folder / METRICS
         with disk_errors(folder):
             if after is not None and path.exists():
-                write_aside(
+                write_text(
                     path, "".join(line for line in path.read_text(encoding="utf-8").splitlines(True) if _until(line, after))
                 )
             self._file = path.open("a", encoding="utf-8")

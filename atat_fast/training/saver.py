@@ -19,6 +19,7 @@ from torch import Tensor
 from atat_fast.config import Config, to_dict
 from atat_fast.data.tokenizers import Tokenizer
 from atat_fast.errors import UsageError
+from atat_fast.files import ASIDE, disk_errors
 from atat_fast.training import checkpoint, shards
 from atat_fast.training.ranks import Ranks
 
@@ -61,12 +62,11 @@ class Saver:
         """
         self.wait()
         begin = time.perf_counter()
-        aside = self.root / f".step-{step:08d}"
+        aside = self.root / f".step-{step:08d}{ASIDE}"
         with self.ranks.agree():
             if self.ranks.first:
-                with checkpoint.disk_errors(self.root):
-                    for stale in self.root.glob(".*step-*"):  # of a process that was killed
-                        shutil.rmtree(stale, ignore_errors=True)
+                with disk_errors(self.root):
+                    shutil.rmtree(aside, ignore_errors=True)  # of an attempt that failed
                     aside.mkdir(parents=True)
                     tokenizer.save(aside / "tokenizer")
         flat = {checkpoint.shard_key(name, key): value for name, named in files.items() for key, value in named.items()}
@@ -106,7 +106,7 @@ class Saver:
         if self.ranks.first:
             try:
                 if problem is None:
-                    final = self.root / aside.name.removeprefix(".")
+                    final = self.root / aside.name.removeprefix(".").removesuffix(ASIDE)
                     files = {name: entry for _, part in told for name, entry in part.items()}
                     for f in sorted((aside / "tokenizer").rglob("*")):
                         if f.is_file():

@@ -19,7 +19,7 @@ from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.checkpoint.state_dict_saver import async_save
 
-from atat_fast.errors import UsageError
+from atat_fast.errors import UsageError, first_line
 
 SCALAR = "/scalar"
 """After the name of a number."""
@@ -44,7 +44,7 @@ def layout(folder: Path) -> dict[str, Tensor]:
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:
-        raise UsageError(f"{folder} cannot be read: {_first_line(error)}") from error
+        raise UsageError(f"{folder} cannot be read: {first_line(error)}") from error
     kinds = {
         name: torch.empty(() if name.endswith(SCALAR) else entry.size, dtype=entry.properties.dtype, device="meta")
         for name, entry in found.items()
@@ -73,17 +73,13 @@ def reason(error: BaseException) -> str:
         return f"{reason(inner)} (rank {rank})"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
-    return _first_line(error)
+    return first_line(error)
 
 
 def _sliceable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     """Tensors without their history; scalars, of which there are no slices, as vectors of one under a name that says so."""
     plain = {name: t.detach() for name, t in tensors.items()}
     return {name if t.dim() else name + SCALAR: t if t.dim() else t.view(1) for name, t in plain.items()}
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class _quiet(warnings.catch_warnings):

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from atat_fast.files import disk_errors
 from atat_fast.models.dit import DiT
 from atat_fast.training import checkpoint
 from atat_fast.training.objective import PREFIX
@@ -110,7 +111,7 @@ class State:
         if self.saver is None or not t.ranks.first:
             return
         model, _ = checkpoint.load_model(checkpoint.find(t.folder, "best"))
-        with checkpoint.disk_errors(t.folder):
+        with disk_errors(t.folder):
             model.save_pretrained(t.folder / MODEL)
 
     @property

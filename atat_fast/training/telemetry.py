@@ -75,13 +75,12 @@ class Telemetry:
         speed = f"{compact(row['tokens_per_second'])} tok/s"
         self._text["speed"] = speed + (f"  mfu {row['mfu']:.1%}" if "mfu" in row else "") + _cards(row)
         self._write("train", row)
-        self._line(row["step"], now=False)
+        self.line(row["step"], now=False)
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """A row of the held-out bound."""
+        """A row of the held-out bound; `line` shows it."""
         self._text["nll"] = f"val/nll {row['nll']:.3f} ± {row['nll_se']:.3f}"
         self._write("eval", row)
-        self._line(row["step"], now=True)
 
     def samples(self, row: dict[str, Any]) -> None:
         """A row of generated texts."""
@@ -90,6 +89,15 @@ class Telemetry:
     def checkpoint(self, row: dict[str, Any]) -> None:
         """A row of a checkpoint that was written: its step, bytes, seconds, and the seconds that training waited for it."""
         self._write("checkpoint", row)
+
+    def line(self, step: int, *, now: bool = True) -> None:
+        """Show the latest figures: beside the bar, or in a line where there is none, now or where the last one is long ago."""
+        text = "  ".join(part for part in self._text.values() if part)
+        if self._bar is not None:
+            self._bar.update(self._task, text=text)
+        elif now or time.monotonic() - self._last_line > QUIET_SECONDS:
+            self._last_line = time.monotonic()
+            self.say(f"step {step:,} of {self.max_steps:,}  {text}")
 
     def advance(self, step: int) -> None:
         """Move the bar to `step` steps done."""
@@ -106,14 +114,6 @@ class Telemetry:
     def _write(self, kind: str, row: dict[str, Any]) -> None:
         for tracker in self.trackers:
             tracker.write(kind, row)
-
-    def _line(self, step: int, *, now: bool) -> None:
-        text = "  ".join(part for part in self._text.values() if part)
-        if self._bar is not None:
-            self._bar.update(self._task, text=text)
-        elif now or time.monotonic() - self._last_line > QUIET_SECONDS:
-            self._last_line = time.monotonic()
-            self.say(f"step {step:,} of {self.max_steps:,}  {text}")
 
 
 def _cards(row: Mapping[str, Any]) -> str:

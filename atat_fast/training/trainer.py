@@ -36,6 +36,7 @@ from atat_fast.training.hardware import Monitor, Stopwatch, card_of
 from atat_fast.training.modes import check_parallel, check_precision, choose_for
 from atat_fast.training.objective import Objective
 from atat_fast.training.optimizers import Average, Optimizers, learning_rate
+from atat_fast.training.origin import Origin, begin_from, check_tokenizer, open_origin, same_tokenizer
 from atat_fast.training.parallel import Parallel, local, recompute_blocks
 from atat_fast.training.plan import Batches, check
 from atat_fast.training.ranks import FAILED, GO_ON, STOP, Launch, Ranks
@@ -48,6 +49,8 @@ from atat_fast.training.window import Window
 
 __all__ = ["Diverged", "Interrupted", "Trainer"]
 
+OF_THE_TEXT = ("corpus", "valid", "valid_fraction", "text_column", "max_documents")
+"""Settings that say which text is read."""
 WORTH_TELLING = 5.0
 """Seconds from which on the rest of a run is worth a line."""
 
@@ -83,8 +86,10 @@ class Trainer:
         saved = self._open(resume)
 
         with ranks.agree():
-            tokenizer = saved.tokenizer() if saved is not None else None
-            self.data: Dataset = prepare(config.data, progress=show_progress and ranks.first, tokenizer=tokenizer)
+            origin = None
+            if saved is None and config.train.init_from is not None:
+                origin = open_origin(config.train.init_from)
+            self.data: Dataset = self._open_data(saved, origin, show_progress and ranks.first)
             self.tokenizer: Tokenizer = self.data.tokenizer
             self.loader = SequenceLoader(
                 self.data.train, config.model.length, config.train.seed, copies=2 if config.diffusion.mirror else 1
@@ -100,6 +105,10 @@ class Trainer:
         self.identity = self._make_identity() if saved is None else checkpoint.load_identity(saved)
         if self.identity is not None:
             self.identity = self.identity.to(self.compute.device)
+        self.notes: list[str] = []
+        if origin is not None:
+            with ranks.agree():
+                self.notes.append(begin_from(origin, self.model, self.estimator))
         parameters = self._parameter_counts()
         with ranks.agree():
             self.choice = ranks.share(choose_for(config, ranks.launch, self.model.vocab_size, self.compute))
@@ -123,6 +132,7 @@ class Trainer:
         self.state = State(self)
         if saved is not None:
             self.state.load(saved)
+            self.notes += self._longer(saved)
         self.saved_step = self.step if saved is not None else None
 
         self.facts = environment(self.compute) | {
@@ -170,6 +180,7 @@ class Trainer:
                 saved = None
                 if resume or self._again:
                     self._lock = run_folder.lock(folder)
+                    checkpoint.tidy(folder)
                     run_folder.check_same_settings(self.config, folder)
                     if resume or checkpoint.steps(folder / checkpoint.FOLDER):  # else it was stopped before its first one
                         saved = checkpoint.find(folder)
@@ -258,8 +269,35 @@ class Trainer:
             f"{begin}: {total:,} parameters, {self.facts['tokens_per_step']:,} tokens a step, {self.compute.describe()}",
             self.data.describe(),
             *([self.choice.describe(self.ranks.size)] if self.ranks.size > 1 else []),
-            *([f"note: {note}"] if note else []),
+            *(f"note: {sentence}" for sentence in [*self.notes, note] if sentence),
         ]
+
+    def _longer(self, saved: checkpoint.Checkpoint) -> list[str]:
+        """What follows where a resumed run has been given more steps."""
+        before, now = saved.config.train.max_steps, self.config.train.max_steps
+        if now == before:
+            return []
+        rates = [learning_rate(self.config.optim, step, total) for step, total in ((self.step - 1, before), (self.step, now))]
+        return [
+            f"train.max_steps grew from {before:,} to {now:,}; what is a share of the run, like warm-up and decay, is now "
+            f"one of the longer run: the learning rate goes from {rates[0]:.2e} to {rates[1]:.2e}"
+        ]
+
+    def _open_data(self, saved: checkpoint.Checkpoint | None, origin: Origin | None, progress: bool) -> Dataset:
+        """The run's tokens. A resumed run finds the ones it was started with, even where the text itself is gone or has moved."""
+        data = self.config.data
+        if saved is None:
+            if origin is not None:
+                check_tokenizer(origin, data.tokenizer)
+            return prepare(data, progress=progress, tokenizer=None if origin is None else origin.tokenizer)
+        tokenizer, before = saved.tokenizer(), saved.config.data
+        if data.tokenizer != before.tokenizer and not same_tokenizer(tokenizer, data.tokenizer):
+            raise UsageError(
+                f"{self.folder} was started with data.tokenizer {before.tokenizer}, and {data.tokenizer} is another; resume it "
+                "with its own or start a new run"
+            )
+        moved = any(getattr(data, name) != getattr(before, name) for name in OF_THE_TEXT)
+        return prepare(data, progress=progress, tokenizer=tokenizer, hashes=None if moved else saved.manifest["data"])
 
     def _make_estimator(self) -> ImportanceEstimator | None:
         """The importance estimator, where settings ask for one; it is made after the model, whose weights stay what they were."""
@@ -353,9 +391,10 @@ class Trainer:
             with contextlib.suppress(UsageError):
                 self.state.wait()
         good = "there is no checkpoint yet"
-        last = self.folder / checkpoint.FOLDER / "last"
-        if last.exists():
-            good = f"the last good checkpoint is {last} (step {int(last.resolve().name.removeprefix('step-')):,})"
+        root = self.folder / checkpoint.FOLDER
+        last = checkpoint.led_to(root, "last")
+        if last is not None:
+            good = f"the last good checkpoint is {root / 'last'} (step {int(last.name.removeprefix('step-')):,})"
         where = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {', '.join(map(str, ranks))}"
         return Diverged(f"{what} ({where}); {good}; try a lower optim.lr", everywhere=everywhere)
 
@@ -410,6 +449,7 @@ class Trainer:
         self.best = min(self.best, estimate.nll)
         self.show.evaluation(row)
         self.save(row, best=better)
+        self.show.line(self.step)
         return row
 
     @contextmanager

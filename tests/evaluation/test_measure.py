@@ -99,7 +99,10 @@ def test_the_hash_is_of_the_split_that_was_read(trained_run):
 
 BAD = [
     ([], "nothing to evaluate: give --run runs/NAME, --model FOLDER, or --samples FILE"),
-    (["--run", "RUN", "--model", "x"], "give --run, a folder of training, or --model, a saved model, not both"),
+    (
+        ["--run", "RUN", "--model", "x"],
+        "say which model: --run runs/NAME, a folder of training, or --model FOLDER, a saved model",
+    ),
     (["--model", "x"], "there is no folder x, and it is no hub id"),
     (["--run", "RUN", "--zero_shot", "ptbb"], "there is no zero-shot set 'ptbb' (did you mean ptb?)"),
     (["--run", "RUN", "--zero_shot", "ptb=empty.txt"], "set ptb, read from empty.txt, has 0 rows"),

@@ -430,7 +430,6 @@ def test_a_disk_that_refuses_leaves_what_was_there(tmp_path, monkeypatch, capsys
     before = (ours / "model.safetensors").read_bytes()
 
     def full(self, folder, **_):
-        Path(folder).mkdir()
         (Path(folder) / "model.safetensors").write_bytes(b"half")
         raise OSError(28, "No space left on device")
 

@@ -29,6 +29,7 @@ def everything(show):
     show.say("hello")
     show.train(TRAIN)
     show.evaluation(EVAL)
+    show.line(EVAL["step"])
     show.samples(SAMPLE)
     show.advance(5)
     show.close()
@@ -71,6 +72,7 @@ def test_power_and_throttling_stand_beside_the_speed(tmp_path, capsys):
     show = start(tmp_path / "run")
     show.train(TRAIN | {"watts": 400.0, "watts_total": 2400.0, "throttled": ["rank 1: power cap"]})
     show.evaluation(EVAL)
+    show.line(EVAL["step"])
     show.close()
     assert "64 tok/s  2400 W  throttled" in capsys.readouterr().out
 

@@ -1,0 +1,126 @@
+"""Writing files so that nothing is lost: a reader sees the old file or the new one, never half of one.
+
+A file is written under another name beside its target and renamed. The other name is nobody else's, so two writers of one file do
+not mix: the one that ends last stays. A link is followed, and what is no regular file (a pipe, /dev/stdout) is written straight.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import stat
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from atat_fast.errors import UsageError, first_line
+
+ASIDE = ".part"
+"""How the names end under which files and folders are written; they begin with a dot and the target's name."""
+
+
+@contextlib.contextmanager
+def replacing(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
+    """An open file that takes the place of `path` at the end of the block, or disappears where the block raises.
+
+    Text is UTF-8; lone surrogates are written as U+FFFD. Raises OSError where the disk refuses.
+    """
+    target = Path(os.path.realpath(path))
+    text: dict[str, Any] = {} if binary else {"encoding": "utf-8", "errors": "replace"}
+    mode = "wb" if binary else "w"
+    try:
+        found: int | None = target.stat().st_mode
+    except FileNotFoundError:
+        found = None
+    if found is not None and not stat.S_ISREG(found):
+        with target.open(mode, **text) as stream:
+            yield stream
+        return
+    handle, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=ASIDE, dir=target.parent)
+    try:
+        with open(handle, mode, **text) as stream:
+            yield stream
+            stream.flush()
+            os.fsync(handle)
+        os.chmod(name, _new_file_mode() if found is None else stat.S_IMODE(found))
+        os.replace(name, target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.unlink(name)
+        raise
+
+
+def write_text(path: str | Path, text: str) -> None:
+    """Give the file this text. Raises OSError."""
+    with replacing(path) as stream:
+        stream.write(text)
+
+
+@contextlib.contextmanager
+def replacing_folder(folder: str | Path) -> Iterator[Path]:
+    """An empty folder to fill. It takes the place of `folder` at the end of the block, or disappears where the block raises."""
+    folder = Path(folder).absolute()
+    aside = _empty_folder(folder)
+    try:
+        aside.chmod(0o777 & ~_umask())
+        yield aside
+        if not folder.exists():
+            aside.rename(folder)
+            return
+        old = folder.rename(_empty_folder(folder))  # onto an empty folder, which a rename replaces
+        try:
+            aside.rename(folder)
+        except OSError:
+            old.rename(folder)
+            raise
+        shutil.rmtree(old, ignore_errors=True)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove what a killed process had not finished writing in this folder. For whoever alone writes there."""
+    for path in folder.glob(f".*{ASIDE}"):
+        remove(path)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder; what the disk refuses to let go stays.
+
+    A folder is renamed first, so that what is left of it, should the process be killed meanwhile, is known for a leftover.
+    """
+    with contextlib.suppress(OSError):
+        if path.is_symlink() or not path.is_dir():
+            path.unlink(missing_ok=True)
+            return
+        if not path.name.endswith(ASIDE):
+            path = path.rename(_empty_folder(path))
+        shutil.rmtree(path, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def disk_errors(place: str | Path) -> Iterator[None]:
+    """Turn a disk's refusal into a UsageError that says where and why."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else first_line(error)
+        raise UsageError(f"cannot write to {place}: {reason}") from error
+
+
+def _empty_folder(beside: Path) -> Path:
+    return Path(tempfile.mkdtemp(prefix=f".{beside.name}.", suffix=ASIDE, dir=beside.parent))
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def _new_file_mode() -> int:
+    return 0o666 & ~_umask()
