@@ -7,14 +7,15 @@ What it answers:
   mean over masks of the continuation alone (every mask there is, where they are no more than `draws`: then without chance);
   `likelihood=left_to_right` and the other orders of evaluation/orders.py are exact, one pass a token.
 - loglikelihood_rolling: of a whole text, each token scored once, in windows of the model's length with as much before as fits.
-- generate_until: masks after the context are filled in by a sampler, and the text is cut at the first stop.
+- generate_until: masks after the context are filled in by a sampler, and the text is cut at the first stop. A context that does
+  not fit beside them loses its beginning.
 """
 
 from __future__ import annotations
 
 import itertools
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +24,7 @@ from torch import Tensor
 
 from atat_fast.config import TrainConfig
 from atat_fast.data import Tokenizer
-from atat_fast.diffusion.samplers import sample
+from atat_fast.diffusion.samplers import SAMPLERS, cut_at_end, sample
 from atat_fast.errors import UsageError, nearest
 from atat_fast.evaluation.orders import EXACT, order_nll
 from atat_fast.evaluation.precision import antithetic_counts
@@ -33,7 +34,8 @@ from atat_fast.training.compute import Compute, resolve
 
 NAME = "atat_fast"
 LIKELIHOODS = ("nelbo", *EXACT)
-COLDEST = 1e-4  # the temperature that stands for greedy decoding
+MOST_TOKENS = 256  # of a generation whose task does not say, as the harness's own models have it
+MOST_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # what tasks call it; the first counts
 INSTALL = "pip install 'atat_fast[lm-eval]'"
 
 
@@ -73,9 +75,13 @@ class Answers:
             ("tokens_per_pass", per_pass, 1),
             ("steps", steps, 0),
             ("batch_size", batch, 1),
+            ("seed", seed, -(1 << 63)),
         ):
+            if not isinstance(value, int):
+                raise UsageError(f"{name} must be a whole number, got {value!r}")
             if value < least:
                 raise UsageError(f"{name} must be at least {least}, got {value}")
+        self.noted: set[str] = set()
         self.model, self.tokenizer, self.compute = model.to(compute.device).eval(), tokenizer, compute
         self.likelihood, self.draws, self.per_pass, self.steps = likelihood, draws, per_pass, steps
         self.sampler = ("ancestral" if model.time_conditioning else "ddpm_cache") if sampler == "auto" else sampler
@@ -97,13 +103,15 @@ class Answers:
     def split(self, context: str, text: str) -> tuple[list[int], list[int]]:
         """Ids of both. Blanks at the context's end go to the text, as tokens hold the blank before a word.
 
-        Where there is no context, an end of document is given.
+        Tokens are those of context and text together where that has a boundary between them. Where one token would be of both,
+        each is tokenised by itself, so that what is scored is the text, all of it and nothing else. Where the context has no
+        tokens an end of document is given. Text that the tokenizer does not see (none; blanks under BERT's) has no tokens.
         """
-        if not context:
-            return [self.tokenizer.eos_id], self.tokenizer.encode(text)
         kept = context.rstrip()
-        before = self.tokenizer.encode(kept)
-        return before, self.tokenizer.encode(kept + context[len(kept) :] + text)[len(before) :]
+        moved = context[len(kept) :] + text
+        before, both = self.tokenizer.encode_batch([kept, kept + moved])
+        after = both[len(before) :] if both[: len(before)] == before else []
+        return before or [self.tokenizer.eos_id], after or self.tokenizer.encode(moved)
 
     def _windows(self, before: list[int], after: list[int]) -> Iterator[tuple[list[int], list[int]]]:
         """(given, scored) of at most `length` tokens together; each token of `after` is scored once, given the most that fits."""
@@ -172,22 +180,80 @@ class Answers:
 
         return torch.cat((hide(k), ~hide(k - 1)))
 
-    def generated(self, context: str, *, stops: Sequence[str], most: int, temperature: float, sample_id: int) -> str:
-        """The text a sampler puts after `context`: at most `most` tokens, up to the first stop or end of document."""
-        most = min(most, self.length - 1)
-        before = self.tokenizer.encode(context)[-(self.length - most) :] or [self.tokenizer.eos_id]
+    def generated(
+        self, context: str, *, stops: Sequence[str], most: int | None, temperature: float, sample_id: int, top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> str:  # fmt: skip
+        """The text a sampler puts after `context`: at most `most` tokens, up to the first stop or end of document.
+
+        most: None is 256, or half of the model's length where that is less. The context keeps what fits of its end. Raises
+        UsageError where `most` leaves it no room, and for options that `Cut` refuses.
+        """
+        most = min(MOST_TOKENS, self.length // 2) if most is None else most
+        if not 0 <= most < self.length:
+            raise UsageError(
+                f"max_gen_toks must be in 0..{self.length - 1}, as it shares this model's {self.length} tokens with the context; "
+                f"got {most}: give for example --gen_kwargs max_gen_toks={self.length // 2}, or take a model of a greater length"
+            )
+        if most == 0:
+            return ""
+        before, room = self.tokenizer.encode(context), self.length - most
+        if len(before) > room:
+            self.note(
+                "contexts",
+                f"a context of {len(before):,} tokens and {most:,} new ones are more than this model's {self.length:,}; contexts "
+                "that do not fit lose their beginning",
+            )
+        before = before[-room:] or [self.tokenizer.eos_id]
         ids = torch.tensor([before + [self.model.mask_id] * most], device=self.compute.device)
         with self.compute.autocast():
             drawn = sample(
-                self.model, ids, steps=self.steps or most, sampler=self.sampler, temperature=max(temperature, COLDEST),
-                seed=self.seed, sample_ids=torch.tensor([sample_id], device=ids.device),
+                self.model, ids, steps=self.steps or most, sampler=self.sampler, temperature=temperature, top_k=top_k,
+                top_p=top_p, seed=self.seed, sample_ids=torch.tensor([sample_id], device=ids.device),
             )  # fmt: skip
-        said = drawn[0, len(before) :].tolist()
-        if self.tokenizer.eos_id in said:
-            said = said[: said.index(self.tokenizer.eos_id)]
-        text = self.tokenizer.decode(said)
+        text = self.tokenizer.decode(cut_at_end(drawn[0].tolist(), len(before), self.tokenizer.eos_id)[len(before) :])
         ends = [text.find(stop) for stop in stops if stop and stop in text]
         return text[: min(ends)] if ends else text
+
+    def note(self, about: str, sentence: str) -> None:
+        """A sentence on standard error, the first time that there is one about this."""
+        if about not in self.noted:
+            self.noted.add(about)
+            print(f"note: {sentence}", file=sys.stderr)
+
+
+def generation_options(settings: dict[str, Any], note: Callable[[str, str], None]) -> dict[str, Any]:
+    """Options of `Answers.generated` from the settings of a request, the harness's gen_kwargs; null is as good as absent.
+
+    Greedy where do_sample is false, temperature is 0, or neither is given; do_sample without a temperature is temperature 1.
+    note: called as `Answers.note` where settings are not followed. Raises UsageError for values that mean nothing.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+
+    def number(name: str, kind: type[Any], default: Any) -> Any:
+        try:
+            value = kind(given.get(name, default))
+            if kind is int and value != float(given.get(name, default)):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError) as error:
+            asked = "a whole number" if kind is int else "a number"
+            raise UsageError(f"generation setting {name} must be {asked}, got {given[name]!r}") from error
+        return value
+
+    stops = given.get("until", [])
+    stops = [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
+        raise UsageError(f"generation setting until must be a string or a list of strings, got {stops!r}")
+    known = ("until", "do_sample", "temperature", "top_k", "top_p", *MOST_NAMES)
+    for name in (name for name in given if name not in known):
+        note(name, f"generation setting {name} is not followed here; known are {', '.join(known)}")
+    limit = next((name for name in MOST_NAMES if name in given), None)
+    temperature = number("temperature", float, 1.0 if given.get("do_sample") else 0.0)
+    options = {"stops": stops, "most": None if limit is None else number(limit, int, None), "temperature": temperature}
+    if temperature == 0 or not given.get("do_sample", True):
+        return options | {"temperature": 0.0}
+    top_k = number("top_k", int, 0)
+    return options | {"top_k": 0 if top_k == -1 else top_k, "top_p": number("top_p", float, 1.0)}
 
 
 def open_answers(
@@ -212,18 +278,28 @@ def open_answers(
     known = ("likelihood", "draws", "steps", "sampler", "seed")
     for name in options.keys() - set(known):
         raise UsageError(f"there is no model argument {name!r}{nearest(name, known)}")
-    size = 16 if str(batch_size).startswith("auto") else int(batch_size)
+    size = str(batch_size)
+    size = "16" if size.startswith("auto") else size
+    if not size.isdecimal():
+        raise UsageError(f"batch_size must be a whole number or auto, got {batch_size!r}")
     where: Any = (device or "auto").split(":")[0]
     if where == "cuda" and not torch.cuda.is_available():
         where = "auto"  # the harness says cuda:0 where its user said nothing
-    kind: Any = dtype
+    kind: Any = {"bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)
+    for name, value, choices in (
+        ("checkpoint", checkpoint, ("best", "last")), ("weights", weights, ("ema", "raw")),
+        ("device", where, ("auto", "cpu", "cuda")), ("dtype", kind, ("auto", "bf16", "fp32")),
+        ("sampler", options.get("sampler", "auto"), ("auto", *SAMPLERS)),
+    ):  # fmt: skip
+        if value not in choices:
+            raise UsageError(f"there is no {name} {value!r}{nearest(str(value), choices)}; choose one of {', '.join(choices)}")
     compute = resolve(TrainConfig(device=where, dtype=kind, compile="off"))
     if run is not None:
         found, reads = checkpoints.load_model(checkpoints.find(Path(run), checkpoint), average=weights == "ema")
     else:
         saved = hub.from_pretrained(str(model), tokenizer=tokenizer)
         found, reads = saved.model, saved.tokenizer
-    return Answers(found, reads, compute, per_pass=tokens_per_pass, batch=size, **options)
+    return Answers(found, reads, compute, per_pass=tokens_per_pass, batch=int(size), **options)
 
 
 def register() -> type[Any]:
@@ -259,19 +335,11 @@ def register() -> type[Any]:
             return [self._kept("loglikelihood_rolling", r.args, self.answers.whole(r.args[0])) for r in requests]
 
         def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
-            """Requests' args are (context, settings): until, max_gen_toks, do_sample, temperature."""
+            """Requests' args are (context, settings): until, max_gen_toks, do_sample, temperature, top_k, top_p."""
             return [self._kept("generate_until", r.args, self._generate(i, *r.args)) for i, r in enumerate(requests)]
 
         def _generate(self, i: int, context: str, settings: dict[str, Any]) -> str:
-            stops = settings.get("until") or []
-            warm = settings.get("do_sample", settings.get("temperature", 0) > 0)
-            return self.answers.generated(
-                context,
-                stops=[stops] if isinstance(stops, str) else stops,
-                most=int(settings.get("max_gen_toks") or settings.get("max_new_tokens") or 256),
-                temperature=float(settings.get("temperature") or 1.0) if warm else 0.0,
-                sample_id=i,
-            )
+            return self.answers.generated(context, sample_id=i, **generation_options(settings, self.answers.note))
 
         def _kept(self, what: str, arguments: Any, answer: Any) -> Any:
             self.cache_hook.add_partial(what, arguments, answer)

@@ -15,7 +15,7 @@ import torch
 
 from atat_fast.cli import run_door
 from atat_fast.config import TrainConfig
-from atat_fast.data.tokenizers import make_tokenizer
+from atat_fast.data.tokenizers import Tokenizer, make_tokenizer
 from atat_fast.errors import UsageError
 from atat_fast.evaluation import lm_eval as adapter
 from atat_fast.evaluation.orders import EXACT, order_nll
@@ -129,16 +129,136 @@ def test_generations_stop_where_they_should(parts, monkeypatch):
 
     monkeypatch.setattr(adapter, "sample", fill)
     said = one.generated("a", stops=["\n", "q"], most=9, temperature=0.0, sample_id=4)
-    assert said == "y" and seen["masks"] == 9 and seen["steps"] == 9 and seen["temperature"] == adapter.COLDEST
+    assert said == "y" and seen["masks"] == 9 and seen["steps"] == 9 and seen["temperature"] == 0
     assert seen["sample_ids"].tolist() == [4]
-    assert one.generated("a", stops=[], most=400, temperature=0.7, sample_id=0) and seen["masks"] == 11
-    assert seen["temperature"] == 0.7
-    one.generated("a long context", stops=[], most=4, temperature=0.0, sample_id=0)
-    assert seen["given"][:8] == list(b" context")
+    one.generated("a", stops=[], most=None, temperature=0.7, top_k=3, top_p=0.5, sample_id=0)
+    assert seen["masks"] == LENGTH // 2 and (seen["temperature"], seen["top_k"], seen["top_p"]) == (0.7, 3, 0.5)
+    assert one.generated("a", stops=[], most=0, temperature=0.0, sample_id=0) == ""
+
+
+def test_a_context_keeps_what_fits_of_its_end_and_that_is_said_once(parts, monkeypatch, capsys):
+    one, given = answers(parts), []
+
+    def fill(model, ids, **_):
+        given.append(ids[0][ids[0] != model.mask_id].tolist())
+        assert ids.shape[1] <= LENGTH
+        return ids.masked_fill(ids == model.mask_id, 120)
+
+    monkeypatch.setattr(adapter, "sample", fill)
+    for context, most in (("ab", 9), ("a long context", 4), ("a long context", 11), ("a long context", None), ("", 3), ("\n", 3)):
+        one.generated(context, stops=[], most=most, temperature=0.0, sample_id=0)
+    eos = one.tokenizer.eos_id
+    assert given == [[*b"ab"], [*b" context"], [*b"t"], [*b"ontext"], [eos], [10]]
+    notes = capsys.readouterr().err.splitlines()
+    assert len(notes) == 1 and "a context of 14 tokens and 4 new ones are more than this model's 12; contexts that" in notes[0]
+
+
+@pytest.mark.parametrize("most", [12, 256, -1])
+def test_a_generation_that_leaves_its_context_no_room_is_refused(parts, most):
+    with pytest.raises(UsageError, match=rf"max_gen_toks must be in 0\.\.11, .* got {most}: give for example .*max_gen_toks=6"):
+        answers(parts).generated("a", stops=[], most=most, temperature=0.0, sample_id=0)
+
+
+@pytest.mark.parametrize(
+    ("settings", "want"),
+    [
+        ({}, {"temperature": 0.0, "most": None, "stops": []}),
+        ({"do_sample": True, "temperature": 0.0}, {"temperature": 0.0}),
+        ({"do_sample": False, "temperature": 0.7, "top_p": 0.5}, {"temperature": 0.0}),
+        ({"do_sample": True}, {"temperature": 1.0}),
+        ({"do_sample": True, "temperature": None}, {"temperature": 1.0}),
+        ({"temperature": 0.7, "top_p": 0.5, "do_sample": True}, {"temperature": 0.7, "top_p": 0.5, "top_k": 0}),
+        ({"temperature": 0.7, "top_k": 3, "top_p": None}, {"temperature": 0.7, "top_p": 1.0, "top_k": 3}),
+        ({"temperature": "0.5", "top_k": -1}, {"temperature": 0.5, "top_p": 1.0, "top_k": 0}),
+        ({"temperature": None, "until": None, "max_gen_toks": None}, {"temperature": 0.0, "stops": [], "most": None}),
+        ({"max_gen_toks": 0, "max_new_tokens": 9}, {"most": 0}),
+        ({"max_new_tokens": 9}, {"most": 9}),
+        ({"until": "\n"}, {"stops": ["\n"]}),
+        ({"until": ["\n", ""]}, {"stops": ["\n", ""]}),
+    ],
+)
+def test_settings_of_a_generation_are_followed(settings, want):
+    said = []
+    options = adapter.generation_options(settings, lambda *note: said.append(note))
+    assert options == options | want and not said
+    assert (options["temperature"] == 0) == ("top_k" not in options)
+
+
+def test_settings_that_are_not_followed_are_said():
+    said = []
+    adapter.generation_options({"num_beams": 4, "until": [], "min_p": 0.1, "penalty": None}, lambda *note: said.append(note))
+    assert [name for name, _ in said] == ["num_beams", "min_p"]
+    assert said[0][1].startswith("generation setting num_beams is not followed here; known are until, do_sample")
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": "warm"}, "generation setting temperature must be a number, got 'warm'"),
+        ({"max_gen_toks": 2.5}, r"generation setting max_gen_toks must be a whole number, got 2\.5"),
+        ({"temperature": 1, "top_k": []}, r"generation setting top_k must be a whole number, got \[\]"),
+        ({"until": 3}, "generation setting until must be a string or a list of strings, got 3"),
+        ({"until": ["a", None]}, "generation setting until must be a string or a list"),
+    ],
+)
+def test_settings_that_mean_nothing_are_refused(settings, message):
+    with pytest.raises(UsageError, match=message):
+        adapter.generation_options(settings, lambda *_: None)
+
+
+MERGING = ["the", "cat", "there", "other", "river", "brown", "mountain", "lazy"]
+
+
+@pytest.fixture(scope="module")
+def merging():
+    """A tokenizer whose tokens are whole words, and a model of it."""
+    tokenizer = make_tokenizer("bpe-290", [" ".join(MERGING[i % 8] for i in range(j, j + 40)) for j in range(20)])
+    torch.manual_seed(2)
+    model = DiT(tokenizer.model_vocab_size, tokenizer.mask_id, dim=16, layers=1, heads=2, length=LENGTH, dropout=0.0)
+    torch.nn.init.normal_(model.head.weight, std=0.3)
+    return answers((model.eval(), tokenizer, resolve(TrainConfig(device="cpu", dtype="fp32"))), draws=16)
+
+
+@pytest.mark.parametrize(
+    ("context", "text", "merges"),
+    [
+        ("the ca", "t", True), ("the oth", "er", True), ("a riv", "er brown", True), ("moun", "tain", True), ("x", " the", False),
+        ("the ", "cat", False),
+    ],
+)  # fmt: skip
+def test_a_continuation_is_scored_whole_whatever_token_it_would_be_part_of(merging, context, text, merges):
+    read, kept = merging.tokenizer, context.rstrip()
+    before, after = merging.split(context, text)
+    both = read.encode(context + text)
+    assert before == read.encode(kept) and read.decode(after) == context[len(kept) :] + text
+    assert merges != (both == before + after)
+    assert merging.continuation(context, text)[0] < -0.1
+
+
+def test_what_a_text_without_a_context_is_given(merging, parts):
+    eos = merging.tokenizer.eos_id
+    for context in ("", "\n", "  ", "\n \t"):
+        assert merging.split(context, "the") == ([eos], merging.tokenizer.encode(context + "the"))
+    assert merging.split("the", "") == (merging.tokenizer.encode("the"), []) and merging.continuation("the", "") == (0.0, True)
+    one = answers(parts, likelihood="left_to_right")
+    assert one.continuation("\n", "ab")[0] == pytest.approx(one.continuation("", "\nab")[0])
+
+
+def test_words_that_only_an_unknown_token_stands_for_are_not_free(parts):
+    """Under BERT's tokenizer context and continuation may be one unknown token, and a word cannot be continued at all."""
+    from tokenizers import Tokenizer as Backend
+    from tokenizers import models, pre_tokenizers
+
+    names = ["[UNK]", "[SEP]", "[MASK]", "a", "b"]
+    backend = Backend(models.WordLevel({name: i for i, name in enumerate(names)}, unk_token="[UNK]"))
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    backend.add_special_tokens(["[SEP]", "[MASK]"])
+    one = answers((parts[0], Tokenizer(backend, "words"), parts[2]))
+    assert one.split("a qu", "ite") == ([3, 0], [0]) and one.split("a", "b") == ([3], [4]) and one.split("a", " b") == ([3], [4])
 
 
 def test_greedy_generation_is_the_models_own(parts):
-    """The real sampler at the temperature that stands for greedy: one token, the likeliest."""
+    """The real sampler at temperature 0: one token, the likeliest."""
     one = answers(parts)
     best = int(logp(parts[0], [*b"ab", parts[0].mask_id])[2].argmax())
     said = one.generated("ab", stops=[], most=1, temperature=0.0, sample_id=0)
@@ -152,6 +272,13 @@ def test_greedy_generation_is_the_models_own(parts):
         ({"run": "a", "model": "b"}, "model_args names what is asked"),
         ({"run": "nothing"}, "there is no run folder nothing"),
         ({"run": "nothing", "colour": "red"}, "there is no model argument 'colour'"),
+        ({"run": "nothing", "weights": "emma"}, "there is no weights 'emma' .did you mean ema"),
+        ({"run": "nothing", "checkpoint": "first"}, "there is no checkpoint 'first'; choose one of best, last"),
+        ({"run": "nothing", "dtype": "float16"}, "there is no dtype 'float16'"),
+        ({"run": "nothing", "device": "tpu:0"}, "there is no device 'tpu'"),
+        ({"run": "nothing", "sampler": "ddpm"}, "there is no sampler 'ddpm' .did you mean ddpm_cache"),
+        ({"run": "nothing", "batch_size": "many"}, "batch_size must be a whole number or auto, got 'many'"),
+        ({"run": "nothing", "batch_size": None}, "batch_size must be a whole number or auto"),
     ],
 )
 def test_arguments_that_do_not_do(options, message):
@@ -164,6 +291,8 @@ def test_likelihoods_that_there_are_not(parts):
         answers(parts, likelihood="elbo")
     with pytest.raises(UsageError, match="draws must be at least 2, got 1"):
         answers(parts, draws=1)
+    with pytest.raises(UsageError, match="steps must be a whole number, got 'all'"):
+        answers(parts, steps="all")
 
 
 def request(*args):
