@@ -6,11 +6,12 @@ noise a high entropy. They are printed together for that reason.
 
 from __future__ import annotations
 
+import json
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -36,6 +37,89 @@ def read_texts(path: str, what: str = "samples") -> list[str]:
     return texts
 
 
+class Sample(NamedTuple):
+    """A generated text, and the ids it was drawn as where the file has them."""
+
+    text: str
+    ids: list[int] | None = None
+
+
+def read_samples(path: str, tokenizer: Tokenizer | None) -> list[Sample]:
+    """The samples of a file: lines of a .jsonl that has `ids` as `python -m atat_fast.sample --jsonl` writes them, or texts.
+
+    Raises UsageError where there are none, and for ids that are not the tokenizer's, that hold its mask, or that say another
+    text than stands beside them. Without a tokenizer ids are passed over.
+    """
+    file = Path(path).expanduser()
+    rows = list(_rows(file)) if file.suffix.lower() == ".jsonl" and file.is_file() else []
+    if not any(row.get("ids") is not None for _, row in rows):
+        return [Sample(text) for text in read_texts(path)]
+    return [_sample(place, row.get("text"), row.get("ids"), tokenizer) for place, row in rows]
+
+
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, the object) for each line of JSON that is not blank."""
+    try:
+        lines = file.read_text(encoding="utf-8-sig").split("\n")
+    except OSError as error:
+        raise UsageError(f"cannot read {file}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start:,}") from error
+    for number, line in enumerate(lines, 1):
+        if not line.strip():
+            continue
+        place = f"line {number:,} of {file}"
+        try:
+            row = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise UsageError(f"{place} is not JSON: {error}") from error
+        if not isinstance(row, dict):
+            raise UsageError(f'{place} is not a JSON object such as {{"text": "..."}}')
+        yield place, row
+
+
+def _sample(place: str, text: Any, ids: Any, tokenizer: Tokenizer | None) -> Sample:
+    if text is not None and not isinstance(text, str):
+        raise UsageError(f"{place}: text must be a string, got {text!r}")
+    if ids is None or tokenizer is None:
+        if text is None:
+            more = "" if ids is None else "; give --run or --model, whose tokenizer reads its ids"
+            raise UsageError(f"{place} has no text{more}")
+        return Sample(text)
+    if not isinstance(ids, list) or not all(isinstance(i, int) and not isinstance(i, bool) for i in ids):
+        raise UsageError(f"{place}: ids must be a list of whole numbers")
+    own = f"tokenizer {tokenizer.name}"
+    if outside := [i for i in ids if not 0 <= i < tokenizer.model_vocab_size]:
+        raise UsageError(
+            f"{place} has token id {outside[0]}, outside the {tokenizer.model_vocab_size:,} of {own}: it was written with "
+            "another; give the run that wrote it"
+        )
+    if tokenizer.mask_id in ids:
+        raise UsageError(
+            f"{place} has the mask (token id {tokenizer.mask_id}) at place {ids.index(tokenizer.mask_id)}: it is not a finished "
+            "sample; leave it out, or fill it with python -m atat_fast.sample --infill"
+        )
+    said = tokenizer.decode(ids)
+    if text is not None and text != said:
+        raise UsageError(
+            f"{place}: by {own} its ids say {_short(said)}, but its text is {_short(text)}; give the run that wrote it, or take "
+            "out one of the two"
+        )
+    return Sample(said, ids)
+
+
+def _short(text: str) -> str:
+    return repr(text if len(text) <= 40 else text[:37] + "...")
+
+
+def tokens_of(sample: Sample, tokenizer: Tokenizer) -> list[int]:
+    """A sample's own ids, or its text's, in which the name of the end of document is that token and not letters."""
+    if sample.ids is not None:
+        return sample.ids
+    first, *others = tokenizer.encode_batch(sample.text.split(tokenizer.decode([tokenizer.eos_id])))
+    return first + [i for part in others for i in (tokenizer.eos_id, *part)]
+
+
 def entropy(tokens: Sequence[Hashable]) -> float:
     """Entropy in nats of a token drawn from this text: -sum over kinds of f log f. 0 for a text that repeats one token."""
     counts = Counter(tokens)
@@ -53,20 +137,25 @@ def measure_samples(
 ) -> dict[str, Any]:
     """Entropy and distinct-n of the texts in a file; with a causal LM generative perplexity, with references too MAUVE.
 
-    tokenizer: what counts as a token; words between blanks where it is None.
+    tokenizer: what counts as a token, ids of the file before text that is read anew; words between blanks where it is None.
     causal_lm: a folder, or a hub id, that transformers reads. Raises UsageError.
     """
     if reference is not None and causal_lm is None:
         raise UsageError("--reference needs --causal_lm, whose features of the texts are compared; give for example gpt2-large")
     if batch < 1:
         raise UsageError(f"--batch must be at least 1, got {batch}")
-    texts = read_texts(path)
+    samples = read_samples(path, tokenizer)
     references = read_texts(reference, "references") if reference is not None else []
-    split: list[Sequence[Hashable]] = [text.split() if tokenizer is None else tokenizer.encode(text) for text in texts]
+    split: list[Sequence[Hashable]] = [
+        sample.text.split() if tokenizer is None else tokens_of(sample, tokenizer) for sample in samples
+    ]
     entropies = [entropy(tokens) for tokens in split if tokens]
+    if not entropies:
+        raise UsageError(f"samples {path} hold no text")
     found: dict[str, Any] = {
         "samples": path,
-        "texts": len(texts),
+        "texts": len(samples),
+        "texts_with_ids": sum(sample.ids is not None for sample in samples),
         "empty": sum(not tokens for tokens in split),
         "tokens": sum(map(len, split)),
         "unit": "words" if tokenizer is None else f"tokens of {tokenizer.name}",
@@ -76,6 +165,9 @@ def measure_samples(
     found |= {f"distinct_{n}": distinct(split, n) for n in range(1, LONGEST_N + 1)}
     if causal_lm is not None:
         model = CausalLM(causal_lm, compute)
+        texts = [sample.text for sample in samples]
+        if tokenizer is not None and model.end is not None:  # an end is one token there too, whatever it is called
+            texts = [text.replace(tokenizer.decode([tokenizer.eos_id]), model.end) for text in texts]
         found |= model.perplexity(texts, batch)
         if references:
             found |= {"reference": reference, "mauve": mauve(model, texts, references, batch)}
@@ -114,6 +206,7 @@ class CausalLM:
                 "where there is a network and give its folder"
             ) from error
         self.name, self.compute = name, compute
+        self.end: str | None = self.tokenizer.eos_token
         self.model.to(compute.device).eval()
         longest = getattr(self.model.config, "max_position_embeddings", None) or CONTEXT
         self.context = min(CONTEXT, longest)
@@ -195,6 +288,7 @@ def describe(found: dict[str, Any]) -> list[str]:
     """The figures as lines."""
     lines = [
         ("samples", f"{found['texts']:,} texts, {found['tokens']:,} {found['unit']}"
+         + (f", {found['texts_with_ids']:,} of them read as ids" if found["texts_with_ids"] else "")
          + (f", {found['empty']} of them empty" if found["empty"] else "")),
         ("entropy", f"{found['entropy']:.4f} ± {found['entropy_se']:.4f} nats, of a token of one sample"),
         *((f"distinct-{n}", f"{found[f'distinct_{n}']:.4f}") for n in range(1, LONGEST_N + 1)),

@@ -11,8 +11,12 @@ import pytest
 import torch
 
 from atat_fast import evaluate
+from atat_fast.config import TrainConfig
+from atat_fast.data.tokenizers import make_tokenizer
 from atat_fast.errors import UsageError
-from atat_fast.evaluation.generation import distinct, entropy, read_texts
+from atat_fast.evaluation import generation
+from atat_fast.evaluation.generation import Sample, distinct, entropy, measure_samples, read_samples, read_texts, tokens_of
+from atat_fast.training.compute import resolve
 
 
 def test_entropy_by_hand():
@@ -57,6 +61,105 @@ def test_the_door_measures_words_or_a_models_tokens(trained_run, tmp_path, capsy
     assert f"entropy          {math.log(2) / 2:.4f} ±" in printed and "distinct-2       0.6667" in printed
     found, _ = door(capsys, tmp_path, "--samples", path, "--run", trained_run)
     assert found["unit"] == "tokens of bytes" and found["tokens"] == 8 and found["distinct_1"] == 4 / 8
+
+
+def lines(tmp_path, *rows):
+    path = tmp_path / "rows.jsonl"
+    path.write_text("".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows))
+    return str(path)
+
+
+END = "<|endoftext|>"
+
+
+def test_ids_of_a_file_are_what_is_counted(trained_run, tmp_path, capsys):
+    """What the sampler writes: broken UTF-8 is one token, not the three of U+FFFD, and an end of document one, not 13 letters."""
+    from atat_fast import sample
+
+    path = tmp_path / "drawn.jsonl"
+    assert sample.main(["--run", str(trained_run), "--num_samples", "3", "--steps", "4", "--jsonl", str(path)]) == 0
+    ids = [json.loads(line)["ids"] for line in path.read_text().splitlines()]
+    found, printed = door(capsys, tmp_path, "--samples", path, "--run", trained_run)
+    assert found["tokens"] == sum(map(len, ids)) and found["texts_with_ids"] == 3 and "of them read as ids" in printed
+    assert found["entropy"] == pytest.approx(sum(map(entropy, ids)) / 3)
+    assert found["distinct_2"] == pytest.approx(distinct(ids, 2))
+    words, _ = door(capsys, tmp_path, "--samples", path)
+    assert words["unit"] == "words" and words["texts_with_ids"] == 0
+
+
+def test_an_end_in_a_text_is_a_token():
+    byte = make_tokenizer("bytes")
+    assert tokens_of(Sample("ab", [97, 98, 200]), byte) == [97, 98, 200]
+    assert tokens_of(Sample(f"ab{END}c{END}{END}"), byte) == [97, 98, byte.eos_id, 99, byte.eos_id, byte.eos_id]
+    assert tokens_of(Sample(""), byte) == []
+
+
+def test_a_file_of_both_with_blank_lines_and_empty_samples(trained_run, tmp_path, capsys):
+    eos = make_tokenizer("bytes").eos_id
+    rows = (
+        {"text": "ab\u2028c", "prompt": "a"}, "", {"ids": [97, 255, eos]}, "   ", {"ids": [97, eos], "text": f"a{END}"},
+        {"text": f"a{END}", "ids": None}, {"ids": [], "text": ""}, {"text": ""},
+    )  # fmt: skip
+    found, _ = door(capsys, tmp_path, "--samples", lines(tmp_path, *rows), "--run", trained_run)
+    assert (found["texts"], found["texts_with_ids"], found["empty"]) == (6, 3, 2)
+    assert found["tokens"] == 6 + 3 + 2 + 2 + 0 + 0
+
+
+@pytest.mark.parametrize(
+    ("row", "message"),
+    [
+        ({"ids": [97, 258]}, "line 2 of .*rows.jsonl has token id 258, outside the 258 of tokenizer bytes: .* give the run that"),
+        ({"ids": [-1]}, "has token id -1, outside"),
+        ({"ids": [97, 257, 98]}, r"line 2 of .* has the mask .token id 257. at place 1: it is not a finished sample"),
+        ({"ids": [97, 98], "text": "ba"}, "by tokenizer bytes its ids say 'ab', but its text is 'ba'"),
+        ({"ids": "ab"}, "ids must be a list of whole numbers"),
+        ({"ids": [1, 2.5]}, "ids must be a list of whole numbers"),
+        ({"ids": [True]}, "ids must be a list of whole numbers"),
+        ({"ids": [97], "text": 3}, "text must be a string, got 3"),
+        ({"prompt": "a"}, "line 2 of .* has no text$"),
+        ("{text: 1}", "line 2 of .* is not JSON: "),
+        ("[1]", "line 2 of .* is not a JSON object"),
+    ],
+)
+def test_lines_that_are_no_samples_are_one_sentence(row, message, tmp_path):
+    path = lines(tmp_path, {"ids": [97], "text": "a"}, row)
+    with pytest.raises(UsageError, match=message) as raised:
+        read_samples(path, make_tokenizer("bytes"))
+    assert "\n" not in str(raised.value)
+
+
+def test_files_without_a_sample_are_one_sentence(tmp_path):
+    byte = make_tokenizer("bytes")
+    compute = resolve(TrainConfig(device="cpu", dtype="fp32"))
+    for rows in ([{"ids": []}], [{"text": " "}], [""]):
+        with pytest.raises(UsageError, match="hold no text"):
+            measure_samples(lines(tmp_path, *rows), tokenizer=byte, causal_lm=None, reference=None, batch=1, compute=compute)
+    with pytest.raises(UsageError, match=r"line 1 of .* has no text; give --run or --model, whose tokenizer reads its ids"):
+        read_samples(lines(tmp_path, {"ids": [97]}), None)
+    (tmp_path / "wide.jsonl").write_bytes('{"text": "a"}'.encode("utf-16"))
+    with pytest.raises(UsageError, match=r"wide\.jsonl is not UTF-8 text"):
+        read_samples(str(tmp_path / "wide.jsonl"), byte)
+
+
+def test_a_causal_lm_reads_its_own_end_for_ours(tmp_path, monkeypatch):
+    seen = []
+
+    class Reader:
+        def __init__(self, *_):
+            self.end = "</s>"
+
+        def perplexity(self, texts, batch):
+            seen.extend(texts)
+            return {}
+
+    monkeypatch.setattr(generation, "CausalLM", Reader)
+    byte, compute = make_tokenizer("bytes"), resolve(TrainConfig(device="cpu", dtype="fp32"))
+    path = lines(tmp_path, {"ids": [97, byte.eos_id, 98]}, {"text": f"c{END}"})
+    for tokenizer in (byte, None):
+        if tokenizer is None:
+            path = lines(tmp_path, {"text": f"a{END}"})
+        measure_samples(path, tokenizer=tokenizer, causal_lm="x", reference=None, batch=1, compute=compute)
+    assert seen == ["a</s>b", "c</s>", f"a{END}"]  # without a tokenizer nothing is known of an end
 
 
 WORDS = ["<unk>", "a", "b", "c", "d"]
