@@ -107,8 +107,10 @@ def _likelihoods(args: Any) -> int:
     written: dict[str, Any] = {}
     figures: list[dict[str, Any]] = []
     if sets:
-        for name, path in sets.items():
-            blocks = open_set(name, subject.tokenizer, model.config.length, path)
+        # All are opened before the first is measured, so that one which cannot be had costs nothing of the others.
+        opened = {name: open_set(name, subject.tokenizer, model.config.length, path) for name, path in sets.items()}
+        for name, blocks in opened.items():
+            out.print(blocks.describe(model.config.length), markup=False)
             found = figures_of.measure(model, blocks, plan, compute.autocast, subject.estimator, identity)
             figures += [{"text": name, "source": blocks.source} | figure for figure in found]
     else:

@@ -24,6 +24,7 @@ from atat_fast.data.tokenizers import Tokenizer
 from atat_fast.errors import UsageError, nearest
 
 ROWS_JOINED = 1_000
+MOSTLY = 0.9  # of a set's tokens; a figure from less than that is not the set's
 CONVERTED = "refs/convert/parquet"  # the hub's own conversion of a repository that is a loading script
 
 
@@ -60,7 +61,8 @@ MDLM_TABLE = ("ptb", "wikitext103", "lm1b", "lambada", "ag_news", "pubmed", "arx
 class TokenBlocks(TokenSplit):
     """Blocks of L tokens as a split that can be evaluated.
 
-    blocks: [n, L] ids. text_bytes: UTF-8 bytes of the detokenised text that these blocks hold. source: where the rows came from.
+    blocks: [n, L] ids. text_bytes: UTF-8 bytes of the detokenised text that these blocks hold. source: where the rows came from,
+    how many rows, bytes and tokens they are, and tokens_kept, the share of the tokens that is in a block.
     """
 
     def __init__(self, name: str, blocks: np.ndarray, text_bytes: float, tokenizer: Tokenizer, source: dict[str, Any]) -> None:
@@ -70,6 +72,20 @@ class TokenBlocks(TokenSplit):
         self.num_bytes = round(text_bytes)
         self.num_documents = int(source["rows"])
         self.vocab_size, self.eos_id = tokenizer.model_vocab_size, tokenizer.eos_id
+
+    def describe(self, length: int) -> str:
+        """One line: what there is of the set, and how much of it blocks of `length` hold."""
+        kept = self.source["tokens_kept"]
+        line = (
+            f"set {self.name}: {self.source['rows']:,} rows, {self.source['tokens']:,} tokens; {kept:.1%} of them are in "
+            f"{self.num_sequences(length):,} blocks of {length:,}"
+        )
+        if kept < MOSTLY:
+            line += (
+                f". What is measured is that part, not the set: the protocol drops what is left of every {ROWS_JOINED:,} rows; a "
+                "model of a smaller length keeps more"
+            )
+        return line
 
 
 def parse_sets(text: str) -> dict[str, str | None]:
@@ -102,15 +118,16 @@ def open_set(name: str, tokenizer: Tokenizer, length: int, path: str | None = No
     blocks = list(_blocks(detokenized, tokenizer, length, counts))
     where = f"set {name}" if path is None else f"set {name}, read from {path},"
     if not blocks:
+        joined_rows = f"every {ROWS_JOINED:,} of them are joined, and " if counts["rows"] > ROWS_JOINED else ""
         raise UsageError(
-            f"{where} has {counts['rows']:,} rows and {counts['tokens']:,} tokens, too few for one block of {length:,}; "
-            "give more text, or a model of a smaller length"
+            f"{where} has {counts['rows']:,} rows and {counts['tokens']:,} tokens; {joined_rows}that is too few for one block of "
+            f"{length:,}: give more text, or a model of a smaller length"
         )
     source: dict[str, Any] = {"repository": known.repository, "configuration": known.configuration, "split": known.split}
     source = {"path": path} if path is not None else source
     joined = np.concatenate(blocks)
-    kept = joined.shape[0] * (length - 2)
-    return TokenBlocks(name, joined, counts["bytes"] * kept / counts["tokens"], tokenizer, source | counts)
+    kept = joined.shape[0] * (length - 2) / counts["tokens"]
+    return TokenBlocks(name, joined, counts["bytes"] * kept, tokenizer, source | counts | {"tokens_kept": kept})
 
 
 def tokens_hash(split: TokenSplit, length: int, sequences: int = 0) -> str:

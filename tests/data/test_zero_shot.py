@@ -48,14 +48,27 @@ def test_blocks_are_the_protocols(tmp_path):
     assert found.num_sequences(7) == len(want) == 3 and found.num_tokens == 21
     assert found.sequence(1, 7).tolist() == want[1]
     assert found.num_bytes == round(13 * 15 / 17)  # of the text in whole blocks
-    assert found.source == {"path": rows_file(tmp_path, rows), "rows": 4, "bytes": 13, "tokens": 17}
+    kept = found.source.pop("tokens_kept")
+    assert found.source == {"path": rows_file(tmp_path, rows), "rows": 4, "bytes": 13, "tokens": 17} and kept == 15 / 17
 
 
 def test_every_thousand_rows_lose_their_remainder(tmp_path):
     tokenizer = make_tokenizer("bytes")
     found = open_set("ag_news", tokenizer, 12, rows_file(tmp_path, ["a"] * 2_003))
     assert found.num_sequences(12) == 200 + 200 + 0  # 2,000 tokens in tens, twice; three rows fill nothing
-    assert found.source["rows"] == 2_003
+    assert found.source["rows"] == 2_003 and found.source["tokens_kept"] == 4_000 / 4_006
+    assert found.describe(12) == "set ag_news: 2,003 rows, 4,006 tokens; 99.9% of them are in 400 blocks of 12"
+
+
+def test_a_small_part_of_a_set_is_not_taken_for_the_set(tmp_path):
+    """Rows too short to fill more than a block of every thousand."""
+    rows = ["sentence"] * 1_000 + ["a"] * 1_500
+    found = open_set("ptb", make_tokenizer("bytes"), 4_002, rows_file(tmp_path, rows))
+    assert found.num_sequences(4_002) == 2 and found.source["tokens_kept"] == 8_000 / 12_000
+    assert found.describe(4_002).startswith("set ptb: 2,500 rows, 12,000 tokens; 66.7% of them are in 2 blocks of 4,002. What is")
+    assert "not the set: the protocol drops what is left of every 1,000 rows; a model of a smaller" in found.describe(4_002)
+    with pytest.raises(UsageError, match=r"2,500 rows and 12,000 tokens; every 1,000 of them are joined, and that is too few"):
+        open_set("ptb", make_tokenizer("bytes"), 9_003, rows_file(tmp_path, rows))
 
 
 def test_berts_blocks_begin_with_its_own_start(tmp_path):
@@ -115,8 +128,11 @@ def test_what_is_asked_for():
         (lambda t, p: open_set("news", t, 8), "there is no zero-shot set 'news'"),
         (lambda t, p: open_set("ptb", t, 2), "2 tokens are too few"),
         (lambda t, p: open_set("ptb", t, 8, str(p / "none.jsonl")), "there is no file or folder"),
-        (lambda t, p: open_set("ptb", t, 8, rows_file(p, [])), "has 0 rows and 0 tokens, too few for one block of 8"),
-        (lambda t, p: open_set("ptb", t, 80, rows_file(p, ["short"])), "1 rows and 6 tokens, too few for one block of 80"),
+        (lambda t, p: open_set("ptb", t, 8, rows_file(p, [])), "has 0 rows and 0 tokens; that is too few for one block of 8"),
+        (
+            lambda t, p: open_set("ptb", t, 80, rows_file(p, ["short"])),
+            "1 rows and 6 tokens; that is too few for one block of 80",
+        ),
         (lambda t, p: open_set("ptb", t, 8), "zero-shot set ptb needs .* hub cannot be reached; give its rows .* ptb=PATH"),
         (lambda t, p: open_set("ptb", t, 8, str(p)), "is one file, and .* holds 2"),
     ],

@@ -13,6 +13,7 @@ from atat_fast import evaluate
 from atat_fast.cli import run_door
 from atat_fast.data.zero_shot import tokens_hash
 from atat_fast.errors import UsageError
+from atat_fast.evaluation import measure
 
 
 @pytest.fixture(autouse=True)
@@ -83,8 +84,18 @@ def test_zero_shot_sets_from_files(trained_run, tmp_path, capsys):
     assert one["bits_per_byte"] == pytest.approx(one["bits_per_token"] / one["bytes_per_token"])
     printed = capsys.readouterr().out
     for figure in found["figures"]:
+        kept = figure["source"]["tokens_kept"]
+        assert 0.9 < kept < 1 and f"set {figure['text']}: 30 rows, {figure['source']['tokens']:,} tokens; {kept:.1%}" in printed
         row = next(line for line in printed.splitlines() if line.startswith(figure["text"] + " "))
         assert figure["tokens_sha256"][:12] in row and "upper bound" in row
+
+
+def test_a_set_without_a_block_costs_nothing_of_the_others(trained_run, tmp_path, monkeypatch):
+    (tmp_path / "ptb.txt").write_text("some rows of text\n" * 30)
+    (tmp_path / "few.txt").write_text("a row\n")
+    monkeypatch.setattr(measure, "measure", lambda *_: pytest.fail("measured before all sets were opened"))
+    with pytest.raises(UsageError, match=r"set lm1b, read from few.txt, has 1 rows and 6 tokens; that is too few for one block"):
+        measured("--run", trained_run, "--zero_shot", "ptb=ptb.txt,lm1b=few.txt")
 
 
 def test_the_hash_is_of_the_split_that_was_read(trained_run):
