@@ -25,7 +25,7 @@ from torch import Tensor
 from atat_fast.config import TrainConfig
 from atat_fast.data import Tokenizer
 from atat_fast.diffusion.samplers import SAMPLERS, cut_at_end, sample
-from atat_fast.errors import UsageError, nearest
+from atat_fast.errors import UsageError, check_seed, nearest
 from atat_fast.evaluation.orders import EXACT, order_nll
 from atat_fast.evaluation.precision import antithetic_counts
 from atat_fast.models.dit import DiT
@@ -75,12 +75,12 @@ class Answers:
             ("tokens_per_pass", per_pass, 1),
             ("steps", steps, 0),
             ("batch_size", batch, 1),
-            ("seed", seed, -(1 << 63)),
         ):
             if not isinstance(value, int):
                 raise UsageError(f"{name} must be a whole number, got {value!r}")
             if value < least:
                 raise UsageError(f"{name} must be at least {least}, got {value}")
+        check_seed("seed", seed)
         self.noted: set[str] = set()
         self.model, self.tokenizer, self.compute = model.to(compute.device).eval(), tokenizer, compute
         self.likelihood, self.draws, self.per_pass, self.steps = likelihood, draws, per_pass, steps
