@@ -55,12 +55,14 @@ class DataConfig:
     """What is read.
 
     Args:
-        corpus: A known name (python-docs, wikitext2, wikitext103, openwebtext, lm1b, text8), a path to a .txt, .jsonl or
-            .parquet file or a folder of them, or any data set on the hub as hub:owner/name or hub:owner/name:configuration.
+        corpus: A known name (python-docs, wikitext2, wikitext103, openwebtext, lm1b, text8), a path to a .txt, .jsonl, .json,
+            .csv or .parquet file (.gz and .zst too) or to a folder of them, or any data set on the hub as hub:owner/name or
+            hub:owner/name:configuration.
         tokenizer: bytes, bpe-N (trained on the training split, N tokens in all), a path to a tokenizer.json, or a hub id.
-        valid: Path of the held-out text when corpus is a path; without it valid_fraction of the documents is held out.
+        valid: Path of the held-out text when corpus is a path; without it valid_fraction of the documents is held out, or of
+            one document its end.
         valid_fraction: Share of documents held out where the corpus brings no validation split.
-        text_column: Column that holds the text in .jsonl, .parquet and hub data sets; found by itself where there is one.
+        text_column: Column that holds the text in rows of files and in hub data sets; found by itself where there is one.
         max_documents: Read no more than this many documents of each split; 0 reads all.
         cache_dir: Folder for token files; by default $ATAT_FAST_CACHE, else ~/.cache/atat_fast.
         num_workers: Threads that tokenise; 0 means one for each core.

@@ -161,7 +161,7 @@ def test_bad_input_is_one_sentence(arguments, message, tmp_path, monkeypatch, ca
     ("text", "message"),
     [
         ("", "holds no text"),
-        ("One document only, and not much of it.", "document"),
+        ("One document only, and not much of it.", "tokens"),
         ("a\n<|endoftext|>\nb\n<|endoftext|>\nc", "tokens"),
         (b"\xff\xfe broken", "UTF-8"),
     ],

@@ -50,7 +50,10 @@ class Dataset:
         def counts(split: TokenSplit) -> str:
             return f"{split.num_documents:,} documents, {_megabytes(split.num_bytes)}, {split.num_tokens:,} tokens"
 
-        return f"{self.manifest['corpus']}: {counts(self.train)} for training; {counts(self.valid)} held out"
+        end = self.manifest["source"].get("held_out")
+        return f"{self.manifest['corpus']}: {counts(self.train)} for training; {counts(self.valid)} held out" + (
+            f", {end}" if end else ""
+        )
 
 
 def prepare(

@@ -72,12 +72,12 @@ class Corpus:
 
 
 class HeldOut:
-    """Splits documents by a seeded hash of their text.
+    """Splits documents by a seeded hash of their text. Where there is only one, its end is held out.
 
     Args:
         read: Starts reading all documents anew.
         fraction: Expected share that is held out. However few documents there are, each side gets at least one.
-        remedy: What the user can do when there is only one document.
+        remedy: What the user can do when all documents are the same.
     """
 
     def __init__(self, read: Callable[[], Iterable[str]], fraction: float, name: str, remedy: str) -> None:
@@ -85,27 +85,42 @@ class HeldOut:
             raise UsageError(f"data.valid_fraction is {fraction}; it must lie between 0 and 1, for example 0.05")
         self._read, self._fraction, self._name, self._remedy = read, fraction, name, remedy
         self._threshold: int | None = None
+        self._cut: int | None = None
+
+    def provenance(self) -> dict[str, Any]:
+        """What a manifest says of the split where it is not one of whole documents, once documents were read."""
+        return {} if self._cut is None else {"held_out": "the end of its one document"}
 
     def documents(self, split: Split) -> Iterator[str]:
         """The documents of `split`. The first call may read up to the first document of each side once more."""
         if self._threshold is None:
             self._threshold = self._choose()
         for text in self._read():
-            if (_hash(text) < self._threshold) == (split == "valid"):
+            if self._cut is not None:
+                if text and not text.isspace():
+                    yield text[: self._cut] if split == "train" else text[self._cut :]
+            elif (_hash(text) < self._threshold) == (split == "valid"):
                 yield text
 
     def _choose(self) -> int:
         threshold = int(self._fraction * 2**64)
-        lowest, highest = 2**64, -1
+        lowest, highest, count, last = 2**64, -1, 0, ""
         for text in self._read():
             if text and not text.isspace():
+                count, last = count + 1, text
                 lowest, highest = min(lowest, _hash(text)), max(highest, _hash(text))
                 if lowest < threshold <= highest:
                     return threshold
         if highest < 0:
             raise UsageError(f"corpus {self._name} holds no text")
+        if count == 1:
+            self._cut = _end_of_text(last, self._fraction)
+            return threshold
         if lowest == highest:
-            raise UsageError(f"corpus {self._name} is one document, so nothing can be held out: {self._remedy}")
+            raise UsageError(
+                f"corpus {self._name} is {count:,} times the same document, so none can be held out that is not learned too: "
+                f"{self._remedy}"
+            )
         return highest if highest < threshold else lowest + 1
 
 
@@ -128,30 +143,31 @@ def open_corpus(config: DataConfig) -> Corpus:
 def _local_corpus(config: DataConfig) -> Corpus:
     name, column = config.corpus, config.text_column
     try:
-        train = local.identity(name)
+        text = local.TextFiles(name, column)
     except UsageError:
-        looks_like_path = name.endswith(local.SUFFIXES) or name.startswith((".", "/", "~")) or local.exists(name)
+        looks_like_path = name.lower().endswith(local.SUFFIXES) or name.startswith((".", "/", "~")) or local.exists(name)
         if looks_like_path:
             raise
         if hub.is_repository(name) and "/" in name:
             raise UsageError(f"there is no file or folder {name}; a data set of that name on the hub is hub:{name}") from None
         raise UsageError(
             f"there is no corpus {name!r}{nearest(name, NAMES)}; corpora are {', '.join(NAMES)}, hub:owner/name, or the path of "
-            "a .txt, .jsonl or .parquet file or of a folder of them"
+            f"{local.FORMATS} or of a folder of them"
         ) from None
+    train = text.identity()
     known: dict[str, Any] = {"train": train, "text_column": column}
     source: dict[str, Any] = {"source": "local", "path": name, "bytes": sum(size for _, size, _ in train["files"])}
     if config.valid is None:
-        remedy = f"give held-out text with data.valid, or put lines of {local.SEPARATOR} between documents"
-        held_out = HeldOut(lambda: local.documents(name, column), config.valid_fraction, name, remedy)
+        held_out = HeldOut(text.documents, config.valid_fraction, name, "give held-out text with data.valid")
         known["valid_fraction"] = source["valid_fraction"] = config.valid_fraction
-        return Corpus(name, known, held_out.documents, lambda: source, config.max_documents)
-    valid = local.identity(config.valid)
+        return Corpus(name, known, held_out.documents, lambda: source | held_out.provenance(), config.max_documents)
+    held = local.TextFiles(config.valid, column)
+    valid = held.identity()
     if valid["path"] == train["path"]:
         raise UsageError(f"data.valid and data.corpus are both {name}: a model must be measured on text it did not see")
     known["valid"], source["valid"] = valid, config.valid
-    paths = {"train": name, "valid": config.valid}
-    return Corpus(name, known, lambda split: local.documents(paths[split], column), lambda: source, config.max_documents)
+    texts = {"train": text, "valid": held}
+    return Corpus(name, known, lambda split: texts[split].documents(), lambda: source, config.max_documents)
 
 
 class _HubCorpus:
@@ -203,7 +219,7 @@ class _HubCorpus:
             "splits": {split: str(getattr(table, "split", split)) for split, table in self.tables.items()},
             "dataset_fingerprints": {split: str(getattr(table, "_fingerprint", "")) for split, table in self.tables.items()},
             "valid_fraction": self.config.valid_fraction if self.held_out is not None else None,
-        }
+        } | (self.held_out.provenance() if self.held_out is not None else {})
 
     def _load(self) -> None:
         source = self.source
@@ -221,14 +237,13 @@ class _HubCorpus:
         if valid is not None:
             self.tables["valid"] = found[valid]
         else:
-            remedy = "use another data set"
-            self.held_out = HeldOut(lambda: self._texts("train"), self.config.valid_fraction, self.name, remedy)
+            self.held_out = HeldOut(lambda: self._texts("train"), self.config.valid_fraction, self.name, "use another data set")
 
     def _texts(self, split: Split) -> Iterator[str]:
         table = self.tables[split]
-        strings = [name for name, kind in table.features.items() if getattr(kind, "dtype", "") in ("string", "large_string")]
-        where = f"data set {self.source.repository}"
-        column = local.choose_column(strings, list(table.features), self.config.text_column, where)
+        kinds = {"string": local.TEXT, "large_string": local.TEXT, "null": local.NOTHING}
+        columns = {name: {kinds.get(getattr(kind, "dtype", ""), local.OTHER)} for name, kind in table.features.items()}
+        column = local.choose_column(columns, self.config.text_column, f"data set {self.source.repository}")
         rows = (text or "" for batch in table.select_columns([column]).iter(local.ROWS_AT_ONCE) for text in batch[column])
         return articles(rows) if self.source.regroup else rows
 
@@ -252,6 +267,18 @@ def articles(rows: Iterable[str]) -> Iterator[str]:
         kept.append(line)
         before, line = line, after
     yield "\n".join(kept).strip("\n")
+
+
+def _end_of_text(text: str, fraction: float) -> int:
+    """Where the last `fraction` of a text begins: behind the next blank line, line end or blank, whichever comes soon."""
+    end = len(text.rstrip())
+    target = min(max(1, round(end * (1 - fraction))), max(1, end - 1))
+    most = target + (end - target) // 2  # the end keeps at least half of its share
+    for boundary in ("\n\n", "\n", " "):
+        place = text.find(boundary, target, most)
+        if place >= 0:
+            return place + len(boundary)
+    return target
 
 
 def _hash(text: str) -> int:

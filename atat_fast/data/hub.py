@@ -20,9 +20,7 @@ from typing import Any
 from atat_fast.errors import UsageError
 
 KNOCK_SECONDS = 4.0
-NO_NETWORK = (
-    "use corpus python-docs, the path of a local .txt, .jsonl or .parquet, or download the data set where there is a network"
-)
+NO_NETWORK = "use corpus python-docs, the path of local files, or download the data set where there is a network"
 _REPOSITORY = re.compile(r"[A-Za-z0-9][\w.-]*(/[\w.-]+)?")
 
 

@@ -1,24 +1,49 @@
 """Documents of local files, read as a stream.
 
 - `.txt`: one document, or several where a line holds nothing but <|endoftext|> or where there is a form feed. Blank lines
-  separate nothing: they are part of most texts. UTF-8, with or without a byte order mark; CR LF becomes LF.
-- `.jsonl`: one document per line, in the text column of an object.
+  separate nothing: they are part of most texts.
+- `.jsonl`, `.ndjson`: one document per line, in the text column of an object. `.json`: such lines, or one array of objects.
+- `.csv`, `.tsv`: one document per row, in the text column; the first row has the columns' names.
 - `.parquet`: one document per row, in the text column.
-- A folder: all such files under it, in the order of their paths; hidden ones are left out.
+- A folder: all such files under it, in the order of their paths; links are followed, hidden files are left out.
+
+All but parquet may be packed (`.gz`, `.zst`). Text is UTF-8, or UTF-16 with a byte order mark; CR LF becomes LF. The text column
+is one for all files that `path` stands for; a row that has no text there is left out.
 """
 
 from __future__ import annotations
 
+import contextlib
+import csv
+import io
+import itertools
 import json
-from collections.abc import Iterator, Sequence
+import logging
+import os
+import sys
+from collections import defaultdict
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from atat_fast.errors import UsageError
+from atat_fast.errors import UsageError, first_line
 
-SUFFIXES = (".txt", ".jsonl", ".parquet")
+log = logging.getLogger(__name__)
+
+LINES, TABLES = (".jsonl", ".ndjson", ".json"), {".csv": ",", ".tsv": "\t"}
+PACKED = (".gz", ".zst")
+KINDS = (".txt", *LINES, *TABLES, ".parquet")
+SUFFIXES = (*KINDS, *(kind + packed for kind in KINDS[:-1] for packed in PACKED))
 SEPARATOR = "<|endoftext|>"
 ROWS_AT_ONCE = 256
+ROWS_LOOKED_AT = 20_000
+"""Rows of all files together that are looked at to choose the text column; of each file at least 20 and at most 1,000."""
+MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
+FORMATS = "a .txt, .jsonl, .json, .csv or .parquet file"
+
+TEXT, NOTHING, OTHER = "text", "nothing", "other"
+"""What has been seen in a column."""
+Columns = dict[str, set[str]]
 
 
 def find_files(path: str) -> list[Path]:
@@ -26,20 +51,48 @@ def find_files(path: str) -> list[Path]:
     root = Path(path).expanduser()
     if not root.exists():
         raise UsageError(f"there is no file or folder {path}")
-    if root.is_dir():
-        found = [file for file in sorted(root.rglob("*")) if file.suffix in SUFFIXES and file.is_file()]
-        found = [file for file in found if not any(part.startswith(".") for part in file.relative_to(root).parts)]
-        if not found:
-            raise UsageError(f"folder {path} holds no {', '.join(SUFFIXES[:-1])} or {SUFFIXES[-1]} file")
-        return found
-    if root.suffix not in SUFFIXES:
-        raise UsageError(f"{path} is none of {', '.join(SUFFIXES)}; convert it, or rename plain text to .txt")
-    return [root]
+    if not root.is_dir():
+        if _kind(root) is None:
+            raise UsageError(f"{path} is not {FORMATS}; convert it, or rename plain text to .txt")
+        return [root]
+    found = [file for file in _walk(root) if _kind(file) is not None]
+    if not found:
+        raise UsageError(f"folder {path} holds no text: there is not {FORMATS} in it")
+    return found
+
+
+def _walk(root: Path) -> list[Path]:
+    """Every file under a folder that is not hidden, in the order of their paths; through links, each folder and file once."""
+    seen: set[str] = set()
+    files: list[Path] = []
+    for folder, inside, names in os.walk(root, followlinks=True):
+        real = os.path.realpath(folder)
+        if real in seen:
+            inside.clear()
+            continue
+        seen.add(real)
+        inside[:] = sorted(name for name in inside if not name.startswith("."))
+        files += [Path(folder, name) for name in names if not name.startswith(".")]
+    once: dict[str, Path] = {}
+    for file in sorted(files):
+        if file.is_file():
+            once.setdefault(os.path.realpath(file), file)
+    return list(once.values())
+
+
+def _kind(file: Path) -> str | None:
+    """What a file is by its name, such as .jsonl for DATA.JSONL.GZ; None where it is nothing that is read."""
+    name = file.name.lower()
+    return next((suffix.removesuffix(_packing(file)) for suffix in SUFFIXES if name.endswith(suffix)), None)
+
+
+def _packing(file: Path) -> str:
+    return next((packed for packed in PACKED if file.name.lower().endswith(packed)), "")
 
 
 def without_folders(setting: str) -> str:
     """A corpus or tokenizer setting that may be shown to others: a path's last part, and any other setting as it is."""
-    looks_local = setting.startswith(("/", ".", "~")) or setting.endswith((*SUFFIXES, ".json")) or exists(setting)
+    looks_local = setting.startswith(("/", ".", "~")) or setting.lower().endswith(SUFFIXES) or exists(setting)
     return Path(setting).name or setting if looks_local else setting
 
 
@@ -48,58 +101,186 @@ def exists(path: str) -> bool:
     return Path(path).expanduser().exists()
 
 
-def identity(path: str) -> dict[str, Any]:
-    """Path, size and modification time of every file: what tells one state of the text from another."""
-    stats = [(file, file.stat()) for file in find_files(path)]
-    return {
-        "path": str(Path(path).expanduser().resolve()),
-        "files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
-    }
+class TextFiles:
+    """The documents under a path.
+
+    path: a file, or a folder of them.   column: the text column; None finds it.
+    Raises UsageError where there is nothing to read.
+    """
+
+    def __init__(self, path: str, column: str | None = None) -> None:
+        self.path, self.asked = path, column
+        self.files = find_files(path)
+        self._column: str | None = None
+        self._without: list[Path] = []
+        self._noted = False
+
+    def identity(self) -> dict[str, Any]:
+        """Path, size and modification time of every file: what tells one state of the text from another."""
+        stats = [(file, file.stat()) for file in self.files]
+        return {
+            "path": str(Path(self.path).expanduser().resolve()),
+            "files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
+        }
+
+    def documents(self) -> Iterator[str]:
+        """Every document. Raises UsageError with the file, and the line or byte, where one cannot be read."""
+        column = self._choose()
+        empty: dict[Path, int] = defaultdict(int)
+        for file in self.files:
+            if file in self._without:
+                continue
+            with _readable(file):
+                if _kind(file) == ".txt":
+                    yield from _text(file)
+                elif _kind(file) == ".parquet":
+                    for text in _parquet(file, column):
+                        if text is None:
+                            empty[file] += 1
+                        else:
+                            yield text
+                else:
+                    for place, row in _rows(file):
+                        text = row.get(column)
+                        if text is None:
+                            empty[file] += 1
+                        elif isinstance(text, str):
+                            yield text
+                        else:
+                            raise UsageError(f"column {column!r} is not text in {place}: it is {json.dumps(text)[:40]}")
+        self._note(column, empty)
+
+    def _choose(self) -> str:
+        """The text column of all files; '' where no file has columns. Files that turn out not to have it are left out."""
+        if self._column is None:
+            tables = [file for file in self.files if _kind(file) != ".txt"]
+            most = max(20, min(1_000, ROWS_LOOKED_AT // max(1, len(tables))))
+            seen = {file: _look(file, most) for file in tables}
+            if not any(seen.values()):  # nothing but plain text, or no row anywhere
+                self._column = ""
+                return ""
+            together: Columns = defaultdict(set)
+            for columns in seen.values():
+                for name, kinds in columns.items():
+                    together[name] |= kinds
+            where = str(self.files[0]) if len(self.files) == 1 else f"the {len(tables)} files of {self.path} that have columns"
+            self._column = choose_column(together, self.asked, where)
+            self._without = [file for file, columns in seen.items() if columns and self._column not in columns]
+        return self._column
+
+    def _note(self, column: str, empty: Mapping[Path, int]) -> None:
+        """Say, once, what was left out."""
+        if self._noted:
+            return
+        self._noted = True
+        root = Path(self.path).expanduser()
+        other = [] if not root.is_dir() else [file for file in _walk(root) if _kind(file) is None]
+        for what, files in ((f"no column {column!r}", self._without), ("a kind that is not read", other)):
+            if files:
+                names = ", ".join(str(file.relative_to(root)) for file in files[:5])
+                more = f" and {len(files) - 5} more" if len(files) > 5 else ""
+                log.warning("%s: left out %s%s (%s)", self.path, names, more, what)
+        for file, count in empty.items():
+            log.warning("%s: %s row(s) without text in column %r are left out", file, f"{count:,}", column)
 
 
 def documents(path: str, text_column: str | None) -> Iterator[str]:
-    """Every document under `path`. Raises UsageError with the file, and the line or byte, where one cannot be read."""
-    for file in find_files(path):
-        try:
-            if file.suffix == ".txt":
-                yield from _text(file)
-            elif file.suffix == ".jsonl":
-                yield from _jsonl(file, text_column)
-            else:
-                yield from _parquet(file, text_column)
-        except OSError as error:
-            raise UsageError(f"cannot read {file}: {error.strerror or error}") from error
+    """Every document under `path`; see `TextFiles`."""
+    return TextFiles(path, text_column).documents()
 
 
-def choose_column(strings: Sequence[str], columns: Sequence[str], asked: str | None, where: str) -> str:
-    """The text column: `asked`, else "text", else the only one of `strings`. Raises UsageError naming the columns."""
+def choose_column(columns: Mapping[str, set[str]], asked: str | None, where: str) -> str:
+    """The text column: `asked`, else "text", else the only one that holds text. Raises UsageError naming the columns.
+
+    columns: what has been seen in each. One with NOTHING in it so far may turn out to be text; one with no kind at all will not.
+    """
+    names = ", ".join(columns) or "none"
     if asked is not None:
-        if asked not in strings:
-            fault = "is not text" if asked in columns else "is missing"
-            raise UsageError(f"column {asked!r} {fault} in {where}; its columns are {', '.join(columns) or 'none'}")
-        return asked
-    if "text" in strings:
+        if asked in columns and columns[asked] != {OTHER}:
+            return asked
+        fault = "is not text" if asked in columns else "is missing"
+        raise UsageError(f"column {asked!r} {fault} in {where}; its columns are {names}")
+    if "text" in columns and columns["text"] != {OTHER}:
         return "text"
-    if len(strings) == 1:
-        return strings[0]
+    possible = [name for name, kinds in columns.items() if kinds and OTHER not in kinds]
+    if len(possible) == 1:
+        return possible[0]
     raise UsageError(
-        f"{where} has {'no' if not strings else 'more than one'} text column; its columns are "
-        f"{', '.join(columns) or 'none'}: choose one with data.text_column"
+        f"{where} has {'no' if not possible else 'more than one'} text column; its columns are {names}: choose one with "
+        "data.text_column"
     )
 
 
+def _look(file: Path, most: int) -> Columns:
+    """What the first rows of a file hold by column, as `choose_column` takes it."""
+    if _kind(file) == ".parquet":
+        return _parquet_columns(file)
+    columns: Columns = defaultdict(set)
+    with _readable(file):
+        for count, (_, row) in enumerate(_rows(file), 1):
+            for name, value in row.items():
+                columns[name].add(TEXT if isinstance(value, str) else NOTHING if value is None else OTHER)
+            if count == most:
+                return columns
+    return {name: kinds - {NOTHING} for name, kinds in columns.items()}
+
+
+@contextlib.contextmanager
+def _readable(file: Path) -> Iterator[None]:
+    import pyarrow
+
+    try:
+        yield
+    except OSError as error:
+        damaged = "; it is damaged or cut short" if _packing(file) and not error.errno else ""
+        raise UsageError(f"cannot read {file}: {error.strerror or first_line(error)}{damaged}") from error
+    except (pyarrow.ArrowException, csv.Error) as error:
+        raise UsageError(f"{file} is not a {_kind(file)} file that can be read: {first_line(error)}") from error
+
+
+def _open(file: Path) -> BinaryIO:
+    """The file's bytes, unpacked."""
+    if not _packing(file):
+        return file.open("rb")
+    import pyarrow
+
+    name = {".gz": "gzip", ".zst": "zstd"}[_packing(file)]
+    stream: Any = io.BufferedReader(pyarrow.input_stream(str(file), compression=name))
+    return stream  # type: ignore[no-any-return]
+
+
 def _lines(file: Path) -> Iterator[str]:
-    offset = 0
-    with file.open("rb") as stream:
+    """Lines with their ends. Raises UsageError where the file is not UTF-8, or UTF-16 with a mark."""
+    with _open(file) as stream:
+        start = stream.read(2)
+        encoding = MARKS.get(start)
+    with _open(file) as stream:
+        if encoding is not None:
+            yield from _utf16_lines(file, stream)
+            return
+        offset = 0
         for raw in stream:
             try:
                 line = raw.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise UsageError(f"{file} is not UTF-8 at byte {offset + error.start:,}; convert it to UTF-8") from error
+                raise UsageError(
+                    f"{file} is not UTF-8 at byte {offset + error.start:,}; convert it, if it is Latin-1 with  "
+                    "iconv -f LATIN1 -t UTF-8"
+                ) from error
             if offset == 0:
                 line = line.removeprefix("\ufeff")
+                if "\0" in line[1:4:2] and len(raw) > 3:
+                    raise UsageError(f"{file} looks like UTF-16 without a byte order mark; convert it to UTF-8")
             offset += len(raw)
             yield line[:-2] + "\n" if line.endswith("\r\n") else line
+
+
+def _utf16_lines(file: Path, stream: BinaryIO) -> Iterator[str]:
+    try:
+        for line in io.TextIOWrapper(stream, encoding="utf-16", newline="\n"):
+            yield line[:-2] + "\n" if line.endswith("\r\n") else line
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} begins as UTF-16 but is none ({error.reason}); convert it to UTF-8") from error
 
 
 def _text(file: Path) -> Iterator[str]:
@@ -113,46 +294,65 @@ def _text(file: Path) -> Iterator[str]:
     yield "".join(kept).strip("\n")
 
 
-def _jsonl(file: Path, text_column: str | None) -> Iterator[str]:
-    column = None
-    for number, line in enumerate(_lines(file), 1):
-        if not line.strip():
-            continue
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"line {number:,} of {file} is not JSON: {error}") from error
+def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, row) of a file of JSON or a table."""
+    kind = _kind(file) or ""
+    if kind in TABLES:
+        csv.field_size_limit(sys.maxsize)
+        for number, row in enumerate(csv.DictReader(_lines(file), delimiter=TABLES[kind]), 1):
+            yield f"row {number:,} of {file}", {name: value for name, value in row.items() if name is not None}
+        return
+    lines = ((number, line) for number, line in enumerate(_lines(file), 1) if line.strip())
+    first = next(lines, None)
+    if first is None:
+        return
+    rows: Iterator[tuple[str, Any]]
+    if kind == ".json" and not _is_object(first[1]):
+        found = _parse("".join([first[1], *(line for _, line in lines)]), str(file))
+        several = found if isinstance(found, list) else [found]
+        rows = ((f"row {number:,} of {file}", row) for number, row in enumerate(several, 1))
+    else:
+        places = ((f"line {number:,} of {file}", line) for number, line in itertools.chain([first], lines))
+        rows = ((place, _parse(line, place)) for place, line in places)
+    for place, row in rows:
         if not isinstance(row, dict):
-            raise UsageError(f'line {number:,} of {file} is not a JSON object such as {{"text": "..."}}')
-        if column is None:
-            strings = [name for name, value in row.items() if isinstance(value, str)]
-            column = choose_column(strings, list(row), text_column, f"{file}, line {number:,}")
-        text = row.get(column, row)
-        if text is None:
-            continue
-        if not isinstance(text, str):
-            fault = "is missing" if text is row else "is not text"
-            raise UsageError(f"column {column!r} {fault} in line {number:,} of {file}; its columns are {', '.join(row)}")
-        yield text
+            raise UsageError(f'{place} is not a JSON object such as {{"text": "..."}}')
+        yield place, row
 
 
-def _parquet(file: Path, text_column: str | None) -> Iterator[str]:
-    import pyarrow
+def _parse(text: str, place: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise UsageError(f"{place} is not JSON: {error}") from error
+
+
+def _is_object(line: str) -> bool:
+    try:
+        return isinstance(json.loads(line), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _parquet_columns(file: Path) -> Columns:
+    from pyarrow import parquet, types
+
+    def kind(of: Any) -> str:
+        of = of.value_type if types.is_dictionary(of) else of
+        if types.is_null(of):
+            return NOTHING
+        return TEXT if types.is_string(of) or types.is_large_string(of) or types.is_string_view(of) else OTHER
+
+    with _readable(file), parquet.ParquetFile(file) as table:
+        return {field.name: {kind(field.type)} for field in table.schema_arrow}
+
+
+def _parquet(file: Path, column: str) -> Iterator[str | None]:
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(file) as table:
-            fields = list(table.schema_arrow)
-            strings = [field.name for field in fields if _is_string(field.type)]
-            column = choose_column(strings, [field.name for field in fields], text_column, str(file))
             for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
-                yield from (text for text in batch.column(0).to_pylist() if text is not None)
-    except (pyarrow.ArrowException, UnicodeDecodeError) as error:
-        raise UsageError(f"{file} is not a parquet file that can be read: {str(error).splitlines()[0]}") from error
-
-
-def _is_string(kind: Any) -> bool:
-    from pyarrow import types
-
-    kind = kind.value_type if types.is_dictionary(kind) else kind
-    return bool(types.is_string(kind) or types.is_large_string(kind) or types.is_string_view(kind))
+                yield from batch.column(0).to_pylist()
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{file} holds text that is not UTF-8: {error}") from error

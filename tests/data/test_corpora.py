@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import gzip
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from pyarrow import parquet
 
 from atat_fast.config import DataConfig
@@ -24,6 +27,10 @@ def both(corpus: Corpus) -> tuple[list[str], list[str]]:
 
 def local(path: Path, **settings: Any) -> Corpus:
     return open_corpus(DataConfig(corpus=str(path), **settings))
+
+
+def everything(corpus: Corpus) -> list[str]:
+    return sorted(text for side in both(corpus) for text in side)
 
 
 def fails(part: str, corpus: str | Path, **settings: Any) -> str:
@@ -104,14 +111,134 @@ def test_the_text_column(tmp_path: Path) -> None:
     assert train[0].startswith("title")
     assert "id, body, title" in fails("column 'nope' is missing", path, text_column="nope")
     fails("column 'id' is not text", path, text_column="id")
-    path.write_text('{"text": "a"}\n{"txt": "b"}\n')
-    assert "line 2" in fails("column 'text' is missing", path)
+    path.write_text('{"text": "a"}\n{"txt": "b"}\n{"text": "c"}\n')
+    assert everything(local(path)) == ["a", "c"]
     path.write_text('{"text": "a"}\n{"text": 3}\n')
     fails("is not text in line 2", path)
     parquet.write_table(pa.table({"a": ["x"], "b": ["y"], "n": [1]}), tmp_path / "x.parquet")
     assert "a, b, n" in fails("more than one text column", tmp_path / "x.parquet")
     parquet.write_table(pa.table({"n": [1]}), tmp_path / "x.parquet")
     fails("no text column", tmp_path / "x.parquet")
+
+
+def rows(path: Path, found: list[dict[str, Any]]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in found))
+    return path
+
+
+def test_the_text_column_is_chosen_after_many_rows_and_null_is_unknown(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    real = [{"text": f"the real text {i}"} for i in range(2, 40)]
+    ids = [{"id": f"row-{i}"} | row for i, row in enumerate(real)]
+    for first, following in (({"id": "row-1", "text": None}, ids), ({"text": None}, real), ({"title": "a title"}, real)):
+        path = rows(tmp_path / "x.jsonl", [first, *following])
+        for column in (None, "text"):
+            assert everything(local(path, text_column=column)) == sorted(row["text"] for row in real)
+    assert f"{path}: 1 row(s) without text in column 'text' are left out" in caplog.messages
+    body = [{"id": f"row-{i}", "body": None if i < 1500 else "a body"} for i in range(3000)]
+    fails("has more than one text column; its columns are id, body", rows(tmp_path / "late.jsonl", body))
+    (tmp_path / "shards").mkdir()
+    for shard in range(2):
+        rows(
+            tmp_path / "shards" / f"{shard}.jsonl",
+            [{"id": f"{shard}-{i}", "body": f"b {i}" if shard else None} for i in range(9)],
+        )
+    assert "the 2 files of" in fails("has more than one text column; its columns are id, body", tmp_path / "shards")
+    assert both(local(tmp_path / "shards", text_column="body", valid_fraction=0.5))
+    only = rows(tmp_path / "empty.jsonl", [{"id": f"row-{i}", "text": None} for i in range(9)])
+    fails("holds no text", only)
+    always = rows(tmp_path / "always.jsonl", [{"body": f"b {i}", "meta": None} for i in range(9)])
+    assert sum(map(len, both(local(always)))) == 9  # read to its end, meta holds nothing
+
+
+def test_a_parquet_shard_of_nulls(tmp_path: Path) -> None:
+    parquet.write_table(pa.table({"id": ["a", "b"], "body": pa.nulls(2)}), tmp_path / "0.parquet")
+    fails("more than one text column", tmp_path)
+    parquet.write_table(pa.table({"id": [1, 2], "body": ["x", "y"]}), tmp_path / "1.parquet")
+    assert everything(local(tmp_path, text_column="body", valid_fraction=0.5)) == ["x", "y"]
+
+
+PACKED = ("", ".gz", ".zst")
+
+
+@pytest.mark.parametrize("packed", PACKED)
+@pytest.mark.parametrize("kind", ["txt", "jsonl", "JSON", "array", "pretty", "csv", "tsv"])
+def test_every_kind_of_file_packed_or_not(tmp_path: Path, kind: str, packed: str) -> None:
+    texts = [f'text {i}, with "quotes"' + "\nand a second line" * (kind != "txt") for i in range(40)]
+    found = [{"n": i, "text": text} for i, text in enumerate(texts)]
+    delimiter = "," if kind == "csv" else "\t"
+    quoted = ['"' + text.replace('"', '""') + '"' for text in texts]
+    content = {
+        "txt": "\r\n<|endoftext|>\r\n".join(texts),
+        "jsonl": "".join(json.dumps(row) + "\n" for row in found),
+        "JSON": "\n" + "".join(json.dumps(row) + "\r\n" for row in found),
+        "array": json.dumps(found),
+        "pretty": json.dumps(found, indent=2),
+        "csv": "\ufeffn,text\r\n" + "".join(f"{i},{text}\r\n" for i, text in enumerate(quoted)),
+        "tsv": f"n{delimiter}text\n" + "".join(f"{i}{delimiter}{text}\n" for i, text in enumerate(quoted)),
+    }[kind].encode()
+    suffix = "json" if kind in ("array", "pretty") else kind
+    path = tmp_path / f"file.{suffix}{packed}"
+    data = content if not packed else pa.compress(content, codec={".gz": "gzip", ".zst": "zstd"}[packed], asbytes=True)
+    if packed == ".gz":  # as pigz and cat write it: several members
+        half = len(content) // 2
+        data = gzip.compress(content[:half]) + gzip.compress(content[half:])
+    path.write_bytes(data)
+    assert everything(local(path)) == sorted(texts)
+    if packed:
+        path.write_bytes(data[: len(data) - 5])
+        fails("damaged or cut short", path)
+        path.write_bytes(content)
+        fails("damaged or cut short", path)
+
+
+def test_a_folder_is_read_whole_and_says_what_is_left_out(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    disk, folder = tmp_path / "disk2", tmp_path / "a"
+    disk.mkdir()
+    folder.mkdir()
+    rows(disk / "b.jsonl", [{"text": f"second {i}"} for i in range(50)])
+    rows(folder / "a.JSONL", [{"text": f"first {i}"} for i in range(40)])
+    rows(folder / "index.jsonl", [{"hash": f"sha256-{i}"} for i in range(30)])
+    (folder / "more").symlink_to(disk)
+    (folder / "again").symlink_to(disk)  # the same folder once more, and a circle
+    (disk / "back").symlink_to(folder)
+    (folder / "same.jsonl").symlink_to(disk / "b.jsonl")
+    (folder / "README.md").write_text("no text file")
+    (folder / "dataset_info.json").write_text(json.dumps({"name": "mine", "text_bytes": 3}, indent=1))
+    assert sum(map(len, both(local(folder)))) == 90
+    assert f"{folder}: left out dataset_info.json, index.jsonl (no column 'text')" in caplog.messages
+    assert f"{folder}: left out README.md (a kind that is not read)" in caplog.messages
+    assert len(caplog.messages) == 2  # once, however often the text is read
+    (folder / "part-0.jsonl.gz").write_bytes(gzip.compress(b'{"text": "packed"}\n' * 5))
+    (folder / "notes.txt").write_text("licence\n<|endoftext|>\nnotes\n")
+    assert sum(map(len, both(local(folder)))) == 97
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be"])
+def test_utf_16_with_a_mark_is_read_and_other_encodings_are_refused(tmp_path: Path, encoding: str) -> None:
+    text = "caf\u00e9 \u6f22\n<|endoftext|>\nb \ud83d\ude00".encode("utf-16", "surrogatepass").decode("utf-16")
+    mark = "" if encoding == "utf-16" else "\ufeff"
+    (tmp_path / "a.txt").write_bytes((mark + text).encode(encoding))
+    assert everything(local(tmp_path / "a.txt")) == ["b \U0001f600", "caf\u00e9 \u6f22"]
+    if not mark:
+        return
+    (tmp_path / "a.txt").write_bytes(text.encode(encoding))
+    fails("UTF-", tmp_path / "a.txt")
+    (tmp_path / "a.txt").write_bytes("caf\u00e9".encode("latin-1"))
+    assert "iconv -f LATIN1 -t UTF-8" in fails("not UTF-8 at byte 3", tmp_path / "a.txt")
+
+
+@given(st.text(st.characters(exclude_categories=["Cs"]), min_size=2).filter(lambda t: len(t.strip()) > 1), st.floats(0.01, 0.99))
+def test_of_one_document_the_end_is_held_out(text: str, fraction: float) -> None:
+    held = HeldOut(lambda: [text], fraction, "one", "")
+    (train,), (valid,) = (list(held.documents(split)) for split in ("train", "valid"))
+    assert train + valid == text and train and valid
+    assert held.provenance() == {"held_out": "the end of its one document"}
+
+
+def test_one_text_file_is_held_out_at_a_paragraph(tmp_path: Path) -> None:
+    (tmp_path / "book.txt").write_text("".join(f"Paragraph {i} has words.\nAnd a line.\n\n" for i in range(400)))
+    (train,), (valid,) = both(local(tmp_path / "book.txt"))
+    assert valid.startswith("Paragraph") and train.endswith("line.\n\n") and len(valid) == pytest.approx(0.05 * 14_800, rel=0.1)
 
 
 def test_bad_files(tmp_path: Path) -> None:
@@ -123,14 +250,14 @@ def test_bad_files(tmp_path: Path) -> None:
     fails("not a JSON object", tmp_path / "b.jsonl")
     (tmp_path / "a.parquet").write_bytes(b"PAR1 not really")
     fails("not a parquet file", tmp_path / "a.parquet")
-    (tmp_path / "a.csv").write_text("text\n")
-    fails("convert it", tmp_path / "a.csv")
+    (tmp_path / "a.docx").write_text("text\n")
+    fails("is not a .txt, .jsonl, .json, .csv or .parquet file; convert it", tmp_path / "a.docx")
     (tmp_path / "empty").mkdir()
-    fails("holds no .txt, .jsonl or .parquet", tmp_path / "empty")
+    fails("holds no text", tmp_path / "empty")
     (tmp_path / "e.txt").write_text(" \n\n")
     fails("holds no text", tmp_path / "e.txt")
-    (tmp_path / "one.txt").write_text("one document\n\nof two paragraphs")
-    assert "data.valid" in fails("one document", tmp_path / "one.txt")
+    (tmp_path / "same.jsonl").write_text('{"text": "the same"}\n' * 100)
+    assert "data.valid" in fails("is 100 times the same document", tmp_path / "same.jsonl")
 
 
 def test_bad_names(tmp_path: Path) -> None:
