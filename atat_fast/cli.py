@@ -111,6 +111,10 @@ def _sentence(message: str, known: list[str]) -> str:
         if not name.startswith("--") and len(name) > 2:
             return f"{option!r} is not an option; options begin with --"
         return f"there is no setting {name}{nearest(name, known)}"
+    missing = re.search(r"arguments are required: (.+)", text)
+    if missing is not None:
+        names = [f"--{name}" if f"--{name}" in known else name.upper() for name in missing.group(1).split(", ")]
+        return f"{' and '.join(names)} must be given; --help says what"
     return " ".join(text.split())
 
 

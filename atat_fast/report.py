@@ -7,19 +7,18 @@ Reads config.yaml, run.json and metrics.jsonl of a run folder, of a finished run
 
 from __future__ import annotations
 
-import argparse
 import base64
 import contextlib
 import html
 import math
 import re
 import statistics
-import sys
 import unicodedata
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from atat_fast.cli import make_parser, path_text, run_door
 from atat_fast.config import Config, to_dict
 from atat_fast.errors import UsageError
 from atat_fast.files import replacing
@@ -344,19 +343,15 @@ def _write_all(folder: Path, files: dict[str, bytes]) -> None:
         raise UsageError(f"the report cannot be written to {folder} ({why}); give --out a folder you can write to") from None
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """The command-line door. Prints where the report is; returns 2 after `error: sentence` on stderr for bad input."""
-    parser = argparse.ArgumentParser(prog="python -m atat_fast.report", description="Writes the report of a training run.")
-    parser.add_argument("--run", type=Path, required=True, metavar="FOLDER", help="run folder, such as runs/demo")
-    parser.add_argument("--out", type=Path, metavar="FOLDER", help="where the report goes; by default the run folder")
-    options = parser.parse_args(arguments)
-    try:
-        print(write_report(options.run, options.out))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+def main(arguments: Sequence[str]) -> int:
+    """The door. Prints where the report is; status 0, or 2 on bad input."""
+    parser = make_parser(prog="python -m atat_fast.report", description="The report of a training run.")
+    parser.add_argument("--run", type=path_text, required=True, help="A run folder, such as runs/demo.")
+    parser.add_argument("--out", type=path_text, default=None, help="Folder the report goes to; by default the run folder.")
+    args = parser.parse_args(list(arguments))
+    print(write_report(Path(args.run), None if args.out is None else Path(args.out)))
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run_door(main)
