@@ -106,13 +106,24 @@ def _likelihoods(args: Any) -> int:
     out.print(subject.title, markup=False)
     written: dict[str, Any] = {}
     figures: list[dict[str, Any]] = []
+
+    def finish() -> None:
+        if sets or len(figures) > 1:
+            out.print(figures_of.table(figures))
+        _write(args.json, written | subject.facts | {"figures": figures, "seed": seed, "environment": environment(compute)})
+
     if sets:
         # All are opened before the first is measured, so that one which cannot be had costs nothing of the others.
         opened = {name: open_set(name, subject.tokenizer, model.config.length, path) for name, path in sets.items()}
-        for name, blocks in opened.items():
-            out.print(blocks.describe(model.config.length), markup=False)
-            found = figures_of.measure(model, blocks, plan, compute.autocast, subject.estimator, identity)
-            figures += [{"text": name, "source": blocks.source} | figure for figure in found]
+        try:
+            for name, blocks in opened.items():
+                out.print(blocks.describe(model.config.length), markup=False)
+                found = figures_of.measure(model, blocks, plan, compute.autocast, subject.estimator, identity)
+                figures += [{"text": name, "source": blocks.source} | figure for figure in found]
+        except (UsageError, KeyboardInterrupt):  # what is measured so far is kept
+            if figures:
+                finish()
+            raise
     else:
         dataset = _dataset(args, subject)
         split = dataset.valid if args.split == "valid" else dataset.train
@@ -129,10 +140,7 @@ def _likelihoods(args: Any) -> int:
         figures = [{"text": f"{Path(corpus).name} {args.split}"} | figure for figure in found]
         written = found[0] | {"corpus": corpus, "split": args.split}
         _print_bound(out, found[0])
-    if sets or len(figures) > 1:
-        out.print(figures_of.table(figures))
-    written |= subject.facts | {"figures": figures, "seed": seed, "environment": environment(compute)}
-    _write(args.json, written)
+    finish()
     return 0
 
 

@@ -90,6 +90,24 @@ def test_zero_shot_sets_from_files(trained_run, tmp_path, capsys):
         assert figure["tokens_sha256"][:12] in row and "upper bound" in row
 
 
+@pytest.mark.parametrize("error", [UsageError, KeyboardInterrupt])
+def test_figures_of_the_sets_before_a_failure_are_kept(trained_run, tmp_path, monkeypatch, capsys, error):
+    for name in ("ptb", "lm1b"):
+        (tmp_path / f"{name}.txt").write_text("the list is a dict of keys\n" * 30)
+    real, out = measure.measure, tmp_path / "out.json"
+
+    def fail(model, split, *rest):
+        if split.name == "lm1b":
+            raise error("too few masks")
+        return real(model, split, *rest)
+
+    monkeypatch.setattr(measure, "measure", fail)
+    with pytest.raises(error, match="too few masks"):
+        evaluate.main(["--run", str(trained_run), "--zero_shot", "ptb=ptb.txt,lm1b=lm1b.txt", "--json", str(out)])
+    assert [figure["text"] for figure in json.loads(out.read_text())["figures"]] == ["ptb"]
+    assert "ptb " in capsys.readouterr().out
+
+
 def test_a_set_without_a_block_costs_nothing_of_the_others(trained_run, tmp_path, monkeypatch):
     (tmp_path / "ptb.txt").write_text("some rows of text\n" * 30)
     (tmp_path / "few.txt").write_text("a row\n")
