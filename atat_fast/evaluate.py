@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from atat_fast.cli import make_parser, path_text, run_door
 from atat_fast.config import DataConfig, TrainConfig
 from atat_fast.errors import UsageError, check_seed
-from atat_fast.files import disk_errors, write_text
+from atat_fast.files import check_target, disk_errors, write_text
 
 if TYPE_CHECKING:
     from atat_fast.data import Dataset
@@ -67,8 +67,8 @@ def _parser() -> Any:
 def main(arguments: Sequence[str]) -> int:
     """The door. Prints figures with their errors; status 0, or 2 on bad input."""
     args = _parser().parse_args(list(arguments))
-    if args.json is not None and not Path(args.json).absolute().parent.is_dir():
-        raise UsageError(f"cannot write {args.json}: its folder does not exist")
+    if args.json is not None:
+        check_target(args.json)
     if args.samples is not None:
         return _samples(args)
     for name in ("causal_lm", "reference"):

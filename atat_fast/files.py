@@ -21,6 +21,11 @@ ASIDE = ".part"
 """How the names end under which files and folders are written; they begin with a dot and the target's name."""
 
 
+def expanded(path: str | Path) -> Path:
+    """The path with ~ and ~user turned into home folders; as it is where there is no such user."""
+    return Path(os.path.expanduser(path))
+
+
 @contextlib.contextmanager
 def replacing(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
     """An open file that takes the place of `path` at the end of the block, or disappears where the block raises.
@@ -50,6 +55,15 @@ def replacing(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
         with contextlib.suppress(OSError):
             os.unlink(name)
         raise
+
+
+def check_target(path: str | Path) -> None:
+    """Raise UsageError for a file that cannot be written, as far as that can be known before there is anything to write."""
+    path = Path(path)
+    if path.is_dir():
+        raise UsageError(f"cannot write {path}: it is a folder; give the name of a file")
+    if not path.absolute().parent.is_dir():
+        raise UsageError(f"cannot write {path}: its folder does not exist")
 
 
 def write_text(path: str | Path, text: str) -> None:

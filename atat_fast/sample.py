@@ -20,7 +20,7 @@ from atat_fast.cli import make_parser, path_text, run_door
 from atat_fast.config import TrainConfig
 from atat_fast.data.text import valid_unicode
 from atat_fast.errors import UsageError, check_seed, nearest
-from atat_fast.files import disk_errors, replacing
+from atat_fast.files import check_target, disk_errors, replacing
 
 STDIN = "-"
 
@@ -62,7 +62,8 @@ def main(arguments: Sequence[str]) -> int:
     elif args.sampler == "importance":
         source = "none" if estimator is None else estimator.config.source
         raise UsageError(f"sampler importance needs learned importance, and importance.source of {subject.place} is {source}")
-    jobs = [job for job in _jobs(args, lines, tokenizer, model.config.length) for _ in range(args.num_samples)]
+    jobs = _jobs(args, lines, tokenizer, model.config.length)
+    count = len(jobs) * args.num_samples
     sampler = args.sampler
     if sampler == "auto":
         sampler = "ancestral" if model.time_conditioning else "ddpm_cache"
@@ -75,8 +76,8 @@ def main(arguments: Sequence[str]) -> int:
 
     begin, filled = time.perf_counter(), 0
     with _output(args) as write, _Progress(args, jobs, tokenizer, model.config.length, model.mask_id, scores) as progress:
-        for first in range(0, len(jobs), args.batch):
-            some = jobs[first : first + args.batch]
+        for first in range(0, count, args.batch):
+            some = [jobs[i // args.num_samples] for i in range(first, min(first + args.batch, count))]
             longest = max(len(job.start) for job in some)
             tokens = torch.full((len(some), longest), model.mask_id)
             for row, job in enumerate(some):
@@ -93,7 +94,7 @@ def main(arguments: Sequence[str]) -> int:
                 ids = drawn[row, : len(job.start)].tolist()
                 if args.stop_at_end:
                     ids = cut_at_end(ids, job.given_tokens(model.mask_id), tokenizer.eos_id)
-                write(first + row, len(jobs), job, ids, tokenizer, {"sampler": sampler, "run": subject.place})
+                write(first + row, count, job, ids, tokenizer, {"sampler": sampler, "run": subject.place})
     seconds = time.perf_counter() - begin
     print(f"{filled:,} tokens in {seconds:.1f} s, {filled / max(seconds, 1e-9):,.1f} tokens/s", file=sys.stderr)
     if args.html is not None:
@@ -181,8 +182,8 @@ def _check(args: Any) -> None:
         raise UsageError("give --infill no text of its own where --prompts has the texts")
     for option in ("jsonl", "html"):
         path = getattr(args, option)
-        if path not in (None, STDIN) and not Path(path).absolute().parent.is_dir():
-            raise UsageError(f"cannot write {path}: its folder does not exist")
+        if path not in (None, STDIN):
+            check_target(path)
     if args.html == STDIN:
         raise UsageError("--html needs a file to write to")
 
@@ -198,6 +199,7 @@ def _lines(args: Any) -> list[tuple[str, Any]]:
         called = "standard input" if name == STDIN else name
         try:
             text = sys.stdin.read() if name == STDIN else Path(name).read_text(encoding="utf-8")
+            text = text.removeprefix("\ufeff")
         except OSError as error:
             raise UsageError(f"cannot read {called}: {error.strerror}") from error
         except UnicodeDecodeError as error:
@@ -299,7 +301,7 @@ class _Progress:
         self.args, self.tokenizer, self.mask_id, self.scores = args, tokenizer, mask_id, scores
         self.longest = longest
         self.console = Console(stderr=True)
-        self.hidden = sum(job.start.count(mask_id) for job in jobs)
+        self.hidden = args.num_samples * sum(job.start.count(mask_id) for job in jobs)
         self.done = 0
         self.recorder: Any = None
         self.live = Live(console=self.console, auto_refresh=False, vertical_overflow="visible") if args.watch else None

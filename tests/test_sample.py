@@ -84,7 +84,7 @@ def test_standard_input_and_files(call, tmp_path):
     out, _ = call("--infill", stdin=f"{TEXT}\n\na[MASK]c\r\n")
     first, one, second, two = out.splitlines()
     assert (first, second) == ("--- sample 1 of 2", "--- sample 2 of 2") and fits(one) and fits(two, "a[MASK]c")
-    (tmp_path / "a.txt").write_text(f"{TEXT}\n")
+    (tmp_path / "a.txt").write_text(f"\ufeff{TEXT}\n")
     lines = [{"text": "[MASK]b"}, {"ids": [97, 257, 99]}, {"prompt": "x[MASK]", "other": 1}]
     (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     out, _ = call("--infill", "--prompts", tmp_path / "a.txt", tmp_path / "b.jsonl", "-", stdin="y[MASK]\n")
@@ -199,7 +199,7 @@ BAD = [
     (["--num_samples", "0"], "num_samples must be at least 1"),
     (["--html", "no/such/folder.html"], "its folder does not exist"),
     (["--jsonl", "no/such/folder.jsonl"], "its folder does not exist"),
-    (["--jsonl", "folder"], "cannot write to folder: Is a directory"),
+    (["--jsonl", "folder"], "cannot write folder: it is a folder; give the name of a file"),
     (["--stepps", "3"], "did you mean --steps?"),
 ]
 

@@ -22,6 +22,7 @@ from atat_fast.data.loader import SequenceLoader
 from atat_fast.data.packing import TokenSplit, open_split
 from atat_fast.data.tokenizers import Tokenizer, check_setting, make_tokenizer, setting_identity
 from atat_fast.errors import UsageError
+from atat_fast.files import expanded
 
 __all__ = ["Dataset", "SequenceLoader", "TokenSplit", "Tokenizer", "make_tokenizer", "open_split", "prepare"]
 
@@ -110,7 +111,7 @@ def prepare(
 
 def cache_folder(config: DataConfig) -> Path:
     """Where prepared corpora lie: config.cache_dir, else $ATAT_FAST_CACHE, else ~/.cache/atat_fast."""
-    return Path(config.cache_dir or os.environ.get("ATAT_FAST_CACHE") or "~/.cache/atat_fast").expanduser()
+    return expanded(config.cache_dir or os.environ.get("ATAT_FAST_CACHE") or "~/.cache/atat_fast")
 
 
 def _with_hashes(cache: Path, hashes: dict[str, str], tokenizer: Tokenizer | None) -> Dataset | None:

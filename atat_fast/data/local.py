@@ -27,6 +27,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from atat_fast.errors import UsageError, first_line
+from atat_fast.files import expanded
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ Columns = dict[str, set[str]]
 
 def find_files(path: str) -> list[Path]:
     """The files that `path` stands for. Raises UsageError when there is nothing to read."""
-    root = Path(path).expanduser()
+    root = expanded(path)
     if not root.exists():
         raise UsageError(f"there is no file or folder {path}")
     if not root.is_dir():
@@ -98,7 +99,7 @@ def without_folders(setting: str) -> str:
 
 def exists(path: str) -> bool:
     """Whether there is a file or folder `path`."""
-    return Path(path).expanduser().exists()
+    return expanded(path).exists()
 
 
 class TextFiles:
@@ -119,7 +120,7 @@ class TextFiles:
         """Path, size and modification time of every file: what tells one state of the text from another."""
         stats = [(file, file.stat()) for file in self.files]
         return {
-            "path": str(Path(self.path).expanduser().resolve()),
+            "path": str(expanded(self.path).resolve()),
             "files": [[str(file), stat.st_size, stat.st_mtime_ns] for file, stat in stats],
         }
 
@@ -173,7 +174,7 @@ class TextFiles:
         if self._noted:
             return
         self._noted = True
-        root = Path(self.path).expanduser()
+        root = expanded(self.path)
         other = [] if not root.is_dir() else [file for file in _walk(root) if _kind(file) is None]
         for what, files in ((f"no column {column!r}", self._without), ("a kind that is not read", other)):
             if files:
@@ -298,9 +299,7 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     """(where it stands, row) of a file of JSON or a table."""
     kind = _kind(file) or ""
     if kind in TABLES:
-        csv.field_size_limit(sys.maxsize)
-        for number, row in enumerate(csv.DictReader(_lines(file), delimiter=TABLES[kind]), 1):
-            yield f"row {number:,} of {file}", {name: value for name, value in row.items() if name is not None}
+        yield from _table(file, TABLES[kind])
         return
     lines = ((number, line) for number, line in enumerate(_lines(file), 1) if line.strip())
     first = next(lines, None)
@@ -318,6 +317,19 @@ def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
         if not isinstance(row, dict):
             raise UsageError(f'{place} is not a JSON object such as {{"text": "..."}}')
         yield place, row
+
+
+def _table(file: Path, delimiter: str) -> Iterator[tuple[str, dict[str, Any]]]:
+    csv.field_size_limit(sys.maxsize)
+    table = csv.DictReader(_lines(file), delimiter=delimiter, strict=True)
+    names = table.fieldnames or []
+    if len(names) == 1 and any(other in names[0] for other in ";\t"):
+        raise UsageError(
+            f"the columns of {file} are not separated by {delimiter!r}: its first row is {names[0]!r}; a .csv has commas and a "
+            ".tsv tabs, so convert or rename it"
+        )
+    for number, row in enumerate(table, 1):
+        yield f"row {number:,} of {file}", {name: value for name, value in row.items() if name is not None}
 
 
 def _parse(text: str, place: str) -> Any:

@@ -19,6 +19,7 @@ from torch import Tensor
 
 from atat_fast.data import Tokenizer, hub, local
 from atat_fast.errors import UsageError
+from atat_fast.files import expanded
 
 if TYPE_CHECKING:
     from atat_fast.training.compute import Compute
@@ -50,7 +51,7 @@ def read_samples(path: str, tokenizer: Tokenizer | None) -> list[Sample]:
     Raises UsageError where there are none, and for ids that are not the tokenizer's, that hold its mask, or that say another
     text than stands beside them. Without a tokenizer ids are passed over.
     """
-    file = Path(path).expanduser()
+    file = expanded(path)
     rows = list(_rows(file)) if file.suffix.lower() == ".jsonl" and file.is_file() else []
     if not any(row.get("ids") is not None for _, row in rows):
         return [Sample(text) for text in read_texts(path)]

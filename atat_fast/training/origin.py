@@ -12,6 +12,7 @@ from torch import nn
 
 from atat_fast.data.tokenizers import TOKENIZER_FILE, Tokenizer, make_tokenizer
 from atat_fast.errors import UsageError, first_line
+from atat_fast.files import expanded
 from atat_fast.models import hub
 from atat_fast.models.dit import DiT
 from atat_fast.models.importance import ImportanceEstimator
@@ -40,7 +41,7 @@ def open_origin(source: str, overrides: dict[str, Any] | None = None, *, ema: bo
     overrides: what to take for facts that an MDLM checkpoint does not state. ema: the averaged weights rather than the last
     step's. Raises UsageError.
     """
-    path, overrides = Path(source).expanduser(), overrides or {}
+    path, overrides = expanded(source), overrides or {}
     weights = "averaged" if ema else "last step's"
     if (path / checkpoint.MANIFEST).is_file() or (path / checkpoint.FOLDER).is_dir():
         _no_overrides(source, "a run", overrides)
@@ -69,7 +70,7 @@ def same_tokenizer(own: Tokenizer, setting: str) -> bool:
     if own.name == setting:
         return True
     try:
-        return Path(setting).expanduser().exists() and make_tokenizer(setting).fingerprint == own.fingerprint
+        return expanded(setting).exists() and make_tokenizer(setting).fingerprint == own.fingerprint
     except UsageError:
         return False
 

@@ -12,7 +12,7 @@ from filelock import FileLock, Timeout
 
 from atat_fast.config import Config, from_dict, to_dict
 from atat_fast.errors import UsageError
-from atat_fast.files import disk_errors, write_text
+from atat_fast.files import disk_errors, expanded, write_text
 from atat_fast.training.checkpoint import FOLDER
 
 LOCK = ".lock"
@@ -43,7 +43,7 @@ def choose_folder(config: Config, *, resume: bool) -> Path:
     A named folder that holds a run is refused unless it is resumed. Without a name the preset's is taken: the next free one of
     demo, demo-2, ... for a new run, the last taken one to resume.
     """
-    root = Path(config.run.root).expanduser()
+    root = expanded(config.run.root)
     if config.run.name is not None:
         folder = root / config.run.name
         if Path(config.run.name).name != config.run.name or config.run.name in ("", ".", ".."):
@@ -68,7 +68,7 @@ def last_folder(config: Config) -> Path:
     try:
         return choose_folder(config, resume=True)
     except UsageError:
-        return Path(config.run.root).expanduser() / (config.run.name or config.preset)
+        return expanded(config.run.root) / (config.run.name or config.preset)
 
 
 def lock(folder: Path) -> FileLock:

@@ -256,6 +256,11 @@ def test_bad_files(tmp_path: Path) -> None:
     fails("holds no text", tmp_path / "empty")
     (tmp_path / "e.txt").write_text(" \n\n")
     fails("holds no text", tmp_path / "e.txt")
+    (tmp_path / "semicolons.csv").write_text("n;text\n1;one\n")
+    fails("are not separated by ','", tmp_path / "semicolons.csv")
+    (tmp_path / "open.csv").write_text('n,text\n1,"one\n2,two\n')
+    fails("is not a .csv file that can be read: unexpected end of data", tmp_path / "open.csv")
+    fails("there is no file or folder ~nobody-at-all/x.txt", "~nobody-at-all/x.txt")
     (tmp_path / "same.jsonl").write_text('{"text": "the same"}\n' * 100)
     assert "data.valid" in fails("is 100 times the same document", tmp_path / "same.jsonl")
 
