@@ -17,8 +17,9 @@ import os
 import shutil
 import sys
 import tempfile
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, wait
 from pathlib import Path
 from typing import Any, get_args
 
@@ -26,7 +27,7 @@ import numpy as np
 from filelock import FileLock
 
 from atat_fast.data.corpora import Corpus, Split
-from atat_fast.data.text import pieces
+from atat_fast.data.text import in_background, pieces
 from atat_fast.data.tokenizers import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
 from atat_fast.errors import UsageError
 
@@ -35,6 +36,7 @@ MANIFEST_FILE = "manifest.json"
 BATCH_CHARACTERS = 1 << 17
 HASHED_ON_OPEN = 256 << 20  # bytes; larger token files are checked by size alone, so that opening stays quick
 CHUNK = 1 << 22
+MUCH_UNKNOWN = 0.01  # of the characters
 log = logging.getLogger("atat_fast.data")
 
 
@@ -47,6 +49,7 @@ class TokenSplit:
         num_tokens: Tokens, document ends included.
         num_bytes: UTF-8 bytes of the text.
         num_documents: Documents.
+        unknown_share: Share of the text's characters that the vocabulary lacks, 0 to 1; 0 where the manifest does not say.
         vocab_size: Ids a model of these tokens needs, the mask included.
         eos_id: The token that ends a document.
     """
@@ -57,6 +60,7 @@ class TokenSplit:
         self.num_tokens: int = counts["tokens"]
         self.num_bytes: int = counts["text_bytes"]
         self.num_documents: int = counts["documents"]
+        self.unknown_share: float = counts.get("unknown_share", 0.0)
         self.vocab_size: int = manifest["tokenizer"]["model_vocab_size"]
         self.eos_id: int = manifest["tokenizer"]["eos_id"]
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
@@ -215,32 +219,45 @@ def _write_split(
 ) -> dict[str, Any]:
     """Writes the split's token file; returns its counts."""
     counts = {"documents": 0, "tokens": 0, "text_bytes": 0}
+    characters = unknown = 0
+    example = ""
     digest = hashlib.sha256()
     little = np.dtype(dtype).newbyteorder("<")
 
-    def encode(batch: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int]:
+    def encode(batch: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int, int, int, str]:
+        texts = [text for text, _ in batch]
+        rows = tokenizer.encode_batch(texts)
         ids: list[int] = []
-        for (_, ends), encoded in zip(batch, tokenizer.encode_batch([text for text, _ in batch]), strict=True):
-            ids += encoded
+        for (_, ends), row in zip(batch, rows, strict=True):
+            ids += row
             if ends:
                 ids.append(tokenizer.eos_id)
         tokens = np.array(ids, dtype=little)
         if (tokens == tokenizer.mask_id).any():
             raise UsageError(f"tokenizer {tokenizer.name} turns plain text into its mask token; choose another tokenizer")
-        return tokens, sum(ends for _, ends in batch), sum(len(text.encode("utf-8")) for text, _ in batch)
+        size = sum(len(text.encode("utf-8")) for text in texts)
+        return tokens, sum(ends for _, ends in batch), size, sum(map(len, texts)), *tokenizer.lost(texts, rows)
 
     with path.open("wb") as file:
-        for tokens, ended, size in _ordered_map(encode, _batches(documents, tokenizer), num_workers):
+        for tokens, ended, size, length, lost, piece in _ordered_map(encode, _batches(documents, tokenizer), num_workers):
             data = tokens.tobytes()
             file.write(data)
             digest.update(data)
             counts["documents"] += ended
             counts["tokens"] += len(tokens)
             counts["text_bytes"] += size
+            characters, unknown, example = characters + length, unknown + lost, example or piece
             advance(ended, size)
         file.flush()
         os.fsync(file.fileno())
-    return counts | {"sha256": digest.hexdigest()}
+    share = unknown / max(characters, 1)
+    if share > MUCH_UNKNOWN:
+        log.warning(
+            "tokenizer %s lacks %.1f %% of the characters of the %s split, %r for one: all are one unknown token, or none; "
+            "use a tokenizer made for this text, or bytes or bpe-N, which lose nothing",
+            *(tokenizer.name, 100 * share, path.stem, example[:20]),
+        )
+    return counts | {"unknown_share": share, "sha256": digest.hexdigest()}
 
 
 def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[str, bool]]]:
@@ -266,20 +283,27 @@ def _ordered_map(function: Callable[[Any], Any], items: Iterable[Any], num_worke
 
     Threads suffice: the tokenizers library works without Python's lock, and what is left under the lock (turning ids into
     an array) is a sixtieth of the work. Its own threads are switched off, so that num_workers is the number that runs.
+    An exception, Ctrl-C too, gives the threads one second to end and leaves those that take longer.
     """
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     waiting: collections.deque[Future[Any]] = collections.deque()
-    pool = ThreadPoolExecutor(num_workers)
+    free, stop = threading.Semaphore(num_workers), threading.Event()
+
+    def work(item: Any) -> Any:
+        with free:
+            return None if stop.is_set() else function(item)
+
     try:
         for item in items:
-            waiting.append(pool.submit(function, item))
+            waiting.append(in_background(work, item))
             if len(waiting) > 2 * num_workers:
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
     finally:
-        pool.shutdown(cancel_futures=True)
+        stop.set()
+        wait(waiting, timeout=1)
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:

@@ -10,7 +10,10 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
-from collections.abc import Iterable, Sequence
+import logging
+import threading
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import wait
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +22,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from atat_fast.data import hub
 from atat_fast.data.local import without_folders
-from atat_fast.data.text import valid_unicode
+from atat_fast.data.text import in_background, valid_unicode
 from atat_fast.errors import UsageError, nearest
 
 MASK = "[MASK]"
@@ -27,6 +30,7 @@ END = "<|endoftext|>"
 MASK_NAMES = (MASK, "<mask>", "<|mask|>", "<|mdm_mask|>")
 START_NAMES = ("<s>", "[BOS]", "<bos>", "<|begin_of_text|>", "[CLS]")
 END_NAMES = (END, "</s>", "<|end_of_text|>", "<eos>", "[EOS]", "[SEP]")
+PAD_NAMES = ("[PAD]", "<pad>", "<|pad|>")
 NUM_BYTES = 256
 SMALLEST_BPE = NUM_BYTES + 3  # the bytes, both specials and at least one merge
 TOKENIZER_FILE = "tokenizer.json"
@@ -34,6 +38,11 @@ SETTINGS_FILE = "tokenizer_config.json"
 KNOWN_VOCABULARIES = {"gpt2": (50_258, 50_257), "bert-base-uncased": (30_522, 103)}
 OURS = "atat_fast"  # in a tokenizer_config.json that transformers reads too, the part that is ours
 SAVED = ("vocab_size", "model_vocab_size", "mask_id", "eos_id", "fingerprint")
+LARGEST_ID = (1 << 24) - 1  # a model needs a row for every id up to the largest
+# Training takes time that grows with the square of a word's length. Words longer than this are cut, for training alone.
+LONGEST_WORD = 1_000
+_LONG_WORDS = "|".join(f"{kind}{{{LONGEST_WORD}}}" for kind in (r"\p{L}", r"\p{N}", r"\s", r"[^\s\p{L}\p{N}]"))
+log = logging.getLogger("atat_fast.data")
 
 
 class Tokenizer:
@@ -68,7 +77,16 @@ class Tokenizer:
         self.model_vocab_size = self._size()
         self._backend.encode_special_tokens = True  # not part of tokenizer.json: set on every load
         self._mask_text: str = self._backend.id_to_token(self.mask_id) or MASK
-        self.fingerprint = hashlib.sha256(self._content().encode()).hexdigest()
+        content = json.loads(self._backend.to_str())
+        self._content = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
+        self.fingerprint = hashlib.sha256(self._content.encode()).hexdigest()
+        self._unknown_text, self._unknown_id = _unknown(content["model"])
+        # A BPE without bytes and without an unknown token leaves out what its vocabulary lacks.
+        self._leaves_out = (
+            content["model"]["type"] == "BPE"
+            and self._unknown_id is None
+            and "ByteLevel" not in json.dumps([content["pre_tokenizer"], content["normalizer"]])
+        )
 
     def __repr__(self) -> str:
         return f"Tokenizer({self.name}, vocab_size={self.vocab_size}, mask_id={self.mask_id}, eos_id={self.eos_id})"
@@ -82,7 +100,35 @@ class Tokenizer:
         clean = [valid_unicode(text) for text in texts]
         if self.name == "bytes":  # the same ids, without the library's string and offsets for every byte: 20 times faster
             return [list(text.encode("utf-8")) for text in clean]
-        return [encoding.ids for encoding in self._backend.encode_batch_fast(clean, add_special_tokens=False)]
+        try:
+            return [encoding.ids for encoding in self._backend.encode_batch_fast(clean, add_special_tokens=False)]
+        except Exception as error:  # the library raises bare Exception for text outside a vocabulary without an unknown token
+            raise UsageError(f"tokenizer {self.name} cannot encode this text ({error}); choose another tokenizer") from error
+
+    def lost(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> tuple[int, str]:
+        """(how many characters of `texts` became the unknown token or no token at all, one such piece of text or '').
+
+        Args:
+            texts: What `encode_batch` was given.
+            ids: What it returned.
+
+        White space counts only inside an unknown token. Texts that hold one are tokenised a second time.
+        """
+        if self._unknown_id is None and not self._leaves_out:
+            return 0, ""
+        lossy = [valid_unicode(text) for text, row in zip(texts, ids, strict=True) if self._leaves_out or self._unknown_id in row]
+        count, example = 0, ""
+        for text, encoding in zip(lossy, self._backend.encode_batch(lossy, add_special_tokens=False), strict=True):
+            spans = list(zip(encoding.ids, encoding.offsets, strict=True))
+            parts = [text[a:b] for token, (a, b) in spans if token == self._unknown_id]
+            if self._leaves_out:
+                ends = [0, *(b for _, (_, b) in spans)]
+                starts = [*(a for _, (a, _) in spans), len(text)]
+                parts += "".join(text[a:b] for a, b in zip(ends, starts, strict=True)).split()
+            parts = [part for part in parts if part != self._unknown_text]  # which a text may well hold
+            count += sum(map(len, parts))
+            example = example or next(iter(parts), "")
+        return count, example
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of `text`, each literal [MASK] being the mask.
@@ -124,11 +170,12 @@ class Tokenizer:
                 "clean_up_tokenization_spaces": False,
                 "mask_token": self._mask_text,
                 "eos_token": self._backend.id_to_token(self.eos_id),
+                "pad_token": self._backend.id_to_token(self._own(PAD_NAMES, self.eos_id)),
                 OURS: settings,
             }
         try:
             folder.mkdir(parents=True, exist_ok=True)
-            (folder / TOKENIZER_FILE).write_text(self._content(), encoding="utf-8")
+            (folder / TOKENIZER_FILE).write_text(self._content, encoding="utf-8")
             (folder / SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         except OSError as error:
             raise UsageError(f"cannot write the tokenizer to {folder}: {error.strerror}") from error
@@ -149,25 +196,37 @@ class Tokenizer:
         tokenizer = cls(_from_file(folder / TOKENIZER_FILE), saved["name"], saved=saved)
         if any(getattr(tokenizer, key) != saved[key] for key in SAVED):
             raise UsageError(f"{folder / TOKENIZER_FILE} is not the tokenizer that was saved there; restore the folder")
+        for token in tokenizer._backend.get_added_tokens_decoder().values():
+            i = tokenizer._backend.token_to_id(token.content)
+            word = tokenizer._backend.model.id_to_token(i)
+            if word not in (None, token.content):  # saved before ids with holes were filled
+                log.warning(
+                    "the tokenizer in %s gives id %d to both %s and the word %r, and text made with it confuses the two; "
+                    "prepare the corpus and train again in new folders",
+                    *(folder, i, token.content, word),
+                )
         return tokenizer
 
     @property
     def bos_id(self) -> int:
         """The id that some protocols put before a text: the vocabulary's own start, else its end of document (as GPT-2's)."""
-        special = {token.content: i for i, token in self._backend.get_added_tokens_decoder().items() if token.special}
-        return next((special[name] for name in START_NAMES if name in special), self.eos_id)
+        return self._own(START_NAMES, self.eos_id)
 
     @functools.cached_property
     def _words_hold_spaces(self) -> bool:
         """Whether the vocabulary has words that begin with a space, written as byte-level BPE or SentencePiece write it."""
         return any(len(token) > 1 and token[0] in "\u0120\u2581" for token in self._backend.get_vocab())
 
+    def _own(self, names: Sequence[str], default: int) -> int:
+        """Id of the first of `names` that is a special token of the vocabulary, else `default`."""
+        added = {t.content: i for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
+        return next((added[name] for name in names if name in added), default)
+
     def _special(self, names: Sequence[str]) -> int:
         """Id of the first of `names` that is a special token of the vocabulary; without any, the first name is appended."""
-        added = {t.content: i for i, t in self._backend.get_added_tokens_decoder().items() if t.special}
-        for name in names:
-            if name in added:
-                return added[name]
+        found = self._own(names, -1)
+        if found >= 0:
+            return found
         # A vocabulary may hold the name as an ordinary word, which text could produce: then the mask needs another name.
         free = next(name for name in (*names, *(f"<|{names[0]}-{i}|>" for i in range(99))) if not self._has(name))
         self._backend.add_special_tokens([backend.AddedToken(free, special=True, normalized=False)])
@@ -178,9 +237,6 @@ class Tokenizer:
 
     def _size(self) -> int:
         return 1 + max(self._backend.get_vocab(with_added_tokens=True).values())
-
-    def _content(self) -> str:
-        return json.dumps(json.loads(self._backend.to_str()), sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
 def make_tokenizer(setting: str, documents: Iterable[str] | None = None) -> Tokenizer:
@@ -202,7 +258,7 @@ def make_tokenizer(setting: str, documents: Iterable[str] | None = None) -> Toke
         path = path / TOKENIZER_FILE
     if not path.is_file():
         path = hub.tokenizer_file(setting)
-    return Tokenizer(_from_file(path), setting)
+    return Tokenizer(_from_file(path, fill=True), setting)
 
 
 def vocabulary(setting: str) -> tuple[int, int]:
@@ -275,7 +331,25 @@ def _train(size: int, documents: Iterable[str]) -> Tokenizer:
         show_progress=False,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
     )
-    tokenizer.train_from_iterator(map(valid_unicode, documents), trainer)
+    words = tokenizer.pre_tokenizer
+    cut = pre_tokenizers.Split(backend.Regex(_LONG_WORDS), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(add_prefix_space=False)])
+    stop = threading.Event()
+
+    def texts() -> Iterator[str]:
+        for text in documents:
+            if stop.is_set():
+                break
+            yield valid_unicode(text)
+
+    training = in_background(tokenizer.train_from_iterator, texts(), trainer)
+    try:
+        training.result()
+    except BaseException:
+        stop.set()
+        wait([training], timeout=1)
+        raise
+    tokenizer.pre_tokenizer = words
     found = tokenizer.get_vocab_size() + 2
     if found < size:
         raise UsageError(f"the training text gives only {found:,} tokens, not the {size:,} asked for; use bpe-{found} or less")
@@ -294,10 +368,56 @@ def _byte_letters() -> list[str]:
     return [chr(byte) if byte in printing else chr(next(rest)) for byte in range(NUM_BYTES)]
 
 
-def _from_file(path: Path) -> backend.Tokenizer:
+def _unknown(model: dict[str, Any]) -> tuple[str | None, int | None]:
+    """Text and id of the token for what the vocabulary lacks, from a tokenizer.json's model; None where it has none."""
+    if model.get("unk_id") is not None:  # Unigram, whose vocabulary is a list
+        return model["vocab"][model["unk_id"]][0], model["unk_id"]
+    text = model.get("unk_token")
+    return text, model["vocab"].get(text) if isinstance(model["vocab"], dict) else None
+
+
+def _from_file(path: Path, *, fill: bool = False) -> backend.Tokenizer:
+    """The tokenizer in `path`; with `fill`, holes between its ids are filled where a special token could get a word's id."""
     try:
-        return backend.Tokenizer.from_str(path.read_text(encoding="utf-8"))
+        content = path.read_text(encoding="utf-8")
+        tokenizer = backend.Tokenizer.from_str(content)
+        return backend.Tokenizer.from_str(_without_holes(content, path)) if fill else tokenizer
     except OSError as error:
         raise UsageError(f"cannot read tokenizer {path}: {error.strerror}") from error
+    except UsageError:
+        raise
     except Exception as error:  # the library raises bare Exception for a file that is no tokenizer
         raise UsageError(f"{path} is not a tokenizer.json that the tokenizers library can read") from error
+
+
+def _without_holes(content: str, path: Path) -> str:
+    """A tokenizer.json whose ids have no holes, if tokens are added to it; else `content` as it is.
+
+    The library gives an added token the number of words as its id, whatever the file says. In a vocabulary with holes that
+    is the id of a word. So each hole gets a word that no text has, or the added token to which the file gives that id.
+    """
+    data = json.loads(content)
+    words: dict[str, int] = data["model"]["vocab"]
+    if not isinstance(words, dict) or len(words) == 1 + max(words.values(), default=-1):
+        return content
+    added = data.get("added_tokens") or []
+    special = {token["content"] for token in added if token["special"]}
+    if (
+        all(token["content"] in words for token in added)
+        and not special.isdisjoint(END_NAMES)
+        and not special.isdisjoint(MASK_NAMES)
+    ):
+        return content
+    largest = max(words.values())
+    if largest > LARGEST_ID:
+        raise UsageError(f"{path} has {len(words):,} words but an id {largest:,}; number its words from 0 to {len(words) - 1:,}")
+    holes = set(range(largest)).difference(words.values())
+    for token in added:
+        if token["content"] not in words and token["id"] in holes:
+            words[token["content"]] = token["id"]
+            holes.remove(token["id"])
+    name = "unused"
+    while any(f"<|{name}-{i}|>" in words for i in holes):
+        name += "_"
+    words |= {f"<|{name}-{i}|>": i for i in holes}
+    return json.dumps(data)
