@@ -298,7 +298,10 @@ class _Progress:
         from rich.live import Live
         from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 
-        self.args, self.tokenizer, self.mask_id, self.scores = args, tokenizer, mask_id, scores
+        from atat_fast.evaluation.pieces import Pieces
+
+        self.args, self.mask_id, self.scores = args, mask_id, scores
+        self.pieces = Pieces(tokenizer.decode, mask_id)
         self.longest = longest
         self.console = Console(stderr=True)
         self.hidden = args.num_samples * sum(job.start.count(mask_id) for job in jobs)
@@ -324,11 +327,6 @@ class _Progress:
         elif self.console.is_terminal:
             self.bar.stop()
 
-    def piece(self, token: int) -> str:
-        """The text of one id; a line break stays one."""
-        text: str = self.tokenizer.decode([token])
-        return text
-
     def batch(self, first: int, jobs: list[Job], tokens: Any) -> Any:
         """An `on_step` for this batch, or None where nobody looks."""
         from atat_fast.evaluation.trajectory import Recorder, show
@@ -348,7 +346,7 @@ class _Progress:
         def on_step(step: int, now: Any) -> None:
             changed = watched(step, now) if watched is not None else []
             if self.live is not None and watched is not None:
-                text = show(watched.tokens, watched.start, changed, self.mask_id, self.piece)
+                text = show(watched.tokens, watched.start, changed, self.pieces)
                 text.append(f"\nstep {step + 1}, {watched.tokens.count(self.mask_id)} hidden", style="dim")
                 self.live.update(text, refresh=True)
             elif self.console.is_terminal:
@@ -365,7 +363,7 @@ class _Progress:
         """The page of the first sample."""
         from atat_fast.evaluation.trajectory import page, write_page
 
-        write_page(path, page(self.recorder, self.piece, facts))
+        write_page(path, page(self.recorder, self.pieces, facts))
         print(f"written to {path}", file=sys.stderr)
 
 

@@ -22,7 +22,6 @@ from atat_fast.data.tokenizers import make_tokenizer
 from atat_fast.diffusion import samplers
 from atat_fast.diffusion.samplers import SAMPLERS
 from atat_fast.errors import UsageError
-from atat_fast.evaluation.trajectory import HIDDEN, Recorder, page
 from atat_fast.models import DiT, hub
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.training import checkpoint
@@ -141,34 +140,20 @@ def test_the_page_replays_the_sample(call, tmp_path):
     out, err = call("--infill", TEXT + "</script>", "--html", path, "--steps", 7)
     data = data_of(path)
     assert f"written to {path}" in err and data["facts"]["steps"] == "7"
-    tokens = list(data["start"])
-    assert tokens.count(data["mask"]) == 3
-    for _, changes in data["steps"]:
-        for i, token in changes:
-            tokens[i] = token
-    assert "".join(data["pieces"][str(token)] for token in tokens) + "\n" == out
+    cells = list(data["start"])
+    assert [i for i, cell in enumerate(cells) if cell is None] == [i for i, given in enumerate(data["given"]) if not given]
+    assert cells.count(None) == 3
+    for _, changed, shown in data["steps"]:
+        cells = [dict(shown).get(i, cell) for i, cell in enumerate(cells)]
+        assert changed and None not in [cells[i] for i in changed]
+    assert "".join(cells) + "\n" == out
     shaded = [score for score in data["importance"] if score is not None]
     assert len(shaded) == 3 and all(0 <= score <= 1 for score in shaded)
-
-
-def test_a_page_without_importance_and_with_hiding_again():
-    recorder = Recorder(torch.tensor([[1, 9, 9]]), 9)
-    for step, tokens in enumerate(([1, 4, 9], [1, 4, 9], [1, 9, 5], [1, 6, 5])):
-        recorder(step, torch.tensor([tokens]))
-    assert recorder.steps == [(0, [(1, 4)]), (2, [(1, 9), (2, 5)]), (3, [(1, 6)])] and recorder.tokens == [1, 6, 5]
-    html = page(recorder, lambda token: f"<{token}>", {"what": "</script><b>"})
-    assert html.count("</script>") == 2 and "<b>" not in html
-    data = json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.DOTALL)[1])
-    assert data["importance"] is None and data["pieces"]["6"] == "<6>" and data["facts"]["what"] == "</script><b>"
 
 
 def test_watching(call):
     out, err = call("--infill", TEXT, "--watch", "--steps", 5)
     assert fits(out.removesuffix("\n")) and "0 hidden" in err
-    from atat_fast.evaluation.trajectory import show
-
-    text = show([1, 9, 5], [1, 9, 9], [2], 9, str)
-    assert text.plain == f"1{HIDDEN}5" and str(text.spans[-1].style) == "black on green"
 
 
 BAD = [

@@ -16,10 +16,11 @@ import torch
 from rich.text import Text
 from torch import Tensor
 
+from atat_fast.data.text import valid_unicode
+from atat_fast.evaluation.pieces import HIDDEN, PART, Pieces
 from atat_fast.files import disk_errors, write_text
 
 Scores = Callable[[Tensor, Tensor], Tensor]
-HIDDEN = "\u2592"  # a medium shade: what is not known yet
 PLACE = "__TRAJECTORY__"
 
 
@@ -61,37 +62,51 @@ class Recorder:
         return list(self.before.tolist())
 
 
-def show(tokens: Sequence[int], start: Sequence[int], changed: Sequence[int], mask_id: int, piece: Callable[[int], str]) -> Text:
+def show(tokens: Sequence[int], start: Sequence[int], changed: Sequence[int], pieces: Pieces) -> Text:
     """A sequence for the terminal: what was given plain, what is hidden shaded, what has just been revealed marked."""
     text, new = Text(), set(changed)
-    for i, token in enumerate(tokens):
-        if token == mask_id:
-            text.append(HIDDEN, style="red" if i in new else "dim")
-        elif start[i] != mask_id:
-            text.append(piece(token), style="bold")
+    for first, end, what in pieces(tokens):
+        fresh = not new.isdisjoint(range(first, end))
+        if what is None:
+            text.append(HIDDEN, style="red" if fresh else "dim")
+        elif pieces.mask_id not in start[first:end]:
+            text.append(what, style="bold")
         else:
-            text.append(piece(token), style="black on green" if i in new else "green")
+            text.append(what, style="black on green" if fresh else "green")
     return text
 
 
-def page(recorder: Recorder, piece: Callable[[int], str], facts: dict[str, Any]) -> str:
+def page(recorder: Recorder, pieces: Pieces, facts: dict[str, Any]) -> str:
     """A page of HTML that replays a recording by itself: no other file, no network.
 
-    piece: the text of one id. facts: lines of what was sampled and how, shown as they are.
+    pieces: of the recording's tokenizer. facts: lines of what was sampled and how, shown as they are.
     """
-    used = sorted({*recorder.start, *(token for _, changes in recorder.steps for _, token in changes)})
-    known = [score for score in recorder.importance if score is not None]
-    data = {
-        "facts": {str(name): str(value) for name, value in facts.items()},
-        "mask": recorder.mask_id,
-        "start": recorder.start,
-        "pieces": {str(token): piece(token) for token in used},
-        "steps": [[step, changes] for step, changes in recorder.steps],
-        "importance": recorder.importance if known else None,
+    now, cells = list(recorder.start), _cells(recorder.start, pieces)
+    data: dict[str, Any] = {
+        "facts": {str(name): valid_unicode(str(value)) for name, value in facts.items()},
+        "signs": {"hidden": HIDDEN, "part": PART},
+        "given": [token != pieces.mask_id for token in recorder.start],
+        "start": cells,
+        "steps": [],
+        "importance": recorder.importance if any(score is not None for score in recorder.importance) else None,
     }
+    for step, changes in recorder.steps:
+        for i, token in changes:
+            now[i] = token
+        before, cells = cells, _cells(now, pieces)
+        shown = [(i, cell) for i, cell in enumerate(cells) if cell != before[i]]
+        data["steps"].append([step, [i for i, _ in changes], shown])
     template = resources.files("atat_fast.evaluation").joinpath("trajectory.html").read_text(encoding="utf-8")
     # Inside a script element only "</" and "<!--" mean something to a browser; \u003c is the same character to JSON.
     return template.replace(PLACE, json.dumps(data, ensure_ascii=False).replace("<", "\\u003c"))
+
+
+def _cells(tokens: Sequence[int], pieces: Pieces) -> list[str | None]:
+    """What the page shows at each position: None where it is hidden, else a piece's text at its first and "" at its others."""
+    cells: list[str | None] = [""] * len(tokens)
+    for first, _, text in pieces(tokens):
+        cells[first] = text
+    return cells
 
 
 def write_page(path: Path, content: str) -> None:
