@@ -15,12 +15,12 @@ import re
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from atat_fast.cli import make_parser, run_door
+from atat_fast.cli import make_parser, path_text, run_door
 from atat_fast.config import TrainConfig
 from atat_fast.errors import UsageError
+from atat_fast.evaluation.pieces import HIDDEN, PART, Pieces
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -33,16 +33,15 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'atat_fast[playground]'"
 EXAMPLE = "The [MASK][MASK][MASK] of the list is returned, ___ value."
 BLANK = re.compile(r"_{3,}")
-HIDDEN = "\N{LIGHT SHADE}"
 MOST_WAITING = 4  # frames between the sampler and a page that is slower: it shows the newest
 STYLE = """<style>
 .canvas { font: 1.15rem/1.9 Charter, "Bitstream Charter", Cambria, Georgia, serif; white-space: pre-wrap; overflow-wrap: anywhere;
-  padding: 1rem 1.25rem; border: 1px solid color-mix(in srgb, currentColor 15%, transparent); border-radius: .4rem;
-  min-height: 4rem }
-.canvas .hidden { opacity: .55; letter-spacing: .08em }
-.canvas .hidden, .canvas .drawn { border-radius: .2rem; padding: .1rem 0;
+  unicode-bidi: plaintext; padding: 1rem 1.25rem; border: 1px solid color-mix(in srgb, currentColor 15%, transparent);
+  border-radius: .4rem; min-height: 4rem }
+:is(.canvas, .legend) .hidden { opacity: .55; letter-spacing: .08em }
+:is(.canvas, .legend) :is(.hidden, .drawn) { border-radius: .2rem; padding: .1rem 0;
   background: color-mix(in srgb, #d55e00 calc(var(--i) * 70%), transparent) }
-.canvas .new { box-shadow: 0 .12em 0 #0072b2 }
+:is(.canvas, .legend) .new { box-shadow: 0 .12em 0 #0072b2 }
 </style>"""
 
 
@@ -60,11 +59,15 @@ class Subject:
     def shading(self) -> str:
         """What the shades mean, in words."""
         if self.estimator is not None:
-            return "Shaded by the importance estimator's score: how likely it thought the model to get the token wrong."
-        return (
-            "This model has no importance estimator, so a token is shaded by 1 - p when it was drawn: the chance of error that "
-            "an estimator learns."
-        )
+            return "the importance estimator's score: how likely it thought the model to get the token wrong"
+        return "1 - p of the token when it was drawn: the chance of error that an estimator learns, and this model has none"
+
+    @property
+    def a_token(self) -> str:
+        """What a token is, in words."""
+        if self.tokenizer.name == "bytes":
+            return "A token is a byte: a letter of English, a part of others."
+        return "A token is a word or a part of one; a space or a mark is often part of it, or a token of its own."
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,14 @@ def read_text(tokenizer: Tokenizer, text: str, *, blank: int, append: int, longe
     return ids
 
 
-def frames(subject: Subject, ids: list[int], *, sampler: str, steps: int, temperature: float, seed: int) -> Iterator[Frame]:
+def frames(
+    subject: Subject, ids: list[int], *, sampler: str, steps: int, temperature: float, seed: int,
+    left: threading.Event | None = None,
+) -> Iterator[Frame]:  # fmt: skip
     """The moments of filling in `ids`: the beginning, every step that changed something, and the end. Raises UsageError.
 
-    The sampler runs in a thread and ends with the generator. A slower reader misses moments, not the end.
+    The sampler runs in a thread. It ends with the generator, or at the next step after `left` is set, and so does the generator.
+    A slower reader misses moments, not the end.
     """
     import torch
 
@@ -107,7 +114,7 @@ def frames(subject: Subject, ids: list[int], *, sampler: str, steps: int, temper
     if sampler == "importance" and scores is not None and subject.estimator is not None:
         options |= {"importance": scores, "tilt": subject.estimator.config.tilt}
     arrived: queue.Queue[Frame | BaseException] = queue.Queue()
-    left = threading.Event()
+    left = threading.Event() if left is None else left
     shades = _Shades(subject, scores, start)
 
     def on_step(step: int, tokens: Tensor) -> None:
@@ -135,6 +142,8 @@ def frames(subject: Subject, ids: list[int], *, sampler: str, steps: int, temper
             # A reader that is late skips what lies between; it sees the beginning and the end.
             while arrived.qsize() >= MOST_WAITING and isinstance(found, Frame) and found.step and not found.done:
                 found = arrived.get()
+            if left.is_set():
+                return
             if isinstance(found, BaseException):
                 raise found
             yield found
@@ -189,32 +198,30 @@ def _scorer(subject: Subject) -> Callable[[Tensor, Tensor], Tensor] | None:
     return subject.estimator.scorer(subject.model)
 
 
-def picture(frame: Frame, tokenizer: Tokenizer) -> str:
+def picture(frame: Frame, pieces: Pieces) -> str:
     """A frame as HTML: what was given as it is, the rest in shaded spans."""
-    parts, i = [], 0
-    while i < len(frame.ids):
-        if frame.ids[i] == tokenizer.mask_id:
-            parts.append(_span("hidden", HIDDEN, frame.shades[i]))
-            i += 1
-            continue
-        end = i + 1  # letters of several tokens stay together
-        while (
-            "\ufffd" in tokenizer.decode(frame.ids[i:end])
-            and end < min(len(frame.ids), i + 4)
-            and _alike(frame, i, end, tokenizer)
-        ):
-            end += 1
-        text = tokenizer.decode(frame.ids[i:end])
-        if frame.given[i]:
+    parts = []
+    for first, end, text in pieces(frame.ids):
+        if text is None:
+            parts.append(_span("hidden", HIDDEN, frame.shades[first]))
+        elif all(frame.given[first:end]):
             parts.append(html.escape(text))
         else:
-            parts.append(_span("drawn new" if any(frame.new[i:end]) else "drawn", text, max(frame.shades[i:end])))
-        i = end
+            parts.append(_span("drawn new" if any(frame.new[first:end]) else "drawn", text, max(frame.shades[first:end])))
     return f'{STYLE}<div class="canvas" role="status" data-done="{str(frame.done).lower()}">{"".join(parts)}</div>'
 
 
-def _alike(frame: Frame, i: int, j: int, tokenizer: Tokenizer) -> bool:
-    return frame.ids[j] != tokenizer.mask_id and frame.given[i] == frame.given[j]
+def legend(subject: Subject) -> str:
+    """What is seen on the canvas, as HTML."""
+    shades = "".join(f'<span class="drawn" style="--i:{i / 4}">&nbsp;{i / 4:g}&nbsp;</span>' for i in range(5))
+    lines = (
+        f"<b>[MASK]</b> is one token to fill in, <b>___</b> several. {html.escape(subject.a_token)}",
+        f'plain: given &middot; <span class="hidden" style="--i:0">{HIDDEN}</span> hidden &middot; '
+        f'<span class="drawn new" style="--i:0">underlined</span> newly drawn &middot; '
+        f"{PART} part of a character whose rest is hidden",
+        f"{shades} shade of what was not given: {html.escape(subject.shading)}",
+    )
+    return f'{STYLE}<div class="legend">{"<br>".join(lines)}</div>'
 
 
 def _span(kind: str, text: str, shade: float) -> str:
@@ -228,40 +235,68 @@ def build(subject: Subject) -> Any:
 
     usable = [name for name in SAMPLERS if _usable(name, subject)]
     longest = subject.model.config.length
+    pieces = Pieces(subject.tokenizer.decode, subject.model.mask_id)
+    running: dict[str | None, threading.Event] = {}  # what ends the sampler of each open page
 
     def fill(
-        text: str, sampler: str, steps: float, temperature: float, blank: float, append: float, seed: float
+        text: str, sampler: str, steps: float, temperature: float, blank: float, append: float, seed: float, request: Any
     ) -> Iterator[tuple[str, str, str]]:
+        left = running[request.session_hash] = threading.Event()
+        options: dict[str, Any] = {"sampler": sampler, "steps": int(steps), "temperature": temperature, "seed": int(seed or 0)}
         try:
             ids = read_text(subject.tokenizer, text, blank=int(blank), append=int(append), longest=longest)
-            for frame in frames(subject, ids, sampler=sampler, steps=int(steps), temperature=temperature, seed=int(seed or 0)):
-                left = frame.ids.count(subject.model.mask_id)
-                said = "done" if frame.done else f"step {frame.step} of {frame.steps}, {left} tokens to go"
-                yield picture(frame, subject.tokenizer), said, subject.tokenizer.decode(frame.ids) if frame.done else ""
+            for frame in frames(subject, ids, **options, left=left):
+                hidden = frame.ids.count(subject.model.mask_id)
+                said = "done" if frame.done else f"step {frame.step} of {frame.steps}, {hidden} tokens to go"
+                yield picture(frame, pieces), said, subject.tokenizer.decode(frame.ids) if frame.done else ""
         except UsageError as error:
-            yield f'{STYLE}<div class="canvas" role="alert" data-done="true">{html.escape(str(error))}</div>', "nothing drawn", ""
+            told = gradio.Error(html.escape(str(error)))  # shown as HTML
+            told.print_exception = False
+            raise told from error
+        finally:
+            if running.get(request.session_hash) is left:
+                del running[request.session_hash]
+
+    def stop(request: Any) -> str:
+        left = running.pop(request.session_hash, None)
+        if left is None:
+            return "nothing is being filled in"
+        left.set()
+        return "stopped"
+
+    def leave(request: Any) -> None:
+        stop(request)
+
+    for function in (fill, stop, leave):  # gradio hands its Request to what asks for it by this annotation
+        function.__annotations__["request"] = gradio.Request
 
     own: dict[str, Any] = {"title": "atat_fast playground", "analytics_enabled": False}
     with gradio.Blocks(**own) as page:
-        gradio.Markdown(f"## {_plain(subject.title)}\n[MASK] is one token to fill in, `___` several. {subject.shading}")
+        gradio.Markdown(f"## {_plain(subject.title)}")
+        gradio.HTML(legend(subject), elem_id="legend")
         text = gradio.Textbox(EXAMPLE, label="Text with blanks", lines=3, elem_id="text")
         with gradio.Row():
             sampler = gradio.Dropdown(usable, value=usable[0], label="Sampler", elem_id="sampler")
             steps = gradio.Slider(1, max(256, longest), value=min(64, longest), step=1, label="Steps", elem_id="steps")
-            temperature = gradio.Slider(0.1, 2.0, value=1.0, step=0.05, label="Temperature", elem_id="temperature")
+            temperature = gradio.Slider(
+                0.0, 2.0, value=1.0, step=0.05, label="Temperature (0: the likeliest)", elem_id="temperature"
+            )
         with gradio.Row():
             blank = gradio.Slider(
                 1, max(2, longest // 2), value=min(8, longest // 2), step=1, label="Tokens in ___", elem_id="blank"
             )
             append = gradio.Slider(0, longest - 1, value=0, step=1, label="Tokens to append", elem_id="append")
             seed = gradio.Number(0, label="Seed", precision=0, elem_id="seed")
-        button = gradio.Button("Fill in", variant="primary", elem_id="fill")
+        with gradio.Row():
+            button = gradio.Button("Fill in", variant="primary", elem_id="fill")
+            stop_button = gradio.Button("Stop", variant="stop", elem_id="stop")
         canvas = gradio.HTML(label="Text", elem_id="canvas")
         said = gradio.Textbox(label="Progress", interactive=False, elem_id="progress")
         final = gradio.Textbox(label="As text", interactive=False, lines=3, elem_id="final")
         inputs = [text, sampler, steps, temperature, blank, append, seed]
-        button.click(fill, inputs, [canvas, said, final], show_progress="hidden")
-        text.submit(fill, inputs, [canvas, said, final], show_progress="hidden")
+        filling = gradio.on([button.click, text.submit], fill, inputs, [canvas, said, final], show_progress="hidden")
+        stop_button.click(stop, None, said, cancels=[filling], queue=False, show_progress="hidden")
+        page.unload(leave)
     return page
 
 
@@ -287,8 +322,11 @@ def _gradio() -> Any:
 def main(arguments: Sequence[str]) -> int:
     """The door. Serves the page until it is stopped; status 0, or 2 on bad input."""
     parser = make_parser(prog="python -m atat_fast.playground", description="A page to fill in text with a model.")
-    parser.add_argument("--run", type=str, default=None, help="A run folder, or one of its checkpoints.")
-    parser.add_argument("--model", type=str, default=None, help="A saved model instead of a run: a folder, or owner/name.")
+    parser.add_argument("--run", type=path_text, default=None, help="A run folder, or one of its checkpoints.")
+    parser.add_argument("--model", type=path_text, default=None, help="A saved model instead of a run: a folder, or owner/name.")
+    parser.add_argument(
+        "--tokenizer", type=path_text, default=None, help="What reads text for a --model saved without its tokenizer."
+    )
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
     parser.add_argument("--host", type=str, default="127.0.0.1", help="Who may look: 127.0.0.1 is this machine alone.")
     parser.add_argument("--port", type=int, default=7860, help="Where the page is served.")
@@ -300,7 +338,7 @@ def main(arguments: Sequence[str]) -> int:
     if not 0 < args.port < 1 << 16:
         raise UsageError(f"--port must be in 1..65535, got {args.port}")
     gradio = _gradio()
-    page = build(open_subject(args))
+    page = build(to_play_with(args))
     fonts = ["system-ui", "sans-serif"]  # names alone: the page loads none from elsewhere
     theme = gradio.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"])
     options: dict[str, Any] = {"server_name": args.host, "server_port": args.port, "quiet": True, "share": False}
@@ -316,26 +354,16 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def open_subject(args: Any) -> Subject:
+def to_play_with(args: Any) -> Subject:
     """The model of --run or --model, on its device. Raises UsageError."""
+    from atat_fast.evaluation.subject import open_subject
     from atat_fast.training.compute import resolve
 
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
-    estimator: ImportanceEstimator | None
-    if args.run is not None:
-        from atat_fast.training import checkpoint
-
-        saved = checkpoint.find(Path(args.run), args.checkpoint)
-        model, tokenizer = checkpoint.load_model(saved)
-        estimator, title = checkpoint.load_importance(saved), f"{args.run}, step {saved.step:,}"
-    else:
-        from atat_fast.models import hub
-
-        found = hub.from_pretrained(args.model)
-        model, tokenizer, estimator, title = found.model, found.tokenizer, found.estimator, args.model
-    if estimator is not None:
-        estimator.eval().to(compute.device)
-    return Subject(model.eval().to(compute.device), tokenizer, estimator, compute, title)
+    found = open_subject(run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint)
+    if found.estimator is not None:
+        found.estimator.eval().to(compute.device)
+    return Subject(found.model.eval().to(compute.device), found.tokenizer, found.estimator, compute, found.title)
 
 
 if __name__ == "__main__":

@@ -22,12 +22,18 @@ from atat_fast import playground
 from atat_fast.cli import run_door
 from atat_fast.data.tokenizers import make_tokenizer
 from atat_fast.errors import UsageError
+from atat_fast.evaluation.pieces import HIDDEN, PART, Pieces
+from atat_fast.models import hub
 
 
 @pytest.fixture(scope="module")
 def subject(trained_run):
-    args = types.SimpleNamespace(run=str(trained_run), model=None, checkpoint="best", device="cpu", dtype="fp32")
-    return playground.open_subject(args)
+    return playground.to_play_with(arguments(run=str(trained_run)))
+
+
+def arguments(**given):
+    options = {"run": None, "model": None, "tokenizer": None, "checkpoint": "best", "device": "cpu", "dtype": "fp32"}
+    return types.SimpleNamespace(**options | given)
 
 
 def plain(subject):
@@ -101,15 +107,147 @@ def test_a_reader_that_leaves_ends_the_sampler(subject):
     pytest.fail("the sampler's thread goes on")
 
 
+def test_setting_its_event_ends_the_sampler_and_its_reader(subject):
+    left, ids = threading.Event(), [subject.model.mask_id] * 16
+    moments = playground.frames(subject, ids, sampler="ancestral", steps=4_000, temperature=1.0, seed=0, left=left)
+    next(moments)
+    before = threading.active_count()
+    left.set()
+    assert not any(moment.done for moment in moments)
+    until(lambda: threading.active_count() < before)
+
+
+def test_temperature_0_takes_the_likeliest(subject):
+    ids = [subject.model.mask_id] * 8
+    runs = [play(subject, ids, sampler="confidence", temperature=0.0, seed=seed)[-1].ids for seed in range(3)]
+    assert runs[0] == runs[1] == runs[2]
+
+
+def until(true, seconds=20):
+    """Wait for it."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it does not come"
+        time.sleep(0.02)
+
+
+class StandIn:
+    """As much of gradio as the page is built with: keeps the components by their elem_id, and what they were asked to call."""
+
+    class Error(Exception):
+        pass
+
+    class Request:
+        def __init__(self, session_hash):
+            self.session_hash = session_hash
+
+    class Component:
+        def __init__(self, kind, values, options):
+            self.kind, self.values, self.options, self.called = kind, values, options, []
+
+        def __enter__(self):
+            return self
+
+        def __exit__(self, *_):
+            return None
+
+        def click(self, *call, **options):
+            self.called.append((call, options))
+
+        submit = unload = click
+
+    def __init__(self):
+        self.made = {}
+
+    def __getattr__(self, kind):
+        def make(*values, **options):
+            made = self.Component(kind, values, options)
+            self.made[options.get("elem_id", kind)] = made
+            return made
+
+        return make
+
+
+@pytest.fixture
+def page(subject, monkeypatch):
+    gradio = StandIn()
+    monkeypatch.setattr(playground, "_gradio", lambda: gradio)
+    playground.build(subject)
+    return gradio
+
+
+def test_the_pages_errors_are_one_sentence_beside_the_text(page):
+    fill = page.made["on"].values[1]
+    assert fill.__annotations__["request"] is page.Request
+    told = [
+        (("no blank", "ddpm_cache", 4, 1.0, 2, 0, 0), "there is nothing to fill in: write [MASK] or ___ where text is missing"),
+        (("[MASK]", "<b>", 4, 1.0, 2, 0, 0), "there is no sampler &#x27;&lt;b&gt;&#x27;"),
+        (("[MASK]", "ddpm_cache", 4, 1.0, 2, 0, -1), "seed is -1; give a whole number from 0"),
+    ]
+    for inputs, message in told:
+        with pytest.raises(page.Error) as error:
+            list(fill(*inputs, page.Request("a")))
+        assert str(error.value).startswith(message) and not error.value.print_exception
+
+
+def test_stop_and_leaving_end_the_sampler_of_their_page_alone(page):
+    (stop,), options = page.made["stop"].called[0][0][:1], page.made["stop"].called[0][1]
+    fill, leave = page.made["on"].values[1], page.made["Blocks"].called[0][0][0]
+    assert options["cancels"] == [page.made["on"]] and not options["queue"]
+    assert stop(page.Request("a")) == "nothing is being filled in"
+    before = threading.active_count()
+    one, other = (fill("", "ancestral", 100_000, 1.0, 1, 16, 0, page.Request(name)) for name in "ab")
+    next(one), next(other)
+    assert threading.active_count() == before + 2
+    assert stop(page.Request("a")) == "stopped"
+    assert all(said != "done" for _, said, _ in one)
+    until(lambda: threading.active_count() == before + 1)
+    assert "step" in next(other)[1]
+    leave(page.Request("b"))
+    until(lambda: threading.active_count() == before)
+    assert stop(page.Request("b")) == "nothing is being filled in"
+    assert [said for _, said, _ in fill("a[MASK]", "ancestral", 4, 0.0, 1, 0, 0, page.Request("a"))][-1] == "done"
+
+
+def test_the_page_says_what_is_seen_and_what_a_token_is(page, subject):
+    said = page.made["legend"].values[0]
+    for part in (HIDDEN, PART, "a letter of English, a part of others", "newly drawn", "given", "importance estimator", "[MASK]"):
+        assert part in said
+    assert page.made["temperature"].values[:2] == (0.0, 2.0)
+    words = playground.Subject(subject.model, types.SimpleNamespace(name="gpt2"), None, subject.compute, "words")
+    assert "a word or a part of one" in playground.legend(words) and "has none" in playground.legend(words)
+
+
+def test_a_picture_shows_part_of_a_character_by_one_sign():
+    tokenizer = make_tokenizer("bytes")
+    ids = [*"你".encode(), *"é".encode()]
+    ids[1] = tokenizer.mask_id
+    frame = playground.Frame(1, 2, ids, [True, False, False, False, True], [False, False, True, True, False], [0.2] * 5)
+    body = playground.picture(frame, Pieces(tokenizer.decode, tokenizer.mask_id)).split("</style>")[1]
+    assert re.sub("<[^>]*>", "", body) == f"{PART}{HIDDEN}{PART}é" and body.count('class="drawn new"') == 2
+
+
+def test_a_model_without_its_tokenizer_is_played_with_another(subject, tmp_path):
+    hub.save_pretrained(tmp_path / "model", hub.Saved(subject.model, subject.tokenizer))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / "model" / name).unlink()
+    with pytest.raises(UsageError, match="--tokenizer"):
+        playground.to_play_with(arguments(model=str(tmp_path / "model")))
+    found = playground.to_play_with(arguments(model=str(tmp_path / "model"), tokenizer="bytes"))
+    assert found.tokenizer.fingerprint == subject.tokenizer.fingerprint and found.estimator is None
+    with pytest.raises(UsageError, match="--tokenizer goes with --model"):
+        playground.to_play_with(arguments(run="runs/small", tokenizer="bytes"))
+
+
 def test_a_picture_shows_text_and_nothing_else():
     tokenizer = make_tokenizer("bytes")
     text = "<b>é</b> & x"
     ids = [*text.encode(), tokenizer.mask_id]
     given = [True] * (len(ids) - 3) + [False] * 3
     frame = playground.Frame(1, 2, ids, given, [False] * (len(ids) - 2) + [True, False], [0.5] * len(ids))
-    shown = playground.picture(frame, tokenizer)
+    shown = playground.picture(frame, Pieces(tokenizer.decode, tokenizer.mask_id))
     body = shown.split("</style>")[1]
-    assert "<b>" not in body and html.unescape(re.sub("<[^>]*>", "", body)) == text + playground.HIDDEN
+    assert "<b>" not in body and html.unescape(re.sub("<[^>]*>", "", body)) == text + HIDDEN
     assert body.count('class="drawn"') == 1 and body.count('class="drawn new"') == 1 and body.count('class="hidden"') == 1
     assert "--i:0.500" in body and 'data-done="false"' in body
 
@@ -159,7 +297,7 @@ def browser():
 
 @pytest.mark.slow
 def test_the_page_in_a_browser(trained_run, tmp_path):
-    """Text is typed, filled in and shaded; its given words stay; a text without blanks is told so; nobody else is asked."""
+    """Text is typed, filled in and shaded; its given words stay; an error has a box of its own; nobody else is asked."""
     pytest.importorskip("gradio", reason="gradio is not installed")
     manager, chromium = browser()
     with socket.socket() as free:
@@ -198,9 +336,10 @@ def test_the_page_in_a_browser(trained_run, tmp_path):
 
         page.locator("#text textarea").fill("nothing to do")
         page.locator("#fill").click()
-        told = page.locator('#canvas [role="alert"]')
+        told = page.get_by_text("there is nothing to fill in")
         told.wait_for(timeout=60_000)
-        assert "there is nothing to fill in" in told.inner_text()
+        assert page.locator("#canvas").get_by_text("there is nothing to fill in").count() == 0
+        assert page.locator("#stop").is_visible() and "a letter of English" in page.locator("#legend").inner_text()
         if shot := os.environ.get("ATAT_FAST_SCREENSHOT"):
             page.screenshot(path=shot)
         elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
