@@ -145,6 +145,8 @@ def _likelihoods(args: Any) -> int:
 
 
 def _print_bound(out: Any, f: dict[str, Any]) -> None:
+    from atat_fast.evaluation.likelihood import per_byte
+
     lines = [
         ("sequences", f"{f['sequences']:,} of {f['length']:,} tokens, {f['draws']} mask(s) each"),
         ("nll", f"{f['nll']:.4f} ± {f['nll_se']:.4f} nats a token (upper bound; the error of {f['error_of']})"),
@@ -158,7 +160,7 @@ def _print_bound(out: Any, f: dict[str, Any]) -> None:
     lines += [
         ("perplexity", f"{f['perplexity']:.3f}"),
         ("bits per token", f"{f['bits_per_token']:.4f}"),
-        ("bits per byte", f"{f['bits_per_byte']:.4f}  ({f['bytes_per_token']:.3f} bytes a token)"),
+        ("bits per byte", f"{per_byte(f).removesuffix(' bits per byte')}  ({f['bytes_per_token']:.3f} bytes a token)"),
         *own,
         ("unigram entropy", f"{f['unigram_entropy']:.4f} nats a token"),
         ("tokens", f"sha256 {f['tokens_sha256'][:12]}"),

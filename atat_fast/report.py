@@ -124,6 +124,8 @@ def _perplexity(nll: float) -> str:
 
 def _bits_per_byte(run: Run, row: Row) -> float:
     given = number_in(row, "bits_per_byte")
+    if "unknown_share" in row:  # the tokenizer loses text: no bound
+        return math.nan
     per_token = number_in(run.facts, "bytes_per_token")
     return given if math.isfinite(given) or not per_token > 0 else number_in(row, "nll") / math.log(2) / per_token
 

@@ -36,6 +36,7 @@ def _main(arguments: Sequence[str]) -> int:
     if parsed.dry_run:
         return _dry_run(config)
 
+    from atat_fast.evaluation.likelihood import per_byte
     from atat_fast.report import write_report
     from atat_fast.training.compute import resolve
     from atat_fast.training.modes import check_parallel
@@ -72,7 +73,7 @@ def _main(arguments: Sequence[str]) -> int:
     gain = last["unigram_entropy"] - last["nll"]
     side = "below" if gain >= 0 else "above"
     print(f"unigram entropy {last['unigram_entropy']:.4f} nats a token (held-out text; the model is {abs(gain):.4f} {side} it)")
-    print(f"val/nll {last['nll']:.4f} ± {last['nll_se']:.4f} nats a token, {last['bits_per_byte']:.4f} bits per byte")
+    print(f"val/nll {last['nll']:.4f} ± {last['nll_se']:.4f} nats a token, {per_byte(last)}")
     print(f"report {page}")
     return 0
 

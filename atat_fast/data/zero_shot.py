@@ -71,6 +71,7 @@ class TokenBlocks(TokenSplit):
         self.num_tokens = int(blocks.size)
         self.num_bytes = round(text_bytes)
         self.num_documents = int(source["rows"])
+        self.unknown_share: float = source["unknown_share"]
         self.vocab_size, self.eos_id = tokenizer.model_vocab_size, tokenizer.eos_id
 
     def describe(self, length: int) -> str:
@@ -112,7 +113,7 @@ def open_set(name: str, tokenizer: Tokenizer, length: int, path: str | None = No
     if length < 3:
         raise UsageError(f"a block has a start token, an end token and text, so {length} tokens are too few")
     known = SETS[name]
-    counts = {"rows": 0, "bytes": 0, "tokens": 0}
+    counts = {"rows": 0, "bytes": 0, "tokens": 0, "characters": 0, "unknown": 0}
     rows = _local_rows(path, known.column) if path is not None else _hub_rows(name, known)
     detokenized = (valid_unicode(known.detokenizer(row)) for row in rows)
     blocks = list(_blocks(detokenized, tokenizer, length, counts))
@@ -127,7 +128,9 @@ def open_set(name: str, tokenizer: Tokenizer, length: int, path: str | None = No
     source = {"path": path} if path is not None else source
     joined = np.concatenate(blocks)
     kept = joined.shape[0] * (length - 2) / counts["tokens"]
-    return TokenBlocks(name, joined, counts["bytes"] * kept, tokenizer, source | counts | {"tokens_kept": kept})
+    source |= {count: counts[count] for count in ("rows", "bytes", "tokens")} | {"tokens_kept": kept}
+    source["unknown_share"] = counts["unknown"] / max(1, counts["characters"])
+    return TokenBlocks(name, joined, counts["bytes"] * kept, tokenizer, source)
 
 
 def tokens_hash(split: TokenSplit, length: int, sequences: int = 0) -> str:
@@ -143,10 +146,13 @@ def tokens_hash(split: TokenSplit, length: int, sequences: int = 0) -> str:
 def _blocks(rows: Iterable[str], tokenizer: Tokenizer, length: int, counts: dict[str, int]) -> Iterator[np.ndarray]:
     """[n, length] for each group of rows that fills a block; counts are added to as rows are read."""
     for group in _groups(rows, ROWS_JOINED):
-        ids = [i for row in tokenizer.encode_batch(group) for i in (*row, tokenizer.eos_id)]
+        encoded = tokenizer.encode_batch(group)
+        ids = [i for row in encoded for i in (*row, tokenizer.eos_id)]
         counts["rows"] += len(group)
         counts["bytes"] += sum(len(row.encode("utf-8")) for row in group)
         counts["tokens"] += len(ids)
+        counts["characters"] += sum(map(len, group))
+        counts["unknown"] += tokenizer.lost(group, encoded)[0]
         inner = length - 2
         count = len(ids) // inner
         if count:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from atat_fast.config import EvalConfig
 from atat_fast.data import TokenSplit
+from atat_fast.data.packing import MUCH_UNKNOWN
 from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.diffusion.objective import Estimate, NllFunction, Spread, estimate_nll
 from atat_fast.errors import UsageError
@@ -88,17 +89,28 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 def report(estimate: Estimate, split: TokenSplit, identity: Estimate | None = None) -> dict[str, Any]:
     """The numbers people ask for, as a row of metrics.jsonl or a JSON file; identity_nll is the bound under the model's own
     token-identity schedule, where it has one.
+
+    bits_per_byte is None, and unknown_share says why, where the tokenizer loses so much of the text that it bounds nothing.
     """
     bytes_per_token = split.num_bytes / max(1, split.num_tokens)
+    lossy = split.unknown_share > MUCH_UNKNOWN
     return {
         "nll": estimate.nll,
         "nll_se": estimate.se,
         "perplexity": estimate.perplexity,
         "bits_per_token": estimate.bits_per_token(),
-        "bits_per_byte": estimate.bits_per_byte(bytes_per_token),
+        "bits_per_byte": None if lossy else estimate.bits_per_byte(bytes_per_token),
         "unigram_entropy": split.unigram_entropy(),
         "bytes_per_token": bytes_per_token,
         "sequences": estimate.sequences,
         "length": estimate.length,
         **({} if identity is None else {"identity_nll": identity.nll, "identity_nll_se": identity.se}),
+        **({"unknown_share": split.unknown_share} if lossy else {}),
     }
+
+
+def per_byte(row: dict[str, Any]) -> str:
+    """A row's bits per byte in words."""
+    if row["bits_per_byte"] is None:
+        return f"no bound on bits per byte (the tokenizer lacks {row['unknown_share']:.1%} of the characters)"
+    return f"{row['bits_per_byte']:.4f} bits per byte"

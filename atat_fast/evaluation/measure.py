@@ -177,7 +177,7 @@ def table(figures: list[Figure]) -> Table:
             f"{f['nll']:.4f}",
             f"± {f['nll_se']:.4f} {f['error_of']}",
             f"{f['perplexity']:.3f}",
-            f"{f['bits_per_byte']:.4f}",
+            "-" if f["bits_per_byte"] is None else f"{f['bits_per_byte']:.4f}",
             f["kind"],
             *(paired if len(shown.columns) == 10 else []),
             f"{f['sequences']:,} x {f['length']:,}",

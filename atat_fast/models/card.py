@@ -63,7 +63,7 @@ def _metadata(
                 ("perplexity", "perplexity", "perplexity (upper bound)"),
                 ("bits_per_byte", "bits_per_byte", "bits per byte (upper bound)"),
             )
-            if key in evaluation
+            if evaluation.get(key) is not None
         ]
     dataset = HUB_DATASETS.get(corpus or "")
     if dataset is None and corpus is not None and corpus.startswith("hub:"):
@@ -130,7 +130,7 @@ def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     for key, title in (
         ("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"), ("unigram_entropy", "unigram entropy, nats a token")
     ):  # fmt: skip
-        if key in evaluation:
+        if evaluation.get(key) is not None:
             rows.append((title, f"{evaluation[key]:.4g}"))
     if "sequences" in evaluation:
         rows.append(("held-out text", f"{evaluation['sequences']:,} sequences of {evaluation.get('length', 0):,} tokens"))

@@ -53,8 +53,9 @@ def summary(plan: Plan, results: Results) -> dict[str, Any]:
         }
         if name in values and strata is not None:
             mean = mean_over_seeds(values[name], strata)
-            per_byte = found[0]["bits_per_byte"] / found[0]["nll"]
-            row |= {"nll": mean.mean, "nll_se": mean.se, "bits_per_byte": mean.mean * per_byte}
+            bits = found[0]["bits_per_byte"]
+            row |= {"nll": mean.mean, "nll_se": mean.se}
+            row["bits_per_byte"] = None if bits is None else mean.mean * bits / found[0]["nll"]
             row["share_of_first"] = _share(plan, results, first, name) if first in values else None
         rows.append(row)
     differences = []
@@ -125,7 +126,8 @@ def table(found: dict[str, Any]) -> str:
             rows.append([*cells, f"diverged in {row['diverged']}" if row["diverged"] else "", "", "", "", ""])
             continue
         d, share = against.get(name), row["share_of_first"]
-        cells += [measured(row["nll"], row["nll_se"]), f"{row['bits_per_byte']:.3f}"]
+        bits = row["bits_per_byte"]
+        cells += [measured(row["nll"], row["nll_se"]), "-" if bits is None else f"{bits:.3f}"]
         cells += [measured(d["difference"], d["se"] or math.nan), f"{d['better']} of {len(d['by_seed'])}"] if d else ["", ""]
         rows.append([*cells, "" if name == first else "never" if share is None else f"{share:.0%} of its {by}"])
     return aligned(rows)

@@ -223,3 +223,23 @@ def test_a_terminal_that_lacks_letters_loses_nothing(small, tmp_path):
     assert done.returncode == 0, done.stderr[-2000:]
     assert "val/nll" in done.stdout and " ? 0." in done.stdout
     assert checkpoint.find(tmp_path / "runs" / "it").step == 12
+
+
+def test_a_tokenizer_that_loses_text_bounds_nothing_per_byte(small, tmp_path, capsys, caplog):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    words = {word: i for i, word in enumerate(("[UNK]", "the", "of", "list", "value", "key"))}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="[UNK]"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    tokenizer.save(str(tmp_path / "words.json"))
+    arguments = [*small, *RUN, "--data.tokenizer", str(tmp_path / "words.json"), "--data.valid_fraction", "0.3"]
+    assert train.main(arguments) == 0
+    said = capsys.readouterr().out
+    assert "no bound on bits per byte (the tokenizer lacks" in said and "lacks" in caplog.text
+    assert evaluate.main(["--run", str(tmp_path / "runs" / "it"), "--json", str(tmp_path / "found.json")]) == 0
+    assert "no bound on bits per byte" in capsys.readouterr().out
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert found["bits_per_byte"] is None and 0.3 < found["unknown_share"] < 1
+    assert "bits per byte" not in (tmp_path / "runs" / "it" / "report.html").read_text()
+    hub.save_pretrained(tmp_path / "model", hub.open_run(tmp_path / "runs" / "it", "best", average=True))
+    assert "bits per byte" not in (tmp_path / "model" / "README.md").read_text()
