@@ -283,7 +283,7 @@ def _ordered_map(function: Callable[[Any], Any], items: Iterable[Any], num_worke
 
     Threads suffice: the tokenizers library works without Python's lock, and what is left under the lock (turning ids into
     an array) is a sixtieth of the work. Its own threads are switched off, so that num_workers is the number that runs.
-    An exception, Ctrl-C too, gives the threads one second to end and leaves those that take longer.
+    An exception waits for what the threads are doing, Ctrl-C for half a second.
     """
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -294,6 +294,7 @@ def _ordered_map(function: Callable[[Any], Any], items: Iterable[Any], num_worke
         with free:
             return None if stop.is_set() else function(item)
 
+    patience = None
     try:
         for item in items:
             waiting.append(in_background(work, item))
@@ -301,9 +302,12 @@ def _ordered_map(function: Callable[[Any], Any], items: Iterable[Any], num_worke
                 yield waiting.popleft().result()
         while waiting:
             yield waiting.popleft().result()
+    except KeyboardInterrupt:
+        patience = 0.5
+        raise
     finally:
         stop.set()
-        wait(waiting, timeout=1)
+        wait(waiting, timeout=patience)
         if before is None:
             del os.environ["TOKENIZERS_PARALLELISM"]
         else:

@@ -2,13 +2,20 @@
 
 from __future__ import annotations
 
+import atexit
+import contextlib
+import logging
+import os
 import re
+import sys
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future
+from concurrent.futures import Future, wait
 from typing import Any
 
 PIECE_CHARACTERS = 1 << 17
+INTERRUPTED = 130  # exit status of a process that Ctrl-C ended
+_in_background: set[Future[Any]] = set()
 _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
@@ -39,13 +46,13 @@ def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
 def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     """Calls `function` on a thread of its own. Waiting for the result hears Ctrl-C, which a long call of a library does not.
 
-    The thread is a daemon: a process that is told to end does not wait for the call.
+    A caller that was interrupted may leave the call running: a process that ends does not wait for it.
     """
     future: Future[Any] = Future()
+    _in_background.add(future)
+    future.add_done_callback(_in_background.discard)
 
     def run() -> None:
-        if not future.set_running_or_notify_cancel():
-            return
         try:
             result = function(*arguments)
         except BaseException as error:
@@ -55,3 +62,14 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
 
     threading.Thread(target=run, daemon=True).start()
     return future
+
+
+@atexit.register
+def _end_with_calls_running() -> None:
+    """Ends the process at once if a call left by Ctrl-C still runs: one that returns while Python ends would crash it."""
+    if wait(set(_in_background), timeout=0.5).not_done:
+        with contextlib.suppress(OSError, ValueError):
+            logging.shutdown()
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(INTERRUPTED)

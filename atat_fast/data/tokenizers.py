@@ -114,21 +114,17 @@ class Tokenizer:
 
         White space counts only inside an unknown token. Texts that hold one are tokenised a second time.
         """
-        if self._unknown_id is None and not self._leaves_out:
-            return 0, ""
-        lossy = [valid_unicode(text) for text, row in zip(texts, ids, strict=True) if self._leaves_out or self._unknown_id in row]
-        count, example = 0, ""
-        for text, encoding in zip(lossy, self._backend.encode_batch(lossy, add_special_tokens=False), strict=True):
-            spans = list(zip(encoding.ids, encoding.offsets, strict=True))
-            parts = [text[a:b] for token, (a, b) in spans if token == self._unknown_id]
-            if self._leaves_out:
-                ends = [0, *(b for _, (_, b) in spans)]
-                starts = [*(a for _, (a, _) in spans), len(text)]
-                parts += "".join(text[a:b] for a, b in zip(ends, starts, strict=True)).split()
-            parts = [part for part in parts if part != self._unknown_text]  # which a text may well hold
-            count += sum(map(len, parts))
-            example = example or next(iter(parts), "")
-        return count, example
+        lost: list[str] = []
+        if self._leaves_out:
+            for character in sorted(set().union(*texts)):
+                if not character.isspace() and not self.encode(character):
+                    lost += [character] * sum(text.count(character) for text in texts)
+        elif self._unknown_id is not None:
+            again = [valid_unicode(text) for text, row in zip(texts, ids, strict=True) if self._unknown_id in row]
+            for text, encoding in zip(again, self._backend.encode_batch(again, add_special_tokens=False), strict=True):
+                spans = zip(encoding.ids, encoding.offsets, strict=True)
+                lost += [text[a:b] for i, (a, b) in spans if i == self._unknown_id and text[a:b] != self._unknown_text]
+        return sum(map(len, lost)), lost[0] if lost else ""
 
     def encode_prompt(self, text: str) -> list[int]:
         """Ids of `text`, each literal [MASK] being the mask.
@@ -339,7 +335,7 @@ def _train(size: int, documents: Iterable[str]) -> Tokenizer:
     def texts() -> Iterator[str]:
         for text in documents:
             if stop.is_set():
-                break
+                raise KeyboardInterrupt
             yield valid_unicode(text)
 
     training = in_background(tokenizer.train_from_iterator, texts(), trainer)
@@ -347,7 +343,7 @@ def _train(size: int, documents: Iterable[str]) -> Tokenizer:
         training.result()
     except BaseException:
         stop.set()
-        wait([training], timeout=1)
+        wait([training], timeout=0.5)
         raise
     tokenizer.pre_tokenizer = words
     found = tokenizer.get_vocab_size() + 2
@@ -398,8 +394,11 @@ def _without_holes(content: str, path: Path) -> str:
     """
     data = json.loads(content)
     words: dict[str, int] = data["model"]["vocab"]
-    if not isinstance(words, dict) or len(words) == 1 + max(words.values(), default=-1):
+    largest = max(words.values(), default=-1) if isinstance(words, dict) else -1
+    if largest < len(words):
         return content
+    if largest > LARGEST_ID:
+        raise UsageError(f"{path} has {len(words):,} words but an id {largest:,}; number its words from 0 to {len(words) - 1:,}")
     added = data.get("added_tokens") or []
     special = {token["content"] for token in added if token["special"]}
     if (
@@ -408,9 +407,6 @@ def _without_holes(content: str, path: Path) -> str:
         and not special.isdisjoint(MASK_NAMES)
     ):
         return content
-    largest = max(words.values())
-    if largest > LARGEST_ID:
-        raise UsageError(f"{path} has {len(words):,} words but an id {largest:,}; number its words from 0 to {len(words) - 1:,}")
     holes = set(range(largest)).difference(words.values())
     for token in added:
         if token["content"] not in words and token["id"] in holes:

@@ -7,8 +7,11 @@ import json
 import logging
 import math
 import os
+import signal
 import subprocess
 import sys
+import threading
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -200,6 +203,61 @@ def test_text_that_becomes_the_mask_is_refused(config: DataConfig, tmp_path: Pat
     Path(config.corpus).write_text("a [MASK] b\n<|endoftext|>\nother [MASK] text")
     with pytest.raises(UsageError, match="mask token"):
         prepare(config)
+
+
+@pytest.mark.parametrize("method", ["encode_batch", "lost"])
+def test_ctrl_c_ends_tokenising_and_leaves_nothing(
+    config: DataConfig, method: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def deaf(*args: Any) -> None:  # as a call of the library is
+        threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
+        over.wait(5)
+
+    over = threading.Event()
+    tokenizer = make_tokenizer("bpe-270", ["some text about things"] * 50)
+    monkeypatch.setattr(packing, "_batches", lambda documents, tokenizer: [[(text, True) for text in documents]])
+    monkeypatch.setattr(tokenizer, method, deaf)
+    before, begin = os.environ.get("TOKENIZERS_PARALLELISM"), time.monotonic()
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            prepare(config, tokenizer=tokenizer)
+    finally:
+        over.set()
+    assert time.monotonic() - begin < 2
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert os.environ.get("TOKENIZERS_PARALLELISM") == before
+
+
+@pytest.mark.parametrize(("ending", "share"), [("", 0.0), (" \U0001f600", 1 / 8), ("x" * 400 + "\u0416", 0.0)])
+def test_the_share_of_unknown_characters(
+    config: DataConfig, ending: str, share: float, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    import tokenizers as backend
+
+    letters = {letter: i for i, letter in enumerate("?abcx ")}
+    backend.Tokenizer(backend.models.BPE(letters, [], unk_token="?")).save(str(tmp_path / "small.json"))
+    documents = [f"{'abcabc'[i % 6 :]}{'abcabc'[: i % 6]}{ending}" for i in range(60)]
+    Path(config.corpus).write_text("\n<|endoftext|>\n".join(documents))
+    config.tokenizer = str(tmp_path / "small.json")
+    dataset = prepare(config)
+    for split in (dataset.train, dataset.valid):
+        assert split.unknown_share == dataset.manifest["splits"][split.name]["unknown_share"]
+        assert split.unknown_share == pytest.approx(share, abs=0.003)
+    assert (ending.endswith("\u0416")) == (0 < dataset.train.unknown_share < 0.01)
+    assert len(caplog.records) == 2 * bool(share)
+    if share:
+        assert "lacks 12.5 % of the characters of the train split, '\U0001f600' for one" in caplog.text
+        assert "bytes or bpe-N, which lose nothing" in caplog.text
+
+
+def test_a_folder_without_the_share_still_opens(config: DataConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = prepare(config).folder
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for counts in manifest["splits"].values():
+        assert counts.pop("unknown_share") == 0.0
+    (folder / "manifest.json").write_text(json.dumps(manifest))
+    no_packing(monkeypatch)
+    assert prepare(config).train.unknown_share == 0.0
 
 
 def test_a_cache_that_cannot_be_written(config: DataConfig, tmp_path: Path) -> None:

@@ -1,7 +1,12 @@
 from __future__ import annotations
 
 import json
+import random
+import subprocess
+import sys
+import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import tokenizers as backend
@@ -145,6 +150,158 @@ def test_truncation_and_padding_of_a_file_are_switched_off(tmp_path: Path) -> No
     raw.enable_padding(length=8)
     raw.save(str(tmp_path / "t.json"))
     assert make_tokenizer(str(tmp_path / "t.json")).encode("a a a") == [1, 1, 1]
+
+
+UNK = {"[UNK]": 20}
+PRUNED = {f"w{i}": i for i in range(20) if not 3 <= i < 8} | UNK  # 16 words, the largest id 20
+
+
+def pruned(words: dict[str, int], added: dict[str, int], folder: Path) -> Path:
+    """A tokenizer.json of words with these ids, and special tokens to which the file gives these."""
+    raw = backend.Tokenizer(backend.models.WordLevel(unk_token="[UNK]"))
+    raw.pre_tokenizer = backend.pre_tokenizers.WhitespaceSplit()
+    raw.add_special_tokens(list(added))
+    data = json.loads(raw.to_str())
+    data["model"]["vocab"] = words
+    for token in data["added_tokens"]:
+        token["id"] = added[token["content"]]
+    folder.mkdir(exist_ok=True)
+    (folder / "tokenizer.json").write_text(json.dumps(data))
+    return folder / "tokenizer.json"
+
+
+@pytest.mark.parametrize(
+    ("words", "added", "eos", "mask", "size"),
+    [
+        (PRUNED, {}, 21, 22, 23),
+        (PRUNED | {"<|unused-5|>": 19, "w19": 21}, {}, 22, 23, 24),  # a word that looks like what fills a hole
+        (PRUNED, {"[MASK]": 16, "</s>": 17}, 22, 21, 23),  # the ids of w16 and w17
+        (PRUNED, {"[MASK]": 5, "</s>": 3}, 3, 5, 21),  # ids that no word has
+        (PRUNED | {"[MASK]": 4, "[SEP]": 6}, {"[MASK]": 4, "[SEP]": 6}, 6, 4, 21),  # nothing is added
+        (PRUNED | {"[MASK]": 4}, {}, 21, 22, 23),  # the mask's name is an ordinary word
+    ],
+)
+def test_specials_own_their_ids_where_ids_have_holes(
+    words: dict[str, int], added: dict[str, int], eos: int, mask: int, size: int, tmp_path: Path
+) -> None:
+    path = pruned(words, added, tmp_path / "raw")
+    tokenizer = make_tokenizer(str(path))
+    tokenizer.save(tmp_path / "saved")
+    other = backend.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
+    for read in (tokenizer, Tokenizer.load(tmp_path / "saved")):
+        assert (read.eos_id, read.mask_id, read.model_vocab_size) == (eos, mask, size)
+        ordinary = [word for word in words if word not in added]
+        assert read.encode(" ".join(ordinary)) == [words[word] for word in ordinary]
+        assert read.decode([0, eos, 16, mask]).split()[::2] == ["w0", "w16"]
+    assert len(set(other.get_vocab().values())) == len(other.get_vocab()), "other programs read one token for each id"
+
+
+def test_a_far_id_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(UsageError, match=r"2 words but an id 4,000,000,000; number its words from 0 to 1"):
+        make_tokenizer(str(pruned({"[UNK]": 0, "a": 4_000_000_000}, {}, tmp_path)))
+
+
+def test_a_saved_tokenizer_that_confuses_two_tokens_says_so(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    raw = backend.Tokenizer.from_file(str(pruned(PRUNED, {}, tmp_path)))
+    old = Tokenizer(raw, "old")  # as files with holes were read before
+    old.save(tmp_path)
+    assert Tokenizer.load(tmp_path).eos_id == 16
+    assert "gives id 16 to both <|endoftext|> and the word 'w16'" in caplog.text
+
+
+def test_fingerprints_stay_those_of_saved_runs(shared: Path) -> None:
+    assert BYTES.fingerprint.startswith("25faca83c193160c")
+    assert make_tokenizer(str(shared / "tokenizers" / "gpt2.json")).fingerprint.startswith("dd84a4fc109e9f0c")
+    assert make_tokenizer(str(shared / "tokenizers" / "bert-base-uncased.json")).fingerprint.startswith("71ebdce3a8bd45b1")
+
+
+def test_bpe_of_short_words_is_the_librarys() -> None:
+    words = [*SAMPLE, "a" * 999, " " * 999, "漢" * 999, "-" * 999, "7" * 999]
+    raw = backend.Tokenizer(backend.models.BPE())
+    raw.pre_tokenizer = backend.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = backend.pre_tokenizers.ByteLevel.alphabet()
+    trainer: Any = backend.trainers.BpeTrainer(vocab_size=298, min_frequency=2, show_progress=False, initial_alphabet=alphabet)
+    raw.train_from_iterator(words, trainer)
+    trained = make_tokenizer("bpe-300", words)
+    assert {word: i for word, i in raw.get_vocab().items() if i < 298} == {
+        word: i for word, i in trained._backend.get_vocab().items() if i < 298
+    }
+
+
+def test_long_words_take_time_in_proportion() -> None:
+    letters = "".join(random.Random(1).choices("ACGT", k=400_000))
+    begin = time.process_time()
+    tokenizer = make_tokenizer("bpe-512", [letters])
+    assert time.process_time() - begin < 20, "1.5 s on two cores; uncut, over an hour"
+    assert tokenizer.decode(tokenizer.encode(letters)) == letters
+
+
+def test_ctrl_c_ends_the_training_of_a_bpe() -> None:
+    code = """
+import os, random, signal, threading, time
+from atat_fast.data import make_tokenizer
+def documents():
+    rng = random.Random(0)
+    for _ in range(200):
+        yield " ".join(f"{rng.getrandbits(48):x}" for _ in range(1000))
+    threading.Timer(0.3, lambda: (sent.append(time.monotonic()), os.kill(os.getpid(), signal.SIGINT))).start()
+sent = []
+try:
+    make_tokenizer("bpe-60000", documents())
+except KeyboardInterrupt:
+    print(time.monotonic() - sent[0])
+    raise SystemExit(130)
+"""
+    command = [sys.executable, "-c", code]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (130, "")
+    assert float(done.stdout) < 2, "the training itself takes 5 s from there"
+
+
+def test_what_reads_text_raises_through_the_training() -> None:
+    def documents() -> Any:
+        yield "text"
+        raise UsageError("no more text")
+
+    with pytest.raises(UsageError, match="no more text"):
+        make_tokenizer("bpe-300", documents())
+
+
+@pytest.mark.parametrize(
+    ("model", "text", "count", "example"),
+    [
+        (backend.models.WordLevel({"?": 0, "a": 1}, unk_token="?"), "a ? foo bar a", 6, "foo"),
+        (backend.models.BPE({"?": 0, "a": 1, " ": 2}, [], unk_token="?"), "a жж a", 2, "ж"),
+        (backend.models.BPE({"a": 0, " ": 1}, []), "жa b cж", 4, "b"),  # leaves them out
+        (backend.models.Unigram([("?", 0.0), ("a", -1.0), (" ", -1.0)], 0, False), "a éé a", 2, "éé"),
+        (backend.models.WordPiece({"?": 0, "a": 1, "##b": 2}, unk_token="?"), "ab a", 0, ""),
+    ],
+)
+def test_what_a_vocabulary_lacks_is_counted(model: Any, text: str, count: int, example: str) -> None:
+    raw = backend.Tokenizer(model)
+    if not isinstance(model, (backend.models.BPE, backend.models.Unigram)):
+        raw.pre_tokenizer = backend.pre_tokenizers.WhitespaceSplit()
+    tokenizer = Tokenizer(raw, "small")
+    texts = [text, "a a"]
+    assert tokenizer.lost(texts, tokenizer.encode_batch(texts)) == (count, example)
+
+
+def test_text_that_no_token_stands_for_is_one_sentence() -> None:
+    tokenizer = Tokenizer(backend.Tokenizer(backend.models.WordLevel({"a": 0}, unk_token="?")), "small")
+    with pytest.raises(UsageError, match=r"tokenizer small cannot encode this text \(.*UNK.*choose another"):
+        tokenizer.encode("b")
+
+
+@pytest.mark.parametrize(("special", "pad"), [([], "<|endoftext|>"), (["<pad>"], "<pad>"), (["[PAD]", "</s>"], "[PAD]")])
+def test_transformers_pads_with_the_saved_tokenizer(special: list[str], pad: str, tmp_path: Path) -> None:
+    tokenizer = Tokenizer(word_level(["?", "a", "b"], special), "small")
+    tokenizer.save(tmp_path, longest=16)
+    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == pad
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True, trust_remote_code=False)
+    assert theirs(["a", "a b"], padding=True)["input_ids"] == [[1, theirs.convert_tokens_to_ids(pad)], [1, 2]]
+    assert theirs.pad_token == pad
 
 
 @pytest.mark.parametrize(
