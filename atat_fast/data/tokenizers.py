@@ -24,6 +24,7 @@ from atat_fast.data import hub
 from atat_fast.data.local import without_folders
 from atat_fast.data.text import in_background, valid_unicode
 from atat_fast.errors import UsageError, nearest
+from atat_fast.files import expanded
 
 MASK = "[MASK]"
 END = "<|endoftext|>"
@@ -249,7 +250,7 @@ def make_tokenizer(setting: str, documents: Iterable[str] | None = None) -> Toke
         return _bytes()
     if _is_bpe(setting):
         return _train(int(setting.removeprefix("bpe-")), documents if documents is not None else ())
-    path = Path(setting).expanduser()
+    path = expanded(setting)
     if path.is_dir():
         path = path / TOKENIZER_FILE
     if not path.is_file():
@@ -284,7 +285,7 @@ def check_setting(setting: str) -> None:
                 f"use at least bpe-{SMALLEST_BPE}"
             )
     elif setting != "bytes":
-        path = Path(setting).expanduser()
+        path = expanded(setting)
         if path.is_dir() and not (path / TOKENIZER_FILE).is_file():
             raise UsageError(f"folder {setting} holds no {TOKENIZER_FILE}")
         looks_local = setting.endswith(".json") or setting.startswith((".", "/", "~")) or setting.count("/") > 1
@@ -301,7 +302,7 @@ def _is_bpe(setting: str) -> bool:
 
 def setting_identity(setting: str) -> str:
     """What tells one tokenizer setting from another: its name, and for a file its content."""
-    path = Path(setting).expanduser()
+    path = expanded(setting)
     path = path / TOKENIZER_FILE if path.is_dir() else path
     if setting == "bytes" or _is_bpe(setting) or not path.is_file():
         return setting

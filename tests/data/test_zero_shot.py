@@ -49,6 +49,7 @@ def test_blocks_are_the_protocols(tmp_path):
     assert found.sequence(1, 7).tolist() == want[1]
     assert found.num_bytes == round(13 * 15 / 17)  # of the text in whole blocks
     kept = found.source.pop("tokens_kept")
+    assert found.source.pop("unknown_share") == 0
     assert found.source == {"path": rows_file(tmp_path, rows), "rows": 4, "bytes": 13, "tokens": 17} and kept == 15 / 17
 
 
