@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from atat_fast.ops.philox import STREAM_DROPOUT, random_words
-from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, dispatch, register, scalar
+from atat_fast.ops.registry import Cost, again, as_ids, autocast_dtype, backends, choose_backend, dispatch, pull, register, scalar
 
 EPS = 1e-5
 WIDEST = 4096
@@ -32,7 +32,7 @@ def adaptive_layer_norm(
     x: [B, L, D] fp32, bf16 or fp64.   shift, scale: [B, D] or [1, D].   weight: [D] or None for ones.
     backend: "triton", "cpp" or "torch"; the fastest that can run where the caller does not say. The kernels take fp32 and bf16,
              and D up to 4,096 on a GPU; what they cannot take runs on PyTorch.
-    Returns [B, L, D], in autocast's dtype where autocast is on and in x's otherwise. Differentiable in every tensor, once.
+    Returns [B, L, D], in autocast's dtype where autocast is on and in x's otherwise. Differentiable in every tensor.
     Raises ValueError when shapes or devices disagree, for fp16, or for a backend that cannot run.
     """
     out_dtype = autocast_dtype(x)
@@ -63,9 +63,9 @@ def gated_residual_norm(
     dropout:  chance in [0, 1) of dropping an element of branch; the mask is a function of (seed, step, sample_ids [B],
               position, element, layer) and is never stored.
     seed, step: integers, or 0-d int64 tensors on residual's device (a captured CUDA graph then draws anew on each replay).
-    sample_ids: [B] int64, the number of each sequence in the run; read with dropout only.
+    sample_ids: [B] integers, the number of each sequence in the run; read with dropout only.
     backend:  as for `adaptive_layer_norm`.
-    Returns (residual' in residual's dtype, y in autocast's dtype or residual's). Differentiable in every tensor, once.
+    Returns (residual' in residual's dtype, y in autocast's dtype or residual's). Differentiable in every tensor.
     Raises ValueError when shapes or devices disagree, for fp16, for a backend that cannot run, when dropout is out of range, or
     when it has no sample_ids to draw from.
     """
@@ -83,7 +83,7 @@ def gated_residual_norm(
     chosen = choose_backend("gated_residual_norm", residual.device, backend, without)
     random: tuple[Tensor | None, ...] = (None, None, None)
     if dropout and sample_ids is not None:
-        random = (scalar(seed, residual), scalar(step, residual), sample_ids)
+        random = (scalar(seed, residual), scalar(step, residual), as_ids("sample_ids", sample_ids))
         _check_random(residual, *random)
     return _GATED(  # type: ignore[no-any-return]
         residual, branch, gate, shift, scale, weight, dropout, *random, layer, eps, out_dtype, chosen
@@ -193,6 +193,16 @@ def _norm(
     return y.to(out_dtype), mean, rstd
 
 
+def _norm_plain(
+    x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype, backend: str = "torch"
+) -> tuple[Tensor, None, None]:
+    """The op in PyTorch's own steps: what it gives, and not its statistics."""
+    wide = _statistics_dtype(x)
+    weight = None if weight is None else weight.to(wide)
+    y = adaptive_layer_norm_reference(x.to(wide), shift.to(wide), scale.to(wide), weight, eps)
+    return y.to(out_dtype), None, None
+
+
 def _norm_outputs(x: Tensor, out_dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     batch, length, width = x.shape
     statistic = x.new_empty((batch, length, 1), dtype=_statistics_dtype(x))
@@ -297,19 +307,31 @@ def _norm_backward_cpp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _norm_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    x, shift, scale, weight, _, _, backend = inputs
+    x, shift, scale, weight, eps, out_dtype, backend = inputs
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(x, scale, weight, *output[1:])
-    ctx.shift_dtype, ctx.backend = shift.dtype, backend
+    ctx.shift_dtype, ctx.eps, ctx.out_dtype, ctx.backend = shift.dtype, eps, out_dtype, backend
 
 
 def _norm_autograd(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dy is None:
         return (None,) * 7
     x, scale, weight, mean, rstd = ctx.saved_tensors
+    if again():
+        return *_norm_pull(ctx, dy, x, scale, weight), None, None, None
     dx, dshift, dscale, dweight = _NORM_BACKWARD(dy, x, scale, weight, mean, rstd, ctx.shift_dtype, ctx.backend)
     return dx, dshift, dscale, None if weight is None else dweight, None, None, None
+
+
+def _norm_pull(ctx: Any, dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None) -> tuple[Any, ...]:
+    """dx, dshift, dscale and dweight by PyTorch's own steps; a shift's value is in none of them."""
+    shift = torch.zeros_like(scale, dtype=ctx.shift_dtype)
+
+    def norm(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
+        return _norm_plain(x, shift, scale, weight, ctx.eps, ctx.out_dtype)[0]
+
+    return pull(norm, (x, shift, scale, weight), dy)
 
 
 def _gated(
@@ -319,11 +341,34 @@ def _gated(
     wide = _statistics_dtype(residual)
     addend = branch.to(wide)
     if dropout:
-        assert seed is not None and step is not None and sample_ids is not None
-        addend = addend * dropout_scale(branch.shape, dropout, seed, step, sample_ids, layer).to(wide)
+        addend = addend * _keep(branch, dropout, seed, step, sample_ids, layer).to(wide)
     total = torch.addcmul(residual.to(wide), gate.to(wide)[:, None], addend).contiguous()
     y, mean, rstd = _norm(total, shift, scale, weight, eps, out_dtype)  # of the sum before a bf16 stream rounds it
     return total.to(residual.dtype), y, mean, rstd
+
+
+def _keep(
+    branch: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int
+) -> Tensor:
+    assert seed is not None and step is not None and sample_ids is not None
+    return dropout_scale(branch.shape, dropout, seed, step, sample_ids, layer)
+
+
+def _gated_plain(
+    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, dropout: float,
+    seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int, eps: float, out_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The op in PyTorch's own steps."""
+    wide = _statistics_dtype(residual)
+    keep = _keep(branch, dropout, seed, step, sample_ids, layer) if dropout else None
+    total = residual.to(wide) + _addend(branch, gate, keep, wide)
+    return total.to(residual.dtype), _norm_plain(total, shift, scale, weight, eps, out_dtype)[0]
+
+
+def _addend(branch: Tensor, gate: Tensor, keep: Tensor | None, wide: torch.dtype) -> Tensor:
+    branch = branch.to(wide)
+    return gate.to(wide)[:, None] * (branch if keep is None else branch * keep.to(wide))
 
 
 def _gated_fake(
@@ -369,8 +414,7 @@ def _gated_backward(
     dadd = dr * gate.to(wide)[:, None]
     addend = branch.to(wide)
     if dropout:
-        assert seed is not None and step is not None and sample_ids is not None
-        keep = dropout_scale(branch.shape, dropout, seed, step, sample_ids, layer).to(wide)
+        keep = _keep(branch, dropout, seed, step, sample_ids, layer).to(wide)
         dadd, addend = dadd * keep, addend * keep
     dgate = (dr * addend).sum(1)
     if gate.shape[0] == 1:
@@ -416,18 +460,27 @@ def _gated_backward_cpp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor
 
 
 def _gated_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    _, branch, gate, shift, scale, weight, dropout, seed, step, sample_ids, layer, _, _, backend = inputs
+    _, branch, gate, shift, scale, weight, dropout, seed, step, sample_ids, layer, eps, out_dtype, backend = inputs
     total, _, mean, rstd = output
     ctx.mark_non_differentiable(mean, rstd)
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(total, branch, gate, scale, weight, mean, rstd, seed, step, sample_ids)
     ctx.dropout, ctx.layer, ctx.shift_dtype, ctx.backend = dropout, layer, shift.dtype, backend
+    ctx.eps, ctx.out_dtype = eps, out_dtype
 
 
 def _gated_autograd(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if dtotal is None and dy is None:
         return (None,) * 14
     total, branch, gate, scale, weight, mean, rstd, seed, step, sample_ids = ctx.saved_tensors
+    if again():  # in terms of the sum, an output whose own history leads back to the inputs
+        dy = torch.zeros_like(total, dtype=ctx.out_dtype) if dy is None else dy
+        dr, *conditioning = _norm_pull(ctx, dy, total, scale, weight)
+        dr = dr if dtotal is None else dr + dtotal
+        keep = _keep(branch, ctx.dropout, seed, step, sample_ids, ctx.layer) if ctx.dropout else None
+        wide = _statistics_dtype(total)
+        inputs = pull(lambda branch, gate: _addend(branch, gate, keep, wide), (branch, gate), dr.to(wide))
+        return dr, *inputs, *conditioning, *(None,) * 8
     dr, db, dgate, dshift, dscale, dweight = _GATED_BACKWARD(
         dtotal, dy, total, branch, gate, scale, weight, mean, rstd, ctx.dropout, seed, step, sample_ids, ctx.layer,
         ctx.shift_dtype, ctx.backend,
@@ -446,6 +499,7 @@ _NORM = register(
     _norm_fake,
     backward=_norm_autograd,
     setup=_norm_setup,
+    plain=_norm_plain,
 )
 _NORM_BACKWARD = register(
     "adaptive_layer_norm_backward(Tensor dy, Tensor x, Tensor scale, Tensor? weight, Tensor mean, Tensor rstd, "
@@ -461,6 +515,7 @@ _GATED = register(
     _gated_fake,
     backward=_gated_autograd,
     setup=_gated_setup,
+    plain=_gated_plain,
 )
 _GATED_BACKWARD = register(
     "gated_residual_norm_backward(Tensor? dtotal, Tensor? dy, Tensor total, Tensor branch, Tensor gate, Tensor scale, "

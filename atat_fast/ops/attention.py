@@ -28,7 +28,7 @@ from atat_fast.errors import UsageError, nearest
 from atat_fast.ops import attention_products
 from atat_fast.ops.adaptive_norm import EPS, adaptive_layer_norm
 from atat_fast.ops.processor import multiplies_bf16, widens_bf16
-from atat_fast.ops.registry import Cost, autocast_dtype, register_composite
+from atat_fast.ops.registry import Cost, as_ids, autocast_dtype, intercepted, register_composite, transformed
 from atat_fast.ops.rotary import rotary, rotary_split, splits
 
 MODULES = {"flash_attn_3": "flash_attn_interface", "flash_attn": "flash_attn"}
@@ -50,6 +50,8 @@ PRODUCTS = "products"
 """SDPA with another backward on a CPU (attention_products.py), for sequences that are short enough for it; others are SDPA's."""
 IMPLEMENTATIONS = (*MODULES, *SWITCHES, PRODUCTS)
 """Every name that `implementation` takes."""
+DIFFERENTIABLE = "sdpa_math"
+"""What is written out in forward-mode differentiation and under torch.func; as `products` has, it has second derivatives."""
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -86,8 +88,10 @@ def attention(
     document_ids:   [B, L] integers, or None; a document is a run of equal ids in one row. See `Documents` for most_documents.
     implementation: a name of IMPLEMENTATIONS; the fastest that can run where neither it nor $ATAT_FAST_ATTENTION says.
 
-    Returns [B, L, H * E] in qkv's dtype. Differentiable. With torch.use_deterministic_algorithms gradients are repeatable bit
-    for bit, at the libraries' price. Raises ValueError when shapes disagree or the implementation cannot run.
+    Returns [B, L, H * E] in qkv's dtype. Differentiable; twice by "sdpa_math", and by "products" where it is not SDPA's. In
+    forward mode and under torch.func attention is written out, with its L x L scores. With torch.use_deterministic_algorithms
+    gradients are repeatable bit for bit, at the libraries' price. Raises ValueError when shapes disagree or the implementation
+    cannot run.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be [batch, length, 3, heads, head dimension], got shape {tuple(qkv.shape)}")
@@ -98,7 +102,8 @@ def attention(
         if document_ids.shape != qkv.shape[:2]:
             raise ValueError(f"document_ids must have shape {tuple(qkv.shape[:2])}, got {tuple(document_ids.shape)}")
         layout = document_layout(Documents(document_ids, most_documents), chosen)
-    return torch.ops.atat_fast.attention(qkv, layout, chosen)  # type: ignore[no-any-return]
+    call = _attention if transformed() else torch.ops.atat_fast.attention
+    return call(qkv, layout, chosen)
 
 
 def attention_reference(qkv: Tensor, document_ids: Tensor | None = None) -> Tensor:
@@ -205,6 +210,13 @@ def choose_attention(
 
     Raises UsageError, a ValueError, where one asked for by name cannot run. A compiled graph keeps its first answer.
     """
+    if transformed():  # kernels know neither tangents nor functorch; sdpa_math is a composition that PyTorch sees through
+        if asked not in (None, DIFFERENTIABLE):
+            raise UsageError(
+                f"attention by {asked!r} has no forward-mode derivative and no rule for torch.func; leave implementation out "
+                f"there, or ask for {DIFFERENTIABLE!r}"
+            )
+        return DIFFERENTIABLE
     wanted = asked or os.environ.get("ATAT_FAST_ATTENTION") or None
     return _choose(device, dtype, head_dim, documents, wanted, torch.are_deterministic_algorithms_enabled())
 
@@ -242,7 +254,7 @@ def self_attention(
 
     qkv_weight: [3 * D, D], packed (three, heads, head dimension).   out_weight: [D, D].   cos, sin: [L, D / heads / 2].
     qk_norm:    queries and keys are scaled to unit root-mean-square, without weights, in the rotation's pass (`rotary`'s norm).
-    rows:       [R] int64, flat indices b * L + i: only these leave the output projection, as [R, D].
+    rows:       [R] integers, flat indices b * L + i: only these leave the output projection, as [R, D].
     documents:  what `document_layout` made for this implementation, or None: every position looks everywhere.
     """
     width = x.shape[-1]
@@ -253,10 +265,10 @@ def self_attention(
             f"qkv_weight must be {(3 * width, width)} and out_weight {(width, width)}, "
             f"got {tuple(qkv_weight.shape)} and {tuple(out_weight.shape)}"
         )
+    rows = None if rows is None else as_ids("rows", rows)
     chosen = choose_attention(x.device, autocast_dtype(x), width // heads, documents is not None, implementation)
-    return torch.ops.atat_fast.self_attention(  # type: ignore[no-any-return]
-        x, qkv_weight, out_weight, cos, sin, heads, qk_norm, rows, documents, chosen
-    )
+    call = _self_attention if transformed() else torch.ops.atat_fast.self_attention
+    return call(x, qkv_weight, out_weight, cos, sin, heads, qk_norm, rows, documents, chosen)
 
 
 def adaptive_attention(
@@ -304,9 +316,38 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, implement
     if widens_bf16(q):
         with torch.autocast("cpu", enabled=False):
             return _attend(q.float(), k.float(), v.float(), documents, implementation).to(q.dtype)
+    if transformed():
+        return attention_products.written_out(q, k, v, documents).to(q.dtype)
+    if implementation != DIFFERENTIABLE:
+        _refuse_second_derivatives(v)
     with _only(implementation):
         out = F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), attn_mask=documents)
     return out.transpose(1, 2).flatten(2)
+
+
+def _refuse_second_derivatives(x: Tensor) -> None:
+    """Said of what a kernel reads: PyTorch's kernels refuse without naming a way out, and flash-attn's leave terms out."""
+    if x.requires_grad and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or intercepted()):
+        x.register_hook(_once)
+
+
+def _once(gradient: Tensor) -> Tensor | None:
+    return _Once.apply(gradient) if torch.is_grad_enabled() else None
+
+
+class _Once(torch.autograd.Function):
+    """A gradient that cannot be differentiated."""
+
+    @staticmethod
+    def forward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient.view_as(gradient)
+
+    @staticmethod
+    def backward(ctx: Any, *_: Any) -> Any:
+        raise RuntimeError(
+            f"the kernel that computed attention has no second derivative; ask for implementation={DIFFERENTIABLE!r}, or set "
+            f"ATAT_FAST_ATTENTION={DIFFERENTIABLE} for a whole model"
+        )
 
 
 def _attend_from(qkv: Tensor, rows: Tensor, implementation: str) -> Tensor:
@@ -324,6 +365,7 @@ def _attend_from(qkv: Tensor, rows: Tensor, implementation: str) -> Tensor:
 
 def _packed(qkv: Tensor, starts: Tensor | None, implementation: str) -> Tensor:
     """flash-attn on the packed projection, [B, L, H, E]; its gradient comes back packed, where SDPA's three need a copy."""
+    _refuse_second_derivatives(qkv)
     module: Any = importlib.import_module(MODULES[implementation])
     batch, length, _, heads, size = qkv.shape
     repeatable = torch.are_deterministic_algorithms_enabled()
@@ -358,7 +400,7 @@ def _self_attention(
 ) -> Tensor:  # fmt: skip
     batch, length, width = x.shape
     qkv = F.linear(x, qkv_weight).view(batch, length, 3, heads, width // heads)
-    tracked = torch.is_grad_enabled() and qkv.requires_grad
+    tracked = transformed() or (torch.is_grad_enabled() and qkv.requires_grad)
     if tracked and implementation in SWITCHES and qkv.numel() and splits():  # three gradients come back, and are read as three
         attended = _attend(*rotary_split(qkv, cos, sin, norm=qk_norm), documents, implementation)
         return F.linear(attended if rows is None else attended.view(batch * length, width).index_select(0, rows), out_weight)

@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atat_fast.ops.processor import widens_bf16
-from atat_fast.ops.registry import register
+from atat_fast.ops.registry import again, pull, register
 
 LONGEST = 256
 """Tokens of a sequence up to which this was faster than PyTorch's backward (docs/notes/cpu.md)."""
@@ -60,6 +60,20 @@ def _backward(grad: Tensor, qkv: Tensor, documents: Tensor | None) -> Tensor:
     return found.view(3, batch, heads, length, size).permute(1, 3, 0, 2, 4).contiguous()
 
 
+def written_out(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
+    """Attention in PyTorch's own steps, which differentiates them in every mode: [B, L, H, E] each to [B, L, H * E]."""
+    wide = torch.promote_types(q.dtype, torch.float32)
+    q, k, v = (part.to(wide).transpose(1, 2) for part in (q, k, v))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    scores = scores if documents is None else scores.masked_fill(~documents, -torch.inf)
+    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
+def _plain(qkv: Tensor, documents: Tensor | None) -> Tensor:
+    q, k, v = qkv.unbind(2)
+    return written_out(q, k, v, documents).to(qkv.dtype)
+
+
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     qkv, documents = inputs
     ctx.save_for_backward(qkv, *(() if documents is None else (documents,)))
@@ -67,7 +81,10 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _gradient(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     qkv, *documents = ctx.saved_tensors
-    return backward(grad.contiguous(), qkv, *(documents or (None,))), None
+    documents = documents or [None]
+    if again():
+        return pull(lambda qkv: _plain(qkv, *documents), (qkv,), grad)[0], None
+    return backward(grad.contiguous(), qkv, *documents), None
 
 
 def _fake(qkv: Tensor, documents: Tensor | None) -> Tensor:
@@ -81,6 +98,11 @@ backward = register(
     lambda grad, qkv, documents: torch.empty_like(qkv, memory_format=torch.contiguous_format),
 )
 attend = register(
-    "attention_products(Tensor qkv, Tensor? documents) -> Tensor", _forward, _fake, backward=_gradient, setup=_setup
+    "attention_products(Tensor qkv, Tensor? documents) -> Tensor",
+    _forward,
+    _fake,
+    backward=_gradient,
+    setup=_setup,
+    plain=_plain,
 )
 """qkv [B, L, 3, H, E] and bool [B, 1, L, L], true where a position may look, or None: [B, L, H * E]."""

@@ -22,7 +22,17 @@ from torch import Tensor
 
 from atat_fast.ops.philox import STREAM_TOKEN, gumbel64, random_words
 from atat_fast.ops.processor import widens_bf16
-from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, dispatch, register, scalar
+from atat_fast.ops.registry import (
+    Cost,
+    as_ids,
+    autocast_dtype,
+    autocast_is_on,
+    backends,
+    choose_backend,
+    dispatch,
+    register,
+    scalar,
+)
 from atat_fast.ops.slabs import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, rows_per_slab
 
 REFERENCE_BYTES = 16 << 20
@@ -46,7 +56,7 @@ def linear_categorical(
 
     hidden:       [R, D] fp32, bf16 or fp64, rows of the final norm. Under autocast it is taken in autocast's dtype.
     weight:       [V, D] fp32 or hidden's dtype; another dtype is cast inside.   bias: [V] or None.
-    index:        [R] int64, the name of each row in the random stream; rows of one name and equal logits draw the same id.
+    index:        [R] integers, the name of each row in the random stream; rows of one name and equal logits draw the same id.
     forbidden:    an id that is never drawn (the mask token).
     temperature:  divides the logits; above 0.
     seed, step:   integers, or int64 tensors of one number on hidden's device (a captured CUDA graph then draws anew each time).
@@ -58,7 +68,7 @@ def linear_categorical(
     of each other. Raises ValueError when shapes, dtypes or devices disagree, hidden is fp16, weight is a DTensor, forbidden is
     outside [0, V) or temperature is not above 0.
     """
-    hidden = hidden.detach().to(autocast_dtype(hidden))
+    hidden, index = hidden.detach().to(autocast_dtype(hidden)), as_ids("index", index)
     _check(hidden, weight, index, bias, forbidden, temperature)
     without = _FP64_ONLY if hidden.dtype is torch.float64 else ()
     chosen = choose_backend("linear_categorical", hidden.device, backend, without)
@@ -77,11 +87,12 @@ def _check(hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, f
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be [R, D] and weight [V, D]; got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        raise ValueError(f"hidden is {hidden.dtype}; pass bfloat16 or float32 (float16 logits overflow at 65,504)")
+        here = ", which autocast makes it" if autocast_is_on(hidden) else ""
+        raise ValueError(f"hidden is {hidden.dtype}{here}; pass bfloat16 or float32 (float16 logits overflow at 65,504)")
     if type(weight).__name__ == "DTensor":
         raise ValueError("weight is a DTensor; pass weight.full_tensor()")
-    if tuple(index.shape) != (hidden.shape[0],) or index.dtype is not torch.int64:
-        raise ValueError(f"index must be int64 of shape ({hidden.shape[0]},), got shape {tuple(index.shape)} of {index.dtype}")
+    if tuple(index.shape) != (hidden.shape[0],):
+        raise ValueError(f"index must have shape ({hidden.shape[0]},), got {tuple(index.shape)}")
     if bias is not None and tuple(bias.shape) != (weight.shape[0],):
         raise ValueError(f"bias must have shape ({weight.shape[0]},), got {tuple(bias.shape)}")
     for name, tensor in (("weight", weight), ("index", index), ("bias", bias)):
@@ -157,7 +168,7 @@ def _slabs(row_pass: Callable[..., Tensor], budget: int) -> Callable[..., Tensor
 
 def _as(weight: Tensor, hidden: Tensor) -> Tensor:
     """In hidden's dtype; under autocast the product does that itself, and keeps what it made for the next call."""
-    return weight if torch.is_autocast_enabled(hidden.device.type) else weight.to(hidden.dtype)
+    return weight if autocast_is_on(hidden) else weight.to(hidden.dtype)
 
 
 def _compiled_rows(logits: Tensor, index: Tensor, forbidden: int, temperature: float, seed: Tensor, step: Tensor) -> Tensor:

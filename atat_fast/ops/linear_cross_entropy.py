@@ -18,10 +18,24 @@ import os
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from atat_fast.errors import nearest
-from atat_fast.ops.registry import Cost, autocast_dtype, backends, choose_backend, register
+from atat_fast.ops.registry import (
+    Cost,
+    again,
+    as_ids,
+    autocast_dtype,
+    autocast_is_on,
+    backends,
+    choose_backend,
+    pull,
+    readable,
+    register,
+    transformed,
+    without_autocast,
+)
 from atat_fast.ops.slabs import (
     CHUNK_BYTES_LOW,
     Totals,
@@ -31,7 +45,7 @@ from atat_fast.ops.slabs import (
     run_slabs,
 )
 
-REDUCTIONS = ("sum", "none")
+REDUCTIONS = ("sum", "mean", "none")
 
 
 class RowStatistics(NamedTuple):
@@ -53,6 +67,8 @@ def linear_cross_entropy(
     forbidden: int | None = None,
     rates: Tensor | None = None,
     elapsed: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
     reduction: str = "sum",
     return_nll: bool = False,
     return_statistics: bool = False,
@@ -70,30 +86,40 @@ def linear_cross_entropy(
     rates:        [V] fp32 above 0, or None: at which rate each token of the vocabulary is revealed. A row's loss is then
                   rates[target] nll + sum_v rates[v] p_v - rates[target], which for rates of 1 is nll.
     elapsed:      [R] fp32, at least 0, or None for zeros: what rates are multiplied by and logits lowered by, -log t of a row.
-    reduction:    "sum" gives the fp32 scalar sum_i w_i loss_i in nats, loss_i = nll_i without rates; "none" gives the [R] fp32
-                  vector of w_i loss_i.
-    return_nll:   also return the unweighted nll [R], detached.   return_statistics: also return `RowStatistics`.
-    low_memory:   for "sum": hold nothing between forward and backward but the inputs, in slabs of 32 MB; the backward computes
-                  the logits again, a fourth product. Without it, gradients (V x D in fp32, R x D) are held.
+    ignore_index: a target that says its row does not count: its weight is 0.
+    label_smoothing: e in [0, 1]: a row's loss is (1 - e) nll + e mean_v(-log p_v), the mean over the ids that are not forbidden.
+                  Not with rates. It adds a gather of weight's rows [R, D], and V x D twice in the backward.
+    reduction:    "sum" gives the fp32 scalar sum_i w_i loss_i in nats, loss_i = nll_i without either of these; "mean" divides it
+                  by sum_i w_i, ignored rows left out, which without token_weight is the number of rows that count (NaN where
+                  none does, as torch has it); "none" gives the [R] fp32 vector of w_i loss_i.
+    return_nll:   also return the unweighted nll [R], detached and without smoothing.
+    return_statistics: also return `RowStatistics`.
+    low_memory:   for "sum" and "mean": hold nothing between forward and backward but the inputs, in slabs of 32 MB; the backward
+                  computes the logits again, a fourth product. Without it, gradients (V x D in fp32, R x D) are held.
     chunk_bytes:  budget for a slab of logits; 64 MB on a CPU and 256 MB to 1 GB on a GPU, by its memory, where not said.
     backend:      "cuda", "triton", "cpp" or "torch" for the row pass between the products; the fastest where not said.
 
-    Differentiable in hidden, weight, bias and token_weight, once; not in rates and elapsed. A row of weight 0 gives exact zeros
-    whatever its logits; a weight or row that is NaN, and a logit past the dtype's range, gives a loss of NaN, never a number that
-    hides it.
-    Raises ValueError when shapes disagree, hidden is fp16 (its logits overflow at 65,504), weight is a DTensor, or, on a CPU, a
-    target is outside [0, V) or forbidden, or a row outside [0, N). A GPU is not asked, which would wait for it: there a target
-    outside gives NaN and a forbidden one inf, and with ATAT_FAST_DEBUG=1 a device assertion names the fault.
+    Differentiable in hidden, weight, bias and token_weight; not in rates and elapsed. Second derivatives, forward mode and
+    torch.func form the whole matrix of logits. A row of weight 0 gives exact zeros whatever its logits; a weight or row that is
+    NaN, and a logit past the dtype's range, gives a loss of NaN, never a number that hides it.
+    Raises ValueError when shapes disagree, label_smoothing is out of range or beside rates, hidden is fp16 (its logits overflow
+    at 65,504), weight is a DTensor, or, on a CPU, a target is outside [0, V) or forbidden, or a row outside [0, N). A GPU is not
+    asked, which would wait for it: there a target outside gives NaN and a forbidden one inf, and with ATAT_FAST_DEBUG=1 a device
+    assertion names the fault.
     """
     hidden = hidden.to(autocast_dtype(hidden))
-    target, rows = _as_ids("target", target), None if rows is None else _as_ids("rows", rows)
-    _check(hidden, weight, target, bias, token_weight, rows, forbidden, reduction, rates, elapsed)
+    target, rows = as_ids("target", target), None if rows is None else as_ids("rows", rows)
+    _check_arguments(hidden, weight, target, bias, token_weight, rows, forbidden, reduction, label_smoothing, rates, elapsed)
+    token_weight = _counted(target, token_weight, ignore_index)
+    _check_values(hidden, weight, target, token_weight, rows, forbidden)
     without = _FP64_ONLY if hidden.dtype is torch.float64 else ()
     chosen = choose_backend("linear_cross_entropy", hidden.device, backend, without)
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES_LOW if low_memory else default_budget(hidden.device)
-    if reduction == "none" or low_memory:
-        losses, apart, *known = torch.ops.atat_fast.linear_cross_entropy_rows(
+    if reduction == "none" or low_memory or transformed():
+        if transformed():
+            hidden, rows = _counting(hidden, rows, token_weight), None
+        losses, apart, *known = _ROWS(
             hidden, weight, target, bias, rows, forbidden, rates, elapsed, chunk_bytes, return_statistics, chosen
         )
         nll = losses if rates is None else apart
@@ -105,30 +131,80 @@ def linear_cross_entropy(
         result = result if reduction == "none" else result.sum()
     else:
         track = torch.is_grad_enabled()
-        result, nll, *known = torch.ops.atat_fast.linear_cross_entropy_sum(
+        result, nll, *known = _SUM(
             hidden, weight, target, bias, token_weight, rows, forbidden, rates, elapsed, chunk_bytes,
             track and hidden.requires_grad, track and weight.requires_grad, track and bias is not None and bias.requires_grad,
             return_statistics, chosen,
         )[:4]  # fmt: skip
+    if label_smoothing:
+        lift = label_smoothing * _lift(hidden, weight, target, bias, token_weight, rows, forbidden)
+        lift = lift if token_weight is None else token_weight * lift
+        result = result + (lift if reduction == "none" else lift.sum())
+    if reduction == "mean":
+        result = result / (target.shape[0] if token_weight is None else token_weight.to(result.dtype).sum())
     extras = ([nll.detach()] if return_nll else []) + (
         [RowStatistics(nll.detach(), *(s.detach() for s in known))] if return_statistics else []
     )
     return (result, *extras) if extras else result
 
 
+def _counted(target: Tensor, token_weight: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Token weights with 0 where the target says that the row does not count."""
+    ignored = target == ignore_index
+    if readable(target) and not bool(ignored.any()):
+        return token_weight
+    if token_weight is None:
+        return torch.where(ignored, 0.0, 1.0)
+    return token_weight.masked_fill(ignored, 0)
+
+
+def _counting(hidden: Tensor, rows: Tensor | None, token_weight: Tensor | None) -> Tensor:
+    """Rows that are named, with zeros for those of weight 0: what such a row holds must reach nothing."""
+    x = hidden if rows is None else hidden.index_select(0, rows)
+    return x if token_weight is None else x.masked_fill((token_weight == 0)[:, None], 0.0)
+
+
+def _lift(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
+    forbidden: int | None,
+) -> Tensor:  # fmt: skip
+    """z_target - mean_v z_v over the ids that are not forbidden, [R]: by how much mean_v(-log p_v) is above nll.
+
+    The mean of a row's logits is its product with the mean row of the head, so no logit is formed.
+    """
+    wide, vocabulary = accumulation_dtype(hidden), weight.shape[0]
+    share = torch.full((vocabulary,), 1 / max(1, vocabulary - (forbidden is not None)), dtype=wide, device=hidden.device)
+    if forbidden is not None:
+        share[forbidden] = 0.0
+    x = _counting(hidden, rows, token_weight)
+    if token_weight is not None:
+        empty = token_weight == 0
+        target = target.masked_fill(empty, 0)
+    with without_autocast(hidden):
+        head = weight.to(wide)
+        lift = (x.to(wide) * (F.embedding(target, head) - share @ head)).sum(1)
+        if bias is not None:
+            lift = lift + bias.to(wide)[target] - share @ bias.to(wide)
+    return lift if token_weight is None else lift.masked_fill(empty, 0.0)
+
+
 _FP64_ONLY = tuple((name, "hidden is float64, which only PyTorch computes") for name in ("cuda", "triton", "cpp"))
 
 
-def _check(
+def _check_arguments(
     hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, reduction: str, rates: Tensor | None, elapsed: Tensor | None,
+    forbidden: int | None, reduction: str, label_smoothing: float, rates: Tensor | None, elapsed: Tensor | None,
 ) -> None:  # fmt: skip
     if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction {reduction!r} is unknown{nearest(reduction, REDUCTIONS)}; choose {' or '.join(REDUCTIONS)}")
+        raise ValueError(f"reduction {reduction!r} is unknown{nearest(reduction, REDUCTIONS)}; choose {', '.join(REDUCTIONS)}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if label_smoothing and rates is not None:
+        raise ValueError("label_smoothing is not defined with rates, whose loss is no cross-entropy; leave one of them out")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be [N, D] and weight [V, D]; got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        here = ", which autocast makes it" if torch.is_autocast_enabled(hidden.device.type) else ""
+        here = ", which autocast makes it" if autocast_is_on(hidden) else ""
         raise ValueError(f"hidden is {hidden.dtype}{here}; pass bfloat16 or float32 (float16 logits overflow at 65,504)")
     if type(weight).__name__ == "DTensor":
         raise ValueError("weight is a DTensor; pass weight.full_tensor(), gathered once for forward and backward")
@@ -152,9 +228,14 @@ def _check(
             raise ValueError(f"{name} requires a gradient, and there is none for it; pass {name}.detach()")
     if forbidden is not None and not 0 <= forbidden < vocabulary:
         raise ValueError(f"forbidden is {forbidden}, outside the vocabulary of {vocabulary}")
-    if torch.compiler.is_compiling():
-        return
-    if hidden.device.type == "cpu":
+
+
+def _check_values(
+    hidden: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor | None, rows: Tensor | None, forbidden: int | None
+) -> None:
+    """Raise ValueError for ids out of range, where looking is free, or hand the question to a GPU that is being debugged."""
+    vocabulary = weight.shape[0]
+    if readable(hidden):
         if token_weight is not None:  # a row of weight 0 counts for nothing, whatever its target is: -100, say
             target = target[token_weight != 0]
         _check_ids("target has id", target, vocabulary, "the vocabulary of")
@@ -162,20 +243,11 @@ def _check(
             _check_ids("rows has", rows, hidden.shape[0], "hidden's rows, of which there are")
         if forbidden is not None and bool((target == forbidden).any()):
             raise ValueError(f"target has the forbidden id {forbidden}: its loss would be infinite")
-    elif os.environ.get("ATAT_FAST_DEBUG") == "1":
+    elif os.environ.get("ATAT_FAST_DEBUG") == "1" and hidden.is_cuda and not (torch.compiler.is_compiling() or transformed()):
         valid = (target >= 0) & (target < vocabulary)
         valid = valid if forbidden is None else valid & (target != forbidden)
         valid = valid if token_weight is None else valid | (token_weight == 0)
         torch._assert_async(valid.all(), f"a target is outside the vocabulary of {vocabulary}, or the forbidden id {forbidden}")
-
-
-def _as_ids(name: str, ids: Tensor) -> Tensor:
-    """Integers of any width as int64. Raises ValueError for others."""
-    if ids.dtype is torch.bool:
-        raise ValueError(f"{name} is a mask of bools; pass {name}.nonzero().flatten(), numbers of rows")
-    if ids.is_floating_point() or ids.is_complex():
-        raise ValueError(f"{name} is {ids.dtype}; pass integers")
-    return ids.long()
 
 
 def _check_ids(name: str, ids: Tensor, limit: int, of: str) -> None:
@@ -190,16 +262,40 @@ def linear_cross_entropy_reference(
     rows: Tensor | None = None, forbidden: int | None = None, rates: Tensor | None = None, elapsed: Tensor | None = None,
 ) -> Tensor:  # fmt: skip
     """The specification: w_i loss_i for each row, through the whole matrix of logits, differentiable as often as wanted."""
-    logits = torch.nn.functional.linear(hidden if rows is None else hidden[rows], weight, bias)
+    logits = F.linear(hidden if rows is None else hidden[rows], weight, bias)
+    loss = _losses(logits, target, forbidden, rates, elapsed)[0]
+    return loss if token_weight is None else token_weight * loss
+
+
+def _losses(
+    logits: Tensor, target: Tensor, forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and nll of each row, and log p."""
     if forbidden is not None:
         logits = logits.index_fill(1, torch.tensor([forbidden], device=logits.device), -torch.inf)
     if rates is not None and elapsed is not None:
         logits = logits - elapsed[:, None] * rates
     log_p = torch.log_softmax(logits, dim=1)
-    loss = -log_p.gather(1, target[:, None])[:, 0]
+    loss = nll = -log_p.gather(1, target[:, None])[:, 0]
     if rates is not None:
-        loss = rates[target] * loss + (log_p.exp() * rates).sum(1) - rates[target]
-    return loss if token_weight is None else token_weight * loss
+        loss = rates[target] * nll + (log_p.exp() * rates).sum(1) - rates[target]
+    return loss, nll, log_p
+
+
+def _rows_plain(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
+    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int = 0, statistics: bool = False, backend: str = "torch",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """linear_cross_entropy_rows in PyTorch's own steps: the products in hidden's dtype, the rest in fp32 or fp64."""
+    wide = accumulation_dtype(hidden)
+    with without_autocast(hidden):
+        x = hidden if rows is None else hidden.index_select(0, rows)
+        logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(wide)
+        rates, elapsed = (None if t is None else t.to(wide) for t in (rates, elapsed))
+        # A target of -100 is that of a row of weight 0, whose loss the caller takes out.
+        losses, nll, log_p = _losses(logits, target.clamp(0, weight.shape[0] - 1), forbidden, rates, elapsed)
+        largest, entropy = (log_p.amax(1).exp(), torch.special.entr(log_p.exp()).sum(1)) if statistics else (nll[:0], nll[:0])
+    return losses, nll if rates is not None else nll[:0], largest, entropy
 
 
 def _sum(
@@ -253,32 +349,55 @@ def _totals_fake(hidden: Tensor, weight: Tensor, count: int, wanted: Wanted, rat
 
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, _, bias, token_weight, rows, _, rates, *_ = inputs
+    hidden, weight, target, bias, token_weight, rows, ctx.forbidden, rates, elapsed, *_ = inputs
     _, nll, _, _, dhidden, dweight, dbias, losses = output
+    ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # the gradient outputs have no upstream; zeros for them would cost V * D a step
-    # Not marked as non-differentiable: a second derivative then arrives at linear_cross_entropy_scale, which refuses it.
-    ctx.save_for_backward(nll if rates is None else losses, dhidden, dweight, dbias, rows)
-    ctx.num_hidden = hidden.shape[0]
+    ctx.save_for_backward(
+        nll if rates is None else losses,
+        dhidden,
+        dweight,
+        dbias,
+        rows,
+        hidden,
+        weight,
+        target,
+        bias,
+        token_weight,
+        rates,
+        elapsed,
+    )
     ctx.needed = inputs[10:13]
-    ctx.dtypes = (weight.dtype, None if bias is None else bias.dtype, None if token_weight is None else token_weight.dtype)
 
 
 def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     none: tuple[Any, ...] = (None,) * 15
     if grad is None:
         return none
-    nll, dhidden, dweight, dbias, rows = ctx.saved_tensors
-    weight_dtype, bias_dtype, token_dtype = ctx.dtypes
-    dh, dw, db, dnll = torch.ops.atat_fast.linear_cross_entropy_scale(grad, dhidden, dweight, dbias, nll, rows, ctx.num_hidden)
+    nll, dhidden, dweight, dbias, rows, hidden, weight, target, bias, token_weight, rates, elapsed = ctx.saved_tensors
+    if again():
+        inputs = (hidden, weight, target, bias, token_weight, rows, ctx.forbidden, rates, elapsed)
+        return *pull(_sum_plain, inputs, grad), *none[9:]
+    dh, dw, db, dnll = torch.ops.atat_fast.linear_cross_entropy_scale(grad, dhidden, dweight, dbias, nll, rows, hidden.shape[0])
     need_hidden, need_weight, need_bias = ctx.needed
     return (
         dh if need_hidden else None,
-        dw.to(weight_dtype) if need_weight else None,
+        dw.to(weight.dtype) if need_weight else None,
         None,
-        db.to(bias_dtype) if need_bias else None,
-        None if token_dtype is None else dnll.to(token_dtype),
+        db.to(bias.dtype) if need_bias else None,
+        None if token_weight is None else dnll.to(token_weight.dtype),
         *none[5:],
     )
+
+
+def _sum_plain(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
+    forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The weighted sum in PyTorch's own steps."""
+    x = _counting(hidden, rows, token_weight)
+    losses = _rows_plain(x, weight, target, bias, None, forbidden, rates, elapsed)[0]
+    return losses.sum() if token_weight is None else (token_weight * losses.masked_fill(token_weight == 0, 0.0)).sum()
 
 
 def _scale(
@@ -336,6 +455,9 @@ def _rows_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if grad is None:
         return none
     hidden, weight, target, bias, rows, rates, elapsed = ctx.saved_tensors
+    if again():
+        inputs = (hidden, weight, target, bias, rows, ctx.forbidden, rates, elapsed)
+        return *pull(lambda *given: _rows_plain(*given)[0], inputs, grad), *none[8:]
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     dh, dw, db = torch.ops.atat_fast.linear_cross_entropy_rows_backward(
         grad, hidden, weight, target, bias, rows, ctx.forbidden, rates, elapsed, ctx.chunk_bytes, need_hidden, need_weight,
@@ -371,7 +493,7 @@ def _rows_grad_fake(
 
 
 backends("linear_cross_entropy", cuda=_sum, triton=_sum, cpp=_sum, torch=_sum)
-register(
+_SUM = register(
     "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? rows, "
     "int? forbidden, Tensor? rates, Tensor? elapsed, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias, "
     "bool statistics, str backend) -> (Tensor loss, Tensor nll, Tensor max_probability, Tensor entropy, Tensor dhidden, "
@@ -387,7 +509,7 @@ register(
     _scale,
     _scale_fake,
 )
-register(
+_ROWS = register(
     "linear_cross_entropy_rows(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? rows, int? forbidden, "
     "Tensor? rates, Tensor? elapsed, int chunk_bytes, bool statistics, str backend) "
     "-> (Tensor losses, Tensor nll, Tensor max_probability, Tensor entropy)",
@@ -395,6 +517,7 @@ register(
     _rows_fake,
     backward=_rows_backward,
     setup=_rows_setup,
+    plain=_rows_plain,
 )
 register(
     "linear_cross_entropy_rows_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? rows, "

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atat_fast.errors import nearest
 from atat_fast.ops.philox import STREAM_MASK, random_words, uniform
-from atat_fast.ops.registry import Cost, backends, choose_backend, dispatch, register, scalar
+from atat_fast.ops.registry import Cost, as_ids, backends, choose_backend, dispatch, readable, register, scalar
 
 WEIGHTINGS = ("uniform", "order", "importance", "ce")
 """Kernels know a weighting by its place here."""
@@ -50,7 +50,7 @@ def mask_tokens(
     num_masked:  [B] integers, k of each sequence, at most the number of tokens that may be hidden there.
     mask_id:     the id written over hidden tokens.
     seed, step:  integers, or 0-d int64 tensors on tokens' device (a captured CUDA graph then draws anew on each replay).
-    sample_ids:  [B] int64, the number of each sequence in the run. Masks depend on (seed, step, sample, position) only.
+    sample_ids:  [B] integers, the number of each sequence in the run. Masks depend on (seed, step, sample, position) only.
     num_rows:    length of the row outputs; sum(num_masked) where the caller does not say. Needed when num_masked is on a
                  GPU (reading it would wait for the device). Rows past the sum are padding: row 0 with weight 0.
     scores:      [B, L] importance in [0, 1], or None for uniform masks;   tilt: beta. Above 0 hard tokens stay hidden longer,
@@ -74,7 +74,9 @@ def mask_tokens(
     if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"tokens must be [batch, length] of int32 or int64, got shape {tuple(tokens.shape)} of {tokens.dtype}")
     batch, length = tokens.shape
-    counts = torch.as_tensor(num_masked, dtype=torch.int64)
+    counts = torch.as_tensor(num_masked)
+    counts = as_ids("num_masked", counts) if counts.numel() else counts.long()  # torch takes an empty list for one of floats
+    sample_ids = as_ids("sample_ids", sample_ids)
     for name, tensor, shape in (
         ("num_masked", counts, (batch,)),
         ("sample_ids", sample_ids, (batch,)),
@@ -90,13 +92,13 @@ def mask_tokens(
         raise ValueError(f"weighting {weighting!r} with tilt {tilt} needs scores")
     seed, step = scalar(seed, tokens), scalar(step, tokens)
     _check_inputs(tokens.device, seed=seed, step=step, sample_ids=sample_ids, scores=scores, eligible=eligible, frozen=frozen)
-    if counts.device.type == "cpu" and not torch.compiler.is_compiling():
+    if readable(counts):
         num_rows = _check_counts(counts, num_rows, length, eligible, frozen)
     elif num_rows is None:
         raise ValueError("num_rows is needed when num_masked is on a GPU: reading the counts back would wait for the device")
     if scores is not None:
         scores = scores.detach()
-        if scores.device.type == "cpu" and not torch.compiler.is_compiling() and scores.isnan().any():
+        if readable(scores) and scores.isnan().any():
             raise ValueError("scores hold NaN; the network that made them has diverged")
     without = _TOO_LARGE if length > LONGEST or batch * length >= 2**31 else ()
     return torch.ops.atat_fast.mask_tokens(  # type: ignore[no-any-return]

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from atat_fast.errors import nearest
 from atat_fast.ops import library as compiled
@@ -50,11 +51,16 @@ def register(
     *,
     backward: Callable[..., Any] | None = None,
     setup: Callable[..., None] | None = None,
+    plain: Callable[..., Any] | None = None,
 ) -> Any:
     """Declare `atat_fast::<schema>` with one implementation for every device, its shape rule and its gradient.
 
-    Without `backward` the op gets a gradient that refuses in a sentence: it is itself a backward, and differentiating
-    through it again is not offered. Returns a function that calls the op, or in eager mode does what the op would do, sooner.
+    plain: the op as a composition of PyTorch's own, which PyTorch differentiates in every mode and order; it takes the op's
+    arguments and is what runs while `transformed`. The first derivatives of an op are its `backward`; where they may be
+    differentiated again (`again`), `backward` makes them of plain PyTorch too.
+
+    Without `backward` the op gets a gradient that refuses in a sentence: it is itself a backward, which is called where nobody
+    differentiates again. Returns a function that calls the op, or in eager mode does what the op would do, sooner.
     """
     name = schema.split("(", 1)[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -62,9 +68,9 @@ def register(
     torch.library.register_fake(f"atat_fast::{name}", fake, lib=library)
     record = None if backward is None or setup is None else _function(name, implementation, backward, setup)
     if backward is None:
-        backward = _refuse_second_derivative(name.removesuffix("_backward"))
+        backward = _refuse(name.removesuffix("_backward"))
     torch.library.register_autograd(f"atat_fast::{name}", backward, setup_context=setup, lib=library)
-    return _shortcut(getattr(torch.ops.atat_fast, name).default, implementation, record)
+    return _shortcut(getattr(torch.ops.atat_fast, name).default, implementation, record, plain)
 
 
 def _function(name: str, implementation: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None]) -> Any:
@@ -79,21 +85,23 @@ def _function(name: str, implementation: Callable[..., Any], backward: Callable[
     return type(name, (torch.autograd.Function,), methods)
 
 
-def _shortcut(op: Any, implementation: Callable[..., Any], record: Any) -> Callable[..., Any]:
+def _shortcut(op: Any, implementation: Callable[..., Any], record: Any, plain: Callable[..., Any] | None) -> Callable[..., Any]:
     """`op` as a function that goes past the dispatcher where nobody stands between.
 
     torch.library's autograd takes 50 to 100 microseconds a recorded call, an autograd.Function about 10. Whoever compiles,
-    exports, traces, transforms (functorch) or looks on (a dispatch mode, a tensor subclass) gets the op itself, as does what
-    is recorded without a `record`: that is a backward under create_graph, which refuses.
+    exports, traces or looks on (a dispatch mode, a tensor subclass, the meta device) gets the op itself, as does what is recorded
+    without a `record`: that is a backward, which refuses.
     """
 
     def call(*arguments: Any) -> Any:
+        if plain is not None and transformed():
+            return plain(*arguments)
         if torch.compiler.is_compiling() or intercepted():
             return op(*arguments)
         recorded = False
         for argument in arguments:
             if isinstance(argument, torch.Tensor):
-                if type(argument) not in _PLAIN:
+                if type(argument) not in _PLAIN or argument.is_meta:
                     return op(*arguments)
                 recorded = recorded or argument.requires_grad
         if not (recorded and torch.is_grad_enabled()):
@@ -106,9 +114,47 @@ def _shortcut(op: Any, implementation: Callable[..., Any], record: Any) -> Calla
 _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
+def transformed() -> bool:
+    """Whether forward-mode differentiation (dual numbers) or a functorch transform is on: ops are plain PyTorch then.
+
+    Our kernels know neither: a tangent would be lost in them without a word. An open dual level is enough, whoever is dual in it.
+    """
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def intercepted() -> bool:
     """Whether a dispatch mode (fake tensors, proxies, selective checkpoints) or a functorch transform is on."""
     return bool(torch._C._len_torch_dispatch_stack() or torch._C._are_functorch_transforms_active())
+
+
+def readable(tensor: torch.Tensor) -> bool:
+    """Whether its values can be looked at here, and nothing waits for a device: no compiler, no fake tensors, no transform."""
+    plain = tensor.device.type == "cpu" and type(tensor) in _PLAIN
+    return plain and not (torch.compiler.is_compiling() or intercepted() or transformed())
+
+
+def again() -> bool:
+    """Asked by a backward: whether what it returns may be differentiated again (create_graph, forward mode, functorch), or is
+    for many upstream gradients at once (torch.autograd's is_grads_batched): then it is made of PyTorch's own steps.
+    """
+    return torch.is_grad_enabled() or transformed() or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
+
+
+def pull(plain: Callable[..., Any], inputs: tuple[Any, ...], upstream: Any) -> tuple[Any, ...]:
+    """Gradients of plain(*inputs) for `upstream`, themselves differentiable; None for what is no tensor of floating point."""
+    places = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor) and value.is_floating_point()]
+
+    def of(*values: torch.Tensor) -> Any:
+        given = list(inputs)
+        for i, value in zip(places, values, strict=True):
+            given[i] = value
+        return plain(*given)
+
+    back = torch.func.vjp(of, *(inputs[i] for i in places))[1]
+    found: list[Any] = [None] * len(inputs)
+    for i, gradient in zip(places, back(upstream), strict=True):
+        found[i] = gradient
+    return tuple(found)
 
 
 def register_composite(schema: str, implementation: Callable[..., Any]) -> Any:
@@ -119,9 +165,9 @@ def register_composite(schema: str, implementation: Callable[..., Any]) -> Any:
     return getattr(torch.ops.atat_fast, name).default
 
 
-def _refuse_second_derivative(name: str) -> Callable[..., Any]:
+def _refuse(name: str) -> Callable[..., Any]:
     def backward(ctx: Any, *grads: Any) -> Any:
-        raise RuntimeError(f"{name} has no second derivative; call its reference where one is needed")
+        raise RuntimeError(f"{name}_backward cannot be differentiated; call {name}, whose gradient can (create_graph=True)")
 
     return backward
 
@@ -220,12 +266,30 @@ def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
 _HERE = contextlib.nullcontext()
 
 
+def autocast_is_on(tensor: torch.Tensor) -> bool:
+    """Whether autocast is on for this tensor's device; torch knows none for the meta device and raises."""
+    return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
+
+
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
     """The dtype a matrix product of `tensor` would run in: autocast's where it is on for this device, else the tensor's own."""
-    kind = tensor.device.type
-    if torch.is_autocast_enabled(kind) and tensor.dtype is not torch.float64:
-        return torch.get_autocast_dtype(kind)
+    if autocast_is_on(tensor) and tensor.dtype is not torch.float64:
+        return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype
+
+
+def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
+    """Within, products run in the dtype of what they are given."""
+    return torch.autocast(tensor.device.type, enabled=False) if autocast_is_on(tensor) else _HERE
+
+
+def as_ids(name: str, ids: torch.Tensor) -> torch.Tensor:
+    """Integers of any width as int64. Raises ValueError for others."""
+    if ids.dtype is torch.bool:
+        raise ValueError(f"{name} is a mask of bools; pass {name}.nonzero().flatten(), numbers of rows")
+    if ids.is_floating_point() or ids.is_complex():
+        raise ValueError(f"{name} is {ids.dtype}; pass integers")
+    return ids.long()
 
 
 def scalar(value: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:

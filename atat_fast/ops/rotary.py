@@ -23,7 +23,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atat_fast.ops.registry import Cost, backends, choose_backend, dispatch, intercepted, library, register
+from atat_fast.ops.registry import (
+    Cost,
+    again,
+    backends,
+    choose_backend,
+    dispatch,
+    intercepted,
+    library,
+    register,
+    transformed,
+)
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -50,10 +60,10 @@ def rotary(
     inplace: write into qkv, where no gradient is being recorded; the caller then must not use the unrotated values again.
     backend: "triton", "cpp" or "torch"; the fastest that can run where the caller does not say. Products and sums are fp32
              (fp64 for fp64 data) and rounded once on each of them.
-    Returns the packed tensor. Differentiable in qkv, once with norm. The backward is the rotation by the opposite angle, and
-    with norm it reads the returned tensor, which must not be written to before.
-    Raises ValueError when shapes disagree, eps is not above 0 or is given without norm, a gradient needs what would be
-    overwritten, or the backend cannot run.
+    Returns the packed tensor. Differentiable in qkv. The backward is the rotation by the opposite angle, and with norm it reads
+    the returned tensor, which must not be written to before.
+    Raises ValueError when shapes disagree, a table requires a gradient, eps is not above 0 or is given without norm, a gradient
+    needs what would be overwritten, or the backend cannot run.
     """
     _check(qkv, cos, sin)
     eps = _checked_eps(norm, eps, qkv.dtype)
@@ -61,14 +71,16 @@ def rotary(
     if inplace:
         if torch.is_grad_enabled() and qkv.requires_grad:
             raise ValueError("rotary(inplace=True) would overwrite values that a gradient needs; use it under torch.no_grad()")
-        if norm:
+        if transformed():
+            qkv.copy_(rotary_reference(qkv, cos, sin, norm=norm, eps=eps if norm else None))
+        elif norm:
             torch.ops.atat_fast.rotary_normed_(qkv, cos, sin, eps, chosen)
         else:
             torch.ops.atat_fast.rotary_(qkv, cos, sin, False, chosen)
         return qkv
     if norm:
         return _NORMED(qkv, cos, sin, eps, chosen)[0]  # type: ignore[no-any-return]
-    return torch.ops.atat_fast.rotary(qkv, cos, sin, False, chosen)  # type: ignore[no-any-return]
+    return _ROTARY(qkv, cos, sin, False, chosen)  # type: ignore[no-any-return]
 
 
 def rotary_split(
@@ -77,7 +89,7 @@ def rotary_split(
     """`rotary` into three tensors, queries, keys and values [B, L, H, E] each: what attention kernels take.
 
     Their gradients come back as three too, and are read as they lie; those of a packed tensor's parts would be packed first, a
-    pass over all of it. Arguments and numbers are rotary's. Differentiable in qkv, once.
+    pass over all of it. Arguments and numbers are rotary's. Differentiable in qkv.
     """
     _check(qkv, cos, sin)
     given = _checked_eps(norm, eps, qkv.dtype) if norm or eps is not None else None
@@ -108,6 +120,8 @@ def _check(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     table = (qkv.shape[1], qkv.shape[-1] // 2)
     if tuple(cos.shape) != table or tuple(sin.shape) != table:
         raise ValueError(f"cos and sin must have shape {table}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
+    if (cos.requires_grad or sin.requires_grad) and not transformed():
+        raise ValueError("cos or sin requires a gradient, and there is none for tables; pass cos.detach() and sin.detach()")
 
 
 def _checked_eps(norm: bool, eps: float | None, dtype: torch.dtype) -> float:
@@ -163,6 +177,39 @@ def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, norm: bool = Fals
     a, b = turned.chunk(2, dim=-1)
     rotated = torch.cat((a * c - b * s, a * s + b * c), dim=-1)
     return torch.cat((rotated.to(qkv.dtype), qkv[:, :, 2:]), dim=2)
+
+
+def _plain(qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str) -> Tensor:
+    return rotary_reference(qkv, cos, -sin if inverse else sin)
+
+
+def _normed_plain(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float, backend: str) -> tuple[Tensor, None]:
+    return rotary_reference(qkv, cos, sin, norm=True, eps=eps), None
+
+
+def _split_plain(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float | None, backend: str) -> tuple[Tensor, Tensor, Tensor, None]:
+    q, k, v = rotary_reference(qkv, cos, sin, norm=eps is not None, eps=eps).unbind(2)
+    return q, k, v, None
+
+
+def _pull(grad: Tensor, drstd: Tensor | None, out: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """The gradient with a norm, differentiable again in grad, out [B, L, 3, H, E] and rstd, which stand for what was normed.
+
+    See the top of this file; drstd is rstd's own upstream, which a second derivative has, and dr/dx = -r^2 y / E.
+    """
+    wide = _wide(grad.dtype)
+    c, s = cos[:, None, None].to(wide), sin[:, None, None].to(wide)
+    g, turned, r = grad[:, :, :2].to(wide), out[:, :, :2].to(wide), rstd[..., None]
+
+    def back(x: Tensor) -> Tensor:
+        a, b = x.chunk(2, dim=-1)
+        return torch.cat((a * c + b * s, b * c - a * s), dim=-1)
+
+    y = back(turned / torch.cat((c, c), dim=-1).square().add(torch.cat((s, s), dim=-1).square()))
+    dx = r * (back(g) - y * (g * turned).mean(-1, keepdim=True))
+    if drstd is not None:
+        dx = dx - drstd[..., None] * r.square() * y / y.shape[-1]
+    return torch.cat((dx.to(grad.dtype), grad[:, :, 2:]), dim=2)
 
 
 Rstd = Tensor | None
@@ -299,7 +346,8 @@ def _setup(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     cos, sin = ctx.saved_tensors
-    return torch.ops.atat_fast.rotary(grad, cos, sin, not ctx.inverse, ctx.backend), None, None, None, None
+    back = _plain if again() else _ROTARY
+    return back(grad, cos, sin, not ctx.inverse, ctx.backend), None, None, None, None
 
 
 def _normed_outputs(qkv: Tensor) -> tuple[Tensor, Tensor]:
@@ -333,15 +381,17 @@ def _normed_backward_fake(grad: Tensor, out: Tensor, rstd: Tensor, cos: Tensor, 
 
 def _normed_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, cos, sin, _, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[1])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(*output, cos, sin)
 
 
-def _normed_autograd(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
-    if grad is None:
-        return (None,) * 5
-    return _NORMED_BACKWARD(grad, *ctx.saved_tensors, ctx.backend), None, None, None, None
+def _normed_autograd(ctx: Any, grad: Tensor | None, drstd: Tensor | None) -> tuple[Any, ...]:
+    out, rstd, cos, sin = ctx.saved_tensors
+    if drstd is not None or again():  # drstd comes from a second derivative alone
+        if grad is None and drstd is None:
+            return (None,) * 5
+        return _pull(torch.zeros_like(out) if grad is None else grad, drstd, out, rstd, cos, sin), None, None, None, None
+    return None if grad is None else _NORMED_BACKWARD(grad, out, rstd, cos, sin, ctx.backend), None, None, None, None
 
 
 Split = tuple[Tensor, Tensor, Tensor, Tensor]
@@ -383,21 +433,33 @@ def _split_backward_fake(dq: Tensor, *_: Any) -> Tensor:
 
 def _split_setup(ctx: Any, inputs: tuple[Any, ...], output: Split) -> None:
     _, cos, sin, eps, ctx.backend = inputs
-    ctx.mark_non_differentiable(output[3])
     q, k, _, rstd = output if eps is not None else (None,) * 4
+    ctx.set_materialize_grads(False)
     ctx.save_for_backward(q, k, rstd, cos, sin)
 
 
-def _split_autograd(ctx: Any, dq: Tensor, dk: Tensor, dv: Tensor, _: Any) -> tuple[Any, ...]:
-    return _SPLIT_BACKWARD(dq, dk, dv, *ctx.saved_tensors, ctx.backend), None, None, None, None
+def _split_autograd(ctx: Any, *upstream: Tensor | None) -> tuple[Any, ...]:
+    *parts, drstd = upstream
+    q, k, rstd, cos, sin = ctx.saved_tensors
+    like = next((t for t in (*parts, q) if t is not None), None)
+    if like is None:
+        return (None,) * 5
+    grads = [torch.zeros_like(like) if t is None else t for t in parts]
+    if drstd is None and not again():
+        return _SPLIT_BACKWARD(*grads, q, k, rstd, cos, sin, ctx.backend), None, None, None, None
+    packed = torch.stack(grads, dim=2)
+    if rstd is None:
+        return _plain(packed, cos, sin, True, ctx.backend), None, None, None, None
+    return _pull(packed, drstd, torch.stack((q, k), dim=2), rstd, cos, sin), None, None, None, None
 
 
-register(
+_ROTARY = register(
     "rotary(Tensor qkv, Tensor cos, Tensor sin, bool inverse, str backend) -> Tensor",
     _rotary,
     _fake,
     backward=_backward,
     setup=_setup,
+    plain=_plain,
 )
 _NORMED = register(
     "rotary_normed(Tensor qkv, Tensor cos, Tensor sin, float eps, str backend) -> (Tensor out, Tensor rstd)",
@@ -405,6 +467,7 @@ _NORMED = register(
     _normed_fake,
     backward=_normed_autograd,
     setup=_normed_setup,
+    plain=_normed_plain,
 )
 _NORMED_BACKWARD = register(
     "rotary_normed_backward(Tensor grad, Tensor out, Tensor rstd, Tensor cos, Tensor sin, str backend) -> Tensor",
@@ -417,6 +480,7 @@ _SPLIT = register(
     _split_fake,
     backward=_split_autograd,
     setup=_split_setup,
+    plain=_split_plain,
 )
 _SPLIT_BACKWARD = register(
     "rotary_split_backward(Tensor dq, Tensor dk, Tensor dv, Tensor? q, Tensor? k, Tensor? rstd, Tensor cos, Tensor sin, "

@@ -333,19 +333,6 @@ def test_nothing_to_normalise(backend, batch, length, shared, poisoned):
 
 
 @every
-def test_second_derivatives_are_refused_in_a_sentence(backend):
-    t = tensors(1, 2, 4, shared=False, dtype=F32)
-    y = adaptive_layer_norm(t["residual"], t["shift"], t["scale"], backend=backend)
-    (grad,) = torch.autograd.grad(y.pow(2).sum(), t["residual"], create_graph=True)
-    with pytest.raises(RuntimeError, match="adaptive_layer_norm has no second derivative"):
-        torch.autograd.grad(grad.sum(), t["scale"])
-    total, _ = gated_residual_norm(**t, backend=backend)
-    (grad,) = torch.autograd.grad(total.pow(2).sum(), t["branch"], create_graph=True)
-    with pytest.raises(RuntimeError, match="gated_residual_norm has no second derivative"):
-        torch.autograd.grad(grad.sum(), t["gate"])
-
-
-@every
 def test_eager_calls_that_go_past_the_dispatcher_give_what_the_op_gives(backend):
     t = tensors(2, 5, 8, shared=False, dtype=F32)
     random = (0.2, torch.tensor(1), torch.tensor(2), torch.arange(2))

@@ -213,8 +213,8 @@ def test_gradients_are_left_alone():
     [
         ({"hidden": torch.zeros(3, 5)}, r"hidden must be \[R, D\] and weight \[V, D\]"),
         ({"hidden": torch.zeros(3, 4).half()}, "pass bfloat16 or float32"),
-        ({"index": torch.zeros(2, dtype=torch.int64)}, r"index must be int64 of shape \(3,\)"),
-        ({"index": torch.zeros(3)}, "index must be int64"),
+        ({"index": torch.zeros(2, dtype=torch.int64)}, r"index must have shape \(3,\)"),
+        ({"index": torch.zeros(3)}, "index is torch.float32; pass integers"),
         ({"bias": torch.zeros(4)}, r"bias must have shape \(6,\)"),
         ({"forbidden": 6}, "forbidden is 6, outside the vocabulary of 6"),
         ({"temperature": 0.0}, "temperature must be above 0"),

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 import atat_fast.ops.__main__ as table
-from atat_fast.ops import cross_entropy, library, registry
+from atat_fast.ops import (
+    cross_entropy,
+    gated_residual_norm,
+    library,
+    linear_categorical,
+    mask_tokens,
+    registry,
+    rotary_table,
+    self_attention,
+)
 from atat_fast.ops.attention import _choose, choose_attention
 
 CPU = torch.device("cpu")
@@ -192,3 +201,25 @@ def test_attention_under_deterministic_algorithms_has_a_kernel(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
         _choose.cache_clear()
+
+
+def test_names_and_rows_may_be_integers_of_any_width():
+    tokens, ids = torch.randint(0, 9, (2, 5)), torch.tensor([3, 8])
+    hide = lambda ids, counts: mask_tokens(tokens, counts, mask_id=9, seed=1, step=2, sample_ids=ids)  # noqa: E731
+    want = hide(ids, torch.tensor([2, 4]))
+    assert all(torch.equal(a, b) for a, b in zip(hide(ids.int(), torch.tensor([2, 4], dtype=torch.uint8)), want, strict=True))
+    x, row = torch.randn(2, 5, 8), torch.randn(1, 8)
+    drop = lambda ids: gated_residual_norm(x, x, row, row, row, dropout=0.5, sample_ids=ids)[0]  # noqa: E731
+    assert torch.equal(drop(ids.int()), drop(ids))
+    draw = lambda ids: linear_categorical(x[:, 0], torch.eye(8), ids, seed=3)  # noqa: E731
+    assert torch.equal(draw(ids.short()), draw(ids))
+    qkv, out = torch.randn(24, 8), torch.randn(8, 8)
+    some = lambda rows: self_attention(x, qkv, out, *rotary_table(5, 4), heads=2, rows=rows)  # noqa: E731
+    assert torch.equal(some(ids.int()), some(ids))
+    with pytest.raises(ValueError, match=r"rows is a mask of bools; pass rows.nonzero\(\).flatten\(\)"):
+        some(torch.ones(10, dtype=torch.bool))
+    with (
+        torch.autocast("cpu", torch.float16),
+        pytest.raises(ValueError, match=r"hidden is torch.float16, which autocast makes it"),
+    ):
+        draw(ids)
