@@ -25,11 +25,11 @@ from torch.utils.checkpoint import checkpoint
 
 from atat_fast.config import ModelConfig
 from atat_fast.errors import UsageError
+from atat_fast.models.tables import RotaryTables
 from atat_fast.ops.adaptive_norm import adaptive_layer_norm, gated_residual_norm
 from atat_fast.ops.attention import Documents, choose_attention, document_layout, self_attention
 from atat_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_cost
-from atat_fast.ops.registry import Cost, autocast_dtype
-from atat_fast.ops.rotary import rotary_table
+from atat_fast.ops.registry import Cost, as_ids, autocast_dtype, transformed
 
 TIME_FREQUENCIES = 256
 LEAST_VISIBLE = 2e-9  # the hidden share a model is told stays below 1 - e^-20, the log-linear schedule's last rate
@@ -103,7 +103,8 @@ class Block(nn.Module):
         """x [B, L, D] residual; branch [B, L, D], what is added to it first, or None; modulation: its gate, this block's shift
         and scale, and behind the attention its gate, shift and scale. Returns the residual before the MLP, and the MLP's branch.
         """
-        if self.recompute and torch.is_grad_enabled():  # dropout is a function of its place, so nothing random is kept
+        # Dropout is a function of its place, so nothing random is kept. Functorch and tangents know no checkpoints.
+        if self.recompute and torch.is_grad_enabled() and not transformed():
             return checkpoint(  # type: ignore[no-any-return]
                 self.run, x, branch, modulation, place, use_reentrant=False, preserve_rng_state=False
             )
@@ -166,7 +167,7 @@ class Head(nn.Linear):
 
 
 class DiT(
-    nn.Module,
+    RotaryTables,
     PyTorchModelHubMixin,
     library_name="atat_fast",
     tags=["masked-diffusion", "text-generation"],
@@ -183,8 +184,6 @@ class DiT(
     samplers use. `save_pretrained` and `from_pretrained` (safetensors) are the hub's own.
     """
 
-    cos: Tensor
-    sin: Tensor
     graph_safe = True
     """`features` and `logits` never wait for the device and may be captured as a CUDA graph."""
 
@@ -206,11 +205,9 @@ class DiT(
         self.head = Head(config.dim, vocab_size)
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
-        cos, sin = rotary_table(config.length, config.dim // config.heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.make_tables(config.length, config.dim // config.heads)
         self._initialise()
-        self.register_load_state_dict_pre_hook(lambda _, state, prefix, *rest: merge_modulation(state, prefix))
+        self.register_load_state_dict_pre_hook(_merge)
 
     def _initialise(self) -> None:
         """MDLM's start: Kaiming embeddings, PyTorch's linear layers, normal(0.02) time layers, zero modulation and head."""
@@ -233,7 +230,7 @@ class DiT(
     def conditioning(self, hidden_share: Tensor | None) -> Tensor:
         """The time embedding, [B, C], or [1, C] for a model that is not told the time (sigma is 0 for everyone then)."""
         if not self.time_conditioning:
-            return cast(Tensor, self.time(torch.zeros(1, device=self.cos.device)))
+            return cast(Tensor, self.time(torch.zeros(1, device=self.time.inner.weight.device)))
         if hidden_share is None:
             raise ValueError("this model is told the time: pass hidden_share, the share of each sequence that is hidden")
         return cast(Tensor, self.time(-torch.log((1 - hidden_share.float()).clamp(min=LEAST_VISIBLE))))
@@ -250,13 +247,14 @@ class DiT(
         """Rows the head reads.
 
         tokens [B, L] ids; hidden_share [B] in [0, 1], read only with time conditioning; randomness turns dropout on.
-        rows [R] int64, flat indices b * L + i, or None for all: what only other rows would need is not computed.
+        rows [R] integers, flat indices b * L + i, or None for all: what only other rows would need is not computed.
         documents: attention stays inside them where they are given.
         Returns [R, D], or [B * L, D], in the compute dtype. Raises ValueError for sequences longer than the model's length.
         """
         length = tokens.shape[1]
         if length > self.config.length:
             raise ValueError(f"the sequence has {length} tokens, but this model takes at most {self.config.length}")
+        rows = None if rows is None else as_ids("rows", rows)
         blocks = cast("list[Block]", list(self.blocks))
         packed = self.modulation(self.conditioning(hidden_share)).unflatten(-1, (-1, self.config.dim))
         table = packed.unbind(1)
@@ -268,9 +266,7 @@ class DiT(
             implementation = choose_attention(x.device, autocast_dtype(x), head_dim, True)
             layout = document_layout(documents, implementation)
         dropped = self.config.dropout
-        place = Place(
-            self.cos[:length], self.sin[:length], 0, dropped, randomness, randomness, layout=layout, implementation=implementation
-        )
+        place = Place(*self.tables(length), 0, dropped, randomness, randomness, layout=layout, implementation=implementation)
         branch, tail = None, table[-6:]  # of what follows the last attention: gate, shift, scale, gate, shift, scale
         for i, block in enumerate(blocks):
             before, after = (table[0], *table[:2]) if i == 0 else table[6 * i - 1 : 6 * i + 2], table[6 * i + 2 : 6 * i + 5]
@@ -366,6 +362,10 @@ class DiT(
         }
         counts["total"] = sum(counts.values())
         return counts
+
+
+def _merge(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    merge_modulation(state, prefix)
 
 
 def merge_modulation(state: dict[str, Any], prefix: str = "") -> None:

@@ -10,6 +10,7 @@ the rarest. `full` is 0.7 learned + 0.3 frequency.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import cast
 
@@ -21,9 +22,9 @@ from atat_fast.config import Config, ImportanceConfig, ModelConfig
 from atat_fast.diffusion.masking import Scored
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, TimeEmbedding
+from atat_fast.models.tables import RotaryTables
 from atat_fast.ops.attention import Documents, choose_attention, document_layout, self_attention
 from atat_fast.ops.registry import Cost, autocast_dtype
-from atat_fast.ops.rotary import rotary_table
 
 LEARNED_SHARE = 0.7  # of `full`
 TIME_SCALE = 1_000.0  # k / L times this is what the cosines see, whose slowest has a wavelength of about 60,000
@@ -52,11 +53,8 @@ class Layer(nn.Module):
         return cast(Tensor, x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")))
 
 
-class Network(nn.Module):
+class Network(RotaryTables):
     """The learned part: embeddings [B, L, D] to a logit a token."""
-
-    cos: Tensor
-    sin: Tensor
 
     def __init__(self, config: ImportanceConfig, dim: int, length: int) -> None:
         super().__init__()
@@ -68,9 +66,7 @@ class Network(nn.Module):
         self.head = nn.Linear(config.width, 1)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
-        cos, sin = rotary_table(length, config.width // config.heads)
-        self.register_buffer("cos", cos, persistent=False)
-        self.register_buffer("sin", sin, persistent=False)
+        self.make_tables(length, config.width // config.heads)
 
     def forward(self, embedded: Tensor, hidden_share: Tensor, documents: Documents | None = None) -> Tensor:
         """embedded [B, L, D], hidden_share [B] in [0, 1]; documents keep attention inside them. Returns logits [B, L] fp32."""
@@ -82,8 +78,9 @@ class Network(nn.Module):
             head_dim = x.shape[-1] // layers[0].heads
             implementation = choose_attention(x.device, autocast_dtype(x), head_dim, True)
             layout = document_layout(documents, implementation)
+        cos, sin = self.tables(length)
         for layer in layers:
-            x = layer(x, self.cos[:length], self.sin[:length], layout, implementation)
+            x = layer(x, cos, sin, layout, implementation)
         return cast(Tensor, self.head(self.final_norm(x))[..., 0].float())
 
 
@@ -154,9 +151,9 @@ def log_rank(counts: Tensor) -> Tensor:
     """Importance of each id by frequency, [V] fp32: log(1 + rank) / log V, rank 0 being the commonest, ties going by id."""
     counts = counts.flatten()
     order = torch.argsort(-counts.long(), stable=True)
-    rank = torch.empty(len(counts), dtype=torch.float64)
-    rank[order] = torch.arange(len(counts), dtype=torch.float64)
-    return (torch.log1p(rank) / torch.log(torch.tensor(max(2.0, len(counts)), dtype=torch.float64))).to(torch.float32)
+    rank = torch.empty(len(counts), dtype=torch.float64, device=counts.device)
+    rank[order] = torch.arange(len(counts), dtype=torch.float64, device=counts.device)
+    return (torch.log1p(rank) / math.log(max(2.0, len(counts)))).to(torch.float32)
 
 
 def importance_loss(logits: Tensor, target: Tensor) -> Tensor:

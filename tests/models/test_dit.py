@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import pickle
 
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from atat_fast.config import ModelConfig, load_preset, preset_names
+from atat_fast.config import ImportanceConfig, ModelConfig, load_preset, preset_names
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness, merge_modulation, step_cost
+from atat_fast.models.importance import Network
 from atat_fast.ops import Documents, documents_of
 from atat_fast.ops.adaptive_norm import dropout_scale
 
@@ -346,3 +350,137 @@ def test_the_cost_of_a_step_is_what_the_papers_count():
     assert cost.flops / 1024 == pytest.approx(854e6, rel=0.01)
     half = step_cost(ModelConfig(), 50_258, 1, 512)
     assert cost.flops - half.flops == 6 * 512 * 768 * (9 * 768 + 50_258)  # out, MLP and head of the rows that are not hidden
+
+
+@pytest.mark.parametrize("options", [*OPTIONS, {"recompute": True}, {"picked": True}])
+def test_forward_mode_through_the_whole_network(options):
+    """What consistency and flow distillation need: the tangent is the reverse mode's number, in parameters of every kind."""
+    options = dict(options)
+    recompute, rows = options.pop("recompute", False), torch.tensor([17, 2, 5]) if options.pop("picked", False) else None
+    m, tokens, share = model(**options).double(), torch.randint(0, 11, (2, 12)), torch.tensor([0.2, 0.5])
+    for block in m.blocks:
+        block.recompute = recompute
+    upstream = torch.randn(24 if rows is None else 3, 16, dtype=torch.float64)
+
+    def number(parameters):
+        features = torch.func.functional_call(Features(m), {f"m.{k}": p for k, p in parameters.items()}, (tokens, share, rows))
+        return (features * upstream).sum()
+
+    parameters = {k: p.detach() for k, p in m.named_parameters()}
+    along = {k: torch.randn_like(p) for k, p in parameters.items()}
+    want = sum(
+        (g * along[k]).sum()
+        for (k, p), g in zip(m.named_parameters(), torch.autograd.grad(
+            (m.features(tokens, share, rows=rows) * upstream).sum(), list(m.parameters()), allow_unused=True
+        ), strict=True)
+        if g is not None
+    )  # fmt: skip
+    _, got = torch.func.jvp(number, (parameters,), (along,))
+    torch.testing.assert_close(got, want)
+    found = torch.func.grad(number)(parameters)
+    torch.testing.assert_close(sum((g * along[k]).sum() for k, g in found.items()), want)
+
+
+class Features(torch.nn.Module):
+    def __init__(self, m):
+        super().__init__()
+        self.m = m
+
+    def forward(self, tokens, share, rows):
+        return self.m.features(tokens, share, rows=rows)
+
+
+def test_gradients_of_each_sequence_and_second_derivatives(monkeypatch):
+    """torch.func's per-sample gradients of the loss, and a Hessian's product, against one sequence and pass at a time."""
+    monkeypatch.setenv("ATAT_FAST_ATTENTION", "sdpa_math")
+    m = model().double()
+    noisy, target = torch.randint(0, 11, (3, 12)), torch.randint(0, 10, (3, 4))
+    rows, weights = torch.tensor([1, 4, 6, 9]), torch.rand(3, 4, dtype=torch.float64)
+    parameters = {k: p.detach() for k, p in m.named_parameters()}
+
+    def loss(parameters, noisy, target, weights):
+        return torch.func.functional_call(m, parameters, (noisy[None], rows, target, weights))[0]
+
+    found = torch.func.vmap(torch.func.grad(loss), (None, 0, 0, 0))(parameters, noisy, target, weights)
+    for i in range(3):
+        plain = torch.autograd.grad(m(noisy[i : i + 1], rows, target[i], weights[i])[0], list(m.parameters()), allow_unused=True)
+        for g, want in zip(found.values(), plain, strict=True):
+            torch.testing.assert_close(g[i], torch.zeros_like(g[i]) if want is None else want)
+    along = {k: torch.randn_like(p) for k, p in parameters.items()}
+    one = (noisy[0], target[0], weights[0])
+    _, want = torch.func.jvp(lambda p: torch.func.grad(loss)(p, *one), (parameters,), (along,))
+    leaves = list(m.parameters())
+    first = torch.autograd.grad(
+        m(noisy[:1], rows, target[0], weights[0])[0], leaves, create_graph=True, materialize_grads=True, allow_unused=True
+    )
+    dot = sum((g * v).sum() for g, v in zip(first, along.values(), strict=True))
+    second = torch.autograd.grad(dot, leaves, materialize_grads=True, allow_unused=True)
+    torch.testing.assert_close(dict(zip(along, second, strict=True)), want)
+
+
+def lost(m, way, state):
+    """A model whose tables were lost, and its weights put back."""
+    if way == "to_empty":
+        m.to_empty(device="cpu")
+        m.load_state_dict(state)
+    elif way == "overwritten":
+        m.cos.fill_(torch.nan)
+        m.load_state_dict(state)
+    elif way == "assign":
+        m = m.to("meta")
+        m.load_state_dict(state, assign=True)
+    elif way == "one by one":
+        m = m.to("meta")
+        for name, value in state.items():
+            *path, last = name.split(".")
+            setattr(m.get_submodule(".".join(path)), last, torch.nn.Parameter(value))
+    elif way == "half":
+        m.half().bfloat16().double().float()
+        m.load_state_dict(state)
+    elif way == "within":
+        outer = torch.nn.ModuleDict({"m": m.to("meta")}).to_empty(device="cpu")
+        outer.load_state_dict({f"m.{k}": v for k, v in state.items()})
+    elif way == "copied":
+        m = pickle.loads(pickle.dumps(copy.deepcopy(m.bfloat16()))).float()
+        m.load_state_dict(state)
+    return m
+
+
+@pytest.mark.parametrize("way", ["to_empty", "overwritten", "assign", "one by one", "half", "within", "copied"])
+def test_tables_are_what_the_configuration_says_whatever_was_done(way):
+    m, tokens = model(), torch.randint(0, 11, (2, 12))
+    want, state = m.features(tokens), {k: v.clone() for k, v in m.state_dict().items()}
+    m = lost(m, way, state)
+    assert torch.equal(m.features(tokens), want)
+    network = Network(ImportanceConfig(width=16, heads=2, layers=1), 16, 12)
+    embedded, share = torch.randn(2, 12, 16), torch.tensor([0.1, 0.6])
+    torch.nn.init.normal_(network.head.weight)
+    want, state = network(embedded, share), {k: v.clone() for k, v in network.state_dict().items()}
+    assert torch.equal(lost(network, way, state)(embedded, share), want)
+
+
+def test_tables_stay_in_fp32_and_where_they_were():
+    m = model()
+    table = m.cos.clone()
+    assert torch.equal(m.bfloat16().cos, table) and m.cos.dtype is torch.float32
+    where = m.cos.data_ptr()
+    m.load_state_dict(m.state_dict())
+    assert m.to("cpu").cos.data_ptr() == where  # a captured graph reads it there
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_shapes_on_the_meta_device_and_with_fake_tensors(options):
+    with torch.device("meta"):
+        m = DiT(11, 10, **(SMALL | options))
+        tokens, rows, share = torch.zeros(2, 12, dtype=torch.int64), torch.zeros(5, dtype=torch.int64), torch.zeros(2)
+        loss, nll = m(tokens, rows, rows, torch.ones(5), share)
+        documents = documents_of(tokens, 0)
+        assert m.logits(m.features(tokens, share, documents=documents)).shape == (24, 11)
+    loss.backward()
+    assert nll.shape == (5,) and m.head.weight.grad.shape == (11, 16)
+    with FakeTensorMode():
+        m = DiT(11, 10, **(SMALL | options))
+        tokens, rows, share = torch.zeros(2, 12, dtype=torch.int64), torch.zeros(5, dtype=torch.int64), torch.zeros(2)
+        loss, nll = m(tokens, rows, rows, torch.ones(5), share)
+        loss.backward()
+    assert nll.shape == (5,) and m.head.weight.grad.shape == (11, 16)
