@@ -341,6 +341,8 @@ class _Probe:
         generator = torch.Generator().manual_seed(0)
         embedding = cast(Tensor, cast(Any, trunk).vocab_embed.embedding)
         device = embedding.device
+        if embedding.is_meta:
+            raise ValueError("a network on the meta device has no logits to compare with those of the ops; pass check=False")
         self.indices = torch.randint(embedding.shape[0], (2, _PROBE_LENGTH), generator=generator).to(device)
         self.sigma = torch.tensor([0.3, 1.7] if settings.time_conditioning else [0.0, 0.0], device=device)
         self.stand_ins = {

@@ -51,6 +51,24 @@ def test_logits_are_the_same(told, options):
     assert want.std() > 0.1
 
 
+def test_forward_mode_is_the_same():
+    d, fast = pair()
+    tokens, parameters = ids(), {name: p.detach() for name, p in d.named_parameters()}
+    along = {name: torch.randn_like(p) for name, p in parameters.items()}
+    run = lambda m: lambda p: torch.func.functional_call(m, p, (tokens, SIGMA))  # noqa: E731
+    want, got = (torch.func.jvp(run(m), (parameters,), (along,)) for m in (d, fast))
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=1e-4)
+    assert want[1].std() > 0.1
+
+
+def test_the_meta_device_has_nothing_to_compare():
+    with torch.device("meta"):
+        d = plain.DIT()
+        with pytest.raises(ValueError, match=r"a network on the meta device has no logits to compare .* pass check=False"):
+            accelerate(d)
+        assert accelerate(d, check=False)(ids(), SIGMA.to("meta")).shape == (3, 9, plain.VOCABULARY)
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 @pytest.mark.parametrize("told", [False, True])
 def test_gradients_are_the_same(told, dtype):
