@@ -21,8 +21,10 @@ def check_seed(name: str, seed: int) -> None:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the known word closest to `word`, or '' when nothing is close."""
-    close = difflib.get_close_matches(word, list(known), n=1, cutoff=0.5)
+    """' (did you mean X?)' for the known word that `word` begins or is closest to, or '' when nothing is close."""
+    words = list(known)
+    close = difflib.get_close_matches(word, words, n=1, cutoff=0.65)
+    close = close or [longer for longer in words if len(word) > 2 and longer.startswith(word)]
     return f" (did you mean {close[0]}?)" if close else ""
 
 

@@ -72,7 +72,7 @@ th, td { padding: .35rem 1rem .35rem 0; border-bottom: 1px solid var(--line); te
 th { white-space: nowrap } .numbers th + th, .numbers td { text-align: right; white-space: nowrap; padding: .35rem 0 .35rem 1rem }
 .best td, .best th { font-weight: 600; color: var(--ink) }
 .sample, pre { margin: .35rem 0 0; padding: 1rem 1.25rem; background: var(--wash); border-radius: .4rem; white-space: pre-wrap }
-.sample { max-height: 26rem; overflow: auto; unicode-bidi: isolate;
+.sample { max-height: 26rem; overflow: auto; unicode-bidi: plaintext; tab-size: 4;
   font: 1.02rem/1.65 Charter, "Bitstream Charter", Cambria, Georgia, serif }
 .share { display: block; height: 3px; margin-top: .3rem; background: var(--accent); border-radius: 2px; min-width: 1px }
 summary { cursor: pointer; color: var(--faint); padding: .35rem 0 }

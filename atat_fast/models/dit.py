@@ -166,6 +166,9 @@ class Head(nn.Linear):
         return linear_cross_entropy(input, self.weight, target, bias=self.bias, **options)
 
 
+MODEL_TYPE = "atat_fast"
+
+
 class DiT(
     RotaryTables,
     PyTorchModelHubMixin,
@@ -178,6 +181,7 @@ class DiT(
     Args:
         vocab_size: Number of ids, the mask token's included.
         mask_id: The mask token, which the model never predicts.
+        model_type: What a saved config.json says the model is.
         The rest: the fields of `ModelConfig`.
 
     `forward` gives the training loss, so that one call is one compiled graph; `features` and `logits` are the two halves that
@@ -187,8 +191,10 @@ class DiT(
     graph_safe = True
     """`features` and `logits` never wait for the device and may be captured as a CUDA graph."""
 
-    def __init__(self, vocab_size: int, mask_id: int, **settings: Any) -> None:
+    def __init__(self, vocab_size: int, mask_id: int, *, model_type: str = MODEL_TYPE, **settings: Any) -> None:
         super().__init__()
+        if model_type != MODEL_TYPE:
+            raise UsageError(f"these are the settings of a model of type {model_type!r}, not of {MODEL_TYPE}")
         config = ModelConfig(**settings)
         check_model(config)
         if not 0 <= mask_id < vocab_size:

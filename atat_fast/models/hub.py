@@ -37,7 +37,7 @@ from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.errors import UsageError
 from atat_fast.files import disk_errors, replacing_folder
 from atat_fast.models.card import model_card
-from atat_fast.models.dit import DiT, merge_modulation
+from atat_fast.models.dit import MODEL_TYPE, DiT, merge_modulation
 from atat_fast.models.importance import ImportanceEstimator
 
 CONFIG, WEIGHTS, FACTS, CARD = "config.json", "model.safetensors", "atat_fast.json", "README.md"
@@ -70,7 +70,8 @@ def save_pretrained(
     check_destination(folder, overwrite=overwrite)
     check_vocabulary(saved.model, saved.tokenizer, str(folder))
     model, estimator = saved.model, saved.estimator
-    settings = {"vocab_size": model.vocab_size, "mask_id": model.mask_id, **dataclasses.asdict(model.config)}
+    settings = {"model_type": MODEL_TYPE, "vocab_size": model.vocab_size, "mask_id": model.mask_id}
+    settings |= dataclasses.asdict(model.config)
     with disk_errors(folder), replacing_folder(folder) as aside:
         save_file(_tensors(model), aside / WEIGHTS, metadata={"format": "pt"})
         _write(aside / CONFIG, settings)
@@ -96,6 +97,9 @@ def from_pretrained(source: str | Path, *, longest: int | None = None, tokenizer
     """
     folder = _folder(source)
     settings = _read(folder / CONFIG)
+    kind = settings.pop("model_type", MODEL_TYPE)  # folders of earlier versions do not say
+    if kind != MODEL_TYPE:
+        raise UsageError(f"{folder / CONFIG} is of a model of type {kind!r}, not of one that atat_fast saved")
     try:
         vocab_size, mask_id = int(settings.pop("vocab_size")), int(settings.pop("mask_id"))
         config = ModelConfig(**settings)
@@ -111,18 +115,21 @@ def from_pretrained(source: str | Path, *, longest: int | None = None, tokenizer
     return Saved(model, reads, _estimator(folder, model), facts, _identity(folder, model))
 
 
-def push_to_hub(folder: str | Path, repository: str, *, private: bool = False) -> str:
+def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, kept: bool = True) -> str:
     """Upload a saved folder to the hub as owner/name, making the repository where needed. Returns its address.
 
-    Raises UsageError where the hub is out of reach or refuses.
+    kept: whether the folder is still there for another try. Raises UsageError where the hub is out of reach or refuses.
     """
     import huggingface_hub
 
     check_repository(repository)
     if not network.reachable():
-        raise UsageError(
-            f"{repository} cannot be pushed: the hub cannot be reached; the folder {folder} is complete, push it later"
+        way = (
+            f"the folder {folder} is complete: push it later with  hf upload {repository} {folder}"
+            if kept
+            else ("give --out FOLDER to save the model here, and push it where there is a network")
         )
+        raise UsageError(f"{repository} cannot be pushed: the hub cannot be reached; {way}")
     api = huggingface_hub.HfApi()
     try:
         address = api.create_repo(repository, private=private, exist_ok=True, repo_type="model")
@@ -368,7 +375,7 @@ def main(arguments: Sequence[str]) -> int:
         if args.license is None:
             print(f"note   the card in {CARD} says that nobody stated a licence; --license states one")
         if args.push is not None:
-            print(f"pushed {push_to_hub(folder, args.push, private=args.private)}")
+            print(f"pushed {push_to_hub(folder, args.push, private=args.private, kept=args.out is not None)}")
     return 0
 
 

@@ -107,6 +107,41 @@ def test_the_tokenizer_is_one_that_transformers_reads(folder):
     assert theirs("a [MASK]")["input_ids"] == [*ours.encode("a "), ours.mask_id]
 
 
+def test_batches_of_a_saved_tokenizer_are_padded(folder, tmp_path):
+    """By transformers too; a vocabulary's own padding comes before the end of document."""
+    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
+    ours = make_tokenizer("bytes")
+    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    assert theirs(["a", "bcd"], padding=True)["input_ids"] == [[97, ours.eos_id, ours.eos_id], [*b"bcd"]]
+    assert len(theirs) == ours.model_vocab_size
+
+
+def test_what_a_saved_folder_says_of_itself(folder, tmp_path):
+    assert json.loads((folder / "config.json").read_text())["model_type"] == "atat_fast"
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    assert settings["pad_token"] == settings["eos_token"] == "<|endoftext|>"
+    (path := tmp_path / "padded").mkdir()
+    own = json.loads((folder / "tokenizer.json").read_text())
+    own["added_tokens"].append(own["added_tokens"][0] | {"id": 258, "content": "<pad>"})
+    (path / "tokenizer.json").write_text(json.dumps(own))
+    make_tokenizer(str(path)).save(path, longest=12)
+    assert json.loads((path / "tokenizer_config.json").read_text())["pad_token"] == "<pad>"
+
+
+def test_a_folder_of_an_earlier_version_is_read(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    del settings["model_type"]
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert torch.equal(logits(hub.from_pretrained(folder).model), logits(small()[0]))
+
+
+def test_a_push_that_fails_names_a_folder_that_is_there(trained_run, tmp_path):
+    out = tmp_path / "kept"
+    with pytest.raises(UsageError, match=f"push it later with  hf upload me/small {out}"):
+        hub.main(["--run", str(trained_run), "--push", "me/small", "--out", str(out)])
+    assert (out / "model.safetensors").is_file()
+
+
 def change(folder, name, **values):
     path = folder / name
     path.write_text(json.dumps(json.loads(path.read_text()) | values))
@@ -310,7 +345,7 @@ BAD = [
     (["--run", "nothing"], "give --out FOLDER, --push owner/name, or both"),
     (["--run", "nothing", "--push", "small"], "--push takes a hub id such as owner/name, got 'small'"),
     (["--run", "nothing", "--out", "a/b/c"], "cannot write a/b/c: its folder does not exist"),
-    (["--run", "RUN", "--push", "me/small"], "me/small cannot be pushed: the hub cannot be reached"),
+    (["--run", "RUN", "--push", "me/small"], "me/small cannot be pushed: the hub cannot be reached; give --out FOLDER to save"),
     (["--run", "RUN", "--out", "there"], "there is already there"),
 ]  # fmt: skip
 
