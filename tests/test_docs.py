@@ -34,7 +34,7 @@ NOT_RUN = {
 }
 """Blocks of Python and C++ that are not run, by page and number. What they import is imported all the same."""
 FOREIGN = {
-    "--model_args", "--tasks", "--model",  # lm-eval's
+    "--model_args", "--tasks", "--model", "--gen_kwargs",  # lm-eval's
     "--always", "--dirty",  # git's
     "--standalone", "--nproc-per-node", "--nnodes",  # torchrun's
     "--no-build-isolation",  # pip's
@@ -51,7 +51,7 @@ REACHED_FROM = {
     "training/comparison.py": ("compare",),
 }
 """Files below the commands whose messages speak to one of them."""
-ASKED_OF = {("models/hub.py", "--tokenizer"): ("evaluate", "playground")}
+ASKED_OF = {("models/hub.py", "--tokenizer"): ("evaluate", "playground", "sample")}
 """Options that a command's own file names for other commands: for all of these."""
 
 

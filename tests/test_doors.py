@@ -15,7 +15,7 @@ import yaml
 from atat_fast import evaluate, sample, train
 from atat_fast.cli import make_parser, parse_config, run_door
 from atat_fast.config import Config, load_preset, preset_names, to_dict
-from atat_fast.errors import UsageError
+from atat_fast.errors import UsageError, nearest
 
 
 def door(*arguments, module="train", cwd):
@@ -295,3 +295,13 @@ def test_a_home_folder_is_found_however_it_is_written(tmp_path, monkeypatch):
         train.main(["--run.root=~/runs", "--run.name=mine"])
     with pytest.raises(UsageError, match=r"mine/config\.yaml cannot be read"):
         train.main(["--run.root=~/runs", "--run.name=mine", "--resume"])
+
+
+@pytest.mark.parametrize(
+    ("word", "meant"),
+    [("ddpm", "ddpm_cache"), ("entropi", "entropy"), ("low_confidence", "confidence"), ("topk", ""), ("maskgit", ""), ("x", "")],
+)
+def test_only_a_word_that_is_close_is_suggested(word, meant):
+    from atat_fast.diffusion.samplers import SAMPLERS
+
+    assert nearest(word, ("auto", *SAMPLERS)) == (f" (did you mean {meant}?)" if meant else "")
