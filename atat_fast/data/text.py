@@ -64,6 +64,9 @@ def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
     return future
 
 
+os.register_at_fork(after_in_child=_in_background.clear)  # a fork has none of these threads
+
+
 @atexit.register
 def _end_with_calls_running() -> None:
     """Ends the process at once if a call left by Ctrl-C still runs: one that returns while Python ends would crash it."""

@@ -378,7 +378,8 @@ def _from_file(path: Path, *, fill: bool = False) -> backend.Tokenizer:
     try:
         content = path.read_text(encoding="utf-8")
         tokenizer = backend.Tokenizer.from_str(content)
-        return backend.Tokenizer.from_str(_without_holes(content, path)) if fill else tokenizer
+        filled = _without_holes(content, path) if fill else content
+        return tokenizer if filled is content else backend.Tokenizer.from_str(filled)
     except OSError as error:
         raise UsageError(f"cannot read tokenizer {path}: {error.strerror}") from error
     except UsageError:
