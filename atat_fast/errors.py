@@ -21,11 +21,14 @@ def check_seed(name: str, seed: int) -> None:
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the known word that `word` begins or is closest to, or '' when nothing is close."""
-    words = list(known)
-    close = difflib.get_close_matches(word, words, n=1, cutoff=0.65)
-    close = close or [longer for longer in words if len(word) > 2 and longer.startswith(word)]
-    return f" (did you mean {close[0]}?)" if close else ""
+    """' (did you mean X?)' for the known words that end in .word (--seed: --train.seed), else for the one that `word` misspells
+    or begins; '' where there is none.
+    """
+    names, bare = list(known), word.lstrip("-")
+    close = [name for name in names if name.endswith(f".{bare}")]
+    close = close or difflib.get_close_matches(word, names, n=1, cutoff=0.65)
+    close = close or [name for name in names if len(bare) > 2 and name.startswith(word)][:1]
+    return f" (did you mean {' or '.join(close)}?)" if close else ""
 
 
 def first_line(error: BaseException) -> str:

@@ -90,7 +90,7 @@ def _likelihoods(args: Any) -> int:
     from atat_fast.training.compute import environment, resolve
 
     sets = parse_sets(args.zero_shot) if args.zero_shot is not None else {}
-    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
+    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"), "--")
     subject = _subject(args)
     orders = tuple(dict.fromkeys(part.strip() for part in (args.order or "").split(",") if part.strip()))
     check_orders(list(orders), subject.estimator)
@@ -197,7 +197,7 @@ def _samples(args: Any) -> int:
     from atat_fast.evaluation.measure import console
     from atat_fast.training.compute import environment, resolve
 
-    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
+    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"), "--")
     tokenizer = _subject(args).tokenizer if args.run is not None or args.model is not None else None
     found = generation.measure_samples(
         args.samples, tokenizer=tokenizer, causal_lm=args.causal_lm, reference=args.reference, batch=args.batch, compute=compute

@@ -359,7 +359,7 @@ def to_play_with(args: Any) -> Subject:
     from atat_fast.evaluation.subject import open_subject
     from atat_fast.training.compute import resolve
 
-    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
+    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"), "--")
     found = open_subject(run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint)
     if found.estimator is not None:
         found.estimator.eval().to(compute.device)

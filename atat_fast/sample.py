@@ -54,7 +54,7 @@ def main(arguments: Sequence[str]) -> int:
     lines = _lines(args)
     scored = args.sampler == "importance" or args.html is not None
     subject = open_subject(run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint, importance=scored)
-    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"))
+    compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"), "--")
     model, tokenizer, estimator = subject.model.eval().to(compute.device), subject.tokenizer, subject.estimator
     scores = None
     if estimator is not None and estimator.network is not None and scored:

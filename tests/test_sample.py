@@ -186,12 +186,15 @@ BAD = [
     (["--jsonl", "no/such/folder.jsonl"], "its folder does not exist"),
     (["--jsonl", "folder"], "cannot write folder: it is a folder; give the name of a file"),
     (["--stepps", "3"], "did you mean --steps?"),
+    (["--device", "cuda"], "--device is cuda, but torch sees no CUDA device here; use --device cpu"),
 ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
 def test_bad_input_is_one_sentence(arguments, message, run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
     (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
     (tmp_path / "ids.jsonl").write_text('{"ids": [257, 258]}\n')
     (tmp_path / "types.jsonl").write_text('{"prompt": 3}\n')

@@ -293,7 +293,7 @@ def open_answers(
     ):  # fmt: skip
         if value not in choices:
             raise UsageError(f"there is no {name} {value!r}{nearest(str(value), choices)}; choose one of {', '.join(choices)}")
-    compute = resolve(TrainConfig(device=where, dtype=kind, compile="off"))
+    compute = resolve(TrainConfig(device=where, dtype=kind, compile="off"), "")
     if run is not None:
         found, reads = checkpoints.load_model(checkpoints.find(Path(run), checkpoint), average=weights == "ema")
     else:

@@ -52,12 +52,12 @@ class Compute:
         return f"{device_name(self.device)}, {short(self.dtype)}, {'compiled' if self.compile else 'eager'}"
 
 
-def resolve(config: TrainConfig) -> Compute:
+def resolve(config: TrainConfig, prefix: str = "--train.") -> Compute:
     """Turn the `auto`s of a TrainConfig into choices, and say where one that was made is a slow one. Raises UsageError for cuda
-    where there is none.
+    where there is none. prefix: what stands before device and dtype in the options that a message names.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
-        raise UsageError("train.device is cuda, but torch sees no CUDA device here; use --train.device cpu")
+        raise UsageError(f"{prefix}device is cuda, but torch sees no CUDA device here; use {prefix}device cpu")
     wanted = config.device
     if wanted == "auto":
         wanted = "cuda" if torch.cuda.is_available() else "cpu"
@@ -66,18 +66,18 @@ def resolve(config: TrainConfig) -> Compute:
     if dtype is None:
         dtype = torch.bfloat16 if processor.multiplies_bf16(device) else torch.float32
     elif dtype is torch.bfloat16 and device.type == "cpu" and processor.bf16_products() == "none":
-        _say_slow()
+        _say_slow(prefix)
     compiled = device.type == "cuda" if config.compile == "auto" else config.compile == "on"
     return Compute(device, dtype, compiled)
 
 
 @functools.cache
-def _say_slow() -> None:
+def _say_slow(prefix: str) -> None:
     """Once a process, on one rank of a host."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(
             f"note: this CPU has no instructions for bf16 and multiplies it {processor.times_slower():.0f} times slower than "
-            "fp32; --train.dtype auto takes fp32",
+            f"fp32; {prefix}dtype auto takes fp32",
             file=sys.stderr,
         )
 
