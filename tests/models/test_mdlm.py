@@ -400,7 +400,7 @@ def test_the_door_replaces_only_a_saved_model_and_only_when_asked(tmp_path, caps
     ("arguments", "message"),
     [
         (["nowhere.ckpt", "out"], "there is no file or folder nowhere.ckpt"),
-        (["last.ckpt"], "destination"),
+        (["last.ckpt"], "DESTINATION must be given"),
         (["last.ckpt", "no/folder/out"], "cannot write no/folder/out: its folder does not exist"),
         (["last.ckpt", "out", "--to", "mdlm"], "its name ends in .safetensors; got out"),
         (["last.ckpt", "last.ckpt", "--overwrite"], "last.ckpt holds more than a saved model"),
