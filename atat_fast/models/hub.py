@@ -187,6 +187,8 @@ def _folder(source: str | Path) -> Path:
                 f"{source} has {pickles[0]} and no {WEIGHTS}: that is a pickle, and reading it could run code, so it is not "
                 "read; python -m atat_fast.models.convert reads MDLM's checkpoints without running them"
             )
+        if (folder / "checkpoints").is_dir():
+            raise UsageError(f"{source} is a run, not a saved model; give it with --run")
         raise UsageError(f"{source} holds no {WEIGHTS}, so it is no saved model; make one with python -m atat_fast.models.hub")
     return folder
 
@@ -344,13 +346,13 @@ def open_run(run: Path, which: str, *, average: bool) -> Saved:
 
 def main(arguments: Sequence[str]) -> int:
     """The door. Saves a run's model, and pushes it where that is asked; status 0, or 2 on bad input."""
-    from atat_fast.cli import make_parser
+    from atat_fast.cli import make_parser, path_text
 
     parser = make_parser(prog="python -m atat_fast.models.hub", description="A run's model as a folder, or on the hub.")
-    parser.add_argument("--run", type=str, required=True, help="A run folder, or one of its checkpoints.")
+    parser.add_argument("--run", type=path_text, required=True, help="A run folder, or one of its checkpoints.")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="Averaged weights, or the last step's.")
-    parser.add_argument("--out", type=str, default=None, help="A folder to make.")
+    parser.add_argument("--out", type=path_text, default=None, help="A folder to make.")
     parser.add_argument("--push", type=str, default=None, help="Upload it to the hub as owner/name.")
     parser.add_argument("--private", action="store_true", help="A repository that --push makes is private.")
     parser.add_argument(
