@@ -128,11 +128,12 @@ def first_tier(small: bool) -> list[Step]:
     if small:
         sizes = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "30")
     out, processes = ("--out", DEVICE_FOLDER), not small
-    others = ("tests/gpu", "-m", marker, f"--ignore={ops}", "--continue-on-collection-errors")
+    only = ("--collect-only",) * small  # on a CPU they are part of the suite that asks for this
+    others = ("tests/gpu", "-m", marker, f"--ignore={ops}", "--continue-on-collection-errors", *only)
     variants = ("--variants", "mdlm", "atat_fast", "atat_fast+atat")
     return [
         Step("environment", (python, "-c", FACTS), 25, needs_gpu=False, why="versions, and which backend every op chose"),
-        pytest_step("ops", 65, ops, "-m", marker, why="every kernel against fp64, as the backend it is", processes=processes),
+        pytest_step("ops", 65, ops, "-m", marker, *only, why="every kernel against fp64, by backend", processes=processes),
         Step("ceilings", (python, "bench/ceilings.py", *out, *ceilings), 15, why="what the device reaches at best"),
         Step("head", (python, "bench/head.py", *out, *head), 20, why="the head by backend and size of slab, and a profile"),
         Step("throughput", (python, "bench/throughput.py", *sizes, *variants, *out), 120, why="the figure the package is for"),

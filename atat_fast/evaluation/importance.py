@@ -11,6 +11,7 @@ from atat_fast.config import EvalConfig
 from atat_fast.data import Tokenizer, TokenSplit
 from atat_fast.diffusion.masking import hide
 from atat_fast.evaluation.likelihood import evaluating, spread_sequences
+from atat_fast.evaluation.pieces import Pieces
 from atat_fast.models.importance import error_chance
 from atat_fast.ops.attention import documents_of
 
@@ -56,6 +57,7 @@ def reliability(objective: Objective, split: TokenSplit, config: EvalConfig, *, 
 def text_importance(objective: Objective, split: TokenSplit, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Two held-out passages of up to 256 tokens, each token with its score: [{"tokens": texts, "scores": numbers}].
 
+    Tokens that are parts of one character are one text, with their greatest score.
     Where scores see what stays visible, half of the passage is hidden, then the other half: a token is scored while it is hidden.
     """
     objective = objective.alike(seed=objective.seed, total=objective.total)  # eager: two passages are no reason to compile
@@ -65,13 +67,12 @@ def text_importance(objective: Objective, split: TokenSplit, tokenizer: Tokenize
     x = torch.stack([torch.from_numpy(split.sequence(i, length).astype("int64")) for i in which]).to(model.cos.device)
     with torch.no_grad():
         scores = _scores(objective, x).cpu()
-    return [
-        {
-            "tokens": [tokenizer.decode([token]) for token in row[:PASSAGE_TOKENS]],
-            "scores": [round(score, 4) for score in values[:PASSAGE_TOKENS]],
-        }
-        for row, values in zip(x.tolist(), scores.tolist(), strict=True)
-    ]
+    passages, split_up = [], Pieces(tokenizer.decode, model.mask_id)
+    for row, values in zip(x[:, :PASSAGE_TOKENS].tolist(), scores.tolist(), strict=True):
+        pieces = split_up(row)
+        greatest = [round(max(values[piece.first : piece.end]), 4) for piece in pieces]
+        passages.append({"tokens": [piece.text for piece in pieces], "scores": greatest})
+    return passages
 
 
 def _scores(objective: Objective, x: Tensor) -> Tensor:

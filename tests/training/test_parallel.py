@@ -17,7 +17,7 @@ MODEL = [
     "--model.layers", "2", "--model.dropout", "0", "--train.dtype", "fp32", "--optim.name", "adamw", "--optim.lr", "2e-3",
     "--sample.num_samples", "0", "--train.global_batch", "12", "--model.qk_norm", "true",
 ]  # fmt: skip
-FIFTY = [*MODEL, "--train.max_steps", "50", "--train.log_every", "5", "--eval.every", "50"]
+TWENTY = [*MODEL, "--train.max_steps", "20", "--train.log_every", "2", "--eval.every", "20"]
 ATAT = [
     "--importance.source", "learned", "--importance.width", "16", "--importance.heads", "2", "--importance.layers", "1",
     "--diffusion.weighting", "importance", "--curriculum.kind", "linear", "--model.tie_embeddings", "true",
@@ -51,7 +51,7 @@ def numbers(folder):
 
 @pytest.fixture(scope="module")
 def legs(tmp_path_factory, small_at, torchrun):
-    """All runs of this file, one torchrun for each number of ranks: 50 steps each way, and one run handed from 4 ranks to 2, to
+    """All runs of this file, one torchrun for each number of ranks: 20 steps each way, and one run handed from 4 ranks to 2, to
     one process and to 3.
     """
     folder = tmp_path_factory.mktemp("legs")
@@ -61,7 +61,7 @@ def legs(tmp_path_factory, small_at, torchrun):
         return {"arguments": [*small, *arguments, "--run.name", name], "stop": stop, "masks": str(masks)}
 
     def ways(ranks):
-        return [job(n, *FIFTY, *more, masks=folder / f"{n}.json") for n, (count, more) in WAYS.items() if count == ranks]
+        return [job(n, *TWENTY, *more, masks=folder / f"{n}.json") for n, (count, more) in WAYS.items() if count == ranks]
 
     handed = [*TWELVE, "--parallel.mode", "auto"]
     sharded = [*TWELVE, "--parallel.mode", "fsdp"]
@@ -102,7 +102,7 @@ def close(a, b):
 
 
 def test_losses_and_masks_are_those_of_one_process(legs, monkeypatch):
-    """50 steps in fp32 on 1, 2 and 4 ranks, DDP, FSDP and HSDP, with other micro-batches, gathering again and computing again."""
+    """20 steps in fp32 on 1, 2 and 4 ranks, DDP, FSDP and HSDP, with other micro-batches, gathering again and computing again."""
     from atat_fast.training import objective
 
     folder, small = legs
@@ -115,9 +115,9 @@ def test_losses_and_masks_are_those_of_one_process(legs, monkeypatch):
         return masked
 
     monkeypatch.setattr(objective, "hide_for_training", record)
-    run([*small, *FIFTY, "--run.name", "one"]).train()
+    run([*small, *TWENTY, "--run.name", "one"]).train()
     losses, evaluations = numbers(folder / "runs" / "one")
-    assert len(losses) == 10 and len(seen) == 50 * 12
+    assert len(losses) == 10 and len(seen) == 20 * 12
     for name in WAYS:
         mine, mine_evaluated = numbers(folder / "runs" / name)
         close([row[:2] for row in mine], [row[:2] for row in losses])

@@ -32,7 +32,14 @@ RUN = [
 
 
 def trainer(arguments):
-    return Trainer(cli.parse_config(cli.make_parser(), arguments)[0], show_progress=False)
+    parser = cli.make_parser()
+    parser.add_argument("--resume", action="store_true")
+    config, parsed = cli.parse_config(parser, arguments)
+    return Trainer(config, resume=parsed.resume, show_progress=False)
+
+
+def trained(arguments):
+    trainer(arguments).train()
 
 
 def losses(folder):
@@ -59,7 +66,7 @@ def stopped(arguments, folder, at=6):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Trainer, "_train_step", stop)
         with pytest.raises(Stopped):
-            train.main(arguments)
+            trained(arguments)
     assert checkpoint.find(folder).step == at
 
 
@@ -74,7 +81,7 @@ def test_a_copy_that_followed_links_goes_on_from_its_newest_step(small, tmp_path
     shutil.copytree(root / "step-00000003", root / "best")
     shutil.rmtree(root / "step-00000003")  # `best` is all that is left of it
     for _ in range(2):
-        assert train.main([*small, *RUN, "--run.name", "copy", "--resume", "--train.keep", "5"]) == 0
+        trained([*small, *RUN, "--run.name", "copy", "--resume", "--train.keep", "5"])
         assert all((root / link).is_symlink() for link in ("last", "best"))
         assert (root / "last").resolve().name == "step-00000012" and checkpoint.find(copy).step == 12
         assert {"step-00000003", "step-00000006", "step-00000012"} <= names(copy)
@@ -86,7 +93,7 @@ def test_a_file_system_without_links(small, tmp_path, monkeypatch, capsys):
 
     monkeypatch.setattr(os, "symlink", refuse)
     stopped([*small, *RUN], tmp_path / "runs" / "it")
-    assert train.main([*small, *RUN, "--resume"]) == 0
+    trained([*small, *RUN, "--resume"])
     root = tmp_path / "runs" / "it" / checkpoint.FOLDER
     assert (root / "last").read_text() == "step-00000012\n"
     assert checkpoint.find(root / "last").step == 12 and checkpoint.find(tmp_path / "runs" / "it", "best").step in (6, 12)
@@ -103,7 +110,7 @@ def test_what_kill_left_is_gone_after_the_next_start(small, tmp_path):
         (root / name / "weights.safetensors").write_bytes(b"0" * 1000)
     (root / ".last.4711").symlink_to("step-00000003")
     (folder / ".metrics.jsonl.abc.part").touch()
-    assert train.main([*arguments, "--resume"]) == 0
+    trained([*arguments, "--resume"])
     best = checkpoint.find(folder, "best").path.name
     assert names(folder) == {"last", "best", "step-00000012", best}
     assert not list(folder.glob("*.part")) and not list(folder.glob(".*.part"))
@@ -119,7 +126,7 @@ def test_settings_of_the_host_may_change(small, corpus, tmp_path, capsys):
         "eval.every": 4, "data.corpus": moved,
     }  # fmt: skip
     capsys.readouterr()
-    assert train.main([*arguments, "--resume", *(part for k, v in changed.items() for part in (f"--{k}", str(v)))]) == 0
+    trained([*arguments, "--resume", *(part for k, v in changed.items() for part in (f"--{k}", str(v)))])
     assert "resuming" in capsys.readouterr().out and checkpoint.find(folder).step == 12
     other = tmp_path / "other.jsonl"
     other.write_text("".join(corpus.read_text().splitlines(True)[:-1]))
@@ -130,7 +137,7 @@ def test_settings_of_the_host_may_change(small, corpus, tmp_path, capsys):
         ("train.max_steps", "11", "was started with train.max_steps 12, but this is 11"),
     ):
         with pytest.raises(UsageError, match=message):
-            train.main([*arguments, "--resume", f"--{option}", str(value)])
+            trained([*arguments, "--resume", f"--{option}", str(value)])
 
 
 def test_the_same_tokenizer_by_another_path(small, tmp_path):
@@ -139,19 +146,19 @@ def test_the_same_tokenizer_by_another_path(small, tmp_path):
     arguments = [*small, *RUN, "--data.tokenizer", str(tmp_path / "one")]
     stopped(arguments, tmp_path / "runs" / "it")
     shutil.rmtree(tmp_path / "one")
-    assert train.main([*arguments, "--resume", "--data.tokenizer", str(tmp_path / "two" / "tokenizer.json")]) == 0
+    trained([*arguments, "--resume", "--data.tokenizer", str(tmp_path / "two" / "tokenizer.json")])
 
 
 def test_a_run_may_go_on_for_longer_and_says_what_follows(small, tmp_path, capsys):
     arguments, folder = [*small, *RUN, "--optim.lr", "0.01"], tmp_path / "runs" / "it"
-    assert train.main(arguments) == 0
+    trained(arguments)
     capsys.readouterr()
-    assert train.main([*arguments, "--resume", "--train.max_steps", "18"]) == 0
+    trained([*arguments, "--resume", "--train.max_steps", "18"])
     said = capsys.readouterr().out
     assert "train.max_steps grew from 12 to 18" in said and "the learning rate goes from 4.00e-05 to 5.88e-03" in said
     assert checkpoint.find(folder).step == 18
     with pytest.raises(UsageError, match=r"train\.max_steps 18, but this is 12"):
-        train.main([*arguments, "--resume"])
+        trained([*arguments, "--resume"])
 
 
 def test_a_run_goes_on_and_is_evaluated_when_its_text_is_gone(small, corpus, tmp_path, capsys):
@@ -159,23 +166,29 @@ def test_a_run_goes_on_and_is_evaluated_when_its_text_is_gone(small, corpus, tmp
     shutil.copy(corpus, text)
     arguments = [*small, *RUN, "--data.corpus", str(text), "--data.cache_dir", str(tmp_path / "cache")]
     whole, cut = [*arguments, "--run.name", "whole"], [*arguments, "--run.name", "cut"]
-    assert train.main(whole) == 0
+    trained(whole)
     stopped(cut, tmp_path / "runs" / "cut")
     text.unlink()
-    assert train.main([*cut, "--resume"]) == 0
+    trained([*cut, "--resume"])
     assert losses(tmp_path / "runs" / "cut") == losses(tmp_path / "runs" / "whole")
     capsys.readouterr()
     assert evaluate.main(["--run", str(tmp_path / "runs" / "cut"), "--sequences", "8"]) == 0
     assert "not those" not in capsys.readouterr().out
     shutil.rmtree(tmp_path / "cache")
     with pytest.raises(UsageError, match=r"there is no file or folder .*text\.jsonl \(and .*cache does not hold the tokens"):
-        train.main([*cut, "--resume"])
+        trained([*cut, "--resume"])
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory, small_at):
+    """A run with an importance estimator."""
+    folder = tmp_path_factory.mktemp("first")
+    trained([*small_at(folder), *RUN, "--run.name", "first", *LEARNED])
+    return folder / "runs" / "first"
 
 
 @pytest.mark.parametrize("kind", ["run", "saved model", "weights alone", "mdlm"])
-def test_a_run_begins_from_weights(small, tmp_path, capsys, kind):
-    assert train.main([*small, *RUN, "--run.name", "first", *LEARNED]) == 0
-    first = tmp_path / "runs" / "first"
+def test_a_run_begins_from_weights(small, tmp_path, first, kind):
     model, _ = checkpoint.load_model(checkpoint.find(first, "best"))
     source = first
     if kind == "saved model":
@@ -211,7 +224,7 @@ def test_a_run_begins_from_weights(small, tmp_path, capsys, kind):
 
 def test_weights_to_begin_with_that_are_not_there(small):
     with pytest.raises(UsageError, match="nowhere"):
-        train.main([*small, *RUN, "--train.init_from", "nowhere/at/all"])
+        trained([*small, *RUN, "--train.init_from", "nowhere/at/all"])
 
 
 @pytest.mark.slow
