@@ -186,25 +186,23 @@ class Answers:
     ) -> str:  # fmt: skip
         """The text a sampler puts after `context`: at most `most` tokens, up to the first stop or end of document.
 
-        most: None is 256, or half of the model's length where that is less. The context keeps what fits of its end. Raises
-        UsageError where `most` leaves it no room, and for options that `Cut` refuses.
+        most: None is 256, or half of the model's length where that is less. The context keeps what fits of its end, and half of
+        the model's length at least; then fewer are written. Raises UsageError for options that `Cut` refuses.
         """
         most = min(MOST_TOKENS, self.length // 2) if most is None else most
-        if not 0 <= most < self.length:
-            raise UsageError(
-                f"max_gen_toks must be in 0..{self.length - 1}, as it shares this model's {self.length} tokens with the context; "
-                f"got {most}: give for example --gen_kwargs max_gen_toks={self.length // 2}, or take a model of a greater length"
-            )
+        if most < 0:
+            raise UsageError(f"max_gen_toks must be at least 0, got {most}")
         if most == 0:
             return ""
-        before, room = self.tokenizer.encode(context), self.length - most
-        if len(before) > room:
+        before = self.tokenizer.encode(context) or [self.tokenizer.eos_id]
+        if len(before) + most > self.length:
             self.note(
-                "contexts",
-                f"a context of {len(before):,} tokens and {most:,} new ones are more than this model's {self.length:,}; contexts "
-                "that do not fit lose their beginning",
+                "lengths",
+                f"a context of {len(before):,} tokens and max_gen_toks {most:,} are more than this model's {self.length:,}: "
+                "where they do not fit, contexts lose their beginning, but for half of that length, and fewer tokens are written",
             )
-        before = before[-room:] or [self.tokenizer.eos_id]
+            before = before[-max(self.length - most, self.length // 2, 1) :]
+            most = min(most, self.length - len(before))
         ids = torch.tensor([before + [self.model.mask_id] * most], device=self.compute.device)
         with self.compute.autocast():
             drawn = sample(

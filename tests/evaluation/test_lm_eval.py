@@ -148,15 +148,27 @@ def test_a_context_keeps_what_fits_of_its_end_and_that_is_said_once(parts, monke
     for context, most in (("ab", 9), ("a long context", 4), ("a long context", 11), ("a long context", None), ("", 3), ("\n", 3)):
         one.generated(context, stops=[], most=most, temperature=0.0, sample_id=0)
     eos = one.tokenizer.eos_id
-    assert given == [[*b"ab"], [*b" context"], [*b"t"], [*b"ontext"], [eos], [10]]
+    assert given == [[*b"ab"], [*b" context"], [*b"ontext"], [*b"ontext"], [eos], [10]]
     notes = capsys.readouterr().err.splitlines()
-    assert len(notes) == 1 and "a context of 14 tokens and 4 new ones are more than this model's 12; contexts that" in notes[0]
+    assert (
+        len(notes) == 1
+        and "a context of 14 tokens and max_gen_toks 4 are more than this model's 12: where they do not fit" in notes[0]
+    )
 
 
-@pytest.mark.parametrize("most", [12, 256, -1])
-def test_a_generation_that_leaves_its_context_no_room_is_refused(parts, most):
-    with pytest.raises(UsageError, match=rf"max_gen_toks must be in 0\.\.11, .* got {most}: give for example .*max_gen_toks=6"):
-        answers(parts).generated("a", stops=[], most=most, temperature=0.0, sample_id=0)
+@pytest.mark.parametrize(("context", "kept"), [("a", 1), ("a long context", 6), ("", 1)])
+def test_a_context_has_room_whatever_is_asked_for(parts, monkeypatch, context, kept):
+    seen = []
+
+    def fill(model, ids, **_):
+        seen.append(ids)
+        return ids.masked_fill(ids == model.mask_id, 120)
+
+    monkeypatch.setattr(adapter, "sample", fill)
+    assert answers(parts).generated(context, stops=[], most=256, temperature=0.0, sample_id=0) == "x" * (LENGTH - kept)
+    assert seen[0].shape == (1, LENGTH)
+    with pytest.raises(UsageError, match="max_gen_toks must be at least 0, got -1"):
+        answers(parts).generated("a", stops=[], most=-1, temperature=0.0, sample_id=0)
 
 
 @pytest.mark.parametrize(
