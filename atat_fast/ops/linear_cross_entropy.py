@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atat_fast.errors import nearest
+from atat_fast.ops.processor import widens_bf16
 from atat_fast.ops.registry import (
     Cost,
     again,
@@ -342,7 +343,7 @@ def _totals_fake(hidden: Tensor, weight: Tensor, count: int, wanted: Wanted, rat
         max_probability=hidden.new_empty(statistics, dtype=wide),
         entropy=hidden.new_empty(statistics, dtype=wide),
         velocity=hidden.new_empty(0 if rates is None else count, dtype=wide),
-        hidden=hidden.new_empty((count if wanted.hidden else 0, width)),
+        hidden=hidden.new_empty((count if wanted.hidden else 0, width), dtype=wide if widens_bf16(hidden) else hidden.dtype),
         weight=hidden.new_empty((vocabulary if wanted.weight else 0, width), dtype=wide),
         bias=hidden.new_empty(vocabulary if wanted.bias else 0, dtype=wide),
     )
@@ -381,7 +382,7 @@ def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     dh, dw, db, dnll = torch.ops.atat_fast.linear_cross_entropy_scale(grad, dhidden, dweight, dbias, nll, rows, hidden.shape[0])
     need_hidden, need_weight, need_bias = ctx.needed
     return (
-        dh if need_hidden else None,
+        dh.to(hidden.dtype) if need_hidden else None,
         dw.to(weight.dtype) if need_weight else None,
         None,
         db.to(bias.dtype) if need_bias else None,
@@ -480,7 +481,8 @@ def _rows_grad(
     """An upstream vector is a token weight: the weighted sum's gradients are this form's backward."""
     wanted = Wanted(need_hidden, need_weight, need_bias)
     out = run_slabs(hidden, weight, target, bias, grad, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed)
-    return _scatter(out.hidden, rows, hidden.shape[0]) if need_hidden else out.hidden, out.weight, out.bias
+    dhidden = _scatter(out.hidden, rows, hidden.shape[0]) if need_hidden else out.hidden
+    return dhidden.to(hidden.dtype), out.weight, out.bias
 
 
 def _rows_grad_fake(

@@ -54,7 +54,7 @@ class Totals:
     max_probability: Tensor  # [R] or [0]
     entropy: Tensor  # [R] or [0]
     velocity: Tensor  # [R], or [0] without rates
-    hidden: Tensor  # [R, D], gradient for the rows that count
+    hidden: Tensor  # [R, D], gradient for the rows that count, of the dtype its product is made in
     weight: Tensor  # [V, D] fp32
     bias: Tensor  # [V] fp32
 
@@ -134,11 +134,9 @@ def run_slabs(
     """
     if widens_bf16(hidden):  # the products are fp32's, of a head that is not rounded to bf16
         with torch.autocast("cpu", enabled=False):
-            out = run_slabs(
+            return run_slabs(
                 hidden.float(), weight, target, bias, token_weight, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed
             )  # fmt: skip
-        out.hidden = out.hidden.to(hidden.dtype)
-        return out
     wide = accumulation_dtype(hidden)
     count, (vocabulary, width) = target.shape[0], weight.shape
     w, b = head_of(hidden, weight, bias, forbidden)
