@@ -33,4 +33,4 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 def first_line(error: BaseException) -> str:
     """What an error says, in one line."""
-    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from atat_fast.errors import UsageError
+from atat_fast.errors import UsageError, first_line
 
 KNOCK_SECONDS = 4.0
 NO_NETWORK = "use corpus python-docs, the path of local files, or download the data set where there is a network"
@@ -54,7 +54,7 @@ def load_dataset(
                 f"{what} {corpus} needs the data set {repository}, which is not in the local cache, and the hub cannot be "
                 f"reached; {remedy}"
             ) from error
-        raise UsageError(f"{what} {corpus}: data set {repository} cannot be loaded: {_first_line(error)}") from error
+        raise UsageError(f"{what} {corpus}: data set {repository} cannot be loaded: {first_line(error)}") from error
 
 
 def tokenizer_file(repository: str) -> Path:
@@ -68,7 +68,7 @@ def tokenizer_file(repository: str) -> Path:
         if reachable():
             return Path(huggingface_hub.hf_hub_download(repository, name))
     except Exception as error:
-        raise UsageError(f"tokenizer {repository!r} is no hub id with a {name}: {_first_line(error)}") from error
+        raise UsageError(f"tokenizer {repository!r} is no hub id with a {name}: {first_line(error)}") from error
     raise UsageError(
         f"tokenizer {repository!r} is not in the local cache and the hub cannot be reached; use tokenizer bytes or bpe-4096, "
         f"or the path of a {name}"
@@ -120,7 +120,3 @@ def offline_mode() -> Iterator[None]:
     finally:
         for place, value in zip(places, before, strict=True):
             place.HF_HUB_OFFLINE = value
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

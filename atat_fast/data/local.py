@@ -190,6 +190,13 @@ def documents(path: str, text_column: str | None) -> Iterator[str]:
     return TextFiles(path, text_column).documents()
 
 
+def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """(where it stands, object) for every line of a .jsonl, packed or not; nothing for another kind of file, or none."""
+    if file.is_file() and _kind(file) == ".jsonl":
+        with _readable(file):
+            yield from _rows(file)
+
+
 def choose_column(columns: Mapping[str, set[str]], asked: str | None, where: str) -> str:
     """The text column: `asked`, else "text", else the only one that holds text. Raises UsageError naming the columns.
 

@@ -26,8 +26,9 @@ from typing import Any, get_args
 import numpy as np
 from filelock import FileLock
 
+from atat_fast.data.background import in_background
 from atat_fast.data.corpora import Corpus, Split
-from atat_fast.data.text import in_background, pieces
+from atat_fast.data.text import pieces
 from atat_fast.data.tokenizers import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
 from atat_fast.errors import UsageError
 

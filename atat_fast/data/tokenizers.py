@@ -21,8 +21,9 @@ import tokenizers as backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from atat_fast.data import hub
+from atat_fast.data.background import in_background
 from atat_fast.data.local import without_folders
-from atat_fast.data.text import in_background, valid_unicode
+from atat_fast.data.text import valid_unicode
 from atat_fast.errors import UsageError, nearest
 from atat_fast.files import expanded
 

@@ -6,7 +6,6 @@ noise a high entropy. They are printed together for that reason.
 
 from __future__ import annotations
 
-import json
 import math
 from collections import Counter
 from collections.abc import Hashable, Iterator, Sequence
@@ -51,32 +50,10 @@ def read_samples(path: str, tokenizer: Tokenizer | None) -> list[Sample]:
     Raises UsageError where there are none, and for ids that are not the tokenizer's, that hold its mask, or that say another
     text than stands beside them. Without a tokenizer ids are passed over.
     """
-    file = expanded(path)
-    rows = list(_rows(file)) if file.suffix.lower() == ".jsonl" and file.is_file() else []
+    rows = list(local.json_lines(expanded(path)))
     if not any(row.get("ids") is not None for _, row in rows):
         return [Sample(text) for text in read_texts(path)]
     return [_sample(place, row.get("text"), row.get("ids"), tokenizer) for place, row in rows]
-
-
-def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, the object) for each line of JSON that is not blank."""
-    try:
-        lines = file.read_text(encoding="utf-8-sig").split("\n")
-    except OSError as error:
-        raise UsageError(f"cannot read {file}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{file} is not UTF-8 text: {error.reason} at byte {error.start:,}") from error
-    for number, line in enumerate(lines, 1):
-        if not line.strip():
-            continue
-        place = f"line {number:,} of {file}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise UsageError(f"{place} is not JSON: {error}") from error
-        if not isinstance(row, dict):
-            raise UsageError(f'{place} is not a JSON object such as {{"text": "..."}}')
-        yield place, row
 
 
 def _sample(place: str, text: Any, ids: Any, tokenizer: Tokenizer | None) -> Sample:

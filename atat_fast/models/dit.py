@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Mapping
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -368,6 +369,18 @@ class DiT(
         }
         counts["total"] = sum(counts.values())
         return counts
+
+
+def misfit(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str | None:
+    """The first tensor, in the order of theirs, that is not of one name and shape in both, as 'NAME is SHAPE there, and here
+    SHAPE'; None where all are.
+    """
+    for name in [*theirs, *(name for name in ours if name not in theirs)]:
+        have = tuple(theirs[name].shape) if name in theirs else "missing"
+        need = tuple(ours[name].shape) if name in ours else "not part of this model"
+        if have != need:
+            return f"{name} is {have} there, and here {need}"
+    return None
 
 
 def _merge(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -34,10 +34,10 @@ from atat_fast.data import hub as network
 from atat_fast.data.local import without_folders
 from atat_fast.data.tokenizers import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer, make_tokenizer
 from atat_fast.diffusion.identity import IdentitySchedule
-from atat_fast.errors import UsageError
+from atat_fast.errors import UsageError, first_line
 from atat_fast.files import disk_errors, replacing_folder
 from atat_fast.models.card import model_card
-from atat_fast.models.dit import MODEL_TYPE, DiT, merge_modulation
+from atat_fast.models.dit import MODEL_TYPE, DiT, merge_modulation, misfit
 from atat_fast.models.importance import ImportanceEstimator
 
 CONFIG, WEIGHTS, FACTS, CARD = "config.json", "model.safetensors", "atat_fast.json", "README.md"
@@ -104,7 +104,7 @@ def from_pretrained(source: str | Path, *, longest: int | None = None, tokenizer
         vocab_size, mask_id = int(settings.pop("vocab_size")), int(settings.pop("mask_id"))
         config = ModelConfig(**settings)
     except (KeyError, TypeError, ValueError) as error:
-        raise UsageError(f"{folder / CONFIG} is not of a model that atat_fast saved: {_first_line(error)}") from error
+        raise UsageError(f"{folder / CONFIG} is not of a model that atat_fast saved: {first_line(error)}") from error
     if longest is not None and longest > config.length:
         raise UsageError(f"{source} takes at most {config.length:,} tokens, and {longest:,} are asked of it")
     reads = _tokenizer(folder, str(source), config.length) if tokenizer is None else make_tokenizer(tokenizer)
@@ -138,7 +138,7 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, k
         )
     except Exception as error:
         raise UsageError(
-            f"{repository} cannot be pushed: {_first_line(error)}; log in with  hf auth login  as someone who may write there"
+            f"{repository} cannot be pushed: {first_line(error)}; log in with  hf auth login  as someone who may write there"
         ) from error
     return str(address)
 
@@ -203,7 +203,7 @@ def _downloaded(repository: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(FILES), local_files_only=not reachable))
     except Exception as error:
         if reachable:
-            raise UsageError(f"{repository} is no folder here and cannot be had from the hub: {_first_line(error)}") from error
+            raise UsageError(f"{repository} is no folder here and cannot be had from the hub: {first_line(error)}") from error
         raise UsageError(
             f"{repository} is neither a folder here nor in the local cache, and the hub cannot be reached; download it where "
             "there is a network and give its folder"
@@ -233,7 +233,7 @@ def _estimator(folder: Path, model: DiT) -> ImportanceEstimator | None:
         counts = torch.zeros(model.vocab_size)  # the table itself is in the file
         estimator = ImportanceEstimator(config, model.config.dim, model.config.length, counts)
     except (TypeError, ValueError) as error:
-        raise UsageError(f"{folder / IMPORTANCE} is not of an estimator that atat_fast saved: {_first_line(error)}") from error
+        raise UsageError(f"{folder / IMPORTANCE} is not of an estimator that atat_fast saved: {first_line(error)}") from error
     _load(estimator, folder / IMPORTANCE_WEIGHTS)
     return estimator
 
@@ -247,7 +247,7 @@ def _identity(folder: Path, model: DiT) -> IdentitySchedule | None:
             raise ValueError(f"rates are {tuple(rates.shape)}, and the vocabulary {model.vocab_size:,}")
         return IdentitySchedule(rates)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UsageError(f"{folder / SCHEDULE} does not hold rates of this vocabulary: {_first_line(error)}") from error
+        raise UsageError(f"{folder / SCHEDULE} does not hold rates of this vocabulary: {first_line(error)}") from error
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -262,14 +262,11 @@ def _load(module: nn.Module, file: Path) -> None:
     try:
         tensors = load_file(file)
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{file} cannot be read as safetensors: {_first_line(error)}") from error
+        raise UsageError(f"{file} cannot be read as safetensors: {first_line(error)}") from error
     merge_modulation(tensors)
-    own = _tensors(module)
-    for name in sorted(own.keys() | tensors.keys()):
-        have = tuple(tensors[name].shape) if name in tensors else "missing"
-        need = tuple(own[name].shape) if name in own else "not part of this model"
-        if have != need:
-            raise UsageError(f"{file} does not fit its config.json: {name} is {have} there, and here {need}")
+    wrong = misfit(tensors, _tensors(module))
+    if wrong is not None:
+        raise UsageError(f"{file} does not fit its config.json: {wrong}")
     with torch.no_grad():
         for name, value in {**dict(module.named_parameters()), **dict(module.named_buffers())}.items():
             if name in tensors:
@@ -280,7 +277,7 @@ def _read(path: Path) -> dict[str, Any]:
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise UsageError(f"{path} cannot be read as JSON: {_first_line(error)}") from error
+        raise UsageError(f"{path} cannot be read as JSON: {first_line(error)}") from error
     if not isinstance(found, dict):
         raise UsageError(f"{path} holds a {type(found).__name__}, not names with values")
     return found
@@ -288,10 +285,6 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _write(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
 
 
 def portable_settings(config: Config) -> dict[str, Any]:

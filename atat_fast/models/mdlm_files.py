@@ -19,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
-from atat_fast.errors import UsageError
+from atat_fast.errors import UsageError, first_line
 
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SETTINGS = "config.json"
@@ -77,7 +77,7 @@ def _read_beside(file: Path, settings: Path | None) -> tuple[Mapping[str, Any], 
         try:
             stated = json.loads(settings.read_text(encoding="utf-8"))
         except (OSError, ValueError) as error:
-            raise UsageError(f"{settings} cannot be read as JSON: {_first_line(error)}") from error
+            raise UsageError(f"{settings} cannot be read as JSON: {first_line(error)}") from error
         facts |= _stated(stated, str(settings)) if isinstance(stated, dict) else {}
     return content, facts
 
@@ -88,7 +88,7 @@ def _read_safetensors(file: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
             metadata = dict(opened.metadata() or {})
         return load_file(file), metadata
     except (OSError, SafetensorError) as error:
-        raise UsageError(f"{file} cannot be read as safetensors: {_first_line(error)}") from error
+        raise UsageError(f"{file} cannot be read as safetensors: {first_line(error)}") from error
 
 
 def _stated(facts: Mapping[str, Any], where: str) -> Facts:
@@ -127,9 +127,9 @@ def _read_torch(file: Path) -> Mapping[str, Any]:
     except pickle.UnpicklingError as error:
         if "global" in str(error).lower():
             raise UsageError(_refusal(file, [])) from error
-        raise UsageError(f"{file} is no checkpoint that torch can read: {_first_line(error)}") from error
+        raise UsageError(f"{file} is no checkpoint that torch can read: {first_line(error)}") from error
     except Exception as error:  # what a damaged file raises is nowhere written down
-        raise UsageError(f"{file} is no checkpoint that torch can read: {_first_line(error)}") from error
+        raise UsageError(f"{file} is no checkpoint that torch can read: {first_line(error)}") from error
     if not isinstance(content, Mapping):
         raise UsageError(f"{file} is no checkpoint: it holds a {type(content).__name__}, not a dictionary of tensors")
     return content
@@ -187,8 +187,4 @@ def _hub_file(repository: str, name: str) -> Path | None:
     except (EntryNotFoundError, RepositoryNotFoundError):
         return None
     except Exception as error:
-        raise UsageError(f"{name} of {repository} cannot be downloaded: {_first_line(error)}") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
+        raise UsageError(f"{name} of {repository} cannot be downloaded: {first_line(error)}") from error

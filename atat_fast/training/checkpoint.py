@@ -36,7 +36,7 @@ from atat_fast.data.tokenizers import Tokenizer
 from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.errors import UsageError, first_line
 from atat_fast.files import ASIDE, disk_errors, remove, remove_leftovers
-from atat_fast.models.dit import DiT, merge_modulation
+from atat_fast.models.dit import DiT, merge_modulation, misfit
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.training import shards
 from atat_fast.training.parallel import load_parts
@@ -330,12 +330,9 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint, name: str) -> None:
 
 def check_fit(checkpoint: Checkpoint, name: str, targets: dict[str, Tensor]) -> None:
     """Raise UsageError where a file's tensors have not the names and shapes of these."""
-    layout = checkpoint.layout(name)
-    for key in [*layout, *(key for key in targets if key not in layout)]:  # the first in the file's order is named
-        have = tuple(layout[key].shape) if key in layout else "missing"
-        need = tuple(targets[key].shape) if key in targets else "not part of this model"
-        if have != need:
-            raise UsageError(f"{checkpoint.path / name} does not fit the model: {key} is {have} there, and here {need}")
+    wrong = misfit(checkpoint.layout(name), targets)
+    if wrong is not None:
+        raise UsageError(f"{checkpoint.path / name} does not fit the model: {wrong}")
 
 
 def shard_key(name: str, key: str) -> str:

@@ -14,7 +14,7 @@ from atat_fast.data.tokenizers import TOKENIZER_FILE, Tokenizer, make_tokenizer
 from atat_fast.errors import UsageError, first_line
 from atat_fast.files import expanded
 from atat_fast.models import hub
-from atat_fast.models.dit import DiT
+from atat_fast.models.dit import DiT, misfit
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.models.mdlm import load_mdlm
 from atat_fast.training import checkpoint
@@ -91,12 +91,9 @@ def begin_from(origin: Origin, model: DiT, estimator: ImportanceEstimator | None
     Returns what was done, as a sentence. Raises UsageError where weights have other shapes, naming the first in the file's order,
     or another meaning.
     """
-    theirs, ours = dict(origin.model.named_parameters()), dict(model.named_parameters())
-    for name in [*theirs, *(name for name in ours if name not in theirs)]:
-        have = tuple(theirs[name].shape) if name in theirs else "missing"
-        need = tuple(ours[name].shape) if name in ours else "not part of this model"
-        if have != need:
-            raise UsageError(f"the weights of {origin.source} do not fit this run: {name} is {have} there, and here {need}")
+    wrong = misfit(dict(origin.model.named_parameters()), dict(model.named_parameters()))
+    if wrong is not None:
+        raise UsageError(f"the weights of {origin.source} do not fit this run: {wrong}")
     for setting in MEANING:
         have, need = getattr(origin.model.config, setting), getattr(model.config, setting)
         if have != need:

@@ -136,9 +136,11 @@ def test_files_without_a_sample_are_one_sentence(tmp_path):
             measure_samples(lines(tmp_path, *rows), tokenizer=byte, causal_lm=None, reference=None, batch=1, compute=compute)
     with pytest.raises(UsageError, match=r"line 1 of .* has no text; give --run or --model, whose tokenizer reads its ids"):
         read_samples(lines(tmp_path, {"ids": [97]}), None)
-    (tmp_path / "wide.jsonl").write_bytes('{"text": "a"}'.encode("utf-16"))
-    with pytest.raises(UsageError, match=r"wide\.jsonl is not UTF-8 text"):
-        read_samples(str(tmp_path / "wide.jsonl"), byte)
+    (tmp_path / "wide.jsonl").write_bytes('{"text": "ab", "ids": [97, 98]}'.encode("utf-16"))
+    assert read_samples(str(tmp_path / "wide.jsonl"), byte) == [("ab", [97, 98])]
+    (tmp_path / "latin.jsonl").write_bytes('{"text": "\u00e9", "ids": [97]}'.encode("latin-1"))
+    with pytest.raises(UsageError, match=r"latin\.jsonl is not UTF-8 at byte 10"):
+        read_samples(str(tmp_path / "latin.jsonl"), byte)
 
 
 def test_a_causal_lm_reads_its_own_end_for_ours(tmp_path, monkeypatch):
