@@ -127,7 +127,7 @@ def parse_config(parser: Any, arguments: Sequence[str]) -> tuple[Config, Any]:
     root, name = path_text(_early(arguments, "--run.root") or "runs"), _early(arguments, "--run.name")
     base = preset_settings(preset or "demo")
     if "--resume" in arguments and preset is None and name is not None and (Path(root) / name / "config.yaml").is_file():
-        from atat_fast.training.run_folder import read_settings
+        from atat_fast.runs.folder import read_settings
 
         base = read_settings(Path(root) / name)
     parser.add_argument("--preset", type=str, default="demo", help=f"Settings to begin with: {', '.join(preset_names())}.")

@@ -45,7 +45,8 @@ def main(arguments: Sequence[str]) -> int:
         _print_masks(mask_errors_of(Path(args.masks_of), args.masks or 16, config))
         return 0
 
-    from atat_fast.training import comparison, comparison_page
+    from atat_fast.comparison import page as comparison_page
+    from atat_fast.comparison import run as comparison
     from atat_fast.training.trainer import Interrupted
 
     budget = comparison.Budget.parse(args.budget)
@@ -72,11 +73,11 @@ def main(arguments: Sequence[str]) -> int:
 
 def mask_errors_of(run: Path, replicates: int, config: Any) -> list[dict[str, Any]]:
     """Rows of `comparison_page.mask_rows` for the averaged weights of a run's last checkpoint, on its own held-out text."""
+    from atat_fast.comparison.mask_variance import model_mask_errors
+    from atat_fast.comparison.page import mask_rows
     from atat_fast.data import prepare
-    from atat_fast.evaluation.mask_variance import model_mask_errors
-    from atat_fast.training import checkpoint
-    from atat_fast.training.comparison_page import mask_rows
-    from atat_fast.training.compute import resolve
+    from atat_fast.hardware.compute import resolve
+    from atat_fast.runs import checkpoint
 
     saved = checkpoint.find(run)
     model, tokenizer = checkpoint.load_model(saved)
@@ -87,7 +88,7 @@ def mask_errors_of(run: Path, replicates: int, config: Any) -> list[dict[str, An
 
 
 def _print_masks(rows: list[dict[str, Any]]) -> str:
-    from atat_fast.training.comparison_page import mask_table
+    from atat_fast.comparison.page import mask_table
 
     head = f"Standard error that masks leave in one estimate, {rows[0]['replicates']} draws of each, model of {rows[0]['model']}:"
     print(f"\n{head}\n{mask_table(rows)}")

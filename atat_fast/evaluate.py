@@ -19,7 +19,7 @@ from atat_fast.files import check_target, disk_errors, write_text
 
 if TYPE_CHECKING:
     from atat_fast.data import Dataset
-    from atat_fast.evaluation.subject import Subject
+    from atat_fast.runs.loaded import Subject
 
 
 def _parser() -> Any:
@@ -87,7 +87,7 @@ def _likelihoods(args: Any) -> int:
     from atat_fast.data.zero_shot import open_set, parse_sets
     from atat_fast.evaluation import measure as figures_of
     from atat_fast.evaluation.orders import check_orders
-    from atat_fast.training.compute import environment, resolve
+    from atat_fast.hardware.compute import environment, resolve
 
     sets = parse_sets(args.zero_shot) if args.zero_shot is not None else {}
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"), "--")
@@ -170,7 +170,7 @@ def _print_bound(out: Any, f: dict[str, Any]) -> None:
 
 
 def _subject(args: Any) -> Subject:
-    from atat_fast.evaluation.subject import open_subject
+    from atat_fast.runs.loaded import open_subject
 
     ordered = "importance" in (args.order or "")  # every other figure does without the estimator
     return open_subject(
@@ -195,7 +195,7 @@ def _samples(args: Any) -> int:
     """Quality of generated text."""
     from atat_fast.evaluation import generation
     from atat_fast.evaluation.measure import console
-    from atat_fast.training.compute import environment, resolve
+    from atat_fast.hardware.compute import environment, resolve
 
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"), "--")
     tokenizer = _subject(args).tokenizer if args.run is not None or args.model is not None else None

@@ -26,9 +26,9 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from atat_fast.data import Tokenizer
+    from atat_fast.hardware.compute import Compute
     from atat_fast.models.dit import DiT
     from atat_fast.models.importance import ImportanceEstimator
-    from atat_fast.training.compute import Compute
 
 INSTALL = "pip install 'atat_fast[playground]'"
 EXAMPLE = "The [MASK][MASK][MASK] of the list is returned, ___ value."
@@ -104,7 +104,7 @@ def frames(
     """
     import torch
 
-    from atat_fast.diffusion.samplers import sample
+    from atat_fast.sampling.samplers import sample
 
     model, mask = subject.model, subject.model.mask_id
     start = torch.tensor([ids], device=subject.compute.device)
@@ -231,7 +231,7 @@ def _span(kind: str, text: str, shade: float) -> str:
 def build(subject: Subject) -> Any:
     """The page as Gradio's Blocks. Raises UsageError where Gradio is not installed."""
     gradio = _gradio()
-    from atat_fast.diffusion.samplers import SAMPLERS
+    from atat_fast.sampling.samplers import SAMPLERS
 
     usable = [name for name in SAMPLERS if _usable(name, subject)]
     longest = subject.model.config.length
@@ -356,8 +356,8 @@ def main(arguments: Sequence[str]) -> int:
 
 def to_play_with(args: Any) -> Subject:
     """The model of --run or --model, on its device. Raises UsageError."""
-    from atat_fast.evaluation.subject import open_subject
-    from atat_fast.training.compute import resolve
+    from atat_fast.hardware.compute import resolve
+    from atat_fast.runs.loaded import open_subject
 
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"), "--")
     found = open_subject(run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint)

@@ -22,7 +22,7 @@ from atat_fast.cli import make_parser, path_text, run_door
 from atat_fast.config import Config, to_dict
 from atat_fast.errors import UsageError
 from atat_fast.files import replacing
-from atat_fast.training.figures import (
+from atat_fast.runs.figures import (
     DARK,
     Curves,
     compact,
@@ -33,7 +33,7 @@ from atat_fast.training.figures import (
     overview_png,
     throughput_png,
 )
-from atat_fast.training.run_reader import Row, Run, curves_of, importance_of, number_in, read_run, unigram_entropy
+from atat_fast.runs.reader import Row, Run, curves_of, importance_of, number_in, read_run, unigram_entropy
 
 FACTS = {
     "data": "data", "vocabulary": "vocabulary", "sequence_length": "sequence length", "tokens_per_step": "tokens per step",

@@ -44,9 +44,9 @@ def main(arguments: Sequence[str]) -> int:
 
     import torch
 
-    from atat_fast.diffusion.samplers import SAMPLERS, cut_at_end, sample
-    from atat_fast.evaluation.subject import open_subject
-    from atat_fast.training.compute import resolve
+    from atat_fast.hardware.compute import resolve
+    from atat_fast.runs.loaded import open_subject
+    from atat_fast.sampling.samplers import SAMPLERS, cut_at_end, sample
 
     if args.sampler != "auto" and args.sampler not in SAMPLERS:
         known = ("auto", *SAMPLERS)

@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> int:
     except UsageError:
         if os.environ.get("RANK", "0") == "0":
             raise
-        from atat_fast.training.ranks import leave_to_rank_0
+        from atat_fast.distributed.ranks import leave_to_rank_0
 
         leave_to_rank_0(2)
 
@@ -36,12 +36,12 @@ def _main(arguments: Sequence[str]) -> int:
     if parsed.dry_run:
         return _dry_run(config)
 
+    from atat_fast.distributed.ranks import Launch, Ranks, leave_to_rank_0, lost_contact
     from atat_fast.evaluation.likelihood import per_byte
+    from atat_fast.hardware.compute import resolve
     from atat_fast.report import write_report
-    from atat_fast.training.compute import resolve
     from atat_fast.training.modes import check_parallel
     from atat_fast.training.plan import check
-    from atat_fast.training.ranks import Launch, Ranks, leave_to_rank_0, lost_contact
     from atat_fast.training.trainer import Diverged, Interrupted, Trainer
 
     launch = Launch.of()
@@ -81,13 +81,13 @@ def _main(arguments: Sequence[str]) -> int:
 def _dry_run(config) -> int:  # type: ignore[no-untyped-def]
     """The plan, for the cards of parallel.device and parallel.world_size, or for this machine's."""
     from atat_fast.data.tokenizers import vocabulary
-    from atat_fast.training.compute import resolve
-    from atat_fast.training.devices import facts_of, named
+    from atat_fast.distributed.ranks import Launch
+    from atat_fast.hardware.compute import resolve
+    from atat_fast.hardware.devices import facts_of, named
+    from atat_fast.runs.trackers import require
     from atat_fast.training.modes import check_parallel
     from atat_fast.training.parallel_plan import describe_parallel
     from atat_fast.training.plan import describe
-    from atat_fast.training.ranks import Launch
-    from atat_fast.training.trackers import require
 
     require(config.run)
     size, mask_id = vocabulary(config.data.tokenizer)

@@ -27,6 +27,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder o
 from timing import results_folder
 
 from atat_fast.config import TrainConfig
+from atat_fast.hardware.compute import environment, resolve
 from atat_fast.ops import (
     adaptive_layer_norm,
     adaptive_layer_norm_cost,
@@ -36,7 +37,6 @@ from atat_fast.ops import (
     gated_residual_norm_reference,
     registry,
 )
-from atat_fast.training.compute import environment, resolve
 
 COMPUTE = resolve(TrainConfig())
 DEVICE = COMPUTE.device

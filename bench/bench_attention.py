@@ -28,9 +28,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder o
 from timing import results_folder
 
 from atat_fast.config import TrainConfig
+from atat_fast.hardware.compute import environment, resolve, short
 from atat_fast.ops import Documents, attention, attention_cost, attention_reference, document_layout, explain_attention
 from atat_fast.ops.attention import MODULES
-from atat_fast.training.compute import environment, resolve, short
 
 COMPUTE = resolve(TrainConfig())
 DEVICE = COMPUTE.device

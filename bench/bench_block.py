@@ -27,9 +27,9 @@ from mdlm import PlainMDLM, block_by_block, mdlm_network, modulate
 
 from atat_fast.config import TrainConfig, load_preset
 from atat_fast.errors import UsageError
+from atat_fast.hardware.compute import Compute, environment, resolve
 from atat_fast.models import DiT
 from atat_fast.ops import adaptive_layer_norm, attention_cost, gated_residual_norm
-from atat_fast.training.compute import Compute, environment, resolve
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 

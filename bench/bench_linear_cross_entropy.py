@@ -30,8 +30,8 @@ from peers import linear_cross_entropy_missing, linear_cross_entropy_peers, vers
 from timing import interleaved, peak_resident_bytes, results_folder, seconds, spread, synchronize
 
 from atat_fast.config import TrainConfig
+from atat_fast.hardware.compute import environment, peak_flops, resolve
 from atat_fast.ops import linear_cross_entropy, linear_cross_entropy_cost, registry
-from atat_fast.training.compute import environment, peak_flops, resolve
 
 COMPUTE = resolve(TrainConfig())
 DEVICE, DTYPE = COMPUTE.device, COMPUTE.dtype
@@ -132,7 +132,7 @@ class Case:
 
     def products(self) -> Callable[[], object]:
         """The three products on the rows that count, by slabs of the same size, results overwritten."""
-        from atat_fast.ops.slabs import PADDED, default_budget, rows_per_slab
+        from atat_fast.ops.linear_cross_entropy.slabs import PADDED, default_budget, rows_per_slab
 
         columns = -(-self.shape.v // PADDED) * PADDED if ON_GPU else self.shape.v
         budget, multiple = default_budget(DEVICE), PADDED if ON_GPU else 16

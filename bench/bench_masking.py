@@ -22,8 +22,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder o
 from timing import results_folder
 
 from atat_fast.config import TrainConfig
+from atat_fast.hardware.compute import environment, resolve
 from atat_fast.ops import mask_tokens, mask_tokens_cost, registry
-from atat_fast.training.compute import environment, resolve
 
 SHAPES = ((8, 1024), (32, 1024), (32, 4096))
 MASK_ID = 50_257

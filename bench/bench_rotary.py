@@ -27,8 +27,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder o
 from timing import results_folder
 
 from atat_fast.config import TrainConfig
+from atat_fast.hardware.compute import environment, resolve, short
 from atat_fast.ops import registry, rotary, rotary_cost, rotary_reference, rotary_table
-from atat_fast.training.compute import environment, resolve, short
 
 COMPUTE = resolve(TrainConfig())
 DEVICE = COMPUTE.device

@@ -34,10 +34,10 @@ from timing import results_folder, seconds, spread, synchronize
 from torch import Tensor
 
 from atat_fast.config import TrainConfig, load_preset
-from atat_fast.diffusion.samplers import SAMPLERS, sample
 from atat_fast.errors import UsageError, nearest
+from atat_fast.hardware.compute import Compute, environment, resolve
 from atat_fast.models import DiT
-from atat_fast.training.compute import Compute, environment, resolve
+from atat_fast.sampling.samplers import SAMPLERS, sample
 
 PLAIN = "plain MDLM loop"
 STEPS = 128

@@ -27,7 +27,7 @@ from timing import results_folder
 
 from atat_fast.config import TrainConfig
 from atat_fast.errors import UsageError
-from atat_fast.training.compute import Compute, environment, resolve, short
+from atat_fast.hardware.compute import Compute, environment, resolve, short
 
 PRODUCTS = {
     "cpu": ((512, 512, 512), (2048, 256, 1024)),

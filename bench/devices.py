@@ -1,4 +1,4 @@
-"""The package's table of devices (`atat_fast.training.devices`), and the processors that were measured beside it.
+"""The package's table of devices (`atat_fast.hardware.devices`), and the processors that were measured beside it.
 
 A share is an assumption until a file in bench/results says otherwise; a CPU is known by what bench/ceilings.py found on it.
 """
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from atat_fast.errors import UsageError, nearest
-from atat_fast.training.devices import CPU, TABLE, Device, of_name
+from atat_fast.hardware.devices import CPU, TABLE, Device, of_name
 
 
 def named(key: str, results: Path) -> Device:

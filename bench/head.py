@@ -26,9 +26,9 @@ from torch.profiler import ProfilerActivity
 
 from atat_fast.config import TrainConfig
 from atat_fast.errors import UsageError
+from atat_fast.hardware.compute import Compute, environment, resolve
 from atat_fast.ops import linear_cross_entropy, linear_cross_entropy_cost, registry
-from atat_fast.ops.slabs import PADDED, default_budget, rows_per_slab
-from atat_fast.training.compute import Compute, environment, resolve
+from atat_fast.ops.linear_cross_entropy.slabs import PADDED, default_budget, rows_per_slab
 
 DEFAULTS = {"cuda": ((4096, 8192), 768, 50_258, (128, 256, 512, 1024)), "cpu": ((512,), 256, 8003, (16, 64))}
 FLOOR = "three products"

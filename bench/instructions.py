@@ -176,7 +176,7 @@ def main(arguments: list[str] | None = None) -> int:
         child(args.child)
         return 0
     from atat_fast.config import TrainConfig
-    from atat_fast.training.compute import environment, resolve
+    from atat_fast.hardware.compute import environment, resolve
 
     try:
         rows = measure()

@@ -19,10 +19,10 @@ import torch
 
 from atat_fast.config import TrainConfig, load_preset
 from atat_fast.errors import UsageError
+from atat_fast.hardware.compute import environment, resolve
 from atat_fast.models import DiT
 from atat_fast.models.dit import step_cost
 from atat_fast.ops import linear_cross_entropy
-from atat_fast.training.compute import environment, resolve
 
 
 def measure(args: argparse.Namespace) -> int:

@@ -3,7 +3,7 @@
     python bench/project.py --device rtx4090 --gpus 6 --preset small [--micro_batch 8] [--length 1024]
                             [--p2p | --no-p2p] [--vocabulary 50258] [--accumulation 1] [--out FILE.json]
 
-Work comes from the ops' own cost models, peaks from atat_fast/training/devices.py, and how much of a peak arrives is assumed,
+Work comes from the ops' own cost models, peaks from atat_fast/hardware/devices.py, and how much of a peak arrives is assumed,
 part by part, and printed. Nothing that this prints was measured, except where it says so: for every device that has a throughput
 file in bench/results it also gives the measured figure and its own error. `--device cpu` projects from what bench/ceilings.py
 measured.
@@ -29,8 +29,8 @@ import devices
 
 from atat_fast.config import Config, ImportanceConfig, ModelConfig, load_preset
 from atat_fast.errors import UsageError
+from atat_fast.hardware.devices import TABLE, Device
 from atat_fast.models.dit import step_cost
-from atat_fast.training.devices import TABLE, Device
 from atat_fast.training.parallel_cost import Layout, Sizes, card_memory, largest_micro_batch
 from atat_fast.training.plan import LARGEST_MICRO_BATCH, check
 from atat_fast.training.step_time import Part, optimizer_part, pass_parts

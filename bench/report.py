@@ -23,10 +23,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder o
 import report_pictures
 import report_tables
 
-from atat_fast.diffusion import audit, audit_schedules
+from atat_fast.audit import masks as audit
+from atat_fast.audit import schedules as audit_schedules
 from atat_fast.errors import UsageError
-from atat_fast.training.figures import compact, duration, overview_png
-from atat_fast.training.run_reader import Run, curves_of, read_run
+from atat_fast.runs.figures import compact, duration, overview_png
+from atat_fast.runs.reader import Run, curves_of, read_run
 
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS, README, DOCS = ROOT / "bench" / "results", ROOT / "README.md", ROOT / "docs"

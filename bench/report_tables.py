@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from atat_fast.training.figures import compact, duration, measured
+from atat_fast.runs.figures import compact, duration, measured
 
 MIB = 1 << 20
 

@@ -31,8 +31,8 @@ from timing import results_folder
 
 from atat_fast.config import Config, TrainConfig, load_preset
 from atat_fast.errors import UsageError
-from atat_fast.training.compute import environment, resolve
-from atat_fast.training.devices import TABLE, Device
+from atat_fast.hardware.compute import environment, resolve
+from atat_fast.hardware.devices import TABLE, Device
 from atat_fast.training.parallel_cost import GIB, Estimate, Sizes
 from atat_fast.training.parallel_plan import choose_mode, name_of, options
 

@@ -52,8 +52,8 @@ from variants import (
 from atat_fast.config import DataConfig, TrainConfig, load_preset
 from atat_fast.data import SequenceLoader, prepare
 from atat_fast.errors import UsageError, nearest
+from atat_fast.hardware.compute import Compute, environment, resolve
 from atat_fast.models.dit import step_cost
-from atat_fast.training.compute import Compute, environment, resolve
 
 DEFAULTS = {"cpu": ("tiny", 30_522), "cuda": ("small", 50_258)}
 """Preset and vocabulary where nobody says: what a step of takes seconds on two CPU cores, and MDLM's own size on a GPU."""

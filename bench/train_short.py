@@ -23,7 +23,7 @@ from timing import results_folder
 
 from atat_fast.config import Config, load_preset
 from atat_fast.errors import UsageError
-from atat_fast.training.compute import environment, resolve
+from atat_fast.hardware.compute import environment, resolve
 from atat_fast.training.trainer import Diverged, Trainer
 
 VARIANTS = {

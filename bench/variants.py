@@ -21,11 +21,11 @@ from torch import Tensor, nn
 
 from atat_fast.config import Config, ImportanceConfig, OptimConfig, load_preset
 from atat_fast.data import SequenceLoader
+from atat_fast.hardware.compute import Compute
 from atat_fast.models import DiT
 from atat_fast.models.importance import ImportanceEstimator
-from atat_fast.training.compute import Compute
 from atat_fast.training.graphs import Graphs, why_not
-from atat_fast.training.objective import Objective
+from atat_fast.training.loss import Objective
 from atat_fast.training.optimizers import Average, Optimizers
 
 PLAIN, COMPILED, OURS, ADAPTIVE = VARIANTS = ("mdlm", "mdlm+compile", "atat_fast", "atat_fast+atat")

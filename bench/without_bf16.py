@@ -30,12 +30,12 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder o
 from timing import interleaved, results_folder, spread
 
 from atat_fast.config import TrainConfig, load_preset
+from atat_fast.hardware.compute import environment, resolve
 from atat_fast.models import DiT
 from atat_fast.ops import linear_cross_entropy, linear_cross_entropy_reference, processor
-from atat_fast.training.compute import environment, resolve
-from atat_fast.training.muon import Muon
-from atat_fast.training.objective import Objective
+from atat_fast.training.loss import Objective
 from atat_fast.training.optimizers import Optimizers
+from atat_fast.training.optimizers.muon import Muon
 
 CPU = torch.device("cpu")
 Calls = dict[str, Callable[[], Any]]

@@ -209,7 +209,7 @@ def cross_entropy_(
     logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient, rates, elapsed,
     velocity,
 ):  # fmt: skip
-    """As atat_fast.ops.cross_entropy.cross_entropy_. Every tensor but logits is contiguous, and logits' columns are."""
+    """cross_entropy_ of atat_fast/ops/linear_cross_entropy/row_pass.py. All but logits is contiguous, and logits' columns are."""
     rows, columns = logits.shape
     if rows == 0 or columns == 0:
         return

@@ -19,13 +19,13 @@ import yaml
 
 from atat_fast import compare
 from atat_fast.cli import run_door
+from atat_fast.comparison.mask_variance import WAYS, mask_errors
+from atat_fast.comparison.paired import mean_over_seeds, share_to_match
+from atat_fast.comparison.recipes import FROM_PRESETS, RECIPES, WHAT, with_recipe
+from atat_fast.comparison.run import Budget
 from atat_fast.config import load_preset
-from atat_fast.diffusion.objective import evaluation_strata
+from atat_fast.diffusion.bound import evaluation_strata
 from atat_fast.errors import UsageError
-from atat_fast.evaluation.mask_variance import WAYS, mask_errors
-from atat_fast.evaluation.paired import mean_over_seeds, share_to_match
-from atat_fast.training.comparison import Budget
-from atat_fast.training.recipes import FROM_PRESETS, RECIPES, WHAT, with_recipe
 from atat_fast.training.trainer import Trainer
 
 WORDS = ("the", "a", "of", "to", "list", "dict", "value", "key", "returns", "raises", "file", "path", "open", "read", "close")

@@ -303,6 +303,6 @@ def test_a_home_folder_is_found_however_it_is_written(tmp_path, monkeypatch):
     [("ddpm", "ddpm_cache"), ("entropi", "entropy"), ("low_confidence", "confidence"), ("topk", ""), ("maskgit", ""), ("x", "")],
 )
 def test_only_a_word_that_is_close_is_suggested(word, meant):
-    from atat_fast.diffusion.samplers import SAMPLERS
+    from atat_fast.sampling.samplers import SAMPLERS
 
     assert nearest(word, ("auto", *SAMPLERS)) == (f" (did you mean {meant}?)" if meant else "")

@@ -22,7 +22,7 @@ from atat_fast.cli import run_door
 from atat_fast.config import Config, to_dict
 from atat_fast.errors import UsageError
 from atat_fast.files import replacing
-from atat_fast.training.figures import compact, duration, loss_png, measured, overview_png, smooth
+from atat_fast.runs.figures import compact, duration, loss_png, measured, overview_png, smooth
 
 PICTURES = ("loss.png", "throughput.png", "overview.png")
 FACTS = {

@@ -19,12 +19,12 @@ from atat_fast import sample
 from atat_fast.cli import run_door
 from atat_fast.config import Config, ImportanceConfig, ModelConfig
 from atat_fast.data.tokenizers import make_tokenizer
-from atat_fast.diffusion import samplers
-from atat_fast.diffusion.samplers import SAMPLERS
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT, hub
 from atat_fast.models.importance import ImportanceEstimator
-from atat_fast.training import checkpoint
+from atat_fast.runs import checkpoint
+from atat_fast.sampling import samplers
+from atat_fast.sampling.samplers import SAMPLERS
 
 TEXT = "the [MASK][MASK] of [MASK]ll"
 

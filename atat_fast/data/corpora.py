@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from atat_fast.config import DataConfig
-from atat_fast.data import hub, local, python_docs
+from atat_fast.data import local, python_docs
+from atat_fast.data import network as hub
 from atat_fast.data.text import valid_unicode
 from atat_fast.errors import UsageError, nearest
 

@@ -20,7 +20,7 @@ from typing import Any
 import tokenizers as backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from atat_fast.data import hub
+from atat_fast.data import network as hub
 from atat_fast.data.background import in_background
 from atat_fast.data.local import without_folders
 from atat_fast.data.text import valid_unicode

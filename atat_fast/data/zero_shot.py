@@ -17,7 +17,8 @@ from typing import Any
 
 import numpy as np
 
-from atat_fast.data import detokenize, hub, local
+from atat_fast.data import detokenize, local
+from atat_fast.data import network as hub
 from atat_fast.data.packing import TokenSplit
 from atat_fast.data.text import valid_unicode
 from atat_fast.data.tokenizers import Tokenizer

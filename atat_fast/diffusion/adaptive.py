@@ -7,7 +7,7 @@
 
 Whatever is visible to the scores is visible in the end, so the pattern of masks says nothing of what it hides beyond what can
 be read anyway, and the posterior a model learns is p(x_i | visible tokens). Scores of the clean text (`sees: clean`, and
-frequencies) break that: diffusion/audit.py says by how much. With tilt 0 both steps are uniform, and what they hide is too.
+frequencies) break that: audit/masks.py says by how much. With tilt 0 both steps are uniform, and what they hide is too.
 """
 
 from __future__ import annotations

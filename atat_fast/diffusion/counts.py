@@ -1,4 +1,7 @@
-"""The law of the number of hidden tokens in training, and the weights that keep the bound under any of them.
+"""How many tokens are hidden: exact counts, the laws they are drawn from in training, and the weights that keep the bound.
+
+Counts are drawn on the host from (seed, step), so the number of rows the vocabulary head will see is known before anything
+reaches a device.
 
 The bound is (L + 1) / k per hidden token where k is uniform on 0..L. Under another law q it is that times the ratio of the two
 laws, (1 / (L + 1)) / q(k), which makes 1 / (k q(k)): exact for every q that is above 0 on 1..L, and clipped nowhere. Evaluation
@@ -13,6 +16,7 @@ import torch
 from torch import Tensor
 
 from atat_fast.config import DiffusionConfig
+from atat_fast.diffusion.noise import stratified_uniforms
 from atat_fast.errors import UsageError
 
 RAREST = 2.0**-32
@@ -47,6 +51,26 @@ def draw_counts(u: Tensor, chances: Tensor) -> Tensor:
     """The law's quantile of each u in (0, 1): int64, from the cumulated chances in fp64. Chance 0 is never drawn."""
     cumulated = chances.cumsum(0)
     return torch.searchsorted(cumulated, u * cumulated[-1], right=True).clamp_(max=len(chances) - 1)
+
+
+def mask_counts(
+    length: int, first: int, count: int, total: int, *, seed: int, step: int, pairing: str = "antithetic",
+    chances: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """k for slots first .. first + count - 1 of a global batch of `total` sequences: int64 [count], uniform on 0..length, or with
+    the given chances [length + 1] at the same stratified points.
+
+    With antithetic pairing slots 2j and 2j + 1 hide k and length - k tokens: an even slice of whole pairs hides exactly
+    count * length / 2, whatever the draw. Under other chances a pair is the law's quantiles of u and 1 - u.
+    """
+    u = stratified_uniforms(first, count, total, seed=seed, step=step, pairing=pairing)
+    if chances is not None:
+        return draw_counts(u, chances)
+    if pairing != "antithetic":
+        return (u * (length + 1)).long().clamp_(max=length)
+    second = torch.arange(first, first + count) % 2 == 1
+    low = (torch.where(second, 1 - u, u) * (length + 1)).long().clamp_(max=length)
+    return torch.where(second, length - low, low)
 
 
 def bound_weights(chances: Tensor) -> Tensor:

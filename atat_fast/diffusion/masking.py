@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from atat_fast.config import DiffusionConfig
-from atat_fast.diffusion.counts import bound_weights, count_chances, weighting_at
-from atat_fast.diffusion.noise import LogLinear, mask_counts, stratified_uniforms
+from atat_fast.diffusion.counts import bound_weights, count_chances, mask_counts, weighting_at
+from atat_fast.diffusion.noise import LogLinear, stratified_uniforms
 from atat_fast.ops.attention import Documents
 from atat_fast.ops.masking import mask_tokens
 from atat_fast.ops.philox import STREAM_MASK, random_words

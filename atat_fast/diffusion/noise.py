@@ -1,7 +1,6 @@
-"""How much is hidden: exact counts stratified over the global batch, and MDLM's log-linear schedule.
+"""Noise levels: numbers in (0, 1) stratified over the global batch, and MDLM's log-linear schedule.
 
-Everything here is computed on the host from (seed, step) alone, so that every rank knows every count without asking, and
-the number of rows the vocabulary head will see is known before anything reaches a device.
+All of it is computed on the host from (seed, step) alone, so every rank knows every slot's level without asking.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atat_fast.diffusion.counts import draw_counts
 from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
 
 
@@ -33,26 +31,6 @@ def stratified_uniforms(first: int, count: int, total: int, *, seed: int, step: 
     jitter = uniform(random_words(pair, seed, step, STREAM_COUNT)[0])
     u = torch.where(pair < pairs, (pair + jitter) / max(1, 2 * pairs), jitter)
     return torch.where(second, 1 - u, u)
-
-
-def mask_counts(
-    length: int, first: int, count: int, total: int, *, seed: int, step: int, pairing: str = "antithetic",
-    chances: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """k for slots first .. first + count - 1 of a global batch of `total` sequences: int64 [count], uniform on 0..length, or with
-    the given chances [length + 1] (atat_fast.diffusion.counts) at the same stratified points.
-
-    With antithetic pairing slots 2j and 2j + 1 hide k and length - k tokens: an even slice of whole pairs hides exactly
-    count * length / 2, whatever the draw. Under other chances a pair is the law's quantiles of u and 1 - u.
-    """
-    u = stratified_uniforms(first, count, total, seed=seed, step=step, pairing=pairing)
-    if chances is not None:
-        return draw_counts(u, chances)
-    if pairing != "antithetic":
-        return (u * (length + 1)).long().clamp_(max=length)
-    second = torch.arange(first, first + count) % 2 == 1
-    low = (torch.where(second, 1 - u, u) * (length + 1)).long().clamp_(max=length)
-    return torch.where(second, length - low, low)
 
 
 @dataclass(frozen=True)

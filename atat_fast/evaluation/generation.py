@@ -16,12 +16,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atat_fast.data import Tokenizer, hub, local
+from atat_fast.data import Tokenizer, local
+from atat_fast.data import network as hub
 from atat_fast.errors import UsageError
 from atat_fast.files import expanded
 
 if TYPE_CHECKING:
-    from atat_fast.training.compute import Compute
+    from atat_fast.hardware.compute import Compute
 
 LONGEST_N = 4
 CONTEXT = 1_024  # tokens a causal LM reads at once, as in MDLM's evaluation, or fewer where it takes fewer

@@ -13,8 +13,8 @@ from torch import Tensor
 from atat_fast.config import EvalConfig
 from atat_fast.data import TokenSplit
 from atat_fast.data.packing import MUCH_UNKNOWN
+from atat_fast.diffusion.bound import Estimate, NllFunction, Spread, estimate_nll
 from atat_fast.diffusion.identity import IdentitySchedule
-from atat_fast.diffusion.objective import Estimate, NllFunction, Spread, estimate_nll
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT
 

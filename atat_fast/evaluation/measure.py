@@ -21,8 +21,8 @@ from rich.table import Table
 from atat_fast.config import EvalConfig
 from atat_fast.data import TokenSplit
 from atat_fast.data.zero_shot import tokens_hash
+from atat_fast.diffusion.bound import Estimate
 from atat_fast.diffusion.identity import IdentitySchedule
-from atat_fast.diffusion.objective import Estimate
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.likelihood import evaluate, evaluating, model_nll, report, spread_sequences
 from atat_fast.evaluation.orders import EXACT, evaluate_order

@@ -11,7 +11,7 @@ are drawn independently, in the sampler and here, so they leave it exact, of tha
 
 Where chance decides (importance: odds exp(-tilt * score of z)), many ways lead to x, and the mean over drawn orders of -log p of
 what was revealed is a bound on the negative log-likelihood of the sampler that uses the same policy. Policies that saw the
-hidden tokens would bound nothing (diffusion/audit.py), so scores come from z.
+hidden tokens would bound nothing (audit/masks.py), so scores come from z.
 """
 
 from __future__ import annotations
@@ -26,9 +26,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from atat_fast.data import TokenSplit
-from atat_fast.diffusion.categorical import certainty, likeliest, output_head, slabs
-from atat_fast.diffusion.objective import Estimate
-from atat_fast.diffusion.reveal import largest, surest
+from atat_fast.diffusion.bound import Estimate
 from atat_fast.errors import UsageError, nearest
 from atat_fast.evaluation.likelihood import evaluating, spread_sequences
 from atat_fast.models.dit import DiT
@@ -36,6 +34,8 @@ from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.ops.attention import Documents, documents_of
 from atat_fast.ops.masking import reveal_keys
 from atat_fast.ops.philox import STREAM_SAMPLE, random_words
+from atat_fast.sampling.categorical import certainty, likeliest, output_head, slabs
+from atat_fast.sampling.reveal import largest, surest
 
 EXACT = {
     "left_to_right": "the first hidden token",

@@ -1,6 +1,6 @@
 """How a sample came about: what each denoising step revealed or hid again, as a page that replays it or a view in the terminal.
 
-A `Recorder` is an `on_step` of `atat_fast.diffusion.samplers.sample`. It keeps one sequence of the batch, as the changes of each
+A `Recorder` is an `on_step` of `atat_fast.sampling.samplers.sample`. It keeps one sequence of the batch, as the changes of each
 step, and what the importance estimator made of each position just before it was revealed, where there is an estimator.
 """
 

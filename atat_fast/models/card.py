@@ -90,7 +90,7 @@ def _summary(facts: dict[str, Any]) -> str:
 def _use(name: str) -> str:
     return f"""```python
 from atat_fast.models.hub import from_pretrained
-from atat_fast.diffusion.samplers import sample
+from atat_fast.sampling.samplers import sample
 import torch
 
 saved = from_pretrained("{name}")

@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from atat_fast import __version__
 from atat_fast.config import Config, ImportanceConfig, ModelConfig, to_dict
-from atat_fast.data import hub as network
+from atat_fast.data import network as network
 from atat_fast.data.local import without_folders
 from atat_fast.data.tokenizers import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer, make_tokenizer
 from atat_fast.diffusion.identity import IdentitySchedule
@@ -185,7 +185,7 @@ def _folder(source: str | Path) -> Path:
         if pickles:
             raise UsageError(
                 f"{source} has {pickles[0]} and no {WEIGHTS}: that is a pickle, and reading it could run code, so it is not "
-                "read; python -m atat_fast.models.convert reads MDLM's checkpoints without running them"
+                "read; python -m atat_fast.convert reads MDLM's checkpoints without running them"
             )
         if (folder / "checkpoints").is_dir():
             raise UsageError(f"{source} is a run, not a saved model; give it with --run")
@@ -299,8 +299,8 @@ def portable_settings(config: Config) -> dict[str, Any]:
 
 def open_run(run: Path, which: str, *, average: bool) -> Saved:
     """The model of a run's checkpoint with the facts a card needs. Raises UsageError."""
-    from atat_fast.training import checkpoint
-    from atat_fast.training.run_reader import read_run
+    from atat_fast.runs import checkpoint
+    from atat_fast.runs.reader import read_run
 
     found = checkpoint.find(run, which)
     model, tokenizer = checkpoint.load_model(found, average=average)

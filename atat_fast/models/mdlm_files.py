@@ -149,7 +149,7 @@ def _refusal(file: Path, names: list[str]) -> str:
 
 
 def _from_hub(repository: str) -> tuple[Mapping[str, Any], Facts]:
-    from atat_fast.data import hub
+    from atat_fast.data import network as hub
 
     if repository.count("/") != 1 or not hub.is_repository(repository) or Path(repository).suffix in (".ckpt", ".bin", ".pt"):
         raise UsageError(f"there is no file or folder {repository}, and it is no hub id (owner/name)")
@@ -176,7 +176,7 @@ def _hub_file(repository: str, name: str) -> Path | None:
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 
-    from atat_fast.data import hub
+    from atat_fast.data import network as hub
 
     with contextlib.suppress(OSError):
         return Path(huggingface_hub.hf_hub_download(repository, name, local_files_only=True))

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from atat_fast.ops.linear_cross_entropy.slabs import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, rows_per_slab
 from atat_fast.ops.philox import STREAM_TOKEN, gumbel64, random_words
 from atat_fast.ops.processor import widens_bf16
 from atat_fast.ops.registry import (
@@ -33,7 +34,6 @@ from atat_fast.ops.registry import (
     register,
     scalar,
 )
-from atat_fast.ops.slabs import CHUNK_BYTES_CPU, CHUNK_BYTES_GPU, rows_per_slab
 
 REFERENCE_BYTES = 16 << 20
 """Budget of a slab on the torch backend, whose noise takes a dozen fp64 and int64 tensors of the slab's shape."""

@@ -26,8 +26,8 @@ from torch import Tensor, nn
 from atat_fast.config import Config
 from atat_fast.diffusion.masking import MaskedBatch
 from atat_fast.errors import UsageError
-from atat_fast.training.compute import Compute
-from atat_fast.training.objective import Objective
+from atat_fast.hardware.compute import Compute
+from atat_fast.training.loss import Objective
 
 MOST = 6
 """Shapes that are captured."""

@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 
 from atat_fast.config import Config, ParallelConfig
+from atat_fast.distributed.ranks import Launch
 from atat_fast.errors import UsageError
-from atat_fast.training.compute import Compute, short
-from atat_fast.training.devices import facts_of
+from atat_fast.hardware.compute import Compute, short
+from atat_fast.hardware.devices import facts_of
 from atat_fast.training.parallel_plan import choose_mode
-from atat_fast.training.ranks import Launch
 
 
 @dataclass(frozen=True)

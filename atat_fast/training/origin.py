@@ -17,7 +17,7 @@ from atat_fast.models import hub
 from atat_fast.models.dit import DiT, misfit
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.models.mdlm import load_mdlm
-from atat_fast.training import checkpoint
+from atat_fast.runs import checkpoint
 
 MEANING = ("heads", "activation")
 """Settings that change what weights mean and not their shapes."""

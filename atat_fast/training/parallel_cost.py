@@ -17,10 +17,10 @@ import torch
 
 from atat_fast.config import Config
 from atat_fast.diffusion.counts import expected_share
+from atat_fast.hardware.compute import Compute
+from atat_fast.hardware.devices import Device
 from atat_fast.models.dit import step_cost
 from atat_fast.models.importance import importance_cost
-from atat_fast.training.compute import Compute
-from atat_fast.training.devices import Device
 from atat_fast.training.plan import empty_estimator, empty_model, estimate_memory
 from atat_fast.training.step_time import Part, muon_flops, optimizer_part, pass_parts
 

@@ -17,7 +17,7 @@ from typing import Any
 
 from atat_fast.config import Config
 from atat_fast.errors import UsageError
-from atat_fast.training.devices import Device
+from atat_fast.hardware.devices import Device
 from atat_fast.training.parallel_cost import GIB, Estimate, Layout, Sizes, estimate, largest_micro_batch
 from atat_fast.training.plan import batches
 

@@ -8,16 +8,16 @@ import torch
 
 from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import bias, check_importance
-from atat_fast.diffusion.categorical import Cut
 from atat_fast.diffusion.counts import check_counts, expected_share
 from atat_fast.diffusion.curriculum import Curriculum, check_curriculum
 from atat_fast.diffusion.identity import check_identity
-from atat_fast.diffusion.samplers import check_steps
 from atat_fast.errors import UsageError, check_seed
+from atat_fast.hardware.compute import Compute
 from atat_fast.models.dit import DiT, check_model, step_cost
 from atat_fast.models.importance import ImportanceEstimator, importance_cost
-from atat_fast.ops.slabs import default_budget
-from atat_fast.training.compute import Compute
+from atat_fast.ops.linear_cross_entropy.slabs import default_budget
+from atat_fast.sampling.categorical import Cut
+from atat_fast.sampling.samplers import check_steps
 from atat_fast.training.optimizers import check_optim
 
 LARGEST_MICRO_BATCH = 32

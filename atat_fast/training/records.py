@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from atat_fast.diffusion.counts import expected_share
-from atat_fast.diffusion.samplers import sample
-from atat_fast.evaluation.importance import reliability, text_importance
 from atat_fast.evaluation.likelihood import evaluating
 from atat_fast.files import disk_errors, write_text
+from atat_fast.hardware.compute import peak_flops
+from atat_fast.hardware.monitor import by_card, stragglers
 from atat_fast.models.dit import step_cost
 from atat_fast.models.importance import importance_cost
-from atat_fast.training import run_folder
-from atat_fast.training.compute import peak_flops
-from atat_fast.training.hardware import by_card, stragglers
-from atat_fast.training.objective import baseline
+from atat_fast.runs import folder as run_folder
+from atat_fast.sampling.samplers import sample
+from atat_fast.training.importance_record import reliability, text_importance
+from atat_fast.training.loss import baseline
 from atat_fast.training.optimizers import learning_rate
 
 if TYPE_CHECKING:

@@ -9,7 +9,7 @@
     recomputed    the forward pass of checkpointed blocks, a second time: all of the above
     optimizer     clipping, the optimizer, the average, once a step: bytes, and Muon's products
 
-Peaks and the shares of them that are assumed to arrive come from `training/devices.py`. Communication is `parallel_cost.py`'s.
+Peaks and the shares of them that are assumed to arrive come from `hardware/devices.py`. Communication is `parallel_cost.py`'s.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import math
 from dataclasses import dataclass
 
 from atat_fast.config import ModelConfig
+from atat_fast.hardware.devices import Device
 from atat_fast.models.dit import step_cost
 from atat_fast.ops import (
     adaptive_layer_norm_cost,
@@ -26,8 +27,7 @@ from atat_fast.ops import (
     linear_cross_entropy_cost,
     rotary_cost,
 )
-from atat_fast.ops.slabs import CHUNK_BYTES_GPU
-from atat_fast.training.devices import Device
+from atat_fast.ops.linear_cross_entropy.slabs import CHUNK_BYTES_GPU
 
 # Kernels of one pass, counted from the model's own calls: a block's forward has four products, rotary, attention, activation and
 # two norm chains; its backward two products for each, three for attention, two for each chain, bias sums; then casts of weights.

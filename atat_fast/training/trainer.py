@@ -21,30 +21,32 @@ from torch import Tensor
 from atat_fast.config import Config, to_dict
 from atat_fast.data import Dataset, SequenceLoader, Tokenizer, prepare
 from atat_fast.diffusion.adaptive import BadScores, bias
+from atat_fast.diffusion.bound import Estimate, Spread
 from atat_fast.diffusion.identity import IdentitySchedule, identity_rates
-from atat_fast.diffusion.objective import Estimate, Spread
+from atat_fast.distributed.ranks import FAILED, GO_ON, STOP, Launch, Ranks
+from atat_fast.distributed.watch import Watch
+from atat_fast.distributed.wrap import Parallel, local, recompute_blocks
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.likelihood import evaluate, report
+from atat_fast.hardware.compute import Compute, environment, resolve
+from atat_fast.hardware.monitor import Monitor, Stopwatch, card_of
 from atat_fast.models.dit import DiT
 from atat_fast.models.importance import ImportanceEstimator, log_rank
 from atat_fast.ops.attention import choose_attention, documents_of
-from atat_fast.training import checkpoint, records, run_folder
-from atat_fast.training.compute import Compute, environment, resolve
-from atat_fast.training.figures import duration
+from atat_fast.runs import checkpoint
+from atat_fast.runs import folder as run_folder
+from atat_fast.runs.figures import duration
+from atat_fast.runs.telemetry import Telemetry
+from atat_fast.runs.trackers import require
+from atat_fast.training import records
 from atat_fast.training.graphs import Graphs, wanted
-from atat_fast.training.hardware import Monitor, Stopwatch, card_of
+from atat_fast.training.loss import Objective
 from atat_fast.training.modes import check_parallel, check_precision, choose_for
-from atat_fast.training.objective import Objective
 from atat_fast.training.optimizers import Average, Optimizers, learning_rate
 from atat_fast.training.origin import Origin, begin_from, check_tokenizer, open_origin, same_tokenizer
-from atat_fast.training.parallel import Parallel, local, recompute_blocks
 from atat_fast.training.plan import Batches, check
-from atat_fast.training.ranks import FAILED, GO_ON, STOP, Launch, Ranks
-from atat_fast.training.state import State
+from atat_fast.training.run_state import State
 from atat_fast.training.stops import Diverged, Interrupted, catch_signals
-from atat_fast.training.telemetry import Telemetry
-from atat_fast.training.trackers import require
-from atat_fast.training.watch import Watch
 from atat_fast.training.window import Window
 
 __all__ = ["Diverged", "Interrupted", "Trainer"]

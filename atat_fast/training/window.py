@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atat_fast.training.ranks import Ranks
+from atat_fast.distributed.ranks import Ranks
 
 LOCAL = ("bad", "odd")
 """Steps, not sums: the first whose gradient, and whose loss on this rank, was not finite; -1 where all were."""

@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from atat_fast.comparison import page as comparison_page
+from atat_fast.comparison.run import Budget, Plan
 from atat_fast.config import load_preset
 from atat_fast.errors import UsageError
-from atat_fast.training import comparison_page
-from atat_fast.training.comparison import Budget, Plan
 
 
 def page_of(tmp_path: Path, *, budget="tokens=2000000", recipes=("uniform", "fast", "wild")):

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from atat_fast.config import load_preset
-from atat_fast.training.devices import TABLE
+from atat_fast.hardware.devices import TABLE
 from atat_fast.training.parallel_plan import choose_mode
 
 ROOT = Path(__file__).resolve().parents[2]

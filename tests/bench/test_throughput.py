@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from atat_fast.config import Config, ModelConfig
-from atat_fast.training.compute import Compute
+from atat_fast.hardware.compute import Compute
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Compute(torch.device("cpu"), torch.float32, compile=False)

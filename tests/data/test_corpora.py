@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 
 from atat_fast.config import DataConfig
-from atat_fast.data import corpora, hub, python_docs
+from atat_fast.data import corpora, python_docs
+from atat_fast.data import network as hub
 from atat_fast.data.corpora import Corpus, HeldOut, articles, open_corpus
 from atat_fast.errors import UsageError
 

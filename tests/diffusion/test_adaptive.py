@@ -10,6 +10,7 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
+from atat_fast.audit.masks import frequency_example, importance_law, learned_example
 from atat_fast.config import CurriculumConfig, DiffusionConfig, ImportanceConfig
 from atat_fast.diffusion.adaptive import (
     MOST_TILT,
@@ -20,7 +21,6 @@ from atat_fast.diffusion.adaptive import (
     hide_by_importance,
     relative_weights,
 )
-from atat_fast.diffusion.audit import frequency_example, importance_law, learned_example
 from atat_fast.diffusion.masking import Scored, hide_for_training
 from atat_fast.errors import UsageError
 

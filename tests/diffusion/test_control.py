@@ -8,8 +8,8 @@ import math
 import pytest
 import torch
 
+from atat_fast.diffusion.bound import estimate_nll
 from atat_fast.diffusion.control import FEATURES, Control, surprisals
-from atat_fast.diffusion.objective import estimate_nll
 
 
 def text(sequences=40, length=16, vocabulary=7, seed=0):

@@ -10,12 +10,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from atat_fast.audit.masks import Joint, count_law_value
 from atat_fast.config import Config, DiffusionConfig, ModelConfig, TrainConfig
 from atat_fast.data.loader import SequenceLoader
-from atat_fast.diffusion.audit import Joint, count_law_value
-from atat_fast.diffusion.counts import bell, bound_weights, count_chances, draw_counts, expected_share, weighting_at
+from atat_fast.diffusion.counts import bell, bound_weights, count_chances, draw_counts, expected_share, mask_counts, weighting_at
 from atat_fast.diffusion.masking import hide_for_training
-from atat_fast.diffusion.noise import mask_counts
 from atat_fast.errors import UsageError
 from atat_fast.training.plan import check
 

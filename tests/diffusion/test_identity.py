@@ -10,9 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from atat_fast.config import Config, DiffusionConfig, ImportanceConfig, load_preset
-from atat_fast.diffusion.audit import Joint, frequency_example, plackett_luce_law
-from atat_fast.diffusion.audit_schedules import (
+from atat_fast.audit.masks import Joint, frequency_example, plackett_luce_law
+from atat_fast.audit.schedules import (
     LAWS,
     MODELS,
     count_law_above,
@@ -22,17 +21,17 @@ from atat_fast.diffusion.audit_schedules import (
     identity_table,
     schedule_loss,
 )  # fmt: skip
-from atat_fast.diffusion.counts import bell, bound_weights
+from atat_fast.comparison.recipes import with_recipe
+from atat_fast.config import Config, DiffusionConfig, ImportanceConfig, load_preset
+from atat_fast.diffusion.bound import estimate_nll
+from atat_fast.diffusion.counts import bell, bound_weights, mask_counts
 from atat_fast.diffusion.identity import IdentitySchedule, identity_rates
 from atat_fast.diffusion.masking import hide, hide_for_training
-from atat_fast.diffusion.noise import mask_counts
-from atat_fast.diffusion.objective import estimate_nll
 from atat_fast.errors import UsageError
+from atat_fast.hardware.compute import Compute
 from atat_fast.models import DiT
-from atat_fast.training.compute import Compute
-from atat_fast.training.objective import Objective
+from atat_fast.training.loss import Objective
 from atat_fast.training.plan import check, describe_schedule
-from atat_fast.training.recipes import with_recipe
 
 JOINTS = [(3, 4, 0), (2, 4, 2)]
 MASK = 9

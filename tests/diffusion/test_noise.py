@@ -10,8 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from atat_fast.config import DiffusionConfig
+from atat_fast.diffusion.counts import mask_counts
 from atat_fast.diffusion.masking import hide_for_training
-from atat_fast.diffusion.noise import LogLinear, mask_counts, stratified_uniforms
+from atat_fast.diffusion.noise import LogLinear, stratified_uniforms
 
 
 @given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**31), st.integers(0, 10**6))

@@ -16,7 +16,7 @@ from atat_fast.data.tokenizers import make_tokenizer
 from atat_fast.errors import UsageError
 from atat_fast.evaluation import generation
 from atat_fast.evaluation.generation import Sample, distinct, entropy, measure_samples, read_samples, read_texts, tokens_of
-from atat_fast.training.compute import resolve
+from atat_fast.hardware.compute import resolve
 
 
 def test_entropy_by_hand():

@@ -118,7 +118,7 @@ def test_a_set_without_a_block_costs_nothing_of_the_others(trained_run, tmp_path
 
 def test_the_hash_is_of_the_split_that_was_read(trained_run):
     from atat_fast.data import prepare
-    from atat_fast.training import checkpoint
+    from atat_fast.runs import checkpoint
 
     config = checkpoint.find(trained_run, "best").config
     split = prepare(config.data).valid

@@ -8,15 +8,15 @@ import pytest
 import torch
 
 from atat_fast.config import ImportanceConfig
-from atat_fast.diffusion import reveal
-from atat_fast.diffusion.categorical import certainty
-from atat_fast.diffusion.reveal import TIE
-from atat_fast.diffusion.samplers import BY_CERTAINTY, sample
 from atat_fast.errors import UsageError
 from atat_fast.evaluation import orders
 from atat_fast.evaluation.orders import EXACT, check_orders, order_nll
 from atat_fast.models.dit import DiT
 from atat_fast.models.importance import ImportanceEstimator
+from atat_fast.sampling import reveal
+from atat_fast.sampling.categorical import certainty
+from atat_fast.sampling.reveal import TIE
+from atat_fast.sampling.samplers import BY_CERTAINTY, sample
 
 VOCABULARY, LENGTH = 3, 4  # and the mask
 

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atat_fast.diffusion.objective import estimate_nll
+from atat_fast.diffusion.bound import estimate_nll
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.precision import antithetic_counts, antithetic_pair, estimate_to
 

@@ -13,11 +13,11 @@ import torch
 from atat_fast.config import Config, DiffusionConfig, ImportanceConfig, ModelConfig, TrainConfig
 from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.errors import UsageError
+from atat_fast.hardware.compute import Compute
 from atat_fast.models import DiT
 from atat_fast.training import graphs
-from atat_fast.training.compute import Compute
 from atat_fast.training.graphs import Graphs, wanted
-from atat_fast.training.objective import Objective
+from atat_fast.training.loss import Objective
 from atat_fast.training.optimizers import Optimizers
 
 GPU = torch.cuda.is_available()

@@ -6,15 +6,14 @@ import pytest
 import torch
 
 from atat_fast.config import ModelConfig, OptimConfig
+from atat_fast.distributed.wrap import recompute_blocks
+from atat_fast.hardware.compute import Compute
+from atat_fast.hardware.devices import facts_of
+from atat_fast.hardware.monitor import Monitor, Stopwatch, card_of
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
-from atat_fast.training import low_precision
-from atat_fast.training.compute import Compute
-from atat_fast.training.devices import facts_of
-from atat_fast.training.hardware import Monitor, Stopwatch, card_of
-from atat_fast.training.low_precision import AdamWBf16, round_by_chance, update
-from atat_fast.training.optimizers import Optimizers
-from atat_fast.training.parallel import recompute_blocks
+from atat_fast.training.optimizers import Optimizers, low_precision
+from atat_fast.training.optimizers.low_precision import AdamWBf16, round_by_chance, update
 
 GPU = torch.cuda.is_available()
 on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA device")]

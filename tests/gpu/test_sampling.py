@@ -14,10 +14,10 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atat_fast.config import ModelConfig, load_preset
-from atat_fast.diffusion import samplers
-from atat_fast.diffusion.samplers import SAMPLERS, sample
 from atat_fast.models import DiT
 from atat_fast.ops import linear_categorical, linear_categorical_reference, registry
+from atat_fast.sampling import samplers
+from atat_fast.sampling.samplers import SAMPLERS, sample
 
 aten = torch.ops.aten
 GPU = torch.cuda.is_available()

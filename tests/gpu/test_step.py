@@ -17,14 +17,14 @@ import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from atat_fast.config import Config, ImportanceConfig, ModelConfig, load_preset
+from atat_fast.diffusion.counts import mask_counts
 from atat_fast.diffusion.identity import IdentitySchedule
-from atat_fast.diffusion.noise import mask_counts
+from atat_fast.hardware.compute import Compute
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.ops import mask_tokens
-from atat_fast.training.compute import Compute
-from atat_fast.training.objective import Objective
+from atat_fast.training.loss import Objective
 from atat_fast.training.optimizers import Average, Optimizers
 from atat_fast.training.plan import estimate_memory
 

@@ -19,7 +19,7 @@ from safetensors.torch import load_file, save_file
 from atat_fast import evaluate
 from atat_fast.cli import run_door
 from atat_fast.config import ImportanceConfig
-from atat_fast.data import hub as network
+from atat_fast.data import network as network
 from atat_fast.data.tokenizers import make_tokenizer
 from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.errors import UsageError

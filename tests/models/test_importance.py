@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from atat_fast.config import Config, ImportanceConfig, load_preset
+from atat_fast.hardware.compute import Compute
 from atat_fast.models import DiT
 from atat_fast.models.dit import step_cost
 from atat_fast.models.importance import (
@@ -18,8 +19,7 @@ from atat_fast.models.importance import (
     log_rank,
 )
 from atat_fast.ops import documents_of
-from atat_fast.training.compute import Compute
-from atat_fast.training.objective import Objective, baseline
+from atat_fast.training.loss import Objective, baseline
 
 V, L = 11, 12
 MASK = V - 1

@@ -334,14 +334,14 @@ def test_the_page_lists_the_names():
 def door(*arguments, cwd):
     env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     return subprocess.run(
-        [sys.executable, "-m", "atat_fast.models.convert", *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True
+        [sys.executable, "-m", "atat_fast.convert", *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True
     )
 
 
 def convert(*arguments):
     """The door in this process: its exit status."""
     from atat_fast.cli import run_door
-    from atat_fast.models.convert import main
+    from atat_fast.convert import main
 
     with pytest.raises(SystemExit) as left:
         run_door(main, [str(a) for a in arguments])
@@ -459,7 +459,7 @@ def test_the_hubs_cache_serves_without_a_network(tmp_path, monkeypatch, dit):
 def test_a_run_goes_to_mdlm_or_to_a_folder(tmp_path, capsys):
     from atat_fast.config import from_dict
     from atat_fast.data import make_tokenizer
-    from atat_fast.training import checkpoint
+    from atat_fast.runs import checkpoint
 
     tokenizer = make_tokenizer("bytes")
     size = {"dim": 16, "layers": 2, "heads": 2, "length": 12, "conditioning_dim": 8, "time_conditioning": True}

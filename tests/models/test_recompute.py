@@ -7,10 +7,10 @@ import weakref
 import pytest
 import torch
 
+from atat_fast.distributed.wrap import recompute_blocks
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
 from atat_fast.ops import documents_of
-from atat_fast.training.parallel import recompute_blocks
 
 SIZE = {"dim": 32, "layers": 4, "heads": 2, "length": 16, "conditioning_dim": 8, "dropout": 0.2}
 OPTIONS = [

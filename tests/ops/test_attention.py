@@ -21,7 +21,6 @@ from atat_fast.ops import (
     adaptive_attention,
     adaptive_layer_norm_reference,
     attention,
-    attention_products,
     attention_reference,
     document_layout,
     documents_of,
@@ -31,6 +30,7 @@ from atat_fast.ops import (
     self_attention,
 )
 from atat_fast.ops.attention import IMPLEMENTATIONS, MODULES, choose_attention
+from atat_fast.ops.attention import products as attention_products
 
 module = importlib.import_module("atat_fast.ops.attention")  # the package has a function of that name
 rotary_module = importlib.import_module("atat_fast.ops.rotary")

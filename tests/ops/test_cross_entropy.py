@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from atat_fast.ops import library, registry
-from atat_fast.ops.cross_entropy import ROW_PASS, cross_entropy_
+from atat_fast.ops.linear_cross_entropy.row_pass import ROW_PASS, cross_entropy_
 
 
 def can_run(backend):

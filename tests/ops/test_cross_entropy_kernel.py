@@ -12,7 +12,7 @@ import math
 import pytest
 import torch
 
-from atat_fast.ops.cross_entropy import cross_entropy_reference
+from atat_fast.ops.linear_cross_entropy.row_pass import cross_entropy_reference
 
 P = ctypes.c_void_p
 GUARD = 16

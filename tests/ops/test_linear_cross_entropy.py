@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atat_fast.ops import linear_cross_entropy, linear_cross_entropy_cost, linear_cross_entropy_reference, registry
-from atat_fast.ops.slabs import (
+from atat_fast.ops.linear_cross_entropy.slabs import (
     CHUNK_BYTES_CPU,
     CHUNK_BYTES_GPU,
     _budget,

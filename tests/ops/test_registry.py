@@ -7,7 +7,6 @@ import torch
 
 import atat_fast.ops.__main__ as table
 from atat_fast.ops import (
-    cross_entropy,
     gated_residual_norm,
     library,
     linear_categorical,
@@ -16,7 +15,8 @@ from atat_fast.ops import (
     rotary_table,
     self_attention,
 )
-from atat_fast.ops.attention import _choose, choose_attention
+from atat_fast.ops.attention.op import _choose, choose_attention
+from atat_fast.ops.linear_cross_entropy import row_pass
 
 CPU = torch.device("cpu")
 GPU = torch.device("cuda", 0)
@@ -171,7 +171,7 @@ def test_every_triton_launch_is_on_its_tensors_device(monkeypatch):
         pass
 
     monkeypatch.setattr(registry, "on_device", Entered)
-    monkeypatch.setattr(cross_entropy, "on_device", Entered)
+    monkeypatch.setattr(row_pass, "on_device", Entered)
     x = torch.zeros(2, 2)
     for name, implementations in registry._table.items():
         if "triton" not in implementations or name == "linear_cross_entropy":  # whose launches are its row pass's, below
@@ -182,7 +182,7 @@ def test_every_triton_launch_is_on_its_tensors_device(monkeypatch):
     kernels = pytest.importorskip("atat_fast.kernels.cross_entropy", exc_type=ImportError)
     monkeypatch.setattr(kernels, "cross_entropy_", launch)
     with pytest.raises(Done):
-        cross_entropy.cross_entropy_(x, *[None] * 13, "triton")
+        row_pass.cross_entropy_(x, *[None] * 13, "triton")
 
 
 def test_attention_under_deterministic_algorithms_has_a_kernel(monkeypatch):

@@ -12,11 +12,11 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from atat_fast.config import Config, ModelConfig, ParallelConfig
+from atat_fast.distributed.ranks import Ranks
+from atat_fast.distributed.wrap import Parallel, local
 from atat_fast.models import DiT
 from atat_fast.training.modes import Choice
 from atat_fast.training.optimizers import Average, Optimizers
-from atat_fast.training.parallel import Parallel, local
-from atat_fast.training.ranks import Ranks
 
 VOCABULARY, PASSES, MICRO = 67, 3, 2
 CASES = [("ddp", True), ("fsdp", True), ("fsdp", False)]

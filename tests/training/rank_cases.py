@@ -23,13 +23,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from atat_fast import cli, train
 from atat_fast.config import ParallelConfig
+from atat_fast.distributed.ranks import Launch, Ranks
+from atat_fast.distributed.wrap import Parallel, local, whole
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT
-from atat_fast.training import checkpoint, objective, shards
+from atat_fast.runs import checkpoint, shards
+from atat_fast.training import loss as objective
 from atat_fast.training.modes import Choice
-from atat_fast.training.muon import Muon
-from atat_fast.training.parallel import Parallel, local, whole
-from atat_fast.training.ranks import Launch, Ranks
+from atat_fast.training.optimizers.muon import Muon
 from atat_fast.training.stops import Diverged, Interrupted
 from atat_fast.training.trainer import Trainer
 

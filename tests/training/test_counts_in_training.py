@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from atat_fast import cli
-from atat_fast.training import objective
+from atat_fast.training import loss as objective
 from atat_fast.training.trainer import Trainer
 
 

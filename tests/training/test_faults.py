@@ -12,7 +12,8 @@ import time
 import pytest
 
 from atat_fast import cli
-from atat_fast.training import checkpoint, run_folder
+from atat_fast.runs import checkpoint
+from atat_fast.runs import folder as run_folder
 from atat_fast.training.trainer import Trainer
 
 RUN = [

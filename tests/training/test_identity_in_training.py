@@ -10,7 +10,7 @@ import torch
 from atat_fast import cli, evaluate
 from atat_fast.errors import UsageError
 from atat_fast.models import hub
-from atat_fast.training import checkpoint
+from atat_fast.runs import checkpoint
 from atat_fast.training.trainer import Trainer
 
 IDENTITY = ["--diffusion.schedule", "token_identity", "--diffusion.identity_strength", "1.5"]

@@ -14,8 +14,8 @@ from torch.distributed.tensor import distribute_tensor
 from atat_fast.config import OptimConfig
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
-from atat_fast.training.low_precision import AdamWBf16, chance, check_state, first_element, round_by_chance
 from atat_fast.training.optimizers import Optimizers
+from atat_fast.training.optimizers.low_precision import AdamWBf16, chance, check_state, first_element, round_by_chance
 
 TORCHAO = importlib.util.find_spec("torchao") is not None
 SMALL = {"dim": 64, "layers": 2, "heads": 2, "length": 12, "conditioning_dim": 8, "dropout": 0.0}

@@ -6,16 +6,16 @@ import pytest
 import torch
 
 from atat_fast.config import Config, ParallelConfig, load_preset
+from atat_fast.distributed.ranks import Launch
+from atat_fast.distributed.watch import State, verdict
+from atat_fast.distributed.wrap import recompute_blocks
 from atat_fast.errors import UsageError
+from atat_fast.hardware.compute import Compute
+from atat_fast.hardware.devices import TABLE
 from atat_fast.models import DiT
 from atat_fast.training import modes
-from atat_fast.training.compute import Compute
-from atat_fast.training.devices import TABLE
 from atat_fast.training.modes import Choice, check_parallel, check_precision, choose_for
-from atat_fast.training.parallel import recompute_blocks
 from atat_fast.training.plan import batches
-from atat_fast.training.ranks import Launch
-from atat_fast.training.watch import State, verdict
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
 

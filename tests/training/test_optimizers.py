@@ -8,8 +8,7 @@ import torch
 from atat_fast.config import OptimConfig, load_preset
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
-from atat_fast.training import muon
-from atat_fast.training.optimizers import Average, Optimizers, check_optim, learning_rate
+from atat_fast.training.optimizers import Average, Optimizers, check_optim, learning_rate, muon
 
 SMALL = {"dim": 16, "layers": 2, "heads": 2, "length": 12, "conditioning_dim": 8, "dropout": 0.0}
 

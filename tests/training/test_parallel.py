@@ -9,7 +9,7 @@ import signal
 import pytest
 
 from atat_fast import cli, evaluate, sample
-from atat_fast.training import checkpoint
+from atat_fast.runs import checkpoint
 from atat_fast.training.stops import Interrupted
 from atat_fast.training.trainer import Trainer
 
@@ -103,7 +103,7 @@ def close(a, b):
 
 def test_losses_and_masks_are_those_of_one_process(legs, monkeypatch):
     """20 steps in fp32 on 1, 2 and 4 ranks, DDP, FSDP and HSDP, with other micro-batches, gathering again and computing again."""
-    from atat_fast.training import objective
+    from atat_fast.training import loss as objective
 
     folder, small = legs
     seen, hide = {}, objective.hide_for_training

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 
 from atat_fast.config import Config, ImportanceConfig, ModelConfig, load_preset
 from atat_fast.errors import UsageError
+from atat_fast.hardware.compute import Compute
+from atat_fast.hardware.devices import TABLE, facts_of, named, of_name
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
 from atat_fast.train import main
-from atat_fast.training.compute import Compute
-from atat_fast.training.devices import TABLE, facts_of, named, of_name
 from atat_fast.training.parallel_cost import (
     GIB,
     Layout,

@@ -19,7 +19,7 @@ from atat_fast import cli, evaluate, train
 from atat_fast.data import make_tokenizer
 from atat_fast.errors import UsageError
 from atat_fast.models import hub
-from atat_fast.training import checkpoint
+from atat_fast.runs import checkpoint
 from atat_fast.training.trainer import Trainer
 
 LEARNED = [
@@ -197,7 +197,7 @@ def test_a_run_begins_from_weights(small, tmp_path, first, kind):
         source = tmp_path / "alone"
         model.save_pretrained(source)
     elif kind == "mdlm":
-        from atat_fast.models import convert
+        from atat_fast import convert
 
         source = tmp_path / "mdlm.safetensors"
         assert convert.main([str(first), str(source), "--to", "mdlm"]) == 0

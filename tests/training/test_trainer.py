@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 from atat_fast import cli, evaluate, sample, train
 from atat_fast.errors import UsageError
 from atat_fast.ops import documents_of
-from atat_fast.training import checkpoint
+from atat_fast.runs import checkpoint
 from atat_fast.training.records import importance_row
 from atat_fast.training.trainer import Diverged, Trainer
 

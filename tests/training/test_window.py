@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from atat_fast.training.ranks import Launch, Ranks
+from atat_fast.distributed.ranks import Launch, Ranks
 from atat_fast.training.window import Window
 
 

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from atat_fast.config import TrainConfig, load_preset, preset_names
+from atat_fast.hardware import compute as compute_module
+from atat_fast.hardware.compute import resolve
 from atat_fast.models import DiT
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.ops import (
@@ -20,9 +22,7 @@ from atat_fast.ops import (
     processor,
     registry,
 )
-from atat_fast.training import compute as compute_module
-from atat_fast.training.compute import resolve
-from atat_fast.training.objective import Objective
+from atat_fast.training.loss import Objective
 from atat_fast.training.optimizers import Optimizers
 
 CPU = torch.device("cpu")

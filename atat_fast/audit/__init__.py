@@ -1,0 +1,1 @@
+"""Everything of a small alphabet counted out: which maskings, weights and schedules give a bound."""

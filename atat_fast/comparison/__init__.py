@@ -1,0 +1,1 @@
+"""Recipes trained side by side, and what is said of their difference."""

@@ -1,0 +1,1 @@
+"""The machine: what it computes on, what cards can do, what they report."""

@@ -1,0 +1,371 @@
+"""Models as lm-eval sees them:  python -m atat_fast.lm_eval --model_args run=runs/demo --tasks lambada_openai
+
+All other options are the harness's own. From Python, `register()` makes the model known under the name atat_fast.
+
+What it answers:
+- loglikelihood: of a continuation given what comes before it. `likelihood=nelbo` is minus the conditional bound, a Monte-Carlo
+  mean over masks of the continuation alone (every mask there is, where they are no more than `draws`: then without chance);
+  `likelihood=left_to_right` and the other orders of evaluation/orders.py are exact, one pass a token.
+- loglikelihood_rolling: of a whole text, each token scored once, in windows of the model's length with as much before as fits.
+- generate_until: masks after the context are filled in by a sampler, and the text is cut at the first stop. A context that does
+  not fit beside them loses its beginning.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atat_fast.config import TrainConfig
+from atat_fast.data import Tokenizer
+from atat_fast.errors import UsageError, check_seed, nearest
+from atat_fast.evaluation.orders import EXACT, order_nll
+from atat_fast.evaluation.precision import antithetic_counts
+from atat_fast.hardware.compute import Compute, resolve
+from atat_fast.models.dit import DiT
+from atat_fast.ops.masking import mask_tokens
+from atat_fast.sampling.samplers import SAMPLERS, cut_at_end, sample
+
+NAME = "atat_fast"
+LIKELIHOODS = ("nelbo", *EXACT)
+MOST_TOKENS = 256  # of a generation whose task does not say, as the harness's own models have it
+MOST_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # what tasks call it; the first counts
+INSTALL = "pip install 'atat_fast[lm-eval]'"
+
+
+class Answers:
+    """What the harness wants to know, without the harness.
+
+    Args:
+        model, tokenizer: The model, on compute's device, and what reads its text.
+        likelihood: nelbo, or an exact order.
+        draws: Masks of a continuation that the bound is a mean over; at least 2.
+        per_pass: Tokens an order reveals at a time.
+        steps: Denoising steps of a generation; 0 is one for each token.
+        sampler: auto is ddpm_cache, or ancestral for a model that is told the time.
+        batch: Sequences in one forward pass.
+    """
+
+    def __init__(
+        self,
+        model: DiT,
+        tokenizer: Tokenizer,
+        compute: Compute,
+        *,
+        likelihood: str = "nelbo",
+        draws: int = 64,
+        per_pass: int = 1,
+        steps: int = 0,
+        sampler: str = "auto",
+        batch: int = 16,
+        seed: int = 1234,
+    ) -> None:
+        if likelihood not in LIKELIHOODS:
+            raise UsageError(
+                f"there is no likelihood {likelihood!r}{nearest(likelihood, LIKELIHOODS)}; choose {', '.join(LIKELIHOODS)}"
+            )
+        for name, value, least in (
+            ("draws", draws, 2),
+            ("tokens_per_pass", per_pass, 1),
+            ("steps", steps, 0),
+            ("batch_size", batch, 1),
+        ):
+            if not isinstance(value, int):
+                raise UsageError(f"{name} must be a whole number, got {value!r}")
+            if value < least:
+                raise UsageError(f"{name} must be at least {least}, got {value}")
+        check_seed("seed", seed)
+        self.noted: set[str] = set()
+        self.model, self.tokenizer, self.compute = model.to(compute.device).eval(), tokenizer, compute
+        self.likelihood, self.draws, self.per_pass, self.steps = likelihood, draws, per_pass, steps
+        self.sampler = ("ancestral" if model.time_conditioning else "ddpm_cache") if sampler == "auto" else sampler
+        self.batch, self.seed, self.length = batch, seed, model.config.length
+
+    def continuation(self, context: str, text: str) -> tuple[float, bool]:
+        """(log-likelihood of `text` after `context`, whether greedy decoding by confidence would write it)."""
+        before, after = self.split(context, text)
+        if not after:
+            return 0.0, True
+        scored = [self._scored(given, part) for given, part in self._windows(before, after)]
+        return -sum(nll for nll, _ in scored), all(greedy for _, greedy in scored)
+
+    def whole(self, text: str) -> float:
+        """Log-likelihood of a text that stands by itself: after an end of document."""
+        ids = self.tokenizer.encode(text)
+        return -sum(self._scored(given, part, greedy=False)[0] for given, part in self._windows([self.tokenizer.eos_id], ids))
+
+    def split(self, context: str, text: str) -> tuple[list[int], list[int]]:
+        """Ids of both. Blanks at the context's end go to the text, as tokens hold the blank before a word.
+
+        Tokens are those of context and text together where that has a boundary between them. Where one token would be of both,
+        each is tokenised by itself, so that what is scored is the text, all of it and nothing else. Where the context has no
+        tokens an end of document is given. Text that the tokenizer does not see (none; blanks under BERT's) has no tokens.
+        """
+        kept = context.rstrip()
+        moved = context[len(kept) :] + text
+        before, both = self.tokenizer.encode_batch([kept, kept + moved])
+        after = both[len(before) :] if both[: len(before)] == before else []
+        return before or [self.tokenizer.eos_id], after or self.tokenizer.encode(moved)
+
+    def _windows(self, before: list[int], after: list[int]) -> Iterator[tuple[list[int], list[int]]]:
+        """(given, scored) of at most `length` tokens together; each token of `after` is scored once, given the most that fits."""
+        most = self.length - min(len(before), 1)  # something is given where there is something to give
+        done = 0
+        while done < len(after):
+            part = after[done : done + most]
+            given = (before + after[:done])[-(self.length - len(part)) :] if self.length > len(part) else []
+            yield given, part
+            done += len(part)
+            most = self.length - 1
+
+    @torch.no_grad()
+    def _scored(self, given: list[int], part: list[int], greedy: bool = True) -> tuple[float, bool]:
+        """(-log-likelihood of part after given in nats, whether each token is the likeliest as confidence reveals them)."""
+        tokens = torch.tensor([given + part], device=self.compute.device)
+        hidden = torch.arange(tokens.shape[1], device=tokens.device)[None] >= len(given)
+        with self.compute.autocast():
+            if self.likelihood != "nelbo":
+                nll, sure = order_nll(self.model, tokens, hidden, self.likelihood, per_pass=self.per_pass)
+                return float(nll), bool(sure)
+            sure = (
+                order_nll(self.model, tokens, hidden, "confidence", per_pass=self.per_pass)[1] if greedy else torch.tensor(False)
+            )
+            return self._bound(tokens, len(given), len(part)), bool(sure)
+
+    def _bound(self, tokens: Tensor, given: int, m: int) -> float:
+        """The conditional bound of the last m tokens of tokens [1, given + m], nats: E over k in 1..m of m / k * sum of k."""
+        if (1 << m) - 1 <= self.draws:  # every mask there is
+            sets = [chosen for k in range(1, m + 1) for chosen in itertools.combinations(range(m), k)]
+            hidden = torch.zeros(len(sets), m, dtype=torch.bool)
+            for row, chosen in enumerate(sets):
+                hidden[row, list(chosen)] = True
+            sizes = hidden.sum(1)
+            weight = 1.0 / (m * torch.bincount(sizes)[sizes].double())  # each k alike, each set of that size alike
+        else:
+            hidden = self._pairs(tokens, given, m)
+            weight = torch.full((len(hidden),), 1.0 / len(hidden), dtype=torch.float64)
+        hidden = torch.cat((torch.zeros(len(hidden), given, dtype=torch.bool), hidden.cpu()), 1)
+        total = 0.0
+        for first in range(0, len(hidden), self.batch):
+            now = hidden[first : first + self.batch].to(tokens.device)
+            x = tokens.expand(len(now), -1)
+            rows = now.flatten().nonzero().flatten()
+            share = now.float().mean(1)
+            nll = self.model.nll(x.masked_fill(now, self.model.mask_id), rows, x.flatten()[rows], share).double().cpu()
+            sums = torch.zeros(len(now), dtype=torch.float64).index_add_(
+                0, torch.div(rows.cpu(), now.shape[1], rounding_mode="floor"), nll
+            )
+            total += float((sums * m / now.sum(1).cpu() * weight[first : first + len(now)]).sum())
+        return total
+
+    def _pairs(self, tokens: Tensor, given: int, m: int) -> Tensor:
+        """Masks of the last m tokens, [draws, m] bool, in antithetic pairs (evaluation/precision.py) over strata of 1..m."""
+        pairs = -(-self.draws // 2)
+        k = antithetic_counts(pairs, m, seed=self.seed, step=0)
+        x = tokens.cpu().expand(pairs, -1).contiguous()
+        frozen = (torch.arange(x.shape[1]) < given).expand(pairs, -1).contiguous()
+        ids = torch.arange(pairs)
+
+        def hide(counts: Tensor) -> Tensor:
+            noisy, _, _ = mask_tokens(
+                x, counts, mask_id=self.model.mask_id, seed=self.seed, step=0, sample_ids=ids, frozen=frozen
+            )  # fmt: skip
+            return noisy[:, given:] == self.model.mask_id
+
+        return torch.cat((hide(k), ~hide(k - 1)))
+
+    def generated(
+        self, context: str, *, stops: Sequence[str], most: int | None, temperature: float, sample_id: int, top_k: int = 0,
+        top_p: float = 1.0,
+    ) -> str:  # fmt: skip
+        """The text a sampler puts after `context`: at most `most` tokens, up to the first stop or end of document.
+
+        most: None is 256, or half of the model's length where that is less. The context keeps what fits of its end, and half of
+        the model's length at least; then fewer are written. Raises UsageError for options that `Cut` refuses.
+        """
+        most = min(MOST_TOKENS, self.length // 2) if most is None else most
+        if most < 0:
+            raise UsageError(f"max_gen_toks must be at least 0, got {most}")
+        if most == 0:
+            return ""
+        before = self.tokenizer.encode(context) or [self.tokenizer.eos_id]
+        if len(before) + most > self.length:
+            self.note(
+                "lengths",
+                f"a context of {len(before):,} tokens and max_gen_toks {most:,} are more than this model's {self.length:,}: "
+                "where they do not fit, contexts lose their beginning, but for half of that length, and fewer tokens are written",
+            )
+            before = before[-max(self.length - most, self.length // 2, 1) :]
+            most = min(most, self.length - len(before))
+        ids = torch.tensor([before + [self.model.mask_id] * most], device=self.compute.device)
+        with self.compute.autocast():
+            drawn = sample(
+                self.model, ids, steps=self.steps or most, sampler=self.sampler, temperature=temperature, top_k=top_k,
+                top_p=top_p, seed=self.seed, sample_ids=torch.tensor([sample_id], device=ids.device),
+            )  # fmt: skip
+        text = self.tokenizer.decode(cut_at_end(drawn[0].tolist(), len(before), self.tokenizer.eos_id)[len(before) :])
+        ends = [text.find(stop) for stop in stops if stop and stop in text]
+        return text[: min(ends)] if ends else text
+
+    def note(self, about: str, sentence: str) -> None:
+        """A sentence on standard error, the first time that there is one about this."""
+        if about not in self.noted:
+            self.noted.add(about)
+            print(f"note: {sentence}", file=sys.stderr)
+
+
+def generation_options(settings: dict[str, Any], note: Callable[[str, str], None]) -> dict[str, Any]:
+    """Options of `Answers.generated` from the settings of a request, the harness's gen_kwargs; null is as good as absent.
+
+    Greedy where do_sample is false, temperature is 0, or neither is given; do_sample without a temperature is temperature 1.
+    note: called as `Answers.note` where settings are not followed. Raises UsageError for values that mean nothing.
+    """
+    given = {name: value for name, value in settings.items() if value is not None}
+
+    def number(name: str, kind: type[Any], default: Any) -> Any:
+        try:
+            value = kind(given.get(name, default))
+            if kind is int and value != float(given.get(name, default)):
+                raise ValueError
+        except (TypeError, ValueError, OverflowError) as error:
+            asked = "a whole number" if kind is int else "a number"
+            raise UsageError(f"generation setting {name} must be {asked}, got {given[name]!r}") from error
+        return value
+
+    stops = given.get("until", [])
+    stops = [stops] if isinstance(stops, str) else stops
+    if not isinstance(stops, (list, tuple)) or not all(isinstance(stop, str) for stop in stops):
+        raise UsageError(f"generation setting until must be a string or a list of strings, got {stops!r}")
+    known = ("until", "do_sample", "temperature", "top_k", "top_p", *MOST_NAMES)
+    for name in (name for name in given if name not in known):
+        note(name, f"generation setting {name} is not followed here; known are {', '.join(known)}")
+    limit = next((name for name in MOST_NAMES if name in given), None)
+    temperature = number("temperature", float, 1.0 if given.get("do_sample") else 0.0)
+    options = {"stops": stops, "most": None if limit is None else number(limit, int, None), "temperature": temperature}
+    if temperature == 0 or not given.get("do_sample", True):
+        return options | {"temperature": 0.0}
+    top_k = number("top_k", int, 0)
+    return options | {"top_k": 0 if top_k == -1 else top_k, "top_p": number("top_p", float, 1.0)}
+
+
+def open_answers(
+    *,
+    run: str | None = None,
+    model: str | None = None,
+    tokenizer: str | None = None,
+    checkpoint: str = "best",
+    weights: str = "ema",
+    device: str = "auto",
+    dtype: str = "auto",
+    tokens_per_pass: int = 1,
+    batch_size: int | str = 16,
+    **options: Any,
+) -> Answers:
+    """Answers from the harness's model_args: a run or a saved model, and what `Answers` takes. Raises UsageError."""
+    from atat_fast.models import hub
+    from atat_fast.runs import checkpoint as checkpoints
+
+    if (run is None) == (model is None):
+        raise UsageError("model_args names what is asked: run=runs/NAME, or model=FOLDER for a saved model")
+    known = ("likelihood", "draws", "steps", "sampler", "seed")
+    for name in options.keys() - set(known):
+        raise UsageError(f"there is no model argument {name!r}{nearest(name, known)}")
+    size = str(batch_size)
+    size = "16" if size.startswith("auto") else size
+    if not size.isdecimal():
+        raise UsageError(f"batch_size must be a whole number or auto, got {batch_size!r}")
+    where: Any = (device or "auto").split(":")[0]
+    if where == "cuda" and not torch.cuda.is_available():
+        where = "auto"  # the harness says cuda:0 where its user said nothing
+    kind: Any = {"bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)
+    for name, value, choices in (
+        ("checkpoint", checkpoint, ("best", "last")), ("weights", weights, ("ema", "raw")),
+        ("device", where, ("auto", "cpu", "cuda")), ("dtype", kind, ("auto", "bf16", "fp32")),
+        ("sampler", options.get("sampler", "auto"), ("auto", *SAMPLERS)),
+    ):  # fmt: skip
+        if value not in choices:
+            raise UsageError(f"there is no {name} {value!r}{nearest(str(value), choices)}; choose one of {', '.join(choices)}")
+    compute = resolve(TrainConfig(device=where, dtype=kind, compile="off"), "")
+    if run is not None:
+        found, reads = checkpoints.load_model(checkpoints.find(Path(run), checkpoint), average=weights == "ema")
+    else:
+        saved = hub.from_pretrained(str(model), tokenizer=tokenizer)
+        found, reads = saved.model, saved.tokenizer
+    return Answers(found, reads, compute, per_pass=tokens_per_pass, batch=int(size), **options)
+
+
+def register() -> type[Any]:
+    """Makes the model known to lm-eval as atat_fast; returns its class. Raises UsageError where lm-eval is missing."""
+    try:
+        from lm_eval.api.model import LM
+        from lm_eval.api.registry import register_model
+    except ImportError as error:
+        raise UsageError(f"this needs the package lm-eval, which is not installed: {INSTALL}") from error
+    global _registered
+    if _registered is not None:
+        return _registered
+
+    class AtatFastLM(LM):
+        """A masked-diffusion model as lm-eval's LM. Arguments: see `open_answers`."""
+
+        def __init__(self, **arguments: Any) -> None:
+            super().__init__()
+            arguments = {name: value for name, value in arguments.items() if value is not None and name != "max_batch_size"}
+            self.answers = open_answers(**arguments)
+
+        @property
+        def tokenizer_name(self) -> str:
+            """What names the tokenizer in the harness's caches."""
+            return self.answers.tokenizer.fingerprint
+
+        def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+            """Of continuations: requests' args are (context, continuation)."""
+            return [self._kept("loglikelihood", r.args, self.answers.continuation(*r.args)) for r in requests]
+
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> list[float]:
+            """Of whole texts: requests' args are (text,)."""
+            return [self._kept("loglikelihood_rolling", r.args, self.answers.whole(r.args[0])) for r in requests]
+
+        def generate_until(self, requests: Any, disable_tqdm: bool = False) -> list[str]:
+            """Requests' args are (context, settings): until, max_gen_toks, do_sample, temperature, top_k, top_p."""
+            return [self._kept("generate_until", r.args, self._generate(i, *r.args)) for i, r in enumerate(requests)]
+
+        def _generate(self, i: int, context: str, settings: dict[str, Any]) -> str:
+            return self.answers.generated(context, sample_id=i, **generation_options(settings, self.answers.note))
+
+        def _kept(self, what: str, arguments: Any, answer: Any) -> Any:
+            self.cache_hook.add_partial(what, arguments, answer)
+            return answer
+
+    _registered = register_model(NAME)(AtatFastLM)
+    return AtatFastLM
+
+
+_registered: type[Any] | None = None
+
+
+def main(arguments: Sequence[str]) -> int:
+    """The harness's own command line, with our model known to it and taken where no other is named."""
+    register()
+    from lm_eval.__main__ import cli_evaluate
+
+    given = list(arguments)
+    if not any(argument in ("--model", "-M", "ls", "validate") or argument.startswith("--model=") for argument in given):
+        given = [*given, "--model", NAME]
+    sys.argv = ["lm_eval", *given]
+    cli_evaluate()
+    return 0
+
+
+if __name__ == "__main__":
+    # Run as a module this file has another name; what is registered must be what importers get.
+    from atat_fast import lm_eval as module
+    from atat_fast.cli import run_door
+
+    run_door(module.main)

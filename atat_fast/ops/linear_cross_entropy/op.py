@@ -1,0 +1,546 @@
+"""linear_cross_entropy: the vocabulary head and its weighted loss, without ever holding the logits.
+
+    z_i = W h_i + bias,  z_i[forbidden] = -inf,   nll_i = logsumexp(z_i) - z_i[target_i],   loss = sum_i w_i nll_i
+
+Only the rows named by `rows` are read. They are taken in slabs whose logits fit a byte budget (slabs.py); a slab is turned
+into its own gradient in place, multiplied into dX and dW, and forgotten. The weighted sum therefore needs three matrix products
+in all and its backward only scales; the per-row form has to wait for its upstream gradient and computes the slabs again
+(four products), as does low_memory. dL/dw_i = upstream * nll_i comes for free.
+
+With rates u of the vocabulary a row's loss is that of a token-identity schedule (diffusion/identity.py), from the same pass:
+
+    p_i = softmax(z_i - elapsed_i u),   loss_i = u_target nll_i + sum_v u_v p_iv - u_target
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from atat_fast.errors import nearest
+from atat_fast.ops.linear_cross_entropy.slabs import (
+    CHUNK_BYTES_LOW,
+    Totals,
+    Wanted,
+    accumulation_dtype,
+    default_budget,
+    run_slabs,
+)
+from atat_fast.ops.processor import widens_bf16
+from atat_fast.ops.registry import (
+    Cost,
+    again,
+    as_ids,
+    autocast_dtype,
+    autocast_is_on,
+    backends,
+    choose_backend,
+    pull,
+    readable,
+    register,
+    transformed,
+    without_autocast,
+)
+
+REDUCTIONS = ("sum", "mean", "none")
+
+
+class RowStatistics(NamedTuple):
+    """What the row pass knows of each row's distribution, [R] fp32 each, detached; zeros for rows of weight 0."""
+
+    nll: Tensor
+    max_probability: Tensor
+    entropy: Tensor
+
+
+def linear_cross_entropy(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    *,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    forbidden: int | None = None,
+    rates: Tensor | None = None,
+    elapsed: Tensor | None = None,
+    ignore_index: int = -100,
+    label_smoothing: float = 0.0,
+    reduction: str = "sum",
+    return_nll: bool = False,
+    return_statistics: bool = False,
+    low_memory: bool = False,
+    chunk_bytes: int | None = None,
+    backend: str | None = None,
+) -> Any:
+    """Weighted cross-entropy of a linear head over the rows that count.
+
+    hidden:       [N, D] fp32, bf16 or fp64, rows of the final norm. Under autocast it is taken in autocast's dtype.
+    weight:       [V, D] fp32 or hidden's dtype; a master copy in fp32 is cast inside, and its gradient comes back in fp32.
+    target:       [N] integers, or [R] with rows.      token_weight: the same length, fp32, or None for ones; any sign.
+    bias:         [V] or None.                      rows: [R] integers, the rows of hidden that count, or None for all.
+    forbidden:    a vocabulary id whose probability is zero (the mask token): its row of dW is exactly 0.
+    rates:        [V] fp32 above 0, or None: at which rate each token of the vocabulary is revealed. A row's loss is then
+                  rates[target] nll + sum_v rates[v] p_v - rates[target], which for rates of 1 is nll.
+    elapsed:      [R] fp32, at least 0, or None for zeros: what rates are multiplied by and logits lowered by, -log t of a row.
+    ignore_index: a target that says its row does not count: its weight is 0.
+    label_smoothing: e in [0, 1]: a row's loss is (1 - e) nll + e mean_v(-log p_v), the mean over the ids that are not forbidden.
+                  Not with rates. It adds a gather of weight's rows [R, D], and V x D twice in the backward.
+    reduction:    "sum" gives the fp32 scalar sum_i w_i loss_i in nats, loss_i = nll_i without either of these; "mean" divides it
+                  by sum_i w_i, ignored rows left out, which without token_weight is the number of rows that count (NaN where
+                  none does, as torch has it); "none" gives the [R] fp32 vector of w_i loss_i.
+    return_nll:   also return the unweighted nll [R], detached and without smoothing.
+    return_statistics: also return `RowStatistics`.
+    low_memory:   for "sum" and "mean": hold nothing between forward and backward but the inputs, in slabs of 32 MB; the backward
+                  computes the logits again, a fourth product. Without it, gradients (V x D in fp32, R x D) are held.
+    chunk_bytes:  budget for a slab of logits; 64 MB on a CPU and 256 MB to 1 GB on a GPU, by its memory, where not said.
+    backend:      "cuda", "triton", "cpp" or "torch" for the row pass between the products; the fastest where not said.
+
+    Differentiable in hidden, weight, bias and token_weight; not in rates and elapsed. Second derivatives, forward mode and
+    torch.func form the whole matrix of logits. A row of weight 0 gives exact zeros whatever its logits; a weight or row that is
+    NaN, and a logit past the dtype's range, gives a loss of NaN, never a number that hides it.
+    Raises ValueError when shapes disagree, label_smoothing is out of range or beside rates, hidden is fp16 (its logits overflow
+    at 65,504), weight is a DTensor, or, on a CPU, a target is outside [0, V) or forbidden, or a row outside [0, N). A GPU is not
+    asked, which would wait for it: there a target outside gives NaN and a forbidden one inf, and with ATAT_FAST_DEBUG=1 a device
+    assertion names the fault.
+    """
+    hidden = hidden.to(autocast_dtype(hidden))
+    target, rows = as_ids("target", target), None if rows is None else as_ids("rows", rows)
+    _check_arguments(hidden, weight, target, bias, token_weight, rows, forbidden, reduction, label_smoothing, rates, elapsed)
+    token_weight = _counted(target, token_weight, ignore_index)
+    _check_values(hidden, weight, target, token_weight, rows, forbidden)
+    without = _FP64_ONLY if hidden.dtype is torch.float64 else ()
+    chosen = choose_backend("linear_cross_entropy", hidden.device, backend, without)
+    if chunk_bytes is None:
+        chunk_bytes = CHUNK_BYTES_LOW if low_memory else default_budget(hidden.device)
+    if reduction == "none" or low_memory or transformed():
+        if transformed():
+            hidden, rows = _counting(hidden, rows, token_weight), None
+        losses, apart, *known = _ROWS(
+            hidden, weight, target, bias, rows, forbidden, rates, elapsed, chunk_bytes, return_statistics, chosen
+        )
+        nll = losses if rates is None else apart
+        if token_weight is not None:  # the loss is masked before the product: 0 * NaN would reach the weight's gradient
+            empty = token_weight == 0
+            losses, nll = losses.masked_fill(empty, 0.0), nll.masked_fill(empty, 0.0)
+            known = [s.masked_fill(empty, 0.0) if return_statistics else s for s in known]
+        result = losses if token_weight is None else token_weight * losses
+        result = result if reduction == "none" else result.sum()
+    else:
+        track = torch.is_grad_enabled()
+        result, nll, *known = _SUM(
+            hidden, weight, target, bias, token_weight, rows, forbidden, rates, elapsed, chunk_bytes,
+            track and hidden.requires_grad, track and weight.requires_grad, track and bias is not None and bias.requires_grad,
+            return_statistics, chosen,
+        )[:4]  # fmt: skip
+    if label_smoothing:
+        lift = label_smoothing * _lift(hidden, weight, target, bias, token_weight, rows, forbidden)
+        lift = lift if token_weight is None else token_weight * lift
+        result = result + (lift if reduction == "none" else lift.sum())
+    if reduction == "mean":
+        result = result / (target.shape[0] if token_weight is None else token_weight.to(result.dtype).sum())
+    extras = ([nll.detach()] if return_nll else []) + (
+        [RowStatistics(nll.detach(), *(s.detach() for s in known))] if return_statistics else []
+    )
+    return (result, *extras) if extras else result
+
+
+def _counted(target: Tensor, token_weight: Tensor | None, ignore_index: int) -> Tensor | None:
+    """Token weights with 0 where the target says that the row does not count."""
+    ignored = target == ignore_index
+    if readable(target) and not bool(ignored.any()):
+        return token_weight
+    if token_weight is None:
+        return torch.where(ignored, 0.0, 1.0)
+    return token_weight.masked_fill(ignored, 0)
+
+
+def _counting(hidden: Tensor, rows: Tensor | None, token_weight: Tensor | None) -> Tensor:
+    """Rows that are named, with zeros for those of weight 0: what such a row holds must reach nothing."""
+    x = hidden if rows is None else hidden.index_select(0, rows)
+    return x if token_weight is None else x.masked_fill((token_weight == 0)[:, None], 0.0)
+
+
+def _lift(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
+    forbidden: int | None,
+) -> Tensor:  # fmt: skip
+    """z_target - mean_v z_v over the ids that are not forbidden, [R]: by how much mean_v(-log p_v) is above nll.
+
+    The mean of a row's logits is its product with the mean row of the head, so no logit is formed.
+    """
+    wide, vocabulary = accumulation_dtype(hidden), weight.shape[0]
+    share = torch.full((vocabulary,), 1 / max(1, vocabulary - (forbidden is not None)), dtype=wide, device=hidden.device)
+    if forbidden is not None:
+        share[forbidden] = 0.0
+    x = _counting(hidden, rows, token_weight)
+    if token_weight is not None:
+        empty = token_weight == 0
+        target = target.masked_fill(empty, 0)
+    with without_autocast(hidden):
+        head = weight.to(wide)
+        lift = (x.to(wide) * (F.embedding(target, head) - share @ head)).sum(1)
+        if bias is not None:
+            lift = lift + bias.to(wide)[target] - share @ bias.to(wide)
+    return lift if token_weight is None else lift.masked_fill(empty, 0.0)
+
+
+_FP64_ONLY = tuple((name, "hidden is float64, which only PyTorch computes") for name in ("cuda", "triton", "cpp"))
+
+
+def _check_arguments(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
+    forbidden: int | None, reduction: str, label_smoothing: float, rates: Tensor | None, elapsed: Tensor | None,
+) -> None:  # fmt: skip
+    if reduction not in REDUCTIONS:
+        raise ValueError(f"reduction {reduction!r} is unknown{nearest(reduction, REDUCTIONS)}; choose {', '.join(REDUCTIONS)}")
+    if not 0.0 <= label_smoothing <= 1.0:
+        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
+    if label_smoothing and rates is not None:
+        raise ValueError("label_smoothing is not defined with rates, whose loss is no cross-entropy; leave one of them out")
+    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
+        raise ValueError(f"hidden must be [N, D] and weight [V, D]; got {tuple(hidden.shape)} and {tuple(weight.shape)}")
+    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
+        here = ", which autocast makes it" if autocast_is_on(hidden) else ""
+        raise ValueError(f"hidden is {hidden.dtype}{here}; pass bfloat16 or float32 (float16 logits overflow at 65,504)")
+    if type(weight).__name__ == "DTensor":
+        raise ValueError("weight is a DTensor; pass weight.full_tensor(), gathered once for forward and backward")
+    vocabulary, count = weight.shape[0], (hidden if rows is None else rows).shape[0]
+    if elapsed is not None and rates is None:
+        raise ValueError("elapsed is given without rates, which it multiplies; pass rates, or leave elapsed out")
+    for name, tensor, length in (
+        ("target", target, count), ("token_weight", token_weight, count), ("bias", bias, vocabulary),
+        ("rates", rates, vocabulary), ("elapsed", elapsed, count),
+    ):  # fmt: skip
+        if tensor is not None and tuple(tensor.shape) != (length,):
+            raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
+    for name, tensor in (
+        ("weight", weight), ("target", target), ("bias", bias), ("token_weight", token_weight), ("rows", rows), ("rates", rates),
+        ("elapsed", elapsed),
+    ):  # fmt: skip
+        if tensor is not None and tensor.device != hidden.device:
+            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; move one of them")
+    for name, tensor in (("rates", rates), ("elapsed", elapsed)):
+        if tensor is not None and tensor.requires_grad:
+            raise ValueError(f"{name} requires a gradient, and there is none for it; pass {name}.detach()")
+    if forbidden is not None and not 0 <= forbidden < vocabulary:
+        raise ValueError(f"forbidden is {forbidden}, outside the vocabulary of {vocabulary}")
+
+
+def _check_values(
+    hidden: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor | None, rows: Tensor | None, forbidden: int | None
+) -> None:
+    """Raise ValueError for ids out of range, where looking is free, or hand the question to a GPU that is being debugged."""
+    vocabulary = weight.shape[0]
+    if readable(hidden):
+        if token_weight is not None:  # a row of weight 0 counts for nothing, whatever its target is: -100, say
+            target = target[token_weight != 0]
+        _check_ids("target has id", target, vocabulary, "the vocabulary of")
+        if rows is not None:
+            _check_ids("rows has", rows, hidden.shape[0], "hidden's rows, of which there are")
+        if forbidden is not None and bool((target == forbidden).any()):
+            raise ValueError(f"target has the forbidden id {forbidden}: its loss would be infinite")
+    elif os.environ.get("ATAT_FAST_DEBUG") == "1" and hidden.is_cuda and not (torch.compiler.is_compiling() or transformed()):
+        valid = (target >= 0) & (target < vocabulary)
+        valid = valid if forbidden is None else valid & (target != forbidden)
+        valid = valid if token_weight is None else valid | (token_weight == 0)
+        torch._assert_async(valid.all(), f"a target is outside the vocabulary of {vocabulary}, or the forbidden id {forbidden}")
+
+
+def _check_ids(name: str, ids: Tensor, limit: int, of: str) -> None:
+    if ids.numel():
+        low, high = (int(v) for v in torch.aminmax(ids))
+        if low < 0 or high >= limit:
+            raise ValueError(f"{name} {low if low < 0 else high}, outside {of} {limit}")
+
+
+def linear_cross_entropy_reference(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, token_weight: Tensor | None = None,
+    rows: Tensor | None = None, forbidden: int | None = None, rates: Tensor | None = None, elapsed: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """The specification: w_i loss_i for each row, through the whole matrix of logits, differentiable as often as wanted."""
+    logits = F.linear(hidden if rows is None else hidden[rows], weight, bias)
+    loss = _losses(logits, target, forbidden, rates, elapsed)[0]
+    return loss if token_weight is None else token_weight * loss
+
+
+def _losses(
+    logits: Tensor, target: Tensor, forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Loss and nll of each row, and log p."""
+    if forbidden is not None:
+        logits = logits.index_fill(1, torch.tensor([forbidden], device=logits.device), -torch.inf)
+    if rates is not None and elapsed is not None:
+        logits = logits - elapsed[:, None] * rates
+    log_p = torch.log_softmax(logits, dim=1)
+    loss = nll = -log_p.gather(1, target[:, None])[:, 0]
+    if rates is not None:
+        loss = rates[target] * nll + (log_p.exp() * rates).sum(1) - rates[target]
+    return loss, nll, log_p
+
+
+def _rows_plain(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
+    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int = 0, statistics: bool = False, backend: str = "torch",
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """linear_cross_entropy_rows in PyTorch's own steps: the products in hidden's dtype, the rest in fp32 or fp64."""
+    wide = accumulation_dtype(hidden)
+    with without_autocast(hidden):
+        x = hidden if rows is None else hidden.index_select(0, rows)
+        logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(wide)
+        rates, elapsed = (None if t is None else t.to(wide) for t in (rates, elapsed))
+        # A target of -100 is that of a row of weight 0, whose loss the caller takes out.
+        losses, nll, log_p = _losses(logits, target.clamp(0, weight.shape[0] - 1), forbidden, rates, elapsed)
+        largest, entropy = (log_p.amax(1).exp(), torch.special.entr(log_p.exp()).sum(1)) if statistics else (nll[:0], nll[:0])
+    return losses, nll if rates is not None else nll[:0], largest, entropy
+
+
+def _sum(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
+    forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool,
+    need_bias: bool, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss and what is known of each row, and where needed the gradients of the weighted sum; with rates, each row's loss."""
+    wanted = Wanted(need_hidden, need_weight, need_bias, statistics)
+    out = run_slabs(
+        hidden, weight, target, bias, token_weight, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed
+    )  # fmt: skip
+    losses = _row_losses(out, target, rates)
+    weighted = losses if token_weight is None else losses * token_weight
+    loss = weighted.sum(dtype=torch.float64).to(out.nll.dtype)
+    apart = out.velocity if rates is None else losses
+    return loss, out.nll, out.max_probability, out.entropy, out.hidden, out.weight, out.bias, apart
+
+
+def _row_losses(out: Totals, target: Tensor, rates: Tensor | None) -> Tensor:
+    """nll, or with rates u_target nll + velocity. A target outside has no rate, and a nll and velocity that are NaN or 0."""
+    if rates is None:
+        return out.nll
+    own = rates.to(out.nll.dtype)[target.clamp(0, len(rates) - 1)]
+    return torch.addcmul(out.velocity, own, out.nll)
+
+
+def _sum_fake(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
+    forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool,
+    need_bias: bool, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out = _totals_fake(hidden, weight, target.shape[0], Wanted(need_hidden, need_weight, need_bias, statistics), rates)
+    loss = hidden.new_empty((), dtype=out.nll.dtype)
+    return loss, out.nll, out.max_probability, out.entropy, out.hidden, out.weight, out.bias, out.velocity
+
+
+def _totals_fake(hidden: Tensor, weight: Tensor, count: int, wanted: Wanted, rates: Tensor | None = None) -> Totals:
+    wide = accumulation_dtype(hidden)
+    vocabulary, width = weight.shape
+    statistics = count if wanted.statistics else 0
+    return Totals(
+        nll=hidden.new_empty(count, dtype=wide),
+        max_probability=hidden.new_empty(statistics, dtype=wide),
+        entropy=hidden.new_empty(statistics, dtype=wide),
+        velocity=hidden.new_empty(0 if rates is None else count, dtype=wide),
+        hidden=hidden.new_empty((count if wanted.hidden else 0, width), dtype=wide if widens_bf16(hidden) else hidden.dtype),
+        weight=hidden.new_empty((vocabulary if wanted.weight else 0, width), dtype=wide),
+        bias=hidden.new_empty(vocabulary if wanted.bias else 0, dtype=wide),
+    )
+
+
+def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, target, bias, token_weight, rows, ctx.forbidden, rates, elapsed, *_ = inputs
+    _, nll, _, _, dhidden, dweight, dbias, losses = output
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)  # the gradient outputs have no upstream; zeros for them would cost V * D a step
+    ctx.save_for_backward(
+        nll if rates is None else losses,
+        dhidden,
+        dweight,
+        dbias,
+        rows,
+        hidden,
+        weight,
+        target,
+        bias,
+        token_weight,
+        rates,
+        elapsed,
+    )
+    ctx.needed = inputs[10:13]
+
+
+def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    none: tuple[Any, ...] = (None,) * 15
+    if grad is None:
+        return none
+    nll, dhidden, dweight, dbias, rows, hidden, weight, target, bias, token_weight, rates, elapsed = ctx.saved_tensors
+    if again():
+        inputs = (hidden, weight, target, bias, token_weight, rows, ctx.forbidden, rates, elapsed)
+        return *pull(_sum_plain, inputs, grad), *none[9:]
+    dh, dw, db, dnll = torch.ops.atat_fast.linear_cross_entropy_scale(grad, dhidden, dweight, dbias, nll, rows, hidden.shape[0])
+    need_hidden, need_weight, need_bias = ctx.needed
+    return (
+        dh.to(hidden.dtype) if need_hidden else None,
+        dw.to(weight.dtype) if need_weight else None,
+        None,
+        db.to(bias.dtype) if need_bias else None,
+        None if token_weight is None else dnll.to(token_weight.dtype),
+        *none[5:],
+    )
+
+
+def _sum_plain(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
+    forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None,
+) -> Tensor:  # fmt: skip
+    """The weighted sum in PyTorch's own steps."""
+    x = _counting(hidden, rows, token_weight)
+    losses = _rows_plain(x, weight, target, bias, None, forbidden, rates, elapsed)[0]
+    return losses.sum() if token_weight is None else (token_weight * losses.masked_fill(token_weight == 0, 0.0)).sum()
+
+
+def _scale(
+    grad: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, nll: Tensor, rows: Tensor | None, num_hidden: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    wide = accumulation_dtype(dhidden)  # an upstream of 1 / 769 in bf16 would scale every gradient by 1.002
+    scaled = _scatter((dhidden.to(wide) * grad.to(wide)).to(dhidden.dtype), rows, num_hidden)
+    return scaled, dweight * grad, dbias * grad, nll * grad
+
+
+def _scatter(dhidden: Tensor, rows: Tensor | None, num_hidden: int) -> Tensor:
+    """Gradients of the rows that count to gradients of all rows: zeros elsewhere, sums where a row is listed twice."""
+    if rows is None:
+        return dhidden
+    total = dhidden.new_zeros((num_hidden, dhidden.shape[1]))
+    return total.index_add_(0, rows, dhidden) if dhidden.shape[0] else total
+
+
+def _scale_fake(
+    grad: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, nll: Tensor, rows: Tensor | None, num_hidden: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dh = torch.empty_like(dhidden) if rows is None else dhidden.new_empty((num_hidden, dhidden.shape[1]))
+    return dh, torch.empty_like(dweight), torch.empty_like(dbias), torch.empty_like(nll)
+
+
+def _rows(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
+    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    """Loss of each row, its nll where that is something else, and what else is known; one product, no buffer for gradients."""
+    wanted = Wanted(statistics=statistics)
+    out = run_slabs(hidden, weight, target, bias, None, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed)
+    nll = out.velocity if rates is None else out.nll
+    return _row_losses(out, target, rates), nll, out.max_probability, out.entropy
+
+
+def _rows_fake(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
+    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, statistics: bool, backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    out = _totals_fake(hidden, weight, target.shape[0], Wanted(statistics=statistics), rates)
+    return out.nll, out.velocity, out.max_probability, out.entropy
+
+
+def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    hidden, weight, target, bias, rows, forbidden, rates, elapsed, chunk_bytes, _, backend = inputs
+    ctx.mark_non_differentiable(*output[1:])
+    ctx.set_materialize_grads(False)
+    ctx.save_for_backward(hidden, weight, target, bias, rows, rates, elapsed)
+    ctx.forbidden, ctx.chunk_bytes, ctx.backend = forbidden, chunk_bytes, backend
+
+
+def _rows_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
+    none: tuple[Any, ...] = (None,) * 11
+    if grad is None:
+        return none
+    hidden, weight, target, bias, rows, rates, elapsed = ctx.saved_tensors
+    if again():
+        inputs = (hidden, weight, target, bias, rows, ctx.forbidden, rates, elapsed)
+        return *pull(lambda *given: _rows_plain(*given)[0], inputs, grad), *none[8:]
+    need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
+    dh, dw, db = torch.ops.atat_fast.linear_cross_entropy_rows_backward(
+        grad, hidden, weight, target, bias, rows, ctx.forbidden, rates, elapsed, ctx.chunk_bytes, need_hidden, need_weight,
+        need_bias, ctx.backend,
+    )  # fmt: skip
+    return (
+        dh if need_hidden else None,
+        dw.to(weight.dtype) if need_weight else None,
+        None,
+        db.to(bias.dtype) if need_bias else None,
+        *none[4:],
+    )
+
+
+def _rows_grad(
+    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
+    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """An upstream vector is a token weight: the weighted sum's gradients are this form's backward."""
+    wanted = Wanted(need_hidden, need_weight, need_bias)
+    out = run_slabs(hidden, weight, target, bias, grad, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed)
+    dhidden = _scatter(out.hidden, rows, hidden.shape[0]) if need_hidden else out.hidden
+    return dhidden.to(hidden.dtype), out.weight, out.bias
+
+
+def _rows_grad_fake(
+    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
+    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    out = _totals_fake(hidden, weight, target.shape[0], Wanted(need_hidden, need_weight, need_bias))
+    return hidden.new_empty((hidden.shape[0] if need_hidden else 0, hidden.shape[1])), out.weight, out.bias
+
+
+backends("linear_cross_entropy", cuda=_sum, triton=_sum, cpp=_sum, torch=_sum)
+_SUM = register(
+    "linear_cross_entropy_sum(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? token_weight, Tensor? rows, "
+    "int? forbidden, Tensor? rates, Tensor? elapsed, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias, "
+    "bool statistics, str backend) -> (Tensor loss, Tensor nll, Tensor max_probability, Tensor entropy, Tensor dhidden, "
+    "Tensor dweight, Tensor dbias, Tensor losses)",
+    _sum,
+    _sum_fake,
+    backward=_sum_backward,
+    setup=_sum_setup,
+)
+register(
+    "linear_cross_entropy_scale(Tensor grad, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor nll, Tensor? rows, "
+    "SymInt num_hidden) -> (Tensor, Tensor, Tensor, Tensor)",
+    _scale,
+    _scale_fake,
+)
+_ROWS = register(
+    "linear_cross_entropy_rows(Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? rows, int? forbidden, "
+    "Tensor? rates, Tensor? elapsed, int chunk_bytes, bool statistics, str backend) "
+    "-> (Tensor losses, Tensor nll, Tensor max_probability, Tensor entropy)",
+    _rows,
+    _rows_fake,
+    backward=_rows_backward,
+    setup=_rows_setup,
+    plain=_rows_plain,
+)
+register(
+    "linear_cross_entropy_rows_backward(Tensor grad, Tensor hidden, Tensor weight, Tensor target, Tensor? bias, Tensor? rows, "
+    "int? forbidden, Tensor? rates, Tensor? elapsed, int chunk_bytes, bool need_hidden, bool need_weight, bool need_bias, "
+    "str backend) -> (Tensor, Tensor, Tensor)",
+    _rows_grad,
+    _rows_grad_fake,
+)
+
+
+def linear_cross_entropy_cost(
+    rows: int, width: int, vocabulary: int, *, element_size: int = 2, backward: bool = True, recompute: bool = False
+) -> Cost:
+    """One product forward, two more for gradients, a fourth where logits are recomputed. Bytes: the slab is written by the
+    product, read and rewritten by the row pass, and read by the two gradient products; the weight's fp32 gradient is written.
+    """
+    products = (1 + 2 * backward) + (backward and recompute)
+    slab = rows * vocabulary * element_size
+    passes = 2 + (3 if backward else 0) + (2 if backward and recompute else 0)
+    edges = (rows * width + vocabulary * width) * element_size
+    return Cost(
+        flops=2 * products * rows * width * vocabulary,
+        bytes=slab * passes + edges * products + (4 * vocabulary * width if backward else 0),
+    )

@@ -1,0 +1,204 @@
+"""The engine of linear_cross_entropy: slabs of logits that become their own gradient and are multiplied away.
+
+A slab is some of the rows that count, times the whole vocabulary, inside a byte budget. One product makes its logits, the row
+pass (row_pass.py) turns them into the gradient of the weighted sum in place, and two more products add it to dX and
+dW. Logits, the slab's gradient and the gathered rows live in buffers made once; dW is fp32 and the first slab writes it, so that
+nothing is filled with zeros. No step waits for the device.
+
+On a GPU the vocabulary is padded to a multiple of 128 with columns whose bias is -inf, as is that of the forbidden column: their
+probability, gradient, rows of dW and entries of dbias are exactly 0, no kernel has a branch for them, and any V has aligned rows.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atat_fast.ops.linear_cross_entropy.row_pass import cross_entropy_
+from atat_fast.ops.processor import widens_bf16
+
+CHUNK_BYTES_GPU = 256 << 20
+CHUNK_BYTES_CPU = 64 << 20
+CHUNK_BYTES_LOW = 32 << 20
+"""Budgets of a slab: on a GPU at least, on a CPU, and in low_memory mode; `default_budget` says what a larger GPU takes."""
+
+PADDED = 128
+
+
+@torch.compiler.assume_constant_result
+def default_budget(device: torch.device) -> int:
+    """Bytes of a slab where the caller does not say: 64 MB on a CPU, and on a GPU the power of two up to a 64th of its memory,
+    from 256 MB (24 GB) to 1 GB (80 GB). Fewer and larger products are faster: docs/notes/gpu.md has the sweep.
+    """
+    return _budget(device)
+
+
+@functools.cache
+def _budget(device: torch.device) -> int:
+    if device.type == "cpu":
+        return CHUNK_BYTES_CPU
+    if device.type != "cuda" or not torch.cuda.is_available():
+        return CHUNK_BYTES_GPU
+    share = torch.cuda.get_device_properties(device).total_memory // 64
+    return min(1 << 30, max(CHUNK_BYTES_GPU, 1 << (share.bit_length() - 1)))
+
+
+@dataclass
+class Totals:
+    """What slabs add up to. Statistics are empty where they were not asked for, gradients where they were not needed."""
+
+    nll: Tensor  # [R]
+    max_probability: Tensor  # [R] or [0]
+    entropy: Tensor  # [R] or [0]
+    velocity: Tensor  # [R], or [0] without rates
+    hidden: Tensor  # [R, D], gradient for the rows that count, of the dtype its product is made in
+    weight: Tensor  # [V, D] fp32
+    bias: Tensor  # [V] fp32
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """Which outputs a call makes beyond nll."""
+
+    hidden: bool = False
+    weight: bool = False
+    bias: bool = False
+    statistics: bool = False
+
+    @property
+    def gradient(self) -> bool:
+        """Whether slabs become gradients at all; else one product and no buffers for them."""
+        return self.hidden or self.weight or self.bias
+
+
+def accumulation_dtype(hidden: Tensor) -> torch.dtype:
+    """fp32, and fp64 for fp64 inputs."""
+    return torch.float64 if hidden.dtype is torch.float64 else torch.float32
+
+
+def most_rows(chunk_bytes: int, vocabulary: int, element_size: int, *, multiple: int) -> int:
+    """Rows that a budget allows, never a function of D: a multiple of `multiple`, and at least that whatever the budget."""
+    return max(multiple, chunk_bytes // max(1, vocabulary * element_size) // multiple * multiple)
+
+
+def rows_per_slab(chunk_bytes: int, vocabulary: int, element_size: int, count: int, *, multiple: int) -> int:
+    """Rows a slab holds: equal over as few slabs as the budget allows, so that none is a sliver; a multiple of `multiple`."""
+    most = most_rows(chunk_bytes, vocabulary, element_size, multiple=multiple)
+    slabs = max(1, -(-count // most))
+    equal = -(-count // slabs)
+    return max(1, -(-equal // multiple) * multiple)
+
+
+def new_slab(hidden: Tensor, columns: int, count: int, chunk_bytes: int, *, multiple: int) -> Tensor:
+    """The buffer for slabs of `count` rows. Counts change from step to step, and buffers of as many sizes would leave holes in a
+    GPU's memory: there is one size for all counts that need several slabs, and one for each power of two below.
+    """
+    most = most_rows(chunk_bytes, columns, hidden.element_size(), multiple=multiple)
+    rounded = 1 << max(0, count - 1).bit_length()
+    return hidden.new_empty((min(most, rounded) if count else 0, columns))
+
+
+def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, forbidden: int | None) -> tuple[Tensor, Tensor | None]:
+    """The head in hidden's dtype: weight [V', D] and bias [V'] or None, where V' >= V is padded on a GPU."""
+    vocabulary, width = weight.shape
+    on_gpu = hidden.device.type == "cuda"
+    columns = -(-vocabulary // PADDED) * PADDED if on_gpu else vocabulary
+    if columns == vocabulary or (weight.dtype is hidden.dtype and vocabulary % 8 == 0):
+        columns = vocabulary
+        w = weight.to(hidden.dtype).contiguous()
+    else:
+        w = hidden.new_empty((columns, width))
+        w[:vocabulary].copy_(weight)
+        w[vocabulary:].zero_()
+    if bias is None and forbidden is None and columns == vocabulary:
+        return w, None
+    b = hidden.new_zeros(columns)
+    if bias is not None:
+        b[:vocabulary].copy_(bias)
+    b[vocabulary:].fill_(-torch.inf)
+    if forbidden is not None:
+        b[forbidden : forbidden + 1].fill_(-torch.inf)
+    return w, b
+
+
+def run_slabs(
+    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
+    forbidden: int | None, chunk_bytes: int, wanted: Wanted, backend: str, rates: Tensor | None = None,
+    elapsed: Tensor | None = None,
+) -> Totals:  # fmt: skip
+    """Every slab. Arguments are linear_cross_entropy's; gradients are those of sum(token_weight * nll), or with rates of
+    sum(token_weight * (rates[target] * nll + velocity)).
+    """
+    if widens_bf16(hidden):  # the products are fp32's, of a head that is not rounded to bf16
+        with torch.autocast("cpu", enabled=False):
+            return run_slabs(
+                hidden.float(), weight, target, bias, token_weight, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed
+            )  # fmt: skip
+    wide = accumulation_dtype(hidden)
+    count, (vocabulary, width) = target.shape[0], weight.shape
+    w, b = head_of(hidden, weight, bias, forbidden)
+    columns = w.shape[0]
+    multiple = PADDED if hidden.device.type == "cuda" else 16
+    step = rows_per_slab(chunk_bytes, columns, hidden.element_size(), count, multiple=multiple)
+    exact = None if wide is hidden.dtype else w[:vocabulary]
+    if columns != vocabulary:  # a target among the padding is as wrong as one beyond it
+        target = torch.where(target < vocabulary, target, -1)
+
+    statistics = count if wanted.statistics else 0
+    out = Totals(
+        nll=hidden.new_empty(count, dtype=wide),
+        max_probability=hidden.new_empty(statistics, dtype=wide),
+        entropy=hidden.new_empty(statistics, dtype=wide),
+        velocity=hidden.new_empty(0 if rates is None else count, dtype=wide),
+        hidden=hidden.new_empty((count if wanted.hidden else 0, width)),
+        weight=hidden.new_empty((columns if wanted.weight else 0, width), dtype=wide),
+        bias=hidden.new_zeros(columns if wanted.bias else 0, dtype=wide),
+    )
+    if count == 0:
+        out.weight.zero_()
+    if token_weight is not None:
+        token_weight = token_weight.to(wide).contiguous()
+    if rates is not None:
+        rates, unpadded = hidden.new_zeros(columns, dtype=wide), rates
+        rates[:vocabulary].copy_(unpadded)
+        elapsed = None if elapsed is None else elapsed.to(wide).contiguous()
+    slab = new_slab(hidden, columns, count, chunk_bytes, multiple=multiple)
+    for start in range(0, count, step):
+        part = slice(start, min(start + step, count))
+        x = hidden[part] if rows is None else hidden.index_select(0, rows[part])
+        scale = None if token_weight is None else token_weight[part]
+        if scale is not None:  # an infinite or NaN row of weight 0 must not leak through 0 * inf in the product that makes dW
+            x = torch.where(scale[:, None] == 0, 0.0, x)
+        x = x.contiguous()
+        z = slab[: x.shape[0]]
+        if b is None:
+            torch.mm(x, w.t(), out=z)
+        else:
+            torch.addmm(b, x, w.t(), out=z)
+        cross_entropy_(
+            z, target[part].contiguous(), scale, None if exact is None else x, exact, b, wanted.gradient, out.nll[part],
+            out.max_probability[part] if wanted.statistics else None,
+            out.entropy[part] if wanted.statistics else None, out.bias if wanted.bias else None, rates,
+            None if rates is None or elapsed is None else elapsed[part], None if rates is None else out.velocity[part], backend,
+        )  # fmt: skip
+        if wanted.hidden:
+            torch.mm(z, w, out=out.hidden[part])
+        if wanted.weight:
+            _add_product(out.weight, z, x, first=start == 0)
+    out.weight, out.bias = out.weight[:vocabulary], out.bias[:vocabulary]
+    return out
+
+
+def _add_product(total: Tensor, z: Tensor, x: Tensor, *, first: bool) -> None:
+    """total += z^T x, in total's dtype; the first slab writes instead."""
+    if z.dtype is total.dtype:
+        torch.addmm(total, z.t(), x, beta=0 if first else 1, out=total)
+    elif z.device.type == "cuda":  # bf16 products summed in fp32 and kept so: no temporary, no cast
+        torch.addmm(total, z.t(), x, out_dtype=total.dtype, beta=0 if first else 1, out=total)
+    elif first:
+        total.copy_(torch.mm(z.t(), x))
+    else:
+        total.add_(torch.mm(z.t(), x))

@@ -1,0 +1,297 @@
+"""From masks to text: the reverse process, with any tokens held fixed. The interface and the loop.
+
+A sampler is a policy (sampling/reveal.py, sampling/remask.py) that says which positions each step reveals; what they become is
+a draw from the model's distribution there (sampling/categorical.py), in which the mask token has chance 0. How many rows every
+step touches is known on the host before the first: nothing waits for the device, and behind the last attention the model runs on
+those rows alone. docs/sampling.md says what each sampler's law is and where it comes from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from atat_fast.errors import UsageError, check_seed, nearest
+from atat_fast.ops.attention import Documents
+from atat_fast.sampling.categorical import Cut, make_drawer
+from atat_fast.sampling.graphs import Replay, rounded_up
+from atat_fast.sampling.remask import REMASKING, Remasked, RemaskedByConfidence
+from atat_fast.sampling.reveal import (
+    POSITIONS,
+    ByCertainty,
+    ByImportance,
+    Canvas,
+    ImportanceScores,
+    Planned,
+    Policy,
+    Sizes,
+    ancestral_times,
+    first_hitting_times,
+)
+
+BY_CERTAINTY = ("confidence", "entropy", "margin")
+SAMPLERS = ("ddpm_cache", "ancestral", "first_hitting", *BY_CERTAINTY, "importance", *REMASKING)
+"""Every sampler's name."""
+
+MOST_STEPS = 1_000_000
+
+OnStep = Callable[[int, Tensor], None]
+
+
+class Denoiser(Protocol):
+    """What a sampler needs of a model. A DiT has more: `output_head()`, with which drawn rows need no logits in memory;
+    `time_conditioning`, `vocab_size` and `config.length`, which are read where they exist; and `documents=` of `features`, needed
+    where sequences have lengths of their own.
+    """
+
+    mask_id: int
+
+    def features(self, tokens: Tensor, hidden_share: Tensor | None = None, *, rows: Tensor | None = None) -> Tensor:
+        """[B, L] ids to what the head reads: [R, D] at rows, flat indices b * L + i, or [B * L, D]."""
+
+    def logits(self, features: Tensor) -> Tensor:
+        """[R, D] rows to [R, V] logits, -inf at the mask token."""
+
+
+@torch.no_grad()
+def sample(
+    model: Denoiser,
+    tokens: Tensor,
+    *,
+    steps: int = 128,
+    sampler: str = "ddpm_cache",
+    temperature: float = 1.0,
+    top_k: int = 0,
+    top_p: float = 1.0,
+    seed: int = 0,
+    sample_ids: Tensor | None = None,
+    lengths: Tensor | None = None,
+    block: int = 0,
+    importance: ImportanceScores | None = None,
+    tilt: float = 2.0,
+    eta: float | None = None,
+    stop_at: int | None = None,
+    graphs: bool | None = None,
+    on_step: OnStep | None = None,
+) -> Tensor:
+    """Fill every mask token of `tokens`; all other tokens stay as they are.
+
+    tokens:      [B, L] int64 on the model's device, the model's mask_id wherever something is to be filled in.
+    steps:       denoising steps, of each block where there are blocks. A step that reveals nothing costs nothing.
+    sampler:     a name of SAMPLERS. ddpm_cache and ancestral are one law; ddpm_cache is refused for a model that is told the
+                 time.
+    temperature, top_k, top_p: see `Cut`. They say what a position becomes; which positions are revealed when is the sampler's
+                 law at every temperature. At 0 that law is all that is left to chance.
+    sample_ids:  [B] int64 names of the samples in the random stream; 0 .. B - 1 by default. A sample is a function of the model,
+                 seed, its name and its own tokens: not of the batch it is drawn in (up to how the model's products round).
+    lengths:     [B] tokens of each sequence; what follows is padding, which comes back as it is and is not attended to.
+    block:       fill this many positions at a time, from left to right, each block given all before it; text may then be longer
+                 than the model's length L, and a block sees the L tokens that end with it. 0 fills everything at once.
+    importance:  (tokens [B, L], hidden share [B]) -> scores [B, L] in [0, 1], for sampler importance;   tilt: its odds are
+                 exp(-tilt * score). `ImportanceEstimator.scorer(model)` makes one.
+    eta:         how much the remasking samplers hide again; see sampling/remask.py. None is the sampler's usual.
+    stop_at:     the id that ends a text (tokenizer.eos_id). Behind a sequence's last given token, all that follows its first
+                 stop_at becomes stop_at too, and blocks that would fill nothing else are left out. What comes before is what it
+                 is without stop_at; `cut_at_end` takes the rest off.
+    graphs:      replay steps as CUDA graphs. None: on a GPU, where the model says it can (`graph_safe`).
+    on_step:     called with (step, tokens) after each step that changed something, and after what stop_at changed, for showing
+                 progress. The tensor changes with the next step: clone what is to be kept. It has padding where blocks are
+                 shorter than the text.
+
+    Returns [B, L] with no mask token before each sequence's length. Raises UsageError for options that mean nothing, ids outside
+    the vocabulary, text longer than the model takes, and a model whose logits are no numbers.
+    """
+    cut = Cut(temperature, top_k, top_p)
+    _check(model, tokens, steps, sampler, cut, block, importance, eta, lengths, stop_at, seed)
+    batch, length = tokens.shape
+    ids = torch.arange(batch) if sample_ids is None else sample_ids.cpu()
+    names = ids[:, None] * POSITIONS + torch.arange(length)
+    inside = torch.arange(length) < (torch.full((batch,), length) if lengths is None else lengths.cpu())[:, None]
+    host = tokens.cpu()
+    fill = (host == model.mask_id) & inside
+    _check_ids(model, host)
+    given = ((~fill & inside) * torch.arange(1, length + 1)).amax(1) if length else torch.zeros(batch)  # ends of what is given
+    settings = {"steps": steps, "sampler": sampler, "importance": importance, "tilt": tilt, "eta": eta}
+    if graphs is None:
+        graphs = tokens.device.type == "cuda" and bool(getattr(model, "graph_safe", False))
+
+    out = tokens.clone()
+    longest = _longest(model) or length
+    for number, start in enumerate(range(0, length, block) if block else (0,)):
+        end = start + block if block else length
+        first = max(0, end - longest)
+        window = slice(first, min(first + longest, length)) if block else slice(0, length)
+        here = fill[:, window].clone()
+        here[:, : start - first] = False
+        here[:, end - first :] = False
+        if not here.any():
+            continue
+        canvas = Canvas(out[:, window], here, names[:, window], model.mask_id, seed)
+
+        def tell(step: int, canvas: Canvas = canvas, window: slice = window, offset: int = number * steps) -> None:
+            out[:, window] = canvas.tokens
+            if on_step is not None:
+                on_step(offset + step, out)
+
+        _fill(model, canvas, inside[:, window].sum(1) if lengths is not None else None, cut, settings, graphs, tell)
+        out[:, window] = canvas.tokens
+        if bool(canvas.failed):
+            raise UsageError("the model's logits are not numbers (NaN, or all of them -inf); its weights have diverged")
+        if stop_at is not None:
+            rest = _after_the_end(out[:, :end].cpu() == stop_at, given, fill)
+            fill &= ~rest  # no later block fills what an end has settled
+            if rest.any():
+                out.masked_fill_(rest.to(out.device), stop_at)
+                if on_step is not None:
+                    on_step(number * steps + steps - 1, out)
+    return out
+
+
+def _after_the_end(ends: Tensor, given: Tensor, fill: Tensor) -> Tensor:
+    """[B, L] bool: what is still to be filled behind the first end of each sequence that lies past its last given token.
+
+    ends: [B, E] where an end is, as far as the text is finished.   given: [B] ends of what is given.   fill: [B, L].
+    """
+    places = torch.arange(ends.shape[1])
+    past = ends & (places >= given[:, None])
+    first = torch.where(past, places, fill.shape[1]).amin(1)
+    return fill & (torch.arange(fill.shape[1]) > first[:, None])
+
+
+def cut_at_end(ids: Sequence[int], prompt_length: int, eos_id: int) -> list[int]:
+    """The ids before the first eos_id at or behind `prompt_length`, or all of them where there is none.
+
+    prompt_length: how many ids belong to the prompt, whose own ends are no end of what was written. Where a text was filled in
+    between given tokens it is the place behind the last of them, so that nothing given is lost.
+    """
+    ids = list(ids)
+    return ids[: ids.index(eos_id, prompt_length)] if eos_id in ids[prompt_length:] else ids
+
+
+def check_steps(name: str, steps: int) -> None:
+    """Raise UsageError for a number of denoising steps that means nothing. name: of the setting."""
+    if steps < 1:
+        raise UsageError(f"{name} must be at least 1, got {steps}")
+    if steps > MOST_STEPS:
+        raise UsageError(f"{name} is {steps:,}, and a text needs no more than it has tokens; give at most {MOST_STEPS:,}")
+
+
+def _fill(
+    model: Any, canvas: Canvas, lengths: Tensor | None, cut: Cut, settings: dict[str, Any], graphs: bool,
+    tell: Callable[[int], None],
+) -> None:  # fmt: skip
+    """Run one canvas to its end."""
+    told_the_time = bool(getattr(model, "time_conditioning", False))
+    more: dict[str, Any] = {}
+    inside = None
+    if lengths is not None and bool((lengths < canvas.shape[1]).any()):
+        inside = lengths.to(canvas.device)
+        padding = torch.arange(canvas.shape[1], device=canvas.device) >= inside[:, None]
+        more["documents"] = Documents(padding.to(torch.int32), -(-2 * canvas.shape[0] // 64) * 64)
+    policy = make_policy(model, canvas, inside=inside, **settings)
+    draw = make_drawer(model, cut, canvas.seed)
+    last = canvas.bin - 1
+
+    def advance(sizes: Sizes) -> None:
+        again = policy.again(canvas, sizes) if sizes.hidden_again else None
+        if sizes.revealed:
+            share = policy.clock(canvas) if told_the_time else None
+            rows = policy.before(canvas, sizes)
+            if rows is None:
+                looked_at = canvas.rows_of(canvas.hidden(), sizes.looked_at)
+                features = model.features(canvas.tokens, share, rows=looked_at.clamp(max=last), **more)
+                rows = policy.after(canvas, features, looked_at, sizes)
+                place = torch.zeros(canvas.bin + 1, dtype=torch.int64, device=canvas.device)
+                place.index_copy_(0, looked_at, torch.arange(sizes.looked_at, device=canvas.device))
+                features = features[place[rows]]
+            else:
+                features = model.features(canvas.tokens, share, rows=rows.clamp(max=last), **more)
+            drawn = draw(features, canvas.names[rows], canvas.step)
+            canvas.failed.logical_or_((drawn < 0).any())
+            drawn = drawn.clamp(min=0)
+            canvas.write(rows, drawn)
+            policy.wrote(canvas, rows, features, drawn)
+        if again is not None:
+            canvas.flat.index_fill_(0, again, canvas.mask_id)
+
+    run = Replay(advance) if graphs else advance
+    for step, sizes in enumerate(policy.sizes):
+        if not (sizes.revealed or sizes.hidden_again):
+            continue
+        canvas.step.fill_(step)
+        run(Sizes(*map(rounded_up, sizes)) if graphs else sizes)
+        tell(step)
+
+
+def make_policy(
+    model: Any, canvas: Canvas, *, sampler: str, steps: int, importance: ImportanceScores | None = None, tilt: float = 2.0,
+    eta: float | None = None, inside: Tensor | None = None,
+) -> Policy:  # fmt: skip
+    """The policy of a sampler's name."""
+    fill, names, seed = canvas.host_fill, canvas.host_names, canvas.host_seed
+    if sampler in ("ddpm_cache", "ancestral"):
+        return Planned(canvas, ancestral_times(fill, names, steps, seed), steps, inside=inside)
+    if sampler == "first_hitting":
+        times, clocks, calls = first_hitting_times(fill, names, steps, seed)
+        return Planned(canvas, times, calls, clocks, inside)
+    if sampler in BY_CERTAINTY:
+        return ByCertainty(canvas, model, sampler, steps, inside)
+    if sampler == "importance":
+        assert importance is not None
+        return ByImportance(canvas, importance, tilt, steps, inside)
+    strength = REMASKING[sampler] if eta is None else eta
+    if sampler == "remdm_confidence":
+        return RemaskedByConfidence(canvas, model, strength, steps, seed, inside)
+    return Remasked(canvas, sampler, strength, steps, seed, inside)
+
+
+def _longest(model: Any) -> int | None:
+    """The model's length, where it says so."""
+    found = getattr(getattr(model, "config", None), "length", None)
+    return found if isinstance(found, int) else None
+
+
+def _check(
+    model: Any, tokens: Tensor, steps: int, sampler: str, cut: Cut, block: int, importance: ImportanceScores | None,
+    eta: float | None, lengths: Tensor | None, stop_at: int | None, seed: int,
+) -> None:  # fmt: skip
+    if sampler not in SAMPLERS:
+        raise UsageError(f"there is no sampler {sampler!r}{nearest(sampler, SAMPLERS)}; choose one of {', '.join(SAMPLERS)}")
+    check_steps("steps", steps)
+    check_seed("seed", seed)
+    cut.check()
+    if sampler == "ddpm_cache" and getattr(model, "time_conditioning", False):
+        raise UsageError("ddpm_cache reuses a prediction across times, but this model is told the time; use sampler ancestral")
+    if sampler == "importance" and importance is None:
+        raise UsageError("sampler importance needs an importance estimator, and there is none; use another sampler")
+    if eta is not None and not 0 <= eta <= 1:
+        raise UsageError(f"eta must be in 0..1, got {eta}")
+    if tokens.dim() != 2 or tokens.dtype is not torch.int64:
+        raise ValueError(f"tokens must be [batch, length] of int64, got shape {tuple(tokens.shape)} of {tokens.dtype}")
+    batch, length = tokens.shape
+    longest = _longest(model)
+    if block < 0 or (longest is not None and block > longest):
+        raise UsageError(f"block must be in 1..{longest}, the model's length, or 0 for no blocks; got {block}")
+    if longest is not None and length > longest and not block:
+        raise UsageError(
+            f"the text has {length} tokens, but this model takes at most {longest}; shorten it, or fill it in blocks "
+            f"(block={longest})"
+        )
+    if length > POSITIONS:
+        raise UsageError(f"the text has {length:,} tokens, and the random stream has numbers for {POSITIONS:,}; split it")
+    if lengths is not None and (tuple(lengths.shape) != (batch,) or bool(((lengths < 0) | (lengths > length)).any())):
+        raise ValueError(f"lengths must be {batch} numbers in 0..{length}, got {lengths.tolist()}")
+    if stop_at is not None and (stop_at == model.mask_id or not 0 <= stop_at < getattr(model, "vocab_size", stop_at + 1)):
+        raise ValueError(f"stop_at must be a token of the model's vocabulary other than its mask, got {stop_at}")
+
+
+def _check_ids(model: Any, tokens: Tensor) -> None:
+    vocabulary = getattr(model, "vocab_size", None)
+    if not isinstance(vocabulary, int) or not tokens.numel():
+        return
+    low, high = (int(v) for v in torch.aminmax(tokens))
+    if low < 0 or high >= vocabulary:
+        raise UsageError(f"the text has token id {low if low < 0 else high}, outside the model's vocabulary of {vocabulary:,}")

@@ -1,0 +1,212 @@
+"""Everything between clean tokens and a loss: what is hidden, what it weighs, and what the importance estimator learns from it.
+
+    counts -> context -> scores -> masks and weights -> backbone -> loss, and the estimator's loss from the backbone's errors
+
+Without an estimator this is the plain process: uniform masks and the weights of `diffusion.weighting`. With one, its scores
+choose the masks and the weights as far as the curriculum's level says, and it is trained in the same backward pass. The trainer
+and the benchmarks both call `Objective.loss`; no reported likelihood comes from here.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atat_fast.config import Config
+from atat_fast.diffusion.adaptive import hide_by_importance, relative_weights
+from atat_fast.diffusion.counts import weighting_at
+from atat_fast.diffusion.curriculum import Curriculum
+from atat_fast.diffusion.identity import IdentitySchedule
+from atat_fast.diffusion.masking import Hide, MaskedBatch, Scored, hidden_in_batch, hide, hide_for_training
+from atat_fast.distributed.wrap import compile_blocks
+from atat_fast.hardware.compute import Compute
+from atat_fast.models.dit import DiT, Randomness
+from atat_fast.models.importance import ImportanceEstimator, error_chance, importance_loss
+from atat_fast.ops.attention import Documents
+
+PREFIX = "importance."
+"""Before the estimator's parameters, where they are named beside the model's."""
+QUARTERS = 4
+"""Parts that hidden tokens are sorted into by importance, for the record."""
+
+
+class Objective:
+    """The training loss of a model under a run's settings.
+
+    Args:
+        model: The backbone.
+        config: The run's settings; diffusion, importance, curriculum and the model's dropout are read.
+        compute: Where and how; torch.compile makes one graph of the model's forward and one of the estimator's.
+        by_block: Whether it makes one of each block instead, as runs on several ranks want it.
+        seed: Seed of masks and dropout.
+        total: Sequences in a global batch.
+        estimator: Where config.importance has a source: its scores. It lies on the model's device.
+        identity: Where config.diffusion.schedule is token_identity: its rates, on the model's device.
+    """
+
+    def __init__(
+        self, model: DiT, config: Config, compute: Compute, *, seed: int, total: int,
+        estimator: ImportanceEstimator | None = None, identity: IdentitySchedule | None = None, by_block: bool = False,
+    ) -> None:  # fmt: skip
+        if (estimator is None) != (config.importance.source == "none"):
+            have = "there is none" if estimator is None else "one is given"
+            raise ValueError(f"importance.source is {config.importance.source}, and of estimators {have}")
+        if (identity is None) != (config.diffusion.schedule == "log_linear"):
+            have = "there are none" if identity is None else "some are given"
+            raise ValueError(f"diffusion.schedule is {config.diffusion.schedule}, and of rates {have}")
+        self.model, self.config, self.compute, self.estimator, self.identity = model, config, compute, estimator, identity
+        self.seed, self.total = seed, total
+        self.curriculum = Curriculum(config.curriculum)
+        network = None if estimator is None else estimator.network
+        if compute.compile and by_block:
+            compile_blocks(model)
+        self.forward: Any = torch.compile(model) if compute.compile and not by_block else model
+        self.score: Any = torch.compile(network) if compute.compile and network is not None else network
+
+    def alike(self, *, seed: int, total: int) -> Objective:
+        """The same model, estimator and place in the curriculum under another seed and batch, not compiled: to evaluate with."""
+        compute = dataclasses.replace(self.compute, compile=False)
+        other = Objective(
+            self.model, self.config, compute, seed=seed, total=total, estimator=self.estimator, identity=self.identity
+        )
+        other.curriculum.load(self.curriculum.state())
+        return other
+
+    def named_parameters(self) -> dict[str, nn.Parameter]:
+        """All that is trained: the model's parameters under their own names, then the estimator's after `importance.`."""
+        named = dict(self.model.named_parameters())
+        if self.estimator is not None:
+            named |= {PREFIX + name: p for name, p in self.estimator.named_parameters()}
+        return named
+
+    def parameters(self) -> Iterator[nn.Parameter]:
+        """The same, without names."""
+        return iter(self.named_parameters().values())
+
+    def loss(
+        self,
+        tokens: Tensor,
+        sample_ids: Tensor,
+        *,
+        first: int,
+        step: int,
+        progress: float = 0.0,
+        documents: Documents | None = None,
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of slots first .. first + B - 1 of step `step`'s global batch.
+
+        tokens [B, L] and sample_ids [B] on the model's device; progress: the share of the run that is over; documents:
+        attention stays inside them.
+        Returns what is backpropagated, divided by the global batch's tokens so that micro-batches add up, and detached parts
+        that add up likewise: diffusion (nats a token); and with an estimator importance (its cross-entropy), target, score,
+        square_error (means over the global batch's hidden tokens), and nll_quarters and hidden_quarters [4]: sums of nll and
+        numbers of tokens by rising score.
+        Raises BadScores, on a CPU, where the estimator's scores are no numbers.
+        """
+        batch = self.hide(tokens, sample_ids, first=first, step=step, progress=progress, documents=documents)
+        loss, nll = self.forward_loss(batch, sample_ids, torch.full((), step, device=tokens.device))
+        parts = {"diffusion": loss.detach()}
+        if batch.importance is not None:
+            own, more = self._importance(batch, batch.importance, nll, tokens.shape[1], step, progress)
+            loss, parts = loss + self.config.importance.loss_weight * own, parts | more
+        return loss, parts
+
+    def forward_loss(self, batch: MaskedBatch, sample_ids: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
+        """The backbone's part of the loss of a batch that is masked, as in `loss`, and the nll of its rows. step: 0-d int64."""
+        if self.compute.compile:  # one graph for every number of hidden rows
+            for tensor in (batch.rows, batch.target, batch.weights, batch.elapsed):
+                if tensor is not None:
+                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        with self.compute.autocast():
+            loss, nll = self.forward(
+                batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share,
+                Randomness(self.seed, step, sample_ids), batch.documents, batch.rates, batch.elapsed,
+            )  # fmt: skip
+        return loss / (self.total * batch.noisy.shape[1]), nll
+
+    def hide(
+        self,
+        tokens: Tensor,
+        sample_ids: Tensor,
+        *,
+        first: int,
+        step: int,
+        progress: float = 0.0,
+        documents: Documents | None = None,
+    ) -> MaskedBatch:
+        """What the model is asked: masks, rows and weights of slots first .. first + B - 1."""
+        config, importance = self.config.diffusion, self.config.importance
+        place: dict[str, Any] = {
+            "first": first, "total": self.total, "mask_id": self.model.mask_id, "sample_ids": sample_ids, "seed": self.seed,
+            "step": step,
+        }  # fmt: skip
+        if self.estimator is None:
+            process: Hide = hide if self.identity is None else self.identity.hide
+            batch = hide_for_training(tokens, config, progress=progress, choose=process, **place)
+            batch.documents = documents
+            return batch
+        level = self.curriculum.at(progress).level
+        tilt, focus = level * importance.tilt, level * importance.focus
+
+        def score(seen: Tensor, clean: Tensor, share: Tensor) -> Scored:
+            return self.scores(seen, clean, share, documents)
+
+        choose = functools.partial(
+            hide_by_importance, score=score, sees=importance.sees, rho=importance.rho, tilt=tilt, focus=focus
+        )
+
+        learned = importance.differentiable_weights and weighting_at(config, progress) != "ce"
+        batch = hide_for_training(
+            tokens, dataclasses.replace(config, weighting="uniform") if learned else config, progress=progress, choose=choose,
+            **place,
+        )  # fmt: skip
+        if learned and batch.importance is not None:
+            exponent = focus if config.weighting == "importance" else -tilt
+            relative = relative_weights(batch.importance.scores, batch.noisy == self.model.mask_id, exponent)
+            batch.weights = batch.weights * relative.flatten()[batch.rows]
+        batch.documents = documents
+        return batch
+
+    def scores(self, seen: Tensor, clean: Tensor, hidden_share: Tensor, documents: Documents | None = None) -> Scored:
+        """Scores of every token: what the estimator makes of ids it may see [B, L], clean ids [B, L] and shares [B]."""
+        assert self.estimator is not None
+        if self.score is None:
+            return self.estimator.combine(None, clean)
+        with self.compute.autocast():
+            logits = self.score(self.model.embedding(seen), hidden_share, documents)
+        return self.estimator.combine(logits, clean)
+
+    def _importance(
+        self, batch: MaskedBatch, scored: Scored, nll: Tensor, length: int, step: int, progress: float
+    ) -> tuple[Tensor, dict[str, Tensor]]:
+        """The estimator's loss at the hidden tokens (their share of the global batch's mean), and what is recorded of them."""
+        hidden, rows = batch.hidden, batch.rows[: batch.hidden]  # what follows them is padding
+        nll, target = nll[:hidden], error_chance(nll[:hidden])
+        scores = scored.scores.detach().flatten()[rows]
+        everywhere = hidden_in_batch(self.config.diffusion, length, self.total, seed=self.seed, step=step, progress=progress)
+        mean = 1 / max(1.0, everywhere)
+        loss = torch.zeros((), device=nll.device)
+        if scored.logits is not None:
+            loss = importance_loss(scored.logits.flatten()[rows], target).sum() * mean
+        order = torch.argsort(scores, stable=True)
+        quarters = nll[order].tensor_split(QUARTERS)
+        sizes = torch.tensor([len(part) for part in quarters], dtype=torch.float32)
+        return loss, {
+            "importance": loss.detach(),
+            "target": target.sum() * mean,
+            "score": scores.sum() * mean,
+            "square_error": (scores - target).square().sum() * mean,
+            "nll_quarters": torch.stack([part.sum() for part in quarters]),
+            "hidden_quarters": sizes.to(nll.device, non_blocking=True),
+        }
+
+
+def baseline(target: float) -> float:
+    """Binary cross-entropy of always saying the mean target, in nats: what an estimator that knows nothing pays."""
+    return sum(-p * math.log(p) for p in (target, 1 - target) if p > 0)
