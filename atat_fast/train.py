@@ -40,13 +40,11 @@ def _main(arguments: Sequence[str]) -> int:
     from atat_fast.evaluation.likelihood import per_byte
     from atat_fast.hardware.compute import resolve
     from atat_fast.report import write_report
-    from atat_fast.training.modes import check_parallel
     from atat_fast.training.plan import check
     from atat_fast.training.trainer import Diverged, Interrupted, Trainer
 
     launch = Launch.of()
-    check_parallel(config.parallel, launch)
-    check(config, launch.size)
+    check(config, launch.size, launch.local_size)
     ranks = Ranks.start(resolve(config.train).device.type, config.parallel.timeout, launch)
     try:
         trainer = Trainer(config, resume=parsed.resume, ranks=ranks)
@@ -83,25 +81,20 @@ def _dry_run(config) -> int:  # type: ignore[no-untyped-def]
     from atat_fast.data.tokenizers import vocabulary
     from atat_fast.distributed.ranks import Launch
     from atat_fast.hardware.compute import resolve
-    from atat_fast.hardware.devices import facts_of, named
+    from atat_fast.hardware.devices import named
     from atat_fast.runs.trackers import require
-    from atat_fast.training.modes import check_parallel
-    from atat_fast.training.parallel_plan import describe_parallel
     from atat_fast.training.plan import describe
 
     require(config.run)
     size, mask_id = vocabulary(config.data.tokenizer)
-    compute = resolve(config.train)
-    device = named(config.parallel.device) if config.parallel.device else facts_of(compute)
-    launch = Launch.of()
-    ranks = config.parallel.world_size or launch.size
-    per_host = launch.local_size if launch.size > 1 and not config.parallel.world_size else 0
-    check_parallel(config.parallel, Launch(size=ranks, local_size=per_host or min(ranks, device.cards)))
-    lines = describe(config, size, mask_id, compute)
-    if ranks > 1 or config.parallel.device:  # what follows says these for all cards
-        lines = [line for line in lines if not line.startswith(("batch ", "memory ", "compute "))]
-        lines += describe_parallel(config, size, ranks, device, cards_per_host=per_host)
-    if launch.rank == 0:
+    device = named(config.parallel.device) if config.parallel.device else None
+    started = launch = Launch.of()
+    if config.parallel.world_size:
+        launch = Launch(
+            size=config.parallel.world_size, local_size=min(config.parallel.world_size, device.cards if device else 8)
+        )
+    lines = describe(config, size, mask_id, resolve(config.train), launch, device)
+    if started.rank == 0:
         print("\n".join(lines))
     return 0
 

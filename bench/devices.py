@@ -1,16 +1,108 @@
-"""The package's table of devices (`atat_fast.hardware.devices`), and the processors that were measured beside it.
+"""What is assumed of devices to project a step on them, and the processors that were measured.
 
-A share is an assumption until a file in bench/results says otherwise; a CPU is known by what bench/ceilings.py found on it.
+Peaks and memory are those of `atat_fast.hardware.devices`. All other numbers carry their source in words: a share is assumed
+until a file in bench/results says otherwise, and a CPU is known by what bench/ceilings.py found on it.
 """
 
 from __future__ import annotations
 
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from atat_fast.errors import UsageError, nearest
-from atat_fast.hardware.devices import CPU, TABLE, Device, of_name
+from atat_fast.hardware import devices
+
+GB = 10**9
+
+
+@dataclass(frozen=True)
+class Shares:
+    """How much of a device's peaks is assumed to arrive, and what starting a kernel is assumed to cost.
+
+    gemm, attention: of the peak rate, in matrix products of these widths and in attention with heads of 64.
+    bandwidth: of the memory's rate, in kernels that only move data.   gap: seconds between two kernels of a stream.
+    overlap: of the last backward pass, during which gradients are already being summed over cards.
+    """
+
+    gemm: float
+    attention: float
+    bandwidth: float
+    gap: float
+    overlap: float
+    source: str
+
+
+@dataclass(frozen=True)
+class Device:
+    """One card: floating-point operations and bytes a second, bytes of memory, and all-reduce bytes a second between cards.
+
+    `link` is with peer-to-peer and `link_host` through host memory, both as nccl-tests count it (bus bandwidth). `element` is the
+    size of a number in products.
+    """
+
+    key: str
+    name: str
+    flops: float
+    bandwidth: float
+    memory: int
+    link: float
+    link_host: float
+    p2p: bool
+    element: int
+    shares: Shares
+    source: str
+    link_source: str
+
+
+PCIE4 = "an assumption: PCIe 4 x16 carries 32 GB/s each way in name; through host memory every byte crosses it twice"
+PCIE5 = (
+    "an assumption: PCIe 5 x16 carries 63 GB/s each way in name; a public NCCL issue (number 1639) has 28 GB/s for eight cards "
+    "of a two-socket server and 35 for four"
+)
+GEFORCE = "; GeForce drivers offer no peer-to-peer"
+NVLINK = "an assumption: NVLink 4 carries 450 GB/s each way in name, and rings of eight reach about 80 % of it"
+ADA = Shares(
+    gemm=0.70, attention=0.55, bandwidth=0.85, gap=2e-6, overlap=0.7,
+    source="assumed; a public GPT-2 run at 55 % of this card's peak over a whole step (nanoGPT issue 182) bounds them from below",
+)  # fmt: skip
+HOPPER = Shares(
+    gemm=0.65, attention=0.40, bandwidth=0.85, gap=2e-6, overlap=0.7,
+    source="assumed; an H100 has given 798 TFLOP/s (81 %) for 8192-wide products and 3.0 TB/s (90 %) for copies, and products "
+    "of width 768 give less",
+)  # fmt: skip
+CPU = Shares(
+    gemm=0.85, attention=0.40, bandwidth=0.5, gap=1e-5, overlap=0.0,
+    source="assumed, of the measured ceilings: eager ops pass over their tensors more often than the cost models count",
+)  # fmt: skip
+SHEET = "vendor's data sheet: dense bf16 products with fp32 sums, and memory bandwidth"
+
+
+def _card(key: str, bandwidth: float, link: float, link_host: float, shares: Shares, memory: str, link_source: str) -> Device:
+    """A row: what atat_fast.hardware.devices knows of the card, and what is assumed of it here."""
+    known = devices.TABLE[key]
+    return Device(
+        key, known.name, known.flops, bandwidth, known.memory, link, link_host, known.p2p, 2, shares, SHEET + memory, link_source
+    )
+
+
+TABLE = {
+    row.key: row
+    for row in (
+        _card("rtx4090", 1008 * GB, 20 * GB, 10 * GB, ADA, " of GDDR6X at 21 Gb/s on 384 bits", PCIE4 + GEFORCE),
+        _card("rtx5090", 1792 * GB, 45 * GB, 25 * GB, ADA, " of GDDR7 at 28 Gb/s on 512 bits", PCIE5 + GEFORCE),
+        _card("l40s", 864 * GB, 20 * GB, 10 * GB, ADA, "", PCIE4),
+        _card("h100", 3350 * GB, 360 * GB, 20 * GB, HOPPER, " of the SXM card", NVLINK),
+        _card("h200", 4800 * GB, 360 * GB, 20 * GB, HOPPER, " of the SXM card", NVLINK),
+    )
+}
+
+
+def of_name(name: str) -> Device | None:
+    """The row of what a driver calls a card, or None."""
+    found = devices.of_name(name)
+    return None if found is None else TABLE[found.key]
 
 
 def named(key: str, results: Path) -> Device:

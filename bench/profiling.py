@@ -4,7 +4,7 @@ Every event of torch.profiler is given to one group, by the nearest op above it 
 a GPU, that of the kernels it launched) is counted once. What is left of the step is `between ops`: Python and the profiler's own
 work on a CPU, waiting on a GPU. The groups therefore add up to the step that was profiled; how much slower that one was than a
 step nobody watched is recorded beside it. FLOPs and bytes are what the group has to do at least, from the `*_cost` functions;
-a share of the roofline is that least time over the time taken, where the device's peaks are known (atat_fast.hardware.devices).
+a share of the roofline is that least time over the time taken, where the device's peaks are known (bench/devices.py).
 """
 
 from __future__ import annotations
@@ -16,11 +16,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from devices import Device
 from timing import synchronize
 from torch.profiler import ProfilerActivity
 from variants import ADAPTIVE, OURS, Variant
 
-from atat_fast.hardware.devices import Device
 from atat_fast.models.dit import step_cost
 from atat_fast.ops import (
     Cost,

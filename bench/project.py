@@ -8,9 +8,18 @@ part by part, and printed. Nothing that this prints was measured, except where i
 file in bench/results it also gives the measured figure and its own error. `--device cpu` projects from what bench/ceilings.py
 measured.
 
-The parts of a step are those of atat_fast/training/step_time.py; between cards there is one more:
+The parts of a step, each from the ops' cost models:
 
-    all-reduce    fp32 gradients in a ring, less what overlaps the last backward pass: link
+    products      2 N (4 + 2 r) D^2 a block, times 3 with backward: rate
+    attention     its own products: rate
+    head          three products over hidden rows, and a pass over their logits: rate, and bytes
+    norm chains   gate, residual, LayerNorm, modulate: bytes
+    elementwise   rotary, the MLP's activation, embedding, casts of weights, gradient sums: bytes
+    gaps          kernels times the time between two of them
+    optimizer     clipping, AdamW, the average, once a step: bytes
+    all-reduce    gradients in a ring between cards, less what overlaps the last backward pass: link
+
+    python bench/project.py --six         six RTX 4090 and the tokens of 50,000 steps of 24 x 1,024, written to bench/results
 """
 
 from __future__ import annotations
@@ -18,6 +27,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import math
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,22 +36,98 @@ from typing import Any
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
 import devices
+from devices import TABLE, Device
 
 from atat_fast.config import Config, ImportanceConfig, ModelConfig, load_preset
+from atat_fast.distributed.fit import BYTES, Card, Layout, card_memory, largest_micro_batch
 from atat_fast.errors import UsageError
-from atat_fast.hardware.devices import TABLE, Device
 from atat_fast.models.dit import step_cost
-from atat_fast.training.parallel_cost import Layout, Sizes, card_memory, largest_micro_batch
-from atat_fast.training.plan import LARGEST_MICRO_BATCH, check
-from atat_fast.training.step_time import Part, optimizer_part, pass_parts
+from atat_fast.ops import (
+    adaptive_layer_norm_cost,
+    attention_cost,
+    gated_residual_norm_cost,
+    linear_cross_entropy_cost,
+    rotary_cost,
+)
+from atat_fast.ops.linear_cross_entropy.slabs import CHUNK_BYTES_GPU
+from atat_fast.training.plan import LARGEST_MICRO_BATCH, check, sizes_of
 
 RESULTS = Path(__file__).resolve().parent / "results"
+SIX_FILE = RESULTS / "projected-six-rtx4090.json"
 LABEL = "PROJECTION, not a measurement"
 MOST_CARDS = 8
 GIB = 1 << 30
 
-# Bytes a parameter: gradients are summed over cards in fp32.
-GRADIENT_BYTES = 4
+# Kernels of one pass, counted from the model's own calls: a block's forward has four products, rotary, attention, activation and
+# two norm chains; its backward two products for each, three for attention, two for each chain, bias sums; then casts of weights.
+KERNELS_PER_BLOCK = 32
+KERNELS_PER_SLAB = 6
+KERNELS_PER_PASS = 20
+KERNELS_PER_STEP = 30
+
+# Bytes a parameter: clipping reads the gradient twice and writes it (12), the optimizer reads gradient and weight and writes the
+# weight (12) and reads and writes its moments, the average reads two and writes one (12).
+CLIP_BYTES, WEIGHT_BYTES, MOMENT_BYTES, AVERAGE_BYTES = 12, 12, 16, 12
+# Bytes a parameter and pass: a cast of the weight (read 4, write 2) and a sum into the gradient (read 2 + 4, write 4).
+CAST_BYTES = 16
+
+
+@dataclass(frozen=True)
+class Part:
+    """One part of a step: what it does, and how long that is projected to take."""
+
+    name: str
+    flops: float
+    bytes: float
+    seconds: float
+
+    def times(self, n: float) -> Part:
+        """The same, n times."""
+        return Part(self.name, self.flops * n, self.bytes * n, self.seconds * n)
+
+
+def pass_parts(config: ModelConfig, vocabulary: int, batch: int, parameters: int, device: Device) -> list[Part]:
+    """The parts of one forward and backward pass over `batch` sequences, half of whose tokens are hidden."""
+    rows, width, layers, size = batch * config.length, config.dim, config.layers, device.element
+    hidden, shares = rows // 2, device.shares
+    head = linear_cross_entropy_cost(hidden, width, vocabulary, element_size=size)
+    attend = [attention_cost(batch, config.length, width, element_size=size, backward=b) for b in (False, True)]
+    # step_cost counts attention's backward as twice its forward; its own model counts what runs: scores again, five products.
+    products = step_cost(config, vocabulary, batch, hidden).flops - head.flops - 3 * layers * attend[0].flops
+    attention = layers * sum(cost.flops for cost in attend)
+
+    chains = [gated_residual_norm_cost(rows, width, branch_bytes=size, backward=b).bytes for b in (False, True)]
+    first = [adaptive_layer_norm_cost(rows, width, branch_bytes=size, backward=b).bytes for b in (False, True)]
+    norm_bytes = 2 * layers * sum(chains) + sum(first)
+    turns = [
+        layers * rotary_cost(rows, config.heads, width // config.heads, element_size=size, norm=config.qk_norm, backward=b).bytes
+        for b in (False, True)
+    ]
+    activation = 5 * rows * config.mlp_ratio * width * size * layers
+    embedding = 4 * rows * width * 4 + 4 * vocabulary * width
+    casts = CAST_BYTES * parameters if size == 2 else 0
+    plain = sum(turns) + activation + embedding + casts
+
+    over_logits = 2 * hidden * vocabulary * size  # the row pass: it follows the product and cannot overlap it
+    rate, moved = device.flops * shares.gemm, device.bandwidth * shares.bandwidth
+    head_seconds = max(head.flops / rate, (head.bytes - over_logits) / moved) + over_logits / moved
+    slabs = math.ceil(hidden * vocabulary * size / CHUNK_BYTES_GPU)
+    kernels = KERNELS_PER_BLOCK * layers + KERNELS_PER_SLAB * slabs + KERNELS_PER_PASS
+    return [
+        Part("products", products, 0, products / rate),
+        Part("attention", attention, 0, attention / (device.flops * shares.attention)),
+        Part("head", head.flops, head.bytes, head_seconds),
+        Part("norm chains", 0, norm_bytes, norm_bytes / moved),
+        Part("elementwise", 0, plain, plain / moved),
+        Part("gaps", 0, 0, kernels * shares.gap),
+    ]
+
+
+def optimizer_part(parameters: int, device: Device) -> Part:
+    """Clipping, AdamW and the average over `parameters` numbers."""
+    moved = (CLIP_BYTES + WEIGHT_BYTES + MOMENT_BYTES + AVERAGE_BYTES) * parameters
+    seconds = moved / (device.bandwidth * device.shares.bandwidth) + KERNELS_PER_STEP * device.shares.gap
+    return Part("optimizer", 0, moved, seconds)
 
 
 @dataclass(frozen=True)
@@ -78,29 +164,26 @@ class Projection:
 
 
 def step_parts(
-    config: ModelConfig, vocabulary: int, batch: int, accumulation: int, parameters: int, device: Device, gpus: int, p2p: bool
-) -> tuple[Part, ...]:
+    config: ModelConfig, vocabulary: int, batch: int, accumulation: int, parameters: int, device: Device, gpus: int, p2p: bool,
+    reduce_dtype: str = "fp32",
+) -> tuple[Part, ...]:  # fmt: skip
     """The parts of a whole step of one card among `gpus`."""
     once = pass_parts(config, vocabulary, batch, parameters, device)
     parts = [*(p.times(accumulation) for p in once), optimizer_part(parameters, device)]
     if gpus > 1:
-        sent = 2 * (gpus - 1) / gpus * GRADIENT_BYTES * parameters
+        sent = 2 * (gpus - 1) / gpus * BYTES[reduce_dtype] * parameters
         backward = 2 / 3 * sum(p.seconds for p in once)
         seconds = max(0.0, sent / (device.link if p2p else device.link_host) - device.shares.overlap * backward)
         parts.append(Part("all-reduce", 0, sent, seconds))
     return tuple(parts)
 
 
-def layout_of(batch: int, accumulation: int, gpus: int) -> Layout:
-    """Every card holds the whole model."""
-    return Layout("ddp" if gpus > 1 else "none", gpus, 1, 1, True, 4, GRADIENT_BYTES, batch, accumulation)
-
-
 def project(
     device: Device, config: Config, *, vocabulary: int, gpus: int = 1, p2p: bool | None = None, micro_batch: int = 0,
-    accumulation: int = 1,
+    accumulation: int = 1, reduce_dtype: str = "fp32",
 ) -> Projection:  # fmt: skip
-    """The projection. micro_batch 0 is the largest that fits, up to 32; p2p None is what the device offers.
+    """The projection, every card with the whole model. micro_batch 0 is the largest that fits, up to 32; p2p None is what the
+    device offers; reduce_dtype: what gradients are summed in.
 
     Raises UsageError for numbers that make no sense, more than eight cards, and a model that does not fit.
     """
@@ -112,9 +195,10 @@ def project(
         raise UsageError("--micro_batch must be at least 0, --accumulation and --length at least 1, --vocabulary at least 2")
     check(config)
     p2p = device.p2p if p2p is None else p2p
-    sizes = Sizes.of(dataclasses.replace(config, importance=ImportanceConfig()), vocabulary)
-    parameters, layout = sizes.total, layout_of(1, accumulation, gpus)
-    largest = largest_micro_batch(config, sizes, layout, device)
+    sizes = sizes_of(dataclasses.replace(config, importance=ImportanceConfig()), vocabulary)
+    parameters, layout = sizes.total, Layout("ddp" if gpus > 1 else "none", gpus, 1)
+    card = Card(device.memory, "cpu" if device.key == "cpu" else "cuda", device.element)
+    largest = largest_micro_batch(config, sizes, layout, card)
     if max(micro_batch, 1) > largest:
         raise UsageError(
             f"a micro-batch of {max(micro_batch, 1)} x {config.model.length} tokens does not fit into {device.name}'s "
@@ -126,8 +210,8 @@ def project(
     cost = [accumulation * step_cost(config.model, vocabulary, batch, n).flops for n in (rows // 2, rows)]
     return Projection(
         device, gpus, p2p, batch, accumulation, config.model.length, vocabulary, parameters,
-        step_parts(config.model, vocabulary, batch, accumulation, parameters, device, gpus, p2p),
-        card_memory(config, sizes, dataclasses.replace(layout, micro_batch=batch), device), largest, cost[0], cost[1],
+        step_parts(config.model, vocabulary, batch, accumulation, parameters, device, gpus, p2p, reduce_dtype),
+        card_memory(config, sizes, layout, card, batch), largest, cost[0], cost[1],
     )  # fmt: skip
 
 
@@ -223,6 +307,61 @@ def as_record(p: Projection, errors: list[dict[str, Any]]) -> dict[str, Any]:
     }  # fmt: skip
 
 
+TOKENS, MINUTES = 50_000 * 24 * 1024, 45
+SIX = (
+    ("24 sequences a step, fp32 sums", 24, "fp32", False),
+    ("24 sequences a step, bf16 sums", 24, "bf16", False),
+    ("48 sequences a step, bf16 sums", 48, "bf16", False),
+    ("96 sequences a step, fp32 sums", 96, "fp32", False),
+    ("96 sequences a step, bf16 sums", 96, "bf16", False),
+    ("192 sequences a step, bf16 sums", 192, "bf16", False),
+    ("24 sequences a step, bf16 sums, were there peer-to-peer", 24, "bf16", True),
+)
+"""Ways to train on six cards: words, sequences a step, dtype of gradient sums, peer-to-peer."""
+
+
+def six_cards() -> list[dict[str, Any]]:
+    """Preset small on six RTX 4090: minutes for 1.23 billion tokens, and what of a step waits for gradients."""
+    rows = []
+    for what, batch, reduce_dtype, p2p in SIX:
+        config = load_preset("small")
+        plan = project(
+            TABLE["rtx4090"], config, vocabulary=50_258, gpus=6, p2p=p2p, micro_batch=batch // 6, reduce_dtype=reduce_dtype
+        )
+        (link,) = (part for part in plan.parts if part.name == "all-reduce")
+        rows.append({
+            "what": what, "global_batch": batch, "memory_bytes": sum(plan.memory.values()), "wire_bytes": link.bytes,
+            "seconds": plan.seconds, "waiting_seconds": link.seconds, "tokens_per_second": plan.tokens_per_second,
+            "minutes": TOKENS / plan.tokens_per_second / 60,
+        })  # fmt: skip
+    return rows
+
+
+def six_verdict(rows: list[dict[str, Any]]) -> str:
+    """Whether six cards do it in 45 minutes, and if not what stands in the way."""
+    first, inside = rows[0], [row["what"] for row in rows if row["minutes"] <= MINUTES]
+    plain = f"{first['what']}: {first['minutes']:.0f} minutes"
+    if first["minutes"] <= MINUTES:
+        return f"{plain}, within {MINUTES}"
+    share = first["waiting_seconds"] / first["seconds"]
+    best = min(rows, key=lambda row: row["minutes"])
+    rest = (
+        f"within {MINUTES}: {'; '.join(inside)}" if inside else f"none is; the best takes {best['minutes']:.0f} ({best['what']})"
+    )
+    return f"{plain}, because {share:.0%} of a step waits for {first['wire_bytes'] / 1e9:.2f} GB of gradients; {rest}"
+
+
+def write_six(path: Path) -> None:
+    """The projections of six cards, as a file that bench/report.py draws."""
+    rows = six_cards()
+    record = {"benchmark": "projection", "projection": True, "label": LABEL, "six": rows, "verdict": six_verdict(rows)}
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"{LABEL}: six RTX 4090, preset small")
+    for row in rows:
+        print(f"{row['minutes']:>6.0f} minutes  {row['tokens_per_second']:>9,.0f} tokens/s  {row['what']}")
+    print(f"{six_verdict(rows)}\nwritten to {path}")
+
+
 def main(arguments: list[str] | None = None) -> int:
     """The script: 0, or 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -235,7 +374,11 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--vocabulary", type=int, default=50_258, help="ids, the mask included; GPT-2's by default")
     parser.add_argument("--p2p", action=argparse.BooleanOptionalAction, default=None, help="cards reach each other's memory")
     parser.add_argument("--out", type=Path, default=None, help="a JSON file to write too")
+    parser.add_argument("--six", action="store_true", help="the projections of docs/distributed.md, written to bench/results")
     args = parser.parse_args(arguments)
+    if args.six:
+        write_six(args.out or SIX_FILE)
+        return 0
     try:
         device, config = devices.named(args.device, RESULTS), load_preset(args.preset)
         config.model.length = args.length or config.model.length

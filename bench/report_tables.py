@@ -289,55 +289,27 @@ def scaling_measured(results: Path) -> str:
     return markdown(("device", "model", "ranks", "mode", "tokens/s of all", "against one", "losses within"), rows)
 
 
-def _projected(r: dict[str, Any]) -> list[str]:
-    return [
-        r["mode"], f"{r['memory_bytes'] / (1 << 30):.1f}", f"{r['wire_bytes'] / 1e9:.2f}", f"{r['seconds']:.3f}",
-        f"{r['hidden']:.0%}", f"{r['efficiency']:.0%}", f"{r['tokens_per_second']:,.0f}",
+def projected_six(results: Path) -> str:
+    """Six RTX 4090, projected (bench/project.py --six)."""
+    path = results / "projected-six-rtx4090.json"
+    if not path.is_file():
+        return ""
+    record = json.loads(path.read_text(encoding="utf-8"))
+    rows = [
+        [
+            r["what"], f"{r['memory_bytes'] / (1 << 30):.1f}", f"{r['wire_bytes'] / 1e9:.2f}", f"{r['seconds']:.3f}",
+            f"{r['waiting_seconds'] / r['seconds']:.0%}", f"{r['tokens_per_second']:,.0f}", f"{r['minutes']:.0f}",
+        ]
+        for r in record["six"]
     ]  # fmt: skip
-
-
-PROJECTED = ("mode", "GiB a card", "GB sent a step", "s a step", "of that hidden", "computing", "tokens/s")
-
-
-def scaling_six(results: Path) -> str:
-    """Six cards and the seed's tokens, projected."""
-    lines = []
-    for _, record in records(results, "scaling"):
-        known = record["projections"]
-        rows = [[r["what"], *_projected(r), f"{r['minutes']:.0f}"] for r in known["six"]]
-        lines = [markdown(("six RTX 4090, preset small", *PROJECTED, "minutes"), rows), "", f"In a sentence: {known['verdict']}."]
-    return "\n".join(lines)
-
-
-def scaling_many(results: Path) -> str:
-    """One card to 64, projected."""
-    rows = []
-    for _, record in records(results, "scaling"):
-        for r in record["projections"]["many"]:
-            fits = [] if r["fits"] else ["does not fit"]
-            work = f"{r['device']}, {r['preset']}, {r['accumulation']} x {r['micro_batch']} a card"
-            cells = _projected(r) if r["fits"] else [r["mode"], *_projected(r)[1:2], *[""] * 5]
-            rows.append([work, f"{r['cards']} ({r['hosts']} host{'s' if r['hosts'] > 1 else ''})", *cells[:1], *cells[1:], *fits])
-    width = max((len(row) for row in rows), default=0)
-    heads = ("work", "cards", *PROJECTED, "")
-    return markdown(heads[:width], [row + [""] * (width - len(row)) for row in rows])
-
-
-def scaling_options(results: Path) -> str:
-    """What memory options buy, projected."""
-    rows = []
-    for _, record in records(results, "scaling"):
-        for r in record["projections"]["options"]:
-            fits = "yes" if r["fits"] else "no"
-            rows.append([r["what"], r["mode"], f"{r['memory_bytes'] / (1 << 30):.1f}", fits, f"{r['seconds']:.2f}",
-                         f"{r['tokens_per_second']:,.0f}"])  # fmt: skip
-    return markdown(("large on 8 x RTX 4090", "mode", "GiB a card", "fits", "s a step", "tokens/s"), rows)
+    heads = ("six RTX 4090, preset small", "GiB a card", "GB sent a step", "s a step", "of that waiting", "tokens/s", "minutes")
+    return "\n".join([markdown(heads, rows), "", f"In a sentence: {record['verdict']}."])
 
 
 DISTRIBUTED: dict[str, Callable[[Path], str]] = {
-    "scaling-measured": scaling_measured, "scaling-six": scaling_six, "scaling-many": scaling_many,
-    "scaling-options": scaling_options,
-}  # fmt: skip
+    "scaling-measured": scaling_measured,
+    "projected-six": projected_six,
+}
 """Tables of docs/distributed.md by their names there."""
 
 DOCUMENT: dict[str, Callable[[Path], str]] = {

@@ -11,23 +11,19 @@ from __future__ import annotations
 import contextlib
 import math
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import TYPE_CHECKING, Any, TypeVar, cast
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
-from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from atat_fast.config import ParallelConfig
-from atat_fast.models.dit import Block, DiT
-from atat_fast.models.importance import ImportanceEstimator
-
-if TYPE_CHECKING:
-    from atat_fast.training.modes import Choice
+from atat_fast.distributed.fit import Layout
 
 T = TypeVar("T")
 
@@ -35,7 +31,7 @@ T = TypeVar("T")
 class Roof(nn.Module):
     """The modules of a run under one name; called with a function, it gives what the function gives."""
 
-    def __init__(self, model: DiT, estimator: ImportanceEstimator | None) -> None:
+    def __init__(self, model: nn.Module, estimator: nn.Module | None) -> None:
         super().__init__()
         self.model = model
         self.estimator = estimator
@@ -46,34 +42,34 @@ class Roof(nn.Module):
 
 
 class Parallel:
-    """The modules of a run, spread as a Choice says.
+    """The modules of a run, spread as a Layout says.
 
     Made before optimizers and averages, which hold what it leaves: plain parameters, or DTensors under FSDP.
     """
 
     def __init__(
-        self, model: DiT, estimator: ImportanceEstimator | None, choice: Choice, config: ParallelConfig, ranks: int, device: str
+        self, model: nn.Module, estimator: nn.Module | None, layout: Layout, config: ParallelConfig, ranks: int, device: str
     ) -> None:
-        self.choice, self.ranks = choice, ranks
+        self.layout, self.ranks = layout, ranks
         self.roof = Roof(model, estimator)
         self.mesh: DeviceMesh | None = None
         self._call: Any = self.roof
-        if choice.mode == "ddp":
+        if layout.mode == "ddp":
             with warnings.catch_warnings():  # torch 2.13 has another name for it, and 2.11 has not
                 warnings.simplefilter("ignore", FutureWarning)
                 self._call = DistributedDataParallel(self.roof, broadcast_buffers=False, gradient_as_bucket_view=True)
             if config.reduce_dtype == "bf16":
                 self._call.register_comm_hook(None, bf16_compress_hook)
-        elif choice.mode in ("fsdp", "hsdp"):
+        elif layout.mode in ("fsdp", "hsdp"):
             self._shard(model, config, device)
 
-    def _shard(self, model: DiT, config: ParallelConfig, device: str) -> None:
-        choice = self.choice
+    def _shard(self, model: Any, config: ParallelConfig, device: str) -> None:
+        layout = self.layout
         # A block's branch is a view of a product; nothing writes to it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
-        if choice.mode == "hsdp":
-            copies = self.ranks // choice.shard_size
-            mesh = init_device_mesh(device, (copies, choice.shard_size), mesh_dim_names=("copies", "shards"))
+        if layout.mode == "hsdp":
+            copies = self.ranks // layout.shard
+            mesh = init_device_mesh(device, (copies, layout.shard), mesh_dim_names=("copies", "shards"))
         else:
             mesh = init_device_mesh(device, (self.ranks,), mesh_dim_names=("shards",))
         self.mesh = mesh
@@ -83,7 +79,7 @@ class Parallel:
         if config.param_dtype == "bf16":
             inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce, cast_forward_inputs=False)
         for block in model.blocks:
-            fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=not choice.keep_gathered)
+            fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=not layout.keep_gathered)
         if not model.config.tie_embeddings:  # tied, they are one parameter, which is the roof's
             fully_shard(model.head, mesh=mesh, mp_policy=whole, reshard_after_forward=False)  # its gradient is made in forward
         fully_shard(self.roof, mesh=mesh, mp_policy=whole, reshard_after_forward=False)
@@ -109,7 +105,7 @@ class Parallel:
             roof.set_requires_gradient_sync(last)
             roof.set_is_last_backward(last)
             yield
-        elif self.choice.mode == "ddp" and not last:
+        elif self.layout.mode == "ddp" and not last:
             with self._call.no_sync():
                 yield
         else:
@@ -117,7 +113,7 @@ class Parallel:
 
     @contextlib.contextmanager
     def settled(self) -> Iterator[None]:
-        """Within, nothing is gathered from before; after, nothing is left gathered: what is written to shards is what counts."""
+        """On exit, free the weights that FSDP gathered, so later reads see the shards."""
         try:
             yield
         finally:
@@ -131,45 +127,18 @@ class Parallel:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def compile_blocks(model: DiT) -> None:
+def compile_blocks(model: nn.Module) -> None:
     """torch.compile block by block: hooks of DDP and FSDP run between graphs, gradients of one block are ready before the next
     one's, and what is computed again is a graph too. Blocks share their graphs.
     """
-    blocks = cast("list[Block]", list(model.blocks))
+    blocks: list[Any] = list(cast(nn.ModuleList, model.blocks))
     limit = torch._dynamo.config.recompile_limit
     torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks) + limit)  # dropout's place is part of a graph
     for block in blocks:
-        block.run = torch.compile(block.run)  # type: ignore[method-assign]
+        block.run = torch.compile(block.run)
 
 
-def recompute_blocks(model: DiT, every: int) -> None:
+def recompute_blocks(model: nn.Module, every: int) -> None:
     """Compute every n-th block again in the backward pass; 0 is none."""
-    for i, block in enumerate(cast("list[Block]", list(model.blocks))):
+    for i, block in enumerate(cast("list[Any]", model.blocks)):
         block.recompute = every > 0 and (i + 1) % every == 0
-
-
-def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies here, sharing its memory."""
-    return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor: a collective call where it is sharded."""
-    return cast(DTensor, tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
-
-
-def part_like(full: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every rank has, as it lies here of `like`: the shard where that is sharded."""
-    if not isinstance(like, DTensor):
-        return full
-    # Nothing is sent: every rank cuts its own part.
-    placed = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
-    return placed.to_local()
-
-
-@torch.no_grad()
-def load_parts(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors on the CPU into tensors of any spread, by name."""
-    for name, target in targets.items():
-        mine = local(target)
-        mine.copy_(part_like(values[name].to(mine.device), target))

@@ -34,7 +34,7 @@ from torch import Tensor, nn
 from atat_fast.config import Config, from_dict, to_dict
 from atat_fast.data.tokenizers import Tokenizer
 from atat_fast.diffusion.identity import IdentitySchedule
-from atat_fast.distributed.wrap import load_parts
+from atat_fast.distributed.tensors import load_parts
 from atat_fast.errors import UsageError, first_line
 from atat_fast.files import ASIDE, disk_errors, remove, remove_leftovers
 from atat_fast.models.dit import DiT, merge_modulation, misfit

@@ -11,11 +11,13 @@ from atat_fast.diffusion.adaptive import bias, check_importance
 from atat_fast.diffusion.counts import check_counts, expected_share
 from atat_fast.diffusion.curriculum import Curriculum, check_curriculum
 from atat_fast.diffusion.identity import check_identity
+from atat_fast.distributed.fit import Card, Layout, Sizes, check_parallel, choose, describe_fit
+from atat_fast.distributed.ranks import Launch
 from atat_fast.errors import UsageError, check_seed
-from atat_fast.hardware.compute import Compute
+from atat_fast.hardware.compute import Compute, short
+from atat_fast.hardware.devices import Device, memory_of
 from atat_fast.models.dit import DiT, check_model, step_cost
 from atat_fast.models.importance import ImportanceEstimator, importance_cost
-from atat_fast.ops.linear_cross_entropy.slabs import default_budget
 from atat_fast.sampling.categorical import Cut
 from atat_fast.sampling.samplers import check_steps
 from atat_fast.training.optimizers import check_optim
@@ -55,8 +57,11 @@ def batches(config: Config, ranks: int = 1) -> Batches:
     return Batches(total, micro, total // whole, ranks)
 
 
-def check(config: Config, ranks: int = 1) -> Batches:
-    """Raise UsageError for settings no run on so many ranks can have; give the batch plan otherwise."""
+def check(config: Config, ranks: int = 1, on_host: int = 1) -> Batches:
+    """Raise UsageError for settings that no run on so many ranks can have; give the batch plan otherwise. on_host: ranks of a
+    host.
+    """
+    check_parallel(config, ranks, on_host)
     check_model(config.model)
     check_optim(config.optim)
     for name in ("max_steps", "log_every"):
@@ -95,52 +100,45 @@ def empty_estimator(config: Config, vocab_size: int) -> ImportanceEstimator | No
     return ImportanceEstimator.of(config, torch.zeros(vocab_size))
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes a training step holds at once, by what holds them. An estimate: see `estimate_memory`."""
-
-    weights: int
-    gradients: int
-    optimizer: int
-    average: int
-    activations: int
-    head: int
-
-    @property
-    def total(self) -> int:
-        """All of it."""
-        return sum(vars(self).values())
+def sizes_of(config: Config, vocab_size: int) -> Sizes:
+    """Parameters of a run's model and, if it has one, its importance estimator."""
+    counts = empty_model(config, vocab_size, vocab_size - 1).parameter_counts()
+    estimator = empty_estimator(config, vocab_size)
+    extra = 0 if estimator is None else estimator.parameter_count()
+    return Sizes(counts["total"] + extra, counts["blocks"], config.model.layers, vocab_size)
 
 
-def estimate_memory(
-    config: Config, parameters: int, vocab_size: int, micro_batch: int, compute: Compute, *, recomputed: int = 0
-) -> Memory:
-    """fp32 weights, gradients and two moments (one where Muon holds most), the average, and what backward keeps.
+def card_of(compute: Compute, ranks_on_host: int = 1) -> Card:
+    """The device that a run has, as memory arithmetic sees it."""
+    return Card(memory_of(compute.device, ranks_on_host), compute.device.type, compute.dtype.itemsize)
 
-    Kept for one row of one block, in elements of width D: two residual sums (fp32), and in the compute dtype two norms'
-    outputs, q, k, v before and after rotation, attention's output, two branches, and the MLP's inside before and after its
-    activation. Of the `recomputed` blocks, which backward runs again, the residual sum and the norm's output they began with are
-    kept, and all of the one that is being run. The head keeps its rows, one slab of logits and the gradient of its weight.
+
+def choose_layout(config: Config, launch: Launch, vocab_size: int, compute: Compute, device: Device | None = None) -> Layout:
+    """How a run is shared over the ranks that were started. device: plan for such cards rather than this machine's.
+
+    Raises UsageError for dtypes that the layout or the device cannot have, and if parallel.mode auto finds nothing that fits.
     """
-    rows, width, small = micro_batch * config.model.length, config.model.dim, compute.dtype.itemsize
-    per_row = 2 * 4 * width + (2 + 6 + 1 + 2 + 2 * config.model.mlp_ratio) * small * width
-    begun = (4 + small) * width
-    kept = config.model.layers - recomputed + (1 if recomputed else 0)
-    slab = default_budget(compute.device)
-    moments = 4 if config.optim.name == "muon" else 8
-    return Memory(
-        weights=4 * parameters,
-        gradients=4 * parameters,
-        optimizer=moments * parameters,
-        average=4 * parameters,
-        activations=rows * (per_row * kept + begun * recomputed + 2 * small * width),
-        head=slab + 4 * vocab_size * width + rows // 2 * width * small,
-    )
+    plan = batches(config, launch.size)
+    card = card_of(compute, launch.local_size) if device is None else Card(device.memory, "cuda", 2)
+    sizes = sizes_of(config, vocab_size)
+    layout = choose(config, sizes, launch.size, launch.local_size, card, plan.micro_batch, plan.accumulation)
+    if device is not None:
+        return layout
+    if config.parallel.param_dtype == "bf16" and compute.dtype is not torch.bfloat16:
+        raise UsageError(
+            f"parallel.param_dtype bf16 gathers weights for bf16 products, and this run computes in {short(compute.dtype)}; "
+            "use --train.dtype bf16"
+        )
+    if config.parallel.reduce_dtype == "bf16" and layout.mode == "ddp" and compute.device.type == "cpu":
+        raise UsageError("parallel.reduce_dtype bf16 under ddp needs cards; use parallel.mode fsdp, or reduce_dtype fp32")
+    return layout
 
 
-def describe(config: Config, vocab_size: int, mask_id: int, compute: Compute) -> list[str]:
-    """The plan in lines: parameters by part, tokens, work and memory of a step."""
-    plan, model = check(config), empty_model(config, vocab_size, mask_id)
+def describe(
+    config: Config, vocab_size: int, mask_id: int, compute: Compute, launch: Launch, device: Device | None = None
+) -> list[str]:
+    """The plan in lines: parameters by part, tokens and work of a step, who holds what. device: cards to plan for."""
+    plan, model = check(config, launch.size), empty_model(config, vocab_size, mask_id)
     counts = model.parameter_counts()
     m, length = config.model, config.model.length
     head = "tied to the embedding" if m.tie_embeddings else "untied"
@@ -150,22 +148,25 @@ def describe(config: Config, vocab_size: int, mask_id: int, compute: Compute) ->
     scoring = importance_cost(config.importance, m, plan.global_batch).flops
     estimator = empty_estimator(config, vocab_size)
     scored = 0 if estimator is None else estimator.parameter_count()
-    memory = estimate_memory(config, counts["total"] + scored, vocab_size, plan.micro_batch, compute)
+    layout = choose_layout(config, launch, vocab_size, compute, device)
+    card = card_of(compute, launch.local_size) if device is None else Card(device.memory, "cuda", 2)
     sizes = f"{m.layers} layers, width {m.dim}, {m.heads} heads, length {length}"
     parts = "  ".join(f"{name} {counts[name]:,}" for name in ("embedding", "blocks", "conditioning", "head"))
-    gib = 1 << 30
-    held = "  ".join(f"{name} {size / gib:.2f}" for name, size in vars(memory).items())
+    passes = f"{launch.size} ranks x {plan.accumulation} passes x {plan.micro_batch}"
+    computed = f"{launch.size} x {device.name}, bf16" if device is not None else compute.describe()
+    fit = describe_fit(config, sizes_of(config, vocab_size), layout, card, plan.micro_batch, plan.accumulation)
     return [
         f"model        {sizes}, vocabulary {vocab_size:,}, head {head}",
         f"parameters   {counts['total']:,}" + (f" and {scored:,} of the importance estimator" if scored else ""),
         f"             {parts}",
         *describe_schedule(config),
         *describe_atat(config, scored, scoring / (cost.flops + scoring)),
-        f"batch        {plan.global_batch} sequences = {tokens:,} tokens a step ({plan.accumulation} x {plan.micro_batch})",
+        f"batch        {plan.global_batch} sequences = {tokens:,} tokens a step ({passes})",
         f"run          {config.train.max_steps:,} steps = {config.train.max_steps * tokens:,} tokens",
         f"work         {(cost.flops + scoring) / 1e12:,.2f} TFLOP a step ({share:.0%} of the rows through the head)",
-        f"memory       about {memory.total / gib:.2f} GiB (estimate): {held}",
-        f"compute      {compute.describe()}",
+        f"compute      {computed}",
+        f"mode         {layout.name}: {layout.reason}",
+        *fit,
     ]
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from atat_fast.distributed.wrap import whole
+from atat_fast.distributed.tensors import whole
 from atat_fast.files import disk_errors
 from atat_fast.models.dit import DiT
 from atat_fast.runs import checkpoint

@@ -24,8 +24,9 @@ from atat_fast.diffusion.adaptive import BadScores, bias
 from atat_fast.diffusion.bound import Estimate, Spread
 from atat_fast.diffusion.identity import IdentitySchedule, identity_rates
 from atat_fast.distributed.ranks import FAILED, GO_ON, STOP, Launch, Ranks
+from atat_fast.distributed.tensors import local
 from atat_fast.distributed.watch import Watch
-from atat_fast.distributed.wrap import Parallel, local, recompute_blocks
+from atat_fast.distributed.wrap import Parallel, recompute_blocks
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.likelihood import evaluate, report
 from atat_fast.hardware.compute import Compute, environment, resolve
@@ -41,10 +42,9 @@ from atat_fast.runs.trackers import require
 from atat_fast.training import records
 from atat_fast.training.graphs import Graphs, wanted
 from atat_fast.training.loss import Objective
-from atat_fast.training.modes import check_parallel, check_precision, choose_for
 from atat_fast.training.optimizers import Average, Optimizers, learning_rate
 from atat_fast.training.origin import Origin, begin_from, check_tokenizer, open_origin, same_tokenizer
-from atat_fast.training.plan import Batches, check
+from atat_fast.training.plan import Batches, check, choose_layout
 from atat_fast.training.run_state import State
 from atat_fast.training.stops import Diverged, Interrupted, catch_signals
 from atat_fast.training.window import Window
@@ -77,9 +77,8 @@ class Trainer:
     def _start(self, resume: bool, show_progress: bool) -> None:
         config, ranks = self.config, self.ranks
         with ranks.agree():
-            check_parallel(config.parallel, ranks.launch)
             require(config.run)
-            self.plan: Batches = check(config, ranks.size)
+            self.plan: Batches = check(config, ranks.size, ranks.launch.local_size)
             self.compute: Compute = resolve(config.train)
             head_dim = config.model.dim // config.model.heads  # before a folder is made:
             choose_attention(self.compute.device, self.compute.dtype, head_dim, config.model.document_mask)
@@ -113,15 +112,14 @@ class Trainer:
                 self.notes.append(begin_from(origin, self.model, self.estimator))
         parameters = self._parameter_counts()
         with ranks.agree():
-            self.choice = ranks.share(choose_for(config, ranks.launch, self.model.vocab_size, self.compute))
-            check_precision(self.choice, config.parallel, self.compute)
-            graphed = wanted(config, self.compute, self.choice.mode)
+            self.layout = ranks.share(choose_layout(config, ranks.launch, self.model.vocab_size, self.compute))
+            graphed = wanted(config, self.compute, self.layout.mode)
         recompute_blocks(self.model, config.parallel.activation_checkpointing)
         self.objective = Objective(
             self.model, config, self.compute, seed=config.train.seed, total=self.plan.global_batch, estimator=self.estimator,
             identity=self.identity, by_block=ranks.size > 1 or config.parallel.activation_checkpointing > 0,
         )  # fmt: skip
-        self.parallel = Parallel(self.model, self.estimator, self.choice, config.parallel, ranks.size, self.compute.device.type)
+        self.parallel = Parallel(self.model, self.estimator, self.layout, config.parallel, ranks.size, self.compute.device.type)
         self.graphs = Graphs(self.objective) if graphed else None
         self.optimizers = Optimizers(self.objective.named_parameters(), config.optim)
         self.average = Average(self.objective.named_parameters(), config.optim.ema)
@@ -147,7 +145,7 @@ class Trainer:
             "sequence_length": config.model.length,
             "resumed_from": self.step if saved is not None else None,
             "ranks": ranks.size,
-            "parallel": self.choice.describe(ranks.size),
+            "parallel": self.layout.describe(),
             "launch": ranks.launch.name,
         }
         with ranks.agree():
@@ -270,7 +268,7 @@ class Trainer:
         return [
             f"{begin}: {total:,} parameters, {self.facts['tokens_per_step']:,} tokens a step, {self.compute.describe()}",
             self.data.describe(),
-            *([self.choice.describe(self.ranks.size)] if self.ranks.size > 1 else []),
+            *([self.layout.describe()] if self.ranks.size > 1 else []),
             *(f"note: {sentence}" for sentence in [*self.notes, note] if sentence),
         ]
 

@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from atat_fast.config import load_preset
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import step_cost
-from atat_fast.training.step_time import pass_parts
 
 ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 50_258
@@ -112,13 +111,26 @@ def test_the_norm_of_queries_and_keys_costs_what_its_backward_reads(load):
     """The turned queries and keys once more, and four bytes a query and key: nothing in the forward pass."""
     device, config = load("devices").TABLE["rtx4090"], load_preset("small").model
     plain, normed = (
-        {part.name: part for part in pass_parts(replace(config, qk_norm=norm), VOCABULARY, 4, 10**8, device, recomputed=2)}
+        {part.name: part for part in load("project").pass_parts(replace(config, qk_norm=norm), VOCABULARY, 4, 10**8, device)}
         for norm in (False, True)
     )
     rows = 4 * config.length
     more = config.layers * rows * (2 * config.dim * device.element + 2 * config.heads * 4)
     assert normed["elementwise"].bytes - plain["elementwise"].bytes == more
     assert {name for name in plain if plain[name] != normed[name]} == {"elementwise"}
+
+
+def test_six_cards_do_the_run_in_time_or_the_verdict_says_what_is_in_the_way(load):
+    """After a change of a cost model or of the table of devices: python bench/project.py --six, then bench/report.py."""
+    module = load("project")
+    rows = module.six_cards()
+    for row in rows:
+        assert row["minutes"] == pytest.approx(1_228_800_000 / row["tokens_per_second"] / 60)
+    inside = [row["what"] for row in rows if row["minutes"] <= 45]
+    assert module.six_verdict(rows).split("within 45: ")[1].split("; ") == inside and rows[0]["minutes"] > 45
+    assert "the best takes" in module.six_verdict([row | {"minutes": 50} for row in rows])
+    recorded = json.loads(module.SIX_FILE.read_text())
+    assert recorded["projection"] is True and recorded["six"] == json.loads(json.dumps(rows))
 
 
 def test_a_faster_device_is_faster(project):

@@ -7,8 +7,7 @@ import torch
 
 from atat_fast.config import ModelConfig, OptimConfig
 from atat_fast.distributed.wrap import recompute_blocks
-from atat_fast.hardware.compute import Compute
-from atat_fast.hardware.devices import facts_of
+from atat_fast.hardware.devices import memory_of
 from atat_fast.hardware.monitor import Monitor, Stopwatch, card_of
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
@@ -126,8 +125,7 @@ def test_a_card_is_read_and_known():
     assert watch.seconds() > 0
     monitor.close()
     assert monitor.row()["memory_used_gib"] > 0
-    facts = facts_of(Compute(device, torch.bfloat16, compile=False))
-    assert facts.memory == torch.cuda.get_device_properties(0).total_memory and facts.flops > 0
+    assert memory_of(device) == torch.cuda.get_device_properties(0).total_memory
 
 
 @pytest.mark.slow

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atat_fast.config import Config, ImportanceConfig, ModelConfig, load_preset
 from atat_fast.diffusion.counts import mask_counts
 from atat_fast.diffusion.identity import IdentitySchedule
+from atat_fast.distributed.fit import Layout, Sizes, card_memory
 from atat_fast.hardware.compute import Compute
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
@@ -26,7 +27,7 @@ from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.ops import mask_tokens
 from atat_fast.training.loss import Objective
 from atat_fast.training.optimizers import Average, Optimizers
-from atat_fast.training.plan import estimate_memory
+from atat_fast.training.plan import card_of
 
 aten = torch.ops.aten
 GPU = torch.cuda.is_available()
@@ -283,7 +284,7 @@ def test_one_rank_changes_nothing(device, tmp_path, poisoned):
 def held_bytes(step: Step) -> dict[str, int]:
     """Bytes of weights, optimizer state and average, counted tensor by tensor."""
     tensors = {
-        "weights": list(step.model.parameters()),
+        "parameters": list(step.model.parameters()),
         "optimizer": [value for name, value in step.optimizers.state().items() if not name.endswith("/step")],
         "average": list(step.average.values.values()),
     }
@@ -294,13 +295,14 @@ def held_bytes(step: Step) -> dict[str, int]:
 def test_memory_is_what_the_plan_says(device):
     before = torch.cuda.memory_allocated() if device == "cuda" else 0  # by other tests
     step = Step(device).with_optimizer()
-    size = step.size
-    parameters = step.model.parameter_counts()["total"]
-    estimate = estimate_memory(step.config, parameters, size.vocabulary, size.batch, step.compute)
+    size, counts = step.size, step.model.parameter_counts()
+    sizes = Sizes(counts["total"], counts["blocks"], step.config.model.layers, size.vocabulary)
+    estimate = card_memory(step.config, sizes, Layout("none", 1, 1), card_of(step.compute), size.batch)
+    kept = {name: estimate[name] for name in ("parameters", "optimizer", "average")}
     step.whole(0)
-    assert held_bytes(step) == {name: getattr(estimate, name) for name in ("weights", "optimizer", "average")}
+    assert held_bytes(step) == kept
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step.whole(1)
         peak = torch.cuda.max_memory_allocated() - before
-        assert estimate.weights + estimate.optimizer + estimate.average < peak < MEMORY_SLACK * estimate.total
+        assert sum(kept.values()) < peak < MEMORY_SLACK * (sum(estimate.values()) - estimate["reserved"])

@@ -23,13 +23,14 @@ from torch.distributed.tensor import Shard, distribute_tensor
 
 from atat_fast import cli, train
 from atat_fast.config import ParallelConfig
+from atat_fast.distributed.fit import Layout
 from atat_fast.distributed.ranks import Launch, Ranks
-from atat_fast.distributed.wrap import Parallel, local, whole
+from atat_fast.distributed.tensors import local, whole
+from atat_fast.distributed.wrap import Parallel
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT
 from atat_fast.runs import checkpoint, shards
 from atat_fast.training import loss as objective
-from atat_fast.training.modes import Choice
 from atat_fast.training.optimizers.muon import Muon
 from atat_fast.training.stops import Diverged, Interrupted
 from atat_fast.training.trainer import Trainer
@@ -117,7 +118,14 @@ def gradients(ranks: Ranks, mode: str, tied: bool) -> None:
     alone = model(tied)
     loss_of(alone, 0, 4).backward()
     made = model(tied)
-    parallel = Parallel(made, None, Choice(mode, ranks.size, "", keep_gathered=tied), ParallelConfig(), ranks.size, "cpu")
+    parallel = Parallel(
+        made,
+        None,
+        Layout(mode, ranks.size, 1 if mode == "ddp" else ranks.size, keep_gathered=tied),
+        ParallelConfig(),
+        ranks.size,
+        "cpu",
+    )
     per = 4 // ranks.size
     for i in range(per):
         slot = ranks.rank * per + i
@@ -176,7 +184,9 @@ def precisions(ranks: Ranks) -> None:
     loss_of(alone, 0, 4).backward()
     for settings in ({"param_dtype": "bf16"}, {"reduce_dtype": "bf16"}):
         made = model()
-        parallel = Parallel(made, None, Choice("fsdp", ranks.size, ""), ParallelConfig(**settings), ranks.size, "cpu")
+        parallel = Parallel(
+            made, None, Layout("fsdp", ranks.size, ranks.size, keep_gathered=False), ParallelConfig(**settings), ranks.size, "cpu"
+        )
         first, last = (4 * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = parallel.inside(functools.partial(loss_of, made, first, last))

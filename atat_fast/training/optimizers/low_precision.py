@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
-from atat_fast.distributed.wrap import local
+from atat_fast.distributed.tensors import local
 from atat_fast.errors import UsageError
 from atat_fast.ops.philox import STREAM_MOMENTS, random_words
 

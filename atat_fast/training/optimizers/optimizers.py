@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atat_fast.config import OptimConfig
-from atat_fast.distributed.wrap import local
+from atat_fast.distributed.tensors import local
 from atat_fast.errors import UsageError
 from atat_fast.training.optimizers.low_precision import AdamWBf16, adamw_8bit, check_state, joined, parts_of
 from atat_fast.training.optimizers.muon import Muon

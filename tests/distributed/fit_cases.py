@@ -1,4 +1,4 @@
-"""What two ranks really hold and send in a step, beside what the plan says; torchrun runs this file: plan_cases.py FILE."""
+"""What two ranks really hold and send in a step, beside what the plan says; torchrun runs this file: fit_cases.py FILE."""
 
 from __future__ import annotations
 
@@ -12,10 +12,11 @@ import torch.distributed as dist
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from atat_fast.config import Config, ModelConfig, ParallelConfig
+from atat_fast.distributed.fit import Layout
 from atat_fast.distributed.ranks import Ranks
-from atat_fast.distributed.wrap import Parallel, local
+from atat_fast.distributed.tensors import local
+from atat_fast.distributed.wrap import Parallel
 from atat_fast.models import DiT
-from atat_fast.training.modes import Choice
 from atat_fast.training.optimizers import Average, Optimizers
 
 VOCABULARY, PASSES, MICRO = 67, 3, 2
@@ -54,8 +55,8 @@ def step(mode, gathered):
     torch.manual_seed(0)
     config = Config(model=ModelConfig(dim=32, layers=4, heads=2, length=16, dropout=0.0))
     model = DiT(VOCABULARY, VOCABULARY - 1, **vars(config.model))
-    choice = Choice(mode, 1 if mode == "ddp" else 2, "asked for", gathered)
-    parallel = Parallel(model, None, choice, ParallelConfig(), 2, "cpu")
+    layout = Layout(mode, 2, 1 if mode == "ddp" else 2, gathered)
+    parallel = Parallel(model, None, layout, ParallelConfig(), 2, "cpu")
     if mode == "ddp":
         parallel._call.register_comm_hook(None, counted_sum)
     optimizers, average = Optimizers(model, config.optim), Average(model, 0.9)
