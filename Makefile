@@ -34,11 +34,12 @@ wheels: install ## build the wheels named in WHEELS and run the quick tests on e
 headers: install ## compile csrc/ against the torch releases in HEADERS; their wheels are fetched once, into .torch-headers
 	$(VENV)/bin/python tests/packaging/build_on_headers.py $(HEADERS)
 
-check: install ## lint, formatting, types, the order of imports, and README's figures
+check: install ## lint, formatting, types, the order of imports and that they have no circle, and README's figures
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/mypy
 	$(VENV)/bin/lint-imports --no-logo
+	$(VENV)/bin/python tests/packaging/import_circles.py
 	$(VENV)/bin/python bench/report.py --check
 
 bench: install ## measure training throughput on this machine

@@ -7,7 +7,9 @@ Importing this package imports nothing else: torch comes with the module that ne
 
 from typing import Any
 
-__version__ = "0.1.0"
+from atat_fast.version import __version__
+
+__all__ = ["__version__", "accelerate"]
 
 
 def __getattr__(name: str) -> Any:

@@ -100,8 +100,9 @@ class DiffusionConfig:
         ce_until: Share of the run that is weighted by ce before `weighting` takes over.
         sigma_min: Least total noise of the log-linear schedule (bernoulli only).
         sigma_max: Greatest total noise of the log-linear schedule (bernoulli only).
-        schedule: log_linear hides every token at the same rate; token_identity at a rate of its own, by how frequent it is in the
-            training text, with the bound that goes with it (docs/atat.md). Needs exact masking and importance.source none.
+        schedule: The masking process. log_linear hides every token at the same rate; token_identity at a rate of its own, by how
+            frequent it is in the training text, with the bound that goes with it (docs/atat.md). All but log_linear need exact
+            masking and importance.source none.
         identity_strength: Rates exp(-identity_strength * log-rank) of being revealed (token_identity only). Above 0 rare tokens
             stay hidden longer; 0 is the uniform process.
     """
@@ -117,7 +118,7 @@ class DiffusionConfig:
     ce_until: float = 0.0
     sigma_min: float = 1e-4
     sigma_max: float = 20.0
-    schedule: Literal["log_linear", "token_identity"] = "log_linear"
+    schedule: str = "log_linear"
     identity_strength: float = 1.0
 
 

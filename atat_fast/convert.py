@@ -1,8 +1,7 @@
 """Convert a checkpoint:  python -m atat_fast.convert SOURCE DESTINATION [--to mdlm]
 
 MDLM's checkpoints become a folder that `DiT.from_pretrained` reads; with --to mdlm a model, or a run of ours, becomes one
-safetensors file under MDLM's names. A door like those of the package's top level, beside the code it opens: it imports what doors
-import, and nothing imports it.
+safetensors file under MDLM's names.
 """
 
 from __future__ import annotations
@@ -18,14 +17,14 @@ from atat_fast.files import disk_errors, replacing, replacing_folder
 from atat_fast.models.dit import DiT
 from atat_fast.models.mdlm import OVERRIDES, to_mdlm_state_dict
 from atat_fast.models.mdlm_files import STATED
-from atat_fast.training.origin import open_origin
+from atat_fast.runs.loaded import open_any
 
 SAVED = {"config.json", "model.safetensors", "README.md"}
 """What save_pretrained writes, and so what --overwrite may replace."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The door. Writes the converted model and says what it is; status 0, or 2 on bad input."""
+    """The command. Writes the converted model and says what it is; status 0, or 2 on bad input."""
     parser = make_parser(prog="python -m atat_fast.convert", description="MDLM checkpoints in and out.")
     parser.add_argument(
         "source", type=path_text, help="An MDLM checkpoint (file, folder, hub id), a folder of ours, or a run folder."
@@ -47,14 +46,14 @@ def main(arguments: Sequence[str]) -> int:
     destination = Path(args.destination)
     check_destination(destination, to_mdlm=args.to == "mdlm", overwrite=args.overwrite)
     overrides = {name: getattr(args, name) for name in OVERRIDES if getattr(args, name) is not None}
-    origin = open_origin(args.source, overrides, ema=not args.no_ema)
-    model = origin.model
+    found = open_any(args.source, overrides, average=not args.no_ema)
+    model = found.model
     if args.to == "mdlm":
         write_mdlm(model, destination)
     else:
         write_folder(model, destination)
     config, total = model.config, model.parameter_counts()["total"]
-    print(f"read   {args.source}: {origin.what}")
+    print(f"read   {args.source}: {found.what}")
     print(f"model  {config.layers} layers of {config.dim}, {config.heads} heads, length {config.length:,}, {total:,} parameters")
     time = "on" if config.time_conditioning else "off"
     print(f"       vocabulary {model.vocab_size:,} with mask {model.mask_id:,}, time conditioning {time}")

@@ -19,7 +19,7 @@ from atat_fast.files import check_target, disk_errors, write_text
 
 if TYPE_CHECKING:
     from atat_fast.data import Dataset
-    from atat_fast.runs.loaded import Subject
+    from atat_fast.models.hub import Saved
 
 
 def _parser() -> Any:
@@ -91,51 +91,51 @@ def _likelihoods(args: Any) -> int:
 
     sets = parse_sets(args.zero_shot) if args.zero_shot is not None else {}
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"), "--")
-    subject = _subject(args)
+    saved = _saved(args)
     orders = tuple(dict.fromkeys(part.strip() for part in (args.order or "").split(",") if part.strip()))
-    check_orders(list(orders), subject.estimator)
-    seed = subject.config.eval.seed if args.seed is None else args.seed
-    settings = dataclasses.replace(subject.config.eval, sequences=args.sequences, draws=args.draws, batch=args.batch, seed=seed)
+    check_orders(list(orders), saved.estimator)
+    seed = saved.config.eval.seed if args.seed is None else args.seed
+    settings = dataclasses.replace(saved.config.eval, sequences=args.sequences, draws=args.draws, batch=args.batch, seed=seed)
     plan = figures_of.Plan(settings, args.se, args.max_draws, orders, args.order_sequences, args.tokens_per_pass, args.tilt)
-    model = subject.model.to(compute.device)
-    if subject.estimator is not None:
-        subject.estimator.to(compute.device)
-    identity = None if subject.identity is None else subject.identity.to(compute.device)
+    model = saved.model.to(compute.device)
+    if saved.estimator is not None:
+        saved.estimator.to(compute.device)
+    process = saved.process.to(compute.device)
 
     out = figures_of.console()
-    out.print(subject.title, markup=False)
+    out.print(saved.title, markup=False)
     written: dict[str, Any] = {}
     figures: list[dict[str, Any]] = []
 
     def finish() -> None:
         if sets or len(figures) > 1:
             out.print(figures_of.table(figures))
-        _write(args.json, written | subject.facts | {"figures": figures, "seed": seed, "environment": environment(compute)})
+        _write(args.json, written | _known(args, saved) | {"figures": figures, "seed": seed, "environment": environment(compute)})
 
     if sets:
         # All are opened before the first is measured, so that one which cannot be had costs nothing of the others.
-        opened = {name: open_set(name, subject.tokenizer, model.config.length, path) for name, path in sets.items()}
+        opened = {name: open_set(name, saved.reads(), model.config.length, path) for name, path in sets.items()}
         try:
             for name, blocks in opened.items():
                 out.print(blocks.describe(model.config.length), markup=False)
-                found = figures_of.measure(model, blocks, plan, compute.autocast, subject.estimator, identity)
+                found = figures_of.measure(model, blocks, plan, compute.autocast, saved.estimator, process)
                 figures += [{"text": name, "source": blocks.source} | figure for figure in found]
         except (UsageError, KeyboardInterrupt):  # what is measured so far is kept
             if figures:
                 finish()
             raise
     else:
-        dataset = _dataset(args, subject)
+        dataset = _dataset(args, saved)
         split = dataset.valid if args.split == "valid" else dataset.train
         out.print(dataset.describe(), markup=False)
         hashes = {name: dataset.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
-        if args.corpus is None and subject.trained_on and hashes != subject.trained_on:
+        if args.corpus is None and saved.trained_on and hashes != saved.trained_on:
             out.print(
                 f"note: the tokens of {dataset.manifest['corpus']} are not those this model was trained with, which may differ "
                 "between machines",
                 markup=False,
             )
-        found = figures_of.measure(model, split, plan, compute.autocast, subject.estimator, identity)
+        found = figures_of.measure(model, split, plan, compute.autocast, saved.estimator, process)
         corpus = str(dataset.manifest["corpus"])
         figures = [{"text": f"{Path(corpus).name} {args.split}"} | figure for figure in found]
         written = found[0] | {"corpus": corpus, "split": args.split}
@@ -154,9 +154,9 @@ def _print_bound(out: Any, f: dict[str, Any]) -> None:
     if f["error_of"] == "masks":
         lines.append(("", f"{'':6} ± {f['nll_se_text']:.4f} with the choice of text"))
     own = []
-    if "identity_nll" in f:
-        bound = f"{f['identity_nll']:.4f} ± {f['identity_nll_se']:.4f}"
-        own = [("identity nll", f"{bound} nats a token (the bound under the run's token-identity schedule)")]
+    if "schedule_nll" in f:
+        bound = f"{f['schedule_nll']:.4f} ± {f['schedule_nll_se']:.4f}"
+        own = [("schedule nll", f"{bound} nats a token (the bound of the schedule it was trained under)")]
     lines += [
         ("perplexity", f"{f['perplexity']:.3f}"),
         ("bits per token", f"{f['bits_per_token']:.4f}"),
@@ -169,26 +169,32 @@ def _print_bound(out: Any, f: dict[str, Any]) -> None:
         out.print(f"{name:17}{value}", markup=False)
 
 
-def _subject(args: Any) -> Subject:
-    from atat_fast.runs.loaded import open_subject
+def _saved(args: Any) -> Saved:
+    from atat_fast.runs.loaded import open_model
 
     ordered = "importance" in (args.order or "")  # every other figure does without the estimator
-    return open_subject(
+    return open_model(
         run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint, average=args.weights == "ema",
         importance=ordered,
     )  # fmt: skip
 
 
-def _dataset(args: Any, subject: Subject) -> Dataset:
+def _known(args: Any, saved: Saved) -> dict[str, Any]:
+    """Which model it was, for the record."""
+    kept = {name: saved.facts[name] for name in ("step", "weights") if name in saved.facts}
+    return {"checkpoint" if args.run is not None else "model": saved.place} | kept
+
+
+def _dataset(args: Any, saved: Saved) -> Dataset:
     from atat_fast.data import prepare
 
-    data: DataConfig = subject.config.data
-    hashes = subject.trained_on if args.corpus is None else None
+    data: DataConfig = saved.config.data
+    hashes = saved.trained_on if args.corpus is None else None
     if args.corpus is not None:
         data = dataclasses.replace(data, corpus=args.corpus, valid=None)
-    elif subject.corpus is None:
+    elif "config" not in saved.facts:
         raise UsageError(f"{args.model} does not say what it was trained on; give --corpus NAME-OR-PATH, or --zero_shot all")
-    return prepare(data, tokenizer=subject.tokenizer, hashes=hashes)
+    return prepare(data, tokenizer=saved.reads(), hashes=hashes)
 
 
 def _samples(args: Any) -> int:
@@ -198,7 +204,7 @@ def _samples(args: Any) -> int:
     from atat_fast.hardware.compute import environment, resolve
 
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"), "--")
-    tokenizer = _subject(args).tokenizer if args.run is not None or args.model is not None else None
+    tokenizer = _saved(args).reads() if args.run is not None or args.model is not None else None
     found = generation.measure_samples(
         args.samples, tokenizer=tokenizer, causal_lm=args.causal_lm, reference=args.reference, batch=args.batch, compute=compute
     )

@@ -16,7 +16,6 @@ from __future__ import annotations
 import itertools
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -268,11 +267,10 @@ def open_answers(
     **options: Any,
 ) -> Answers:
     """Answers from the harness's model_args: a run or a saved model, and what `Answers` takes. Raises UsageError."""
-    from atat_fast.models import hub
-    from atat_fast.runs import checkpoint as checkpoints
-
     if (run is None) == (model is None):
         raise UsageError("model_args names what is asked: run=runs/NAME, or model=FOLDER for a saved model")
+    from atat_fast.runs.loaded import open_model
+
     known = ("likelihood", "draws", "steps", "sampler", "seed")
     for name in options.keys() - set(known):
         raise UsageError(f"there is no model argument {name!r}{nearest(name, known)}")
@@ -292,12 +290,8 @@ def open_answers(
         if value not in choices:
             raise UsageError(f"there is no {name} {value!r}{nearest(str(value), choices)}; choose one of {', '.join(choices)}")
     compute = resolve(TrainConfig(device=where, dtype=kind, compile="off"), "")
-    if run is not None:
-        found, reads = checkpoints.load_model(checkpoints.find(Path(run), checkpoint), average=weights == "ema")
-    else:
-        saved = hub.from_pretrained(str(model), tokenizer=tokenizer)
-        found, reads = saved.model, saved.tokenizer
-    return Answers(found, reads, compute, per_pass=tokens_per_pass, batch=int(size), **options)
+    saved = open_model(run=run, model=model, tokenizer=tokenizer, which=checkpoint, average=weights == "ema", importance=False)
+    return Answers(saved.model, saved.reads(), compute, per_pass=tokens_per_pass, batch=int(size), **options)
 
 
 def register() -> type[Any]:

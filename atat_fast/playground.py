@@ -46,7 +46,7 @@ STYLE = """<style>
 
 
 @dataclass(frozen=True)
-class Subject:
+class Player:
     """The model that is played with, on its device, and what belongs to it."""
 
     model: DiT
@@ -94,7 +94,7 @@ def read_text(tokenizer: Tokenizer, text: str, *, blank: int, append: int, longe
 
 
 def frames(
-    subject: Subject, ids: list[int], *, sampler: str, steps: int, temperature: float, seed: int,
+    player: Player, ids: list[int], *, sampler: str, steps: int, temperature: float, seed: int,
     left: threading.Event | None = None,
 ) -> Iterator[Frame]:  # fmt: skip
     """The moments of filling in `ids`: the beginning, every step that changed something, and the end. Raises UsageError.
@@ -106,16 +106,16 @@ def frames(
 
     from atat_fast.sampling.samplers import sample
 
-    model, mask = subject.model, subject.model.mask_id
-    start = torch.tensor([ids], device=subject.compute.device)
+    model, mask = player.model, player.model.mask_id
+    start = torch.tensor([ids], device=player.compute.device)
     given = [i != mask for i in ids]
-    scores = _scorer(subject)
+    scores = _scorer(player)
     options: dict[str, Any] = {"steps": steps, "sampler": sampler, "temperature": temperature, "seed": seed}
-    if sampler == "importance" and scores is not None and subject.estimator is not None:
-        options |= {"importance": scores, "tilt": subject.estimator.config.tilt}
+    if sampler == "importance" and scores is not None and player.estimator is not None:
+        options |= {"importance": scores, "tilt": player.estimator.config.tilt}
     arrived: queue.Queue[Frame | BaseException] = queue.Queue()
     left = threading.Event() if left is None else left
-    shades = _Shades(subject, scores, start)
+    shades = _Shades(player, scores, start)
 
     def on_step(step: int, tokens: Tensor) -> None:
         if left.is_set():
@@ -126,7 +126,7 @@ def frames(
 
     def run() -> None:
         try:
-            with torch.no_grad(), subject.compute.autocast():
+            with torch.no_grad(), player.compute.autocast():
                 shades.begin()
                 arrived.put(Frame(0, steps, ids, given, [False] * len(ids), shades.values()))
                 final = sample(model, start, on_step=on_step, **options)
@@ -160,23 +160,23 @@ class _Left(Exception):
 class _Shades:
     """The shade of each token as it goes: the estimator's score while it is hidden, or 1 - p at the step that draws it."""
 
-    def __init__(self, subject: Subject, scores: Callable[[Tensor, Tensor], Tensor] | None, start: Tensor) -> None:
-        self.subject, self.scores, self.before = subject, scores, start.clone()
+    def __init__(self, player: Player, scores: Callable[[Tensor, Tensor], Tensor] | None, start: Tensor) -> None:
+        self.player, self.scores, self.before = player, scores, start.clone()
         self.shade = start.new_zeros(start.shape[1]).double()
 
     def begin(self) -> None:
         """Score what is hidden now."""
         if self.scores is not None:
-            hidden = self.before[0] == self.subject.model.mask_id
+            hidden = self.before[0] == self.player.model.mask_id
             share = hidden.float().mean()[None]
             self.shade = self.shade.where(~hidden, self.scores(self.before, share)[0].double())
 
     def see(self, tokens: Tensor) -> list[bool]:
         """Take in the tokens after a step; which of them it drew."""
-        drawn = (self.before[0] == self.subject.model.mask_id) & (tokens[0] != self.subject.model.mask_id)
+        drawn = (self.before[0] == self.player.model.mask_id) & (tokens[0] != self.player.model.mask_id)
         rows = drawn.nonzero().flatten()
         if self.scores is None and len(rows):
-            model = self.subject.model
+            model = self.player.model
             share = (self.before == model.mask_id).float().mean(1)
             chance = model.logits(model.features(self.before, share, rows=rows)).double().softmax(-1)
             self.shade[rows] = 1 - chance.gather(1, tokens[0][rows, None])[:, 0]
@@ -192,10 +192,10 @@ class _Shades:
         return found
 
 
-def _scorer(subject: Subject) -> Callable[[Tensor, Tensor], Tensor] | None:
-    if subject.estimator is None or subject.estimator.network is None:
+def _scorer(player: Player) -> Callable[[Tensor, Tensor], Tensor] | None:
+    if player.estimator is None or player.estimator.network is None:
         return None
-    return subject.estimator.scorer(subject.model)
+    return player.estimator.scorer(player.model)
 
 
 def picture(frame: Frame, pieces: Pieces) -> str:
@@ -211,15 +211,15 @@ def picture(frame: Frame, pieces: Pieces) -> str:
     return f'{STYLE}<div class="canvas" role="status" data-done="{str(frame.done).lower()}">{"".join(parts)}</div>'
 
 
-def legend(subject: Subject) -> str:
+def legend(player: Player) -> str:
     """What is seen on the canvas, as HTML."""
     shades = "".join(f'<span class="drawn" style="--i:{i / 4}">&nbsp;{i / 4:g}&nbsp;</span>' for i in range(5))
     lines = (
-        f"<b>[MASK]</b> is one token to fill in, <b>___</b> several. {html.escape(subject.a_token)}",
+        f"<b>[MASK]</b> is one token to fill in, <b>___</b> several. {html.escape(player.a_token)}",
         f'plain: given &middot; <span class="hidden" style="--i:0">{HIDDEN}</span> hidden &middot; '
         f'<span class="drawn new" style="--i:0">underlined</span> newly drawn &middot; '
         f"{PART} part of a character whose rest is hidden",
-        f"{shades} shade of what was not given: {html.escape(subject.shading)}",
+        f"{shades} shade of what was not given: {html.escape(player.shading)}",
     )
     return f'{STYLE}<div class="legend">{"<br>".join(lines)}</div>'
 
@@ -228,14 +228,14 @@ def _span(kind: str, text: str, shade: float) -> str:
     return f'<span class="{kind}" style="--i:{shade:.3f}" title="{shade:.2f}">{html.escape(text)}</span>'
 
 
-def build(subject: Subject) -> Any:
+def build(player: Player) -> Any:
     """The page as Gradio's Blocks. Raises UsageError where Gradio is not installed."""
     gradio = _gradio()
     from atat_fast.sampling.samplers import SAMPLERS
 
-    usable = [name for name in SAMPLERS if _usable(name, subject)]
-    longest = subject.model.config.length
-    pieces = Pieces(subject.tokenizer.decode, subject.model.mask_id)
+    usable = [name for name in SAMPLERS if _usable(name, player)]
+    longest = player.model.config.length
+    pieces = Pieces(player.tokenizer.decode, player.model.mask_id)
     running: dict[str | None, threading.Event] = {}  # what ends the sampler of each open page
 
     def fill(
@@ -244,11 +244,11 @@ def build(subject: Subject) -> Any:
         left = running[request.session_hash] = threading.Event()
         options: dict[str, Any] = {"sampler": sampler, "steps": int(steps), "temperature": temperature, "seed": int(seed or 0)}
         try:
-            ids = read_text(subject.tokenizer, text, blank=int(blank), append=int(append), longest=longest)
-            for frame in frames(subject, ids, **options, left=left):
-                hidden = frame.ids.count(subject.model.mask_id)
+            ids = read_text(player.tokenizer, text, blank=int(blank), append=int(append), longest=longest)
+            for frame in frames(player, ids, **options, left=left):
+                hidden = frame.ids.count(player.model.mask_id)
                 said = "done" if frame.done else f"step {frame.step} of {frame.steps}, {hidden} tokens to go"
-                yield picture(frame, pieces), said, subject.tokenizer.decode(frame.ids) if frame.done else ""
+                yield picture(frame, pieces), said, player.tokenizer.decode(frame.ids) if frame.done else ""
         except UsageError as error:
             told = gradio.Error(html.escape(str(error)))  # shown as HTML
             told.print_exception = False
@@ -272,8 +272,8 @@ def build(subject: Subject) -> Any:
 
     own: dict[str, Any] = {"title": "atat_fast playground", "analytics_enabled": False}
     with gradio.Blocks(**own) as page:
-        gradio.Markdown(f"## {_plain(subject.title)}")
-        gradio.HTML(legend(subject), elem_id="legend")
+        gradio.Markdown(f"## {_plain(player.title)}")
+        gradio.HTML(legend(player), elem_id="legend")
         text = gradio.Textbox(EXAMPLE, label="Text with blanks", lines=3, elem_id="text")
         with gradio.Row():
             sampler = gradio.Dropdown(usable, value=usable[0], label="Sampler", elem_id="sampler")
@@ -300,10 +300,10 @@ def build(subject: Subject) -> Any:
     return page
 
 
-def _usable(sampler: str, subject: Subject) -> bool:
+def _usable(sampler: str, player: Player) -> bool:
     if sampler == "ddpm_cache":
-        return not subject.model.time_conditioning
-    return sampler != "importance" or _scorer(subject) is not None
+        return not player.model.time_conditioning
+    return sampler != "importance" or _scorer(player) is not None
 
 
 def _plain(text: str) -> str:
@@ -354,16 +354,16 @@ def main(arguments: Sequence[str]) -> int:
     return 0
 
 
-def to_play_with(args: Any) -> Subject:
+def to_play_with(args: Any) -> Player:
     """The model of --run or --model, on its device. Raises UsageError."""
     from atat_fast.hardware.compute import resolve
-    from atat_fast.runs.loaded import open_subject
+    from atat_fast.runs.loaded import open_model
 
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"), "--")
-    found = open_subject(run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint)
+    found = open_model(run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint)
     if found.estimator is not None:
         found.estimator.eval().to(compute.device)
-    return Subject(found.model.eval().to(compute.device), found.tokenizer, found.estimator, compute, found.title)
+    return Player(found.model.eval().to(compute.device), found.reads(), found.estimator, compute, found.title)
 
 
 if __name__ == "__main__":

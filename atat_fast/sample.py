@@ -45,7 +45,7 @@ def main(arguments: Sequence[str]) -> int:
     import torch
 
     from atat_fast.hardware.compute import resolve
-    from atat_fast.runs.loaded import open_subject
+    from atat_fast.runs.loaded import open_model
     from atat_fast.sampling.samplers import SAMPLERS, cut_at_end, sample
 
     if args.sampler != "auto" and args.sampler not in SAMPLERS:
@@ -53,15 +53,15 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"there is no sampler {args.sampler!r}{nearest(args.sampler, known)}; choose one of {', '.join(known)}")
     lines = _lines(args)
     scored = args.sampler == "importance" or args.html is not None
-    subject = open_subject(run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint, importance=scored)
+    saved = open_model(run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint, importance=scored)
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype, compile="off"), "--")
-    model, tokenizer, estimator = subject.model.eval().to(compute.device), subject.tokenizer, subject.estimator
+    model, tokenizer, estimator = saved.model.eval().to(compute.device), saved.reads(), saved.estimator
     scores = None
     if estimator is not None and estimator.network is not None and scored:
         scores = estimator.eval().to(compute.device).scorer(model)
     elif args.sampler == "importance":
         source = "none" if estimator is None else estimator.config.source
-        raise UsageError(f"sampler importance needs learned importance, and importance.source of {subject.place} is {source}")
+        raise UsageError(f"sampler importance needs learned importance, and importance.source of {saved.place} is {source}")
     jobs = _jobs(args, lines, tokenizer, model.config.length)
     count = len(jobs) * args.num_samples
     sampler = args.sampler
@@ -71,7 +71,7 @@ def main(arguments: Sequence[str]) -> int:
         "steps": args.steps, "sampler": sampler, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
         "seed": args.seed, "block": args.block, "importance": scores, "eta": args.eta,
         "stop_at": tokenizer.eos_id if args.stop_at_end else None,
-        "tilt": subject.config.importance.tilt if args.tilt is None else args.tilt,
+        "tilt": saved.config.importance.tilt if args.tilt is None else args.tilt,
     }  # fmt: skip
 
     begin, filled = time.perf_counter(), 0
@@ -94,12 +94,12 @@ def main(arguments: Sequence[str]) -> int:
                 ids = drawn[row, : len(job.start)].tolist()
                 if args.stop_at_end:
                     ids = cut_at_end(ids, job.given_tokens(model.mask_id), tokenizer.eos_id)
-                write(first + row, count, job, ids, tokenizer, {"sampler": sampler, "run": subject.place})
+                write(first + row, count, job, ids, tokenizer, {"sampler": sampler, "run": saved.place})
     seconds = time.perf_counter() - begin
     print(f"{filled:,} tokens in {seconds:.1f} s, {filled / max(seconds, 1e-9):,.1f} tokens/s", file=sys.stderr)
     if args.html is not None:
         facts = {
-            "run": subject.place,
+            "run": saved.place,
             "sampler": sampler,
             "steps": args.steps,
             "temperature": args.temperature,

@@ -192,7 +192,7 @@ def test_every_exception_is_of_a_block_that_is_there():
 
 # Commands
 
-RUN = ("sample", "evaluate", "models.hub", "models.convert", "ops")
+RUN = ("sample", "evaluate", "push", "convert", "ops")
 """Doors whose commands are run, on a small model. train's end where --dry_run does, and of others the options are parsed."""
 PARSED_ONLY = {
     "--zero_shot": "reads seven corpora from the network",
@@ -318,8 +318,8 @@ def check_python(words: list[str], stdin: str, command: Command) -> None:
             parse_only(lambda: runpy.run_path(str(ROOT / words[0]), run_name="__main__"))
         return
     name, arguments = words[1].removeprefix("atat_fast."), words[2:]
-    module = importlib.import_module(f"atat_fast.{name}.__main__" if name == "ops" else f"atat_fast.{name}")
-    if name == "evaluation.lm_eval":
+    module = importlib.import_module(f"atat_fast.{name}.__main__" if name in ("ops", "audit") else f"atat_fast.{name}")
+    if name == "lm_eval":
         for argument in arguments[1].split(",") if arguments[:1] == ["--model_args"] else []:
             known = {*inspect.signature(module.open_answers).parameters, "likelihood", "draws", "steps", "sampler", "seed"}
             assert argument.split("=")[0] in known, argument
@@ -399,7 +399,7 @@ def test_what_is_wrong_in_a_page_is_found(page, wrong, trained, tmp_path, monkey
 
 # Options that messages name
 
-DOORS = ("train", "evaluate", "sample", "report", "compare", "playground", "models.convert", "models.hub")
+DOORS = ("train", "evaluate", "sample", "report", "compare", "playground", "convert", "push")
 OTHERS = {
     "--standalone",
     "--nproc-per-node",
@@ -412,8 +412,6 @@ OTHERS = {
     "--group.setting",
 }
 """Options of torchrun, pip, git and lm-eval, and what stands for any of ours."""
-FOR_OTHERS = {"models.hub": {"--tokenizer"}}
-"""Options that a door's module names and its door lacks: from_pretrained is for evaluate and sample, which have them."""
 
 
 def options_of(door: str) -> set[str]:
@@ -452,7 +450,7 @@ def test_every_option_that_a_message_names_is_there():
         module = path.relative_to(ROOT / "atat_fast").with_suffix("").as_posix().replace("/", ".")
         tree = ast.parse(path.read_text(encoding="utf-8"))
         wrong += [f"{module}:{line} {option}" for line, option in named_options(tree) if option not in known]
-        own = takes.get(module, known) | FOR_OTHERS.get(module, set())
+        own = takes.get(module, known)
         for node in ast.walk(tree):
             if isinstance(node, ast.Raise):
                 wrong += [f"{module}:{line} {option}" for line, option in named_options(node) if option not in own]

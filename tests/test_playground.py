@@ -27,7 +27,7 @@ from atat_fast.models import hub
 
 
 @pytest.fixture(scope="module")
-def subject(trained_run):
+def player(trained_run):
     return playground.to_play_with(arguments(run=str(trained_run)))
 
 
@@ -36,13 +36,13 @@ def arguments(**given):
     return types.SimpleNamespace(**options | given)
 
 
-def plain(subject):
+def plain(player):
     """The same model without its estimator."""
-    return playground.Subject(subject.model, subject.tokenizer, None, subject.compute, "plain")
+    return playground.Player(player.model, player.tokenizer, None, player.compute, "plain")
 
 
-def play(subject, ids, **options):
-    return list(playground.frames(subject, ids, **{"sampler": "ddpm_cache", "steps": 6, "temperature": 1.0, "seed": 3} | options))
+def play(player, ids, **options):
+    return list(playground.frames(player, ids, **{"sampler": "ddpm_cache", "steps": 6, "temperature": 1.0, "seed": 3} | options))
 
 
 def test_blanks_are_masks():
@@ -61,8 +61,8 @@ def test_blanks_are_masks():
 
 
 @pytest.mark.parametrize("with_estimator", [True, False])
-def test_tokens_appear_one_after_another_and_stay(subject, with_estimator):
-    one = subject if with_estimator else plain(subject)
+def test_tokens_appear_one_after_another_and_stay(player, with_estimator):
+    one = player if with_estimator else plain(player)
     ids = playground.read_text(one.tokenizer, "ab ___ c", blank=6, append=0, longest=16)
     mask = one.model.mask_id
     shown = play(one, ids)
@@ -78,25 +78,25 @@ def test_tokens_appear_one_after_another_and_stay(subject, with_estimator):
 
 
 @torch.no_grad()
-def test_shades_are_the_estimators_scores_or_the_chance_of_error(subject):
-    ids = playground.read_text(subject.tokenizer, "ab[MASK]c", blank=1, append=0, longest=16)
+def test_shades_are_the_estimators_scores_or_the_chance_of_error(player):
+    ids = playground.read_text(player.tokenizer, "ab[MASK]c", blank=1, append=0, longest=16)
     z = torch.tensor([ids])
     share = torch.tensor([0.25])
-    score = torch.sigmoid(subject.estimator.network(subject.model.embedding(z), share))[0, 2]
-    assert play(subject, ids)[-1].shades[2] == pytest.approx(float(score), abs=1e-5)
-    last = play(plain(subject), ids)[-1]
-    p = subject.model.logits(subject.model.features(z, share)).softmax(-1)[2, last.ids[2]]
+    score = torch.sigmoid(player.estimator.network(player.model.embedding(z), share))[0, 2]
+    assert play(player, ids)[-1].shades[2] == pytest.approx(float(score), abs=1e-5)
+    last = play(plain(player), ids)[-1]
+    p = player.model.logits(player.model.features(z, share)).softmax(-1)[2, last.ids[2]]
     assert last.shades[2] == pytest.approx(1 - float(p), abs=1e-5)
 
 
-def test_what_the_sampler_refuses_reaches_the_reader(subject):
+def test_what_the_sampler_refuses_reaches_the_reader(player):
     with pytest.raises(UsageError, match="there is no sampler 'nothing'"):
-        play(subject, [97, subject.model.mask_id], sampler="nothing")
+        play(player, [97, player.model.mask_id], sampler="nothing")
 
 
-def test_a_reader_that_leaves_ends_the_sampler(subject):
-    ids = [subject.model.mask_id] * 16
-    moments = playground.frames(subject, ids, sampler="ancestral", steps=4_000, temperature=1.0, seed=0)
+def test_a_reader_that_leaves_ends_the_sampler(player):
+    ids = [player.model.mask_id] * 16
+    moments = playground.frames(player, ids, sampler="ancestral", steps=4_000, temperature=1.0, seed=0)
     next(moments)
     before = {t.ident for t in threading.enumerate()}
     moments.close()
@@ -107,9 +107,9 @@ def test_a_reader_that_leaves_ends_the_sampler(subject):
     pytest.fail("the sampler's thread goes on")
 
 
-def test_setting_its_event_ends_the_sampler_and_its_reader(subject):
-    left, ids = threading.Event(), [subject.model.mask_id] * 16
-    moments = playground.frames(subject, ids, sampler="ancestral", steps=4_000, temperature=1.0, seed=0, left=left)
+def test_setting_its_event_ends_the_sampler_and_its_reader(player):
+    left, ids = threading.Event(), [player.model.mask_id] * 16
+    moments = playground.frames(player, ids, sampler="ancestral", steps=4_000, temperature=1.0, seed=0, left=left)
     next(moments)
     before = threading.active_count()
     left.set()
@@ -117,9 +117,9 @@ def test_setting_its_event_ends_the_sampler_and_its_reader(subject):
     until(lambda: threading.active_count() < before)
 
 
-def test_temperature_0_takes_the_likeliest(subject):
-    ids = [subject.model.mask_id] * 8
-    runs = [play(subject, ids, sampler="confidence", temperature=0.0, seed=seed)[-1].ids for seed in range(3)]
+def test_temperature_0_takes_the_likeliest(player):
+    ids = [player.model.mask_id] * 8
+    runs = [play(player, ids, sampler="confidence", temperature=0.0, seed=seed)[-1].ids for seed in range(3)]
     assert runs[0] == runs[1] == runs[2]
 
 
@@ -169,10 +169,10 @@ class StandIn:
 
 
 @pytest.fixture
-def page(subject, monkeypatch):
+def page(player, monkeypatch):
     gradio = StandIn()
     monkeypatch.setattr(playground, "_gradio", lambda: gradio)
-    playground.build(subject)
+    playground.build(player)
     return gradio
 
 
@@ -209,12 +209,12 @@ def test_stop_and_leaving_end_the_sampler_of_their_page_alone(page):
     assert [said for _, said, _ in fill("a[MASK]", "ancestral", 4, 0.0, 1, 0, 0, page.Request("a"))][-1] == "done"
 
 
-def test_the_page_says_what_is_seen_and_what_a_token_is(page, subject):
+def test_the_page_says_what_is_seen_and_what_a_token_is(page, player):
     said = page.made["legend"].values[0]
     for part in (HIDDEN, PART, "a letter of English, a part of others", "newly drawn", "given", "importance estimator", "[MASK]"):
         assert part in said
     assert page.made["temperature"].values[:2] == (0.0, 2.0)
-    words = playground.Subject(subject.model, types.SimpleNamespace(name="gpt2"), None, subject.compute, "words")
+    words = playground.Player(player.model, types.SimpleNamespace(name="gpt2"), None, player.compute, "words")
     assert "a word or a part of one" in playground.legend(words) and "has none" in playground.legend(words)
 
 
@@ -227,14 +227,14 @@ def test_a_picture_shows_part_of_a_character_by_one_sign():
     assert re.sub("<[^>]*>", "", body) == f"{PART}{HIDDEN}{PART}é" and body.count('class="drawn new"') == 2
 
 
-def test_a_model_without_its_tokenizer_is_played_with_another(subject, tmp_path):
-    hub.save_pretrained(tmp_path / "model", hub.Saved(subject.model, subject.tokenizer))
+def test_a_model_without_its_tokenizer_is_played_with_another(player, tmp_path):
+    hub.save_pretrained(tmp_path / "model", hub.Saved(player.model, player.tokenizer))
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (tmp_path / "model" / name).unlink()
     with pytest.raises(UsageError, match="--tokenizer"):
         playground.to_play_with(arguments(model=str(tmp_path / "model")))
     found = playground.to_play_with(arguments(model=str(tmp_path / "model"), tokenizer="bytes"))
-    assert found.tokenizer.fingerprint == subject.tokenizer.fingerprint and found.estimator is None
+    assert found.tokenizer.fingerprint == player.tokenizer.fingerprint and found.estimator is None
     with pytest.raises(UsageError, match="--tokenizer goes with --model"):
         playground.to_play_with(arguments(run="runs/small", tokenizer="bytes"))
 
@@ -351,8 +351,8 @@ def test_the_page_in_a_browser(trained_run, tmp_path):
         manager.stop()
 
 
-def test_samplers_that_cannot_run_are_not_offered(subject):
-    assert playground._usable("ddpm_cache", subject) and playground._usable("importance", subject)
-    assert not playground._usable("importance", plain(subject))
+def test_samplers_that_cannot_run_are_not_offered(player):
+    assert playground._usable("ddpm_cache", player) and playground._usable("importance", player)
+    assert not playground._usable("importance", plain(player))
     timed = types.SimpleNamespace(model=types.SimpleNamespace(time_conditioning=True))
     assert not playground._usable("ddpm_cache", timed)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atat_fast import sample
+from atat_fast import push, sample
 from atat_fast.cli import run_door
 from atat_fast.config import Config, ImportanceConfig, ModelConfig
 from atat_fast.data.tokenizers import make_tokenizer
@@ -243,7 +243,7 @@ def test_the_door_from_a_fresh_directory(run, tmp_path):
 
 
 def test_a_saved_model_is_sampled_as_its_run_is(call, run, tmp_path, capsys):
-    hub.save_pretrained(tmp_path / "model", hub.open_run(run, "last", average=True))
+    hub.save_pretrained(tmp_path / "model", push.with_card(run, "last", average=True))
     expected = call("--infill", TEXT, "--html", tmp_path / "run.html").out
     assert sample.main(["--model", str(tmp_path / "model"), "--infill", TEXT, "--html", str(tmp_path / "model.html")]) == 0
     assert capsys.readouterr().out == expected and (tmp_path / "model.html").is_file()

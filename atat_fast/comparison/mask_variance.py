@@ -14,7 +14,8 @@ from torch import Tensor
 from atat_fast.config import DiffusionConfig, EvalConfig
 from atat_fast.data import TokenSplit
 from atat_fast.diffusion.bound import NllFunction, estimate_nll
-from atat_fast.diffusion.masking import MaskedBatch, hide_for_training
+from atat_fast.diffusion.masking import hide_for_training
+from atat_fast.diffusion.process import MaskedBatch
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.likelihood import evaluating, model_nll, spread_sequences
 from atat_fast.models.dit import DiT

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from atat_fast.config import CurriculumConfig, DiffusionConfig, ImportanceConfig
-from atat_fast.diffusion.masking import MaskedBatch, Scored
+from atat_fast.diffusion.process import MaskedBatch, Scored
 from atat_fast.errors import UsageError
 from atat_fast.ops.masking import mask_tokens
 from atat_fast.ops.philox import STREAM_MASK, STREAM_REVEAL

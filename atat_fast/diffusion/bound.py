@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from atat_fast.diffusion.control import Control, Surprisals
-from atat_fast.diffusion.masking import Hide, MaskedBatch, hide
+from atat_fast.diffusion.process import Hide, MaskedBatch
+from atat_fast.diffusion.uniform import hide
 from atat_fast.ops.attention import documents_of
 from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
 
@@ -94,7 +95,7 @@ def estimate_nll(
     slightly generous); with several it is the spread of the sequences' own means.
 
     control: take out of each sequence's value what counts of the text explain of its mask's noise (diffusion/control.py).
-    process: instead of uniform masks a token-identity schedule's own, whose bound is then estimated, without control.
+    process: a process whose own bound is estimated, with its masks instead of uniform ones and without control.
     """
     strata = evaluation_strata(sequences, draws, seed=seed)
     values = torch.zeros(sequences, draws, dtype=torch.float64)

@@ -24,12 +24,13 @@ sampled. docs/atat.md has by how much the best such model misses the entropy.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor
 
-from atat_fast.config import DiffusionConfig, ImportanceConfig
-from atat_fast.diffusion.masking import MaskedBatch, spread
+from atat_fast.config import DiffusionConfig
+from atat_fast.diffusion.process import MaskedBatch, Tilt, per_row
 from atat_fast.errors import UsageError
 from atat_fast.ops.masking import mask_tokens
 from atat_fast.ops.philox import STREAM_COUNT, STREAM_MASK, random_words, uniform
@@ -37,6 +38,15 @@ from atat_fast.ops.philox import STREAM_COUNT, STREAM_MASK, random_words, unifor
 MOST_STRENGTH = 5.0
 """Largest |identity_strength|. Rates then differ by up to e^5; times reach about 20 / the least rate, and s w_v a few thousand,
 where fp32 logits still have steps below 0.001."""
+
+
+def log_rank(counts: Tensor) -> Tensor:
+    """Importance of each id by frequency, [V] fp32: log(1 + rank) / log V, rank 0 being the commonest, ties going by id."""
+    counts = counts.flatten()
+    order = torch.argsort(-counts.long(), stable=True)
+    rank = torch.empty(len(counts), dtype=torch.float64, device=counts.device)
+    rank[order] = torch.arange(len(counts), dtype=torch.float64, device=counts.device)
+    return (torch.log1p(rank) / math.log(max(2.0, len(counts)))).to(torch.float32)
 
 
 def identity_rates(scores: Tensor, counts: Tensor, strength: float) -> Tensor:
@@ -59,6 +69,8 @@ class IdentitySchedule:
         rates: [V] fp32 above 0.
     """
 
+    own_bound = True
+
     def __init__(self, rates: Tensor) -> None:
         log_rates = rates.detach().double().log()
         low, high = (float(v) for v in torch.aminmax(log_rates))
@@ -69,11 +81,43 @@ class IdentitySchedule:
         self.tilt = high - low
         self.scores = ((high - log_rates) / (self.tilt or 1.0)).clamp(0, 1).float()
 
+    @classmethod
+    def of(cls, config: DiffusionConfig, counts: Callable[[], Tensor]) -> IdentitySchedule:
+        """Rates exp(-identity_strength * log-rank) of the training text's tokens."""
+        found = counts()
+        return cls(identity_rates(log_rank(found), found, config.identity_strength))
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], vocabulary: int) -> IdentitySchedule:
+        """From {"rates": [V]}."""
+        if tuple(tensors["rates"].shape) != (vocabulary,):
+            raise ValueError(f"rates are {tuple(tensors['rates'].shape)}, and the vocabulary {vocabulary:,}")
+        return cls(tensors["rates"])
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The rates."""
+        return {"rates": self.rates}
+
+    @staticmethod
+    def describe(config: DiffusionConfig) -> str:
+        """For the plan."""
+        return f"token identity: revealed at rates exp(-{config.identity_strength:g} * log-rank of the token)"
+
     def to(self, device: torch.device) -> IdentitySchedule:
         """The same on another device."""
         moved = IdentitySchedule.__new__(IdentitySchedule)
         moved.rates, moved.scores, moved.tilt = self.rates.to(device), self.scores.to(device), self.tilt
         return moved
+
+    @staticmethod
+    def check(config: DiffusionConfig) -> None:
+        """Raise UsageError for a strength beyond what fp32 logits resolve."""
+        strength = config.identity_strength
+        if not abs(strength) <= MOST_STRENGTH:
+            raise UsageError(
+                f"diffusion.identity_strength {strength} makes rates differ by more than e^{MOST_STRENGTH:g}, beyond what fp32 "
+                f"logits resolve; use a number from {-MOST_STRENGTH:g} to {MOST_STRENGTH:g}"
+            )
 
     def hide(
         self,
@@ -111,29 +155,6 @@ class IdentitySchedule:
         stay = -torch.log(uniform(random_words(sample_ids, seed, step, STREAM_COUNT)[2]))
         share = (counts / max(1, length)).to(device, torch.float32, non_blocking=True)
         return MaskedBatch(
-            noisy, rows, tokens.flatten()[rows], spread((length + 1) / total, counts, rows), share, tokens.numel(), hidden=number,
-            rates=self.rates, elapsed=spread(reached + stay / total, counts, rows),
+            noisy, rows, tokens.flatten()[rows], per_row((length + 1) / total, counts, rows), share, tokens.numel(),
+            hidden=number, tilt=Tilt(self.rates, per_row(reached + stay / total, counts, rows)),
         )  # fmt: skip
-
-
-def check_identity(diffusion: DiffusionConfig, importance: ImportanceConfig) -> None:
-    """Raise UsageError for a token-identity schedule that cannot be trained with."""
-    if diffusion.schedule != "token_identity":
-        return
-    strength = diffusion.identity_strength
-    if not abs(strength) <= MOST_STRENGTH:
-        raise UsageError(
-            f"diffusion.identity_strength {strength} makes rates differ by more than e^{MOST_STRENGTH:g}, beyond what fp32 "
-            f"logits resolve; use a number from {-MOST_STRENGTH:g} to {MOST_STRENGTH:g}"
-        )
-    if diffusion.masking != "exact" or diffusion.mirror:
-        what = "diffusion.mirror" if diffusion.mirror else f"diffusion.masking {diffusion.masking}"
-        raise UsageError(
-            f"{what} hides every token alike, and diffusion.schedule token_identity does not; "
-            "set diffusion.masking exact and diffusion.mirror false, or diffusion.schedule log_linear"
-        )
-    if importance.source != "none":
-        raise UsageError(
-            f"importance.source {importance.source} and diffusion.schedule token_identity both choose what is hidden; "
-            "set importance.source none, or diffusion.schedule log_linear"
-        )

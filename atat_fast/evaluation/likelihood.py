@@ -14,7 +14,7 @@ from atat_fast.config import EvalConfig
 from atat_fast.data import TokenSplit
 from atat_fast.data.packing import MUCH_UNKNOWN
 from atat_fast.diffusion.bound import Estimate, NllFunction, Spread, estimate_nll
-from atat_fast.diffusion.identity import IdentitySchedule
+from atat_fast.diffusion.process import Process
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT
 
@@ -26,13 +26,13 @@ def evaluate(
     autocast: AbstractContextManager[Any],
     spread: Spread = Spread(),  # noqa: B008, it cannot change
     *,
-    identity: IdentitySchedule | None = None,
+    process: Process | None = None,
 ) -> Estimate:
     """The exact-count bound over `config.sequences` sequences of the split, in nats a token with its standard error.
 
     The sequences are spread evenly over the split, and neither they nor the masks depend on the model, so that two models, or
     two steps of one run, are compared on the same masked tokens. Dropout is off. Processes that share the work give `spread`.
-    With `identity`, instead the bound under that schedule's own process, which is never what is called nll.
+    With a process that has a bound of its own, that bound instead, which is never what is called nll.
     """
     if config.draws < 1 or config.batch < 1:
         raise UsageError(f"eval.draws and eval.batch must be at least 1, got {config.draws} and {config.batch}")
@@ -48,14 +48,14 @@ def evaluate(
             seed=config.seed,
             document_end=split.eos_id if model.config.document_mask else None,
             spread=spread,
-            process=None if identity is None else identity.hide,
+            process=None if process is None else process.hide,
         )
 
 
 def model_nll(model: DiT) -> NllFunction:
     """The model as the bound wants it."""
     return lambda masked: model.nll(
-        masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents, masked.rates, masked.elapsed
+        masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents, *(masked.tilt or ())
     )
 
 
@@ -86,9 +86,9 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
         model.train(before)
 
 
-def report(estimate: Estimate, split: TokenSplit, identity: Estimate | None = None) -> dict[str, Any]:
-    """The numbers people ask for, as a row of metrics.jsonl or a JSON file; identity_nll is the bound under the model's own
-    token-identity schedule, where it has one.
+def report(estimate: Estimate, split: TokenSplit, own: Estimate | None = None) -> dict[str, Any]:
+    """The numbers people ask for, as a row of metrics.jsonl or a JSON file; own: the bound of the
+    schedule that the model was trained under, if it has one (schedule_nll).
 
     bits_per_byte is None, and unknown_share says why, where the tokenizer loses so much of the text that it bounds nothing.
     """
@@ -104,7 +104,7 @@ def report(estimate: Estimate, split: TokenSplit, identity: Estimate | None = No
         "bytes_per_token": bytes_per_token,
         "sequences": estimate.sequences,
         "length": estimate.length,
-        **({} if identity is None else {"identity_nll": identity.nll, "identity_nll_se": identity.se}),
+        **({} if own is None else {"schedule_nll": own.nll, "schedule_nll_se": own.se}),
         **({"unknown_share": split.unknown_share} if lossy else {}),
     }
 

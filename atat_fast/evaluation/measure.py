@@ -22,7 +22,7 @@ from atat_fast.config import EvalConfig
 from atat_fast.data import TokenSplit
 from atat_fast.data.zero_shot import tokens_hash
 from atat_fast.diffusion.bound import Estimate
-from atat_fast.diffusion.identity import IdentitySchedule
+from atat_fast.diffusion.process import Process
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.likelihood import evaluate, evaluating, model_nll, report, spread_sequences
 from atat_fast.evaluation.orders import EXACT, evaluate_order
@@ -144,15 +144,15 @@ def in_order(
 
 def measure(
     model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast, estimator: ImportanceEstimator | None = None,
-    identity: IdentitySchedule | None = None,
+    process: Process | None = None,
 ) -> list[Figure]:  # fmt: skip
-    """Everything the plan asks for of one text: the uniform bound first, then each order. With a token-identity schedule the
-    first figure has that one's bound too, as identity_nll, from plan.eval's draws.
+    """Everything the plan asks for of one text: the uniform bound first, then each order. If the process has a
+    bound of its own, the first figure has that too, as schedule_nll, from plan.eval's draws.
     """
     figures = [uniform(model, split, plan, autocast)]
-    if identity is not None:
-        own = evaluate(model, split, plan.eval, autocast(), identity=identity)
-        figures[0] |= {"identity_nll": own.nll, "identity_nll_se": own.se}
+    if process is not None and process.own_bound:
+        own = evaluate(model, split, plan.eval, autocast(), process=process)
+        figures[0] |= {"schedule_nll": own.nll, "schedule_nll_se": own.se}
     if plan.orders:
         bound = beside_orders(model, split, plan, autocast)
         figures += [in_order(model, split, order, plan, autocast, estimator, bound) for order in plan.orders]

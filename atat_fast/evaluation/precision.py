@@ -17,7 +17,8 @@ from torch import Tensor
 
 from atat_fast.diffusion.bound import Estimate, NllFunction, per_sequence
 from atat_fast.diffusion.control import FEATURES, Surprisals, fit, imbalance
-from atat_fast.diffusion.masking import MaskedBatch, hide
+from atat_fast.diffusion.process import MaskedBatch
+from atat_fast.diffusion.uniform import hide
 from atat_fast.errors import UsageError
 from atat_fast.ops.attention import documents_of
 from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform

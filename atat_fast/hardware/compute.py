@@ -16,10 +16,10 @@ from typing import Any
 
 import torch
 
-from atat_fast import __version__
 from atat_fast.config import TrainConfig
 from atat_fast.errors import UsageError
 from atat_fast.ops import processor
+from atat_fast.version import __version__
 
 PEAK_BF16_FLOPS = {
     "RTX 4090": 165e12,

@@ -111,8 +111,8 @@ def _model_rows(facts: dict[str, Any]) -> list[tuple[str, str]]:
     rows += [("weights", {"ema": "moving average", "raw": "last step"}.get(str(facts.get("weights")), ""))]
     if "importance" in facts:
         rows.append(("importance estimator", "included (`importance.safetensors`)"))
-    if "identity_strength" in facts:
-        rows.append(("token-identity schedule", f"of strength {facts['identity_strength']:g}, included (`schedule.safetensors`)"))
+    if "schedule" in facts:
+        rows.append(("masking schedule", f"{facts['schedule']} (`schedule.safetensors`)"))
     return [row for row in rows if row[1]]
 
 

@@ -1,44 +1,42 @@
-"""Models in folders and on the hub:  python -m atat_fast.models.hub --run runs/demo --out demo [--push owner/name]
+"""Models in folders and on the hub.
 
 A saved model is a folder of safetensors and JSON, nothing that has to be unpickled or run:
 
     config.json  model.safetensors            what DiT.from_pretrained reads
     tokenizer.json  tokenizer_config.json     what AutoTokenizer.from_pretrained reads, and Tokenizer.load
     importance.json  importance.safetensors   the importance estimator, where there is one
-    schedule.safetensors                      the rates of a token-identity schedule, where it was trained with one
+    schedule.safetensors                      what its masking process keeps, such as the rates of a token-identity schedule
     atat_fast.json                            what it was trained on and how good it was
     README.md                                 the same as a model card
 
-The lower half is a door like those of the package's top level, beside what it opens.
+`python -m atat_fast.push` writes one from a run.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import tempfile
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from atat_fast import __version__
-from atat_fast.config import Config, ImportanceConfig, ModelConfig, to_dict
+from atat_fast.config import Config, ImportanceConfig, ModelConfig, from_dict
 from atat_fast.data import network as network
-from atat_fast.data.local import without_folders
 from atat_fast.data.tokenizers import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer, make_tokenizer
-from atat_fast.diffusion.identity import IdentitySchedule
+from atat_fast.diffusion.process import Process
+from atat_fast.diffusion.processes import name_of, process_named
+from atat_fast.diffusion.uniform import UNIFORM
 from atat_fast.errors import UsageError, first_line
 from atat_fast.files import disk_errors, replacing_folder
 from atat_fast.models.card import model_card
 from atat_fast.models.dit import MODEL_TYPE, DiT, merge_modulation, misfit
 from atat_fast.models.importance import ImportanceEstimator
+from atat_fast.version import __version__
 
 CONFIG, WEIGHTS, FACTS, CARD = "config.json", "model.safetensors", "atat_fast.json", "README.md"
 IMPORTANCE, IMPORTANCE_WEIGHTS, SCHEDULE = "importance.json", "importance.safetensors", "schedule.safetensors"
@@ -49,13 +47,45 @@ PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 @dataclass(frozen=True)
 class Saved:
-    """A model with what belongs to it, on the CPU. facts: what atat_fast.json says, {} for a model that came from elsewhere."""
+    """A model on the CPU with what belongs to it, wherever it was read from.
+
+    tokenizer: None if the weights came without one.   facts: what is known of it, as atat_fast.json has it; {} for nothing.
+    process: how its training hid tokens.   place: the folder or hub id it was read from.   what: what was read there, in words.
+    """
 
     model: DiT
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None = None
     estimator: ImportanceEstimator | None = None
     facts: dict[str, Any] = field(default_factory=dict)
-    identity: IdentitySchedule | None = None
+    process: Process = UNIFORM
+    place: str = ""
+    what: str = ""
+
+    @property
+    def config(self) -> Config:
+        """The settings it was trained under; the defaults if nobody knows them."""
+        known = self.facts.get("config")
+        return from_dict(known) if isinstance(known, dict) else Config()
+
+    @property
+    def trained_on(self) -> dict[str, str]:
+        """SHA-256 of the tokens of each split it was trained on, {} if nobody knows."""
+        return dict(self.facts.get("data", {}).get("sha256", {}))
+
+    @property
+    def title(self) -> str:
+        """What it is called above a table."""
+        step = f"  step {self.facts['step']:,}  {self.facts.get('weights', '')} weights" if "step" in self.facts else ""
+        return f"{self.place}{step}"
+
+    def reads(self) -> Tokenizer:
+        """Its tokenizer. Raises UsageError if it has none."""
+        if self.tokenizer is None:
+            raise UsageError(
+                f"{self.place} was saved without its tokenizer, so no text can be read with it; say which one it is, for example "
+                "--tokenizer gpt2"
+            )
+        return self.tokenizer
 
 
 def save_pretrained(
@@ -68,30 +98,32 @@ def save_pretrained(
     """
     folder = Path(folder)
     check_destination(folder, overwrite=overwrite)
-    check_vocabulary(saved.model, saved.tokenizer, str(folder))
-    model, estimator = saved.model, saved.estimator
+    model, tokenizer, estimator = saved.model, saved.reads(), saved.estimator
+    check_vocabulary(model, tokenizer, str(folder))
     settings = {"model_type": MODEL_TYPE, "vocab_size": model.vocab_size, "mask_id": model.mask_id}
     settings |= dataclasses.asdict(model.config)
     with disk_errors(folder), replacing_folder(folder) as aside:
         save_file(_tensors(model), aside / WEIGHTS, metadata={"format": "pt"})
         _write(aside / CONFIG, settings)
-        saved.tokenizer.save(aside, longest=model.config.length)
+        tokenizer.save(aside, longest=model.config.length)
         if estimator is not None:
             save_file(_tensors(estimator), aside / IMPORTANCE_WEIGHTS, metadata={"format": "pt"})
             _write(aside / IMPORTANCE, dataclasses.asdict(estimator.config))
-        if saved.identity is not None:
-            save_file({"rates": saved.identity.rates.cpu()}, aside / SCHEDULE, metadata={"format": "pt"})
+        kept = {name: value.cpu() for name, value in saved.process.tensors().items()}
+        if kept:
+            save_file(kept, aside / SCHEDULE, metadata={"format": "pt", "schedule": name_of(saved.process)})
         facts = {"format": 1, "version": __version__, **saved.facts}
         _write(aside / FACTS, facts)
         (aside / CARD).write_text(model_card(facts, name=name or folder.name, licence=licence), encoding="utf-8")
     return folder
 
 
-def from_pretrained(source: str | Path, *, longest: int | None = None, tokenizer: str | None = None) -> Saved:
+def from_pretrained(source: str | Path, *, longest: int | None = None, tokenizer: str | None = None, bare: bool = False) -> Saved:
     """The model in a folder, or on the hub as owner/name. Nothing is unpickled and no code that comes with it is run.
 
-    longest: tokens the caller means to give it at once, refused where the model takes fewer. tokenizer: what reads text for a
-    model saved without its own (MDLM's, converted): a tokenizer.json, a hub id such as gpt2, or bytes.
+    longest: tokens the caller means to give it at once, refused if the model takes fewer. tokenizer: what reads text for a
+    model saved without its own (MDLM's, converted): a tokenizer.json, a hub id such as gpt2, or bytes. bare: accept weights
+    without a tokenizer.
     Raises UsageError where files are missing, damaged or pickles, where weights and settings disagree, and where the tokenizer is
     not one of this model: another vocabulary, mask or length.
     """
@@ -109,10 +141,16 @@ def from_pretrained(source: str | Path, *, longest: int | None = None, tokenizer
         raise UsageError(f"{source} takes at most {config.length:,} tokens, and {longest:,} are asked of it")
     reads = _tokenizer(folder, str(source), config.length) if tokenizer is None else make_tokenizer(tokenizer)
     model = DiT(vocab_size, mask_id, **dataclasses.asdict(config))
-    check_vocabulary(model, reads, str(source))
+    if reads is not None:
+        check_vocabulary(model, reads, str(source))
     _load(model, folder / WEIGHTS)
     facts = _read(folder / FACTS) if (folder / FACTS).is_file() else {}
-    return Saved(model, reads, _estimator(folder, model), facts, _identity(folder, model))
+    saved = Saved(
+        model, reads, _estimator(folder, model), facts, _process(folder, model), place=str(source), what="a model of atat_fast"
+    )
+    if not bare:
+        saved.reads()
+    return saved
 
 
 def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, kept: bool = True) -> str:
@@ -189,7 +227,7 @@ def _folder(source: str | Path) -> Path:
             )
         if (folder / "checkpoints").is_dir():
             raise UsageError(f"{source} is a run, not a saved model; give it with --run")
-        raise UsageError(f"{source} holds no {WEIGHTS}, so it is no saved model; make one with python -m atat_fast.models.hub")
+        raise UsageError(f"{source} holds no {WEIGHTS}, so it is no saved model; make one with python -m atat_fast.push")
     return folder
 
 
@@ -210,12 +248,10 @@ def _downloaded(repository: str) -> Path:
         ) from error
 
 
-def _tokenizer(folder: Path, source: str, length: int) -> Tokenizer:
+def _tokenizer(folder: Path, source: str, length: int) -> Tokenizer | None:
+    """The folder's own, or None. Raises UsageError if it is another model's."""
     if not (folder / TOKENIZER_FILE).is_file():
-        raise UsageError(
-            f"{source} was saved without its tokenizer, so no text can be read with it; say which one it is, for example "
-            "--tokenizer gpt2"
-        )
+        return None
     tokenizer = Tokenizer.load(folder)
     longest = _read(folder / SETTINGS_FILE).get("model_max_length", length)
     if longest != length:
@@ -238,16 +274,17 @@ def _estimator(folder: Path, model: DiT) -> ImportanceEstimator | None:
     return estimator
 
 
-def _identity(folder: Path, model: DiT) -> IdentitySchedule | None:
-    if not (folder / SCHEDULE).is_file():
-        return None
+def _process(folder: Path, model: DiT) -> Process:
+    """The masking process it was trained with."""
+    file = folder / SCHEDULE
+    if not file.is_file():
+        return UNIFORM
     try:
-        rates = load_file(folder / SCHEDULE)["rates"]
-        if tuple(rates.shape) != (model.vocab_size,):
-            raise ValueError(f"rates are {tuple(rates.shape)}, and the vocabulary {model.vocab_size:,}")
-        return IdentitySchedule(rates)
+        with safe_open(file, "pt") as opened:
+            name = (opened.metadata() or {}).get("schedule", "token_identity")  # which earlier versions did not say
+        return process_named(name).restored(load_file(file), model.vocab_size)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
-        raise UsageError(f"{folder / SCHEDULE} does not hold rates of this vocabulary: {first_line(error)}") from error
+        raise UsageError(f"{file} does not hold a schedule of this vocabulary: {first_line(error)}") from error
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
@@ -287,104 +324,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def portable_settings(config: Config) -> dict[str, Any]:
-    """A run's settings without what is only true on the machine it ran on: folders, and where paths lead."""
-    settings = to_dict(config)
-    data = settings["data"]
-    for name in ("corpus", "valid", "tokenizer"):
-        data[name] = data[name] if data[name] is None else without_folders(data[name])
-    data["cache_dir"], settings["run"]["root"] = None, Config().run.root
-    return settings
+if __name__ == "__main__":  # the command's name of earlier versions; it goes with the next release
+    import runpy
 
-
-def open_run(run: Path, which: str, *, average: bool) -> Saved:
-    """The model of a run's checkpoint with the facts a card needs. Raises UsageError."""
-    from atat_fast.runs import checkpoint
-    from atat_fast.runs.reader import read_run
-
-    found = checkpoint.find(run, which)
-    model, tokenizer = checkpoint.load_model(found, average=average)
-    config, manifest = found.config, found.manifest
-    facts: dict[str, Any] = {
-        "name": config.run.name,
-        "step": found.step,
-        "weights": "ema" if average else "raw",
-        "vocabulary": model.vocab_size,
-        "parameters": model.parameter_counts(),
-        "config": portable_settings(config),
-        "data": {
-            "corpus": without_folders(config.data.corpus),
-            "tokenizer": without_folders(config.data.tokenizer),
-            "sha256": manifest.get("data", {}),
-        },
-    }
-    facts |= {name: manifest[name] for name in ("tokens",) if name in manifest}
-    if average and manifest.get("evaluation"):  # what is evaluated in training is the average
-        facts["evaluation"] = manifest["evaluation"]
-    estimator = checkpoint.load_importance(found, average=average)
-    if estimator is not None:
-        facts["importance"] = dataclasses.asdict(estimator.config)
-    identity = checkpoint.load_identity(found)
-    if identity is not None:
-        facts["identity_strength"] = config.diffusion.identity_strength
-    if (run / "metrics.jsonl").is_file():
-        seen = read_run(run)
-        counts = str(seen.facts.get("data", ""))
-        facts["data"]["counts"] = counts.removeprefix(f"{config.data.corpus}: ")
-        facts["name"] = seen.name
-        facts["environment"] = {name: seen.facts[name] for name in ("device", "torch", "version") if name in seen.facts}
-        facts["samples"] = seen.samples[-1]["texts"] if seen.samples else []
-    return Saved(model, tokenizer, estimator, facts, identity)
-
-
-def main(arguments: Sequence[str]) -> int:
-    """The door. Saves a run's model, and pushes it where that is asked; status 0, or 2 on bad input."""
-    from atat_fast.cli import make_parser, path_text
-
-    parser = make_parser(prog="python -m atat_fast.models.hub", description="A run's model as a folder, or on the hub.")
-    parser.add_argument("--run", type=path_text, required=True, help="A run folder, or one of its checkpoints.")
-    parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
-    parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="Averaged weights, or the last step's.")
-    parser.add_argument("--out", type=path_text, default=None, help="A folder to make.")
-    parser.add_argument("--push", type=str, default=None, help="Upload it to the hub as owner/name.")
-    parser.add_argument("--private", action="store_true", help="A repository that --push makes is private.")
-    parser.add_argument(
-        "--license", type=str, default=None, help="Licence of the weights, by the hub's name for it: mit, cc-by-4.0."
-    )
-    parser.add_argument("--overwrite", action="store_true", help="Replace a saved model that is already at --out.")
-    args = parser.parse_args(list(arguments))
-    if args.out is None and args.push is None:
-        raise UsageError("give --out FOLDER, --push owner/name, or both")
-    if args.push is not None:
-        check_repository(args.push)
-    if args.out is not None:
-        check_destination(Path(args.out), overwrite=args.overwrite)
-    saved = open_run(Path(args.run), args.checkpoint, average=args.weights == "ema")
-    name = args.push or str(saved.facts.get("name") or Path(args.out).name)
-    with _out(args.out) as folder:
-        save_pretrained(folder, saved, name=name, licence=args.license, overwrite=args.overwrite)
-        total = saved.facts["parameters"]["total"]
-        print(f"read   {args.run}: step {saved.facts['step']:,}, {args.weights} weights, {total:,} parameters")
-        if args.out is not None:
-            print(f"wrote  {folder}: {', '.join(sorted(f.name for f in folder.iterdir()))}")
-        if args.license is None:
-            print(f"note   the card in {CARD} says that nobody stated a licence; --license states one")
-        if args.push is not None:
-            print(f"pushed {push_to_hub(folder, args.push, private=args.private, kept=args.out is not None)}")
-    return 0
-
-
-@contextmanager
-def _out(folder: str | None) -> Iterator[Path]:
-    """Where to save: the folder asked for, or one that is gone afterwards."""
-    if folder is not None:
-        yield Path(folder)
-        return
-    with tempfile.TemporaryDirectory() as away:
-        yield Path(away) / "model"
-
-
-if __name__ == "__main__":
-    from atat_fast.cli import run_door
-
-    run_door(main)
+    runpy.run_module("atat_fast.push", run_name="__main__", alter_sys=True)

@@ -10,7 +10,6 @@ the rarest. `full` is 0.7 learned + 0.3 frequency.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import cast
 
@@ -19,7 +18,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atat_fast.config import Config, ImportanceConfig, ModelConfig
-from atat_fast.diffusion.masking import Scored
+from atat_fast.diffusion.identity import log_rank
+from atat_fast.diffusion.process import Scored
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, TimeEmbedding
 from atat_fast.models.tables import RotaryTables
@@ -145,15 +145,6 @@ class ImportanceEstimator(nn.Module):
     def parameter_count(self) -> int:
         """Parameters that are trained."""
         return sum(p.numel() for p in self.parameters())
-
-
-def log_rank(counts: Tensor) -> Tensor:
-    """Importance of each id by frequency, [V] fp32: log(1 + rank) / log V, rank 0 being the commonest, ties going by id."""
-    counts = counts.flatten()
-    order = torch.argsort(-counts.long(), stable=True)
-    rank = torch.empty(len(counts), dtype=torch.float64, device=counts.device)
-    rank[order] = torch.arange(len(counts), dtype=torch.float64, device=counts.device)
-    return (torch.log1p(rank) / math.log(max(2.0, len(counts)))).to(torch.float32)
 
 
 def importance_loss(logits: Tensor, target: Tensor) -> Tensor:

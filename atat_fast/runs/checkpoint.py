@@ -4,8 +4,8 @@
     checkpoints/last -> step-00000120         checkpoints/best -> step-00000090
 
 A run that trains by importance has importance.safetensors and importance_ema.safetensors too: the estimator, which evaluation
-does without, and sampling unless its order is the estimator's. A token-identity schedule has
-schedule.safetensors, the vocabulary's rates.
+does without, and sampling unless its order is the estimator's. A masking process that keeps tensors, such as the rates of a
+token-identity schedule, has schedule.safetensors.
 
 A run on several ranks writes shards/*.safetensors in the place of these files (runs/shards.py), which any number of ranks
 reads, and so do evaluation and sampling.
@@ -33,7 +33,8 @@ from torch import Tensor, nn
 
 from atat_fast.config import Config, from_dict, to_dict
 from atat_fast.data.tokenizers import Tokenizer
-from atat_fast.diffusion.identity import IdentitySchedule
+from atat_fast.diffusion.process import Process
+from atat_fast.diffusion.processes import process_named
 from atat_fast.distributed.tensors import load_parts
 from atat_fast.errors import UsageError, first_line
 from atat_fast.files import ASIDE, disk_errors, remove, remove_leftovers
@@ -307,14 +308,14 @@ def load_importance(checkpoint: Checkpoint, *, average: bool = True) -> Importan
     return estimator
 
 
-def load_identity(checkpoint: Checkpoint) -> IdentitySchedule | None:
-    """The token-identity schedule of a checkpoint, on the CPU, or None where the run had none."""
-    if checkpoint.config.diffusion.schedule != "token_identity":
-        return None
+def load_process(checkpoint: Checkpoint) -> Process:
+    """The masking process of a checkpoint, on the CPU."""
+    kind, file = process_named(checkpoint.config.diffusion.schedule), checkpoint.path / SCHEDULE
     try:
-        return IdentitySchedule(checkpoint.tensors(SCHEDULE)["rates"])
+        found = checkpoint.tensors(SCHEDULE) if checkpoint.layout(SCHEDULE) else {}
+        return kind.restored(found, checkpoint.manifest.get("vocabulary", 0))
     except (KeyError, ValueError) as error:
-        raise UsageError(f"{checkpoint.path / SCHEDULE} does not hold rates ({error})") from error
+        raise UsageError(f"{file} does not hold a {checkpoint.config.diffusion.schedule} schedule ({error})") from error
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:

@@ -1,72 +1,90 @@
-"""A model that is evaluated, sampled or played with: from a run's checkpoint, or from a saved model."""
+"""A model on disk, opened: of a run, of a saved folder or the hub, or of an MDLM checkpoint. All of them are a `Saved`."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import dataclasses
+import json
 from pathlib import Path
 from typing import Any
 
-from atat_fast.config import Config, from_dict
-from atat_fast.data.tokenizers import Tokenizer
-from atat_fast.diffusion.identity import IdentitySchedule
+from atat_fast.config import to_dict
 from atat_fast.errors import UsageError
+from atat_fast.files import expanded
 from atat_fast.models import hub
-from atat_fast.models.dit import DiT
-from atat_fast.models.importance import ImportanceEstimator
+from atat_fast.models.hub import Saved
+from atat_fast.models.mdlm import load_mdlm
 from atat_fast.runs import checkpoint
 
 
-@dataclass(frozen=True)
-class Subject:
-    """A model on the CPU with what belongs to it.
+def open_run(run: Path, which: str = "best", *, average: bool = True, importance: bool = True) -> Saved:
+    """The model of a run folder, or of one of its checkpoints.
 
-    config: the settings it was trained under, the defaults where nobody knows them.   place: the folder it was read from.
-    facts: step and weights, as records say them.   corpus: what it was trained on; None where nobody knows.
-    trained_on: SHA-256 of the tokens of each split, {} where nobody knows.
+    which: its best or last checkpoint. average: its averaged weights rather than the last step's. importance: whether its
+    estimator is read too. Raises UsageError.
     """
+    found = checkpoint.find(run, which)
+    model, tokenizer = checkpoint.load_model(found, average=average)
+    estimator = checkpoint.load_importance(found, average=average) if importance else None
+    kept = {name: found.manifest[name] for name in ("tokens", "evaluation") if name in found.manifest}
+    facts = {
+        "step": found.step,
+        "weights": "ema" if average else "raw",
+        "config": to_dict(found.config),
+        "data": {"sha256": found.manifest.get("data", {})},
+    }
+    weights = "averaged" if average else "last step's"
+    what = f"step {found.step:,} of a run, {weights} weights"
+    return Saved(model, tokenizer, estimator, facts | kept, checkpoint.load_process(found), str(found.path), what)
 
-    model: DiT
-    tokenizer: Tokenizer
-    estimator: ImportanceEstimator | None
-    identity: IdentitySchedule | None
-    config: Config
-    place: str
-    facts: dict[str, Any]
-    title: str
-    corpus: str | None
-    trained_on: dict[str, Any]
 
-
-def open_subject(
+def open_model(
     *, run: str | None, model: str | None, tokenizer: str | None = None, which: str = "best", average: bool = True,
     importance: bool = True,
-) -> Subject:  # fmt: skip
-    """The model of a run (a run folder, or one of its checkpoints), or a saved model (a folder, or owner/name on the hub).
-
-    which: best or last checkpoint of the run. average: its averaged weights rather than the last step's. importance: whether the
-    estimator of a run is read too. tokenizer: what reads text for a saved model that has none. Raises UsageError.
+) -> Saved:  # fmt: skip
+    """The model that a command was given: --run, a run folder or one of its checkpoints, or --model, a saved model (a folder, or
+    owner/name on the hub), whose text `tokenizer` reads if it has none. It has a tokenizer. Raises UsageError.
     """
     if (run is None) == (model is None):
         raise UsageError("say which model: --run runs/NAME, a folder of training, or --model FOLDER, a saved model")
     if tokenizer is not None and model is None:
         raise UsageError("--tokenizer goes with --model; a run carries its own")
     if run is not None:
-        saved = checkpoint.find(Path(run), which)
-        network, reads = checkpoint.load_model(saved, average=average)
-        estimator = checkpoint.load_importance(saved, average=average) if importance else None
-        weights = "ema" if average else "raw"
-        facts = {"checkpoint": str(saved.path), "step": saved.step, "weights": weights}
-        title = f"{saved.path}  step {saved.step:,}  {weights} weights"
-        trained_on, config = saved.manifest.get("data", {}), saved.config
-        identity = checkpoint.load_identity(saved)
-        place = str(saved.path)
-        return Subject(network, reads, estimator, identity, config, place, facts, title, config.data.corpus, trained_on)
+        return open_run(Path(run), which, average=average, importance=importance)
     assert model is not None
-    found = hub.from_pretrained(model, tokenizer=tokenizer)
-    known = found.facts.get("config")
-    config = from_dict(known) if isinstance(known, dict) else Config()
-    facts = {"model": model} | {name: found.facts[name] for name in ("step", "weights") if name in found.facts}
-    title = f"{model}" + (f"  step {facts['step']:,}  {facts.get('weights', '')} weights" if "step" in facts else "")
-    trained_on = found.facts.get("data", {}).get("sha256", {})
-    corpus = config.data.corpus if isinstance(known, dict) else None
-    return Subject(found.model, found.tokenizer, found.estimator, found.identity, config, model, facts, title, corpus, trained_on)
+    return hub.from_pretrained(model, tokenizer=tokenizer)
+
+
+def open_any(source: str, overrides: dict[str, Any] | None = None, *, average: bool = True) -> Saved:
+    """The model at `source`: a run folder or one of its checkpoints, a saved model's folder, or an MDLM checkpoint (a file, a
+    folder or a hub id).
+
+    overrides: what to take for facts that an MDLM checkpoint does not state. average: the averaged weights rather than the last
+    step's. Raises UsageError.
+    """
+    path, overrides = expanded(source), overrides or {}
+    if (path / checkpoint.MANIFEST).is_file() or (path / checkpoint.FOLDER).is_dir():
+        _no_overrides(source, "a run", overrides)
+        return dataclasses.replace(open_run(path, average=average), place=source)
+    if _is_ours(path):
+        _no_overrides(source, "a model of atat_fast", overrides)
+        if not average:
+            raise UsageError(f"{source} holds one set of weights, so --no_ema has nothing to choose; leave it out")
+        return dataclasses.replace(hub.from_pretrained(path, bare=True), place=source)
+    place = str(path) if path.exists() else source
+    weights = "its average if it has one" if average else "last step's weights"
+    what = f"an MDLM checkpoint, {weights}"
+    return Saved(load_mdlm(place, ema=average, **overrides), place=source, what=what)
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        settings = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return False
+    return isinstance(settings, dict) and {"vocab_size", "mask_id"} <= settings.keys()
+
+
+def _no_overrides(source: str, what: str, overrides: dict[str, Any]) -> None:
+    if overrides:
+        options = ", ".join(f"--{name}" for name in overrides)
+        raise UsageError(f"{source} is {what} and says itself what it is; leave {options} out, which MDLM checkpoints need")

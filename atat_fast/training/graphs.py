@@ -17,14 +17,13 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from atat_fast.config import Config
-from atat_fast.diffusion.masking import MaskedBatch
+from atat_fast.diffusion.process import MaskedBatch, Tilt
 from atat_fast.errors import UsageError
 from atat_fast.hardware.compute import Compute
 from atat_fast.training.loss import Objective
@@ -33,7 +32,6 @@ MOST = 6
 """Shapes that are captured."""
 PARTS, LEAST = 16, 64
 """Numbers of rows that are rounded up are multiples of the tokens' 16th, and of 64 at least."""
-TENSORS = ("noisy", "rows", "target", "weights", "hidden_share", "rates", "elapsed")
 
 Grads = list[Tensor | None]
 Replay = Callable[[], None]
@@ -73,10 +71,8 @@ class Shape:
 
     def fill(self, batch: MaskedBatch, sample_ids: Tensor, step: int) -> None:
         """Put a micro-batch into the buffers."""
-        for name in TENSORS:
-            target, source = getattr(self.batch, name), getattr(batch, name)
-            if target is not None:
-                target.copy_(source, non_blocking=True)
+        for target, source in zip(self.batch.tensors(), batch.tensors(), strict=True):
+            target.copy_(source, non_blocking=True)
         self.sample_ids.copy_(sample_ids, non_blocking=True)
         self.step.fill_(step)
 
@@ -95,20 +91,17 @@ class Graphs:
         self.capture = capture or Capture()
         self.off = False
 
-    def __call__(self, tokens: Tensor, sample_ids: Tensor, *, first: int, step: int, progress: float = 0.0) -> Tensor:
-        """Add the gradients of slots first .. first + B - 1 to the parameters'. Returns `Objective.loss`'s loss, detached."""
-        batch = self.objective.hide(tokens, sample_ids, first=first, step=step, progress=progress)
+    def __call__(self, batch: MaskedBatch, tokens: Tensor, sample_ids: Tensor, step: int) -> Tensor:
+        """Add a micro-batch's gradients to the parameters'. tokens: what was masked. Returns its loss, detached."""
         if self.off:
             return self._run(batch, sample_ids, torch.full((), step, device=tokens.device))
         batch = self._rounded(batch, tokens)
-        key = tuple(None if t is None else tuple(t.shape) for t in (getattr(batch, name) for name in TENSORS))
+        key = tuple(tuple(tensor.shape) for tensor in batch.tensors())
         shape = self.shapes.get(key)
         if shape is None and len(self.shapes) == MOST:
             return self._run(batch, sample_ids, torch.full((), step, device=tokens.device))
         if shape is None:
-            held: dict[str, Any] = {name: getattr(batch, name) for name in TENSORS}
-            held = {name: None if tensor is None else tensor.clone() for name, tensor in held.items()}
-            shape = Shape(replace(batch, **held), sample_ids.clone(), torch.full((), step, device=tokens.device))
+            shape = Shape(batch.clone(), sample_ids.clone(), torch.full((), step, device=tokens.device))
             self.shapes[key] = shape
             return self._run(shape.batch, shape.sample_ids, shape.step)
         shape.fill(batch, sample_ids, step)
@@ -130,8 +123,8 @@ class Graphs:
         unit = max(LEAST, tokens.numel() // PARTS)
         more = -(-count // unit) * unit - count
         rows, weights = F.pad(batch.rows, (0, more)), F.pad(batch.weights, (0, more))
-        elapsed = None if batch.elapsed is None else F.pad(batch.elapsed, (0, more))
-        return replace(batch, rows=rows, target=tokens.flatten()[rows], weights=weights, elapsed=elapsed)
+        tilt = None if batch.tilt is None else Tilt(batch.tilt.rates, F.pad(batch.tilt.elapsed, (0, more)))
+        return replace(batch, rows=rows, target=tokens.flatten()[rows], weights=weights, tilt=tilt)
 
     def _record(self, shape: Shape, begins: bool) -> bool:
         """Capture a pass that begins a step, or one that adds to it; whether it could be. If not, none is tried again."""

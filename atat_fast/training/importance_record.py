@@ -9,7 +9,7 @@ from torch import Tensor
 
 from atat_fast.config import EvalConfig
 from atat_fast.data import Tokenizer, TokenSplit
-from atat_fast.diffusion.masking import hide
+from atat_fast.diffusion.uniform import hide
 from atat_fast.evaluation.likelihood import evaluating, spread_sequences
 from atat_fast.evaluation.pieces import Pieces
 from atat_fast.models.importance import error_chance

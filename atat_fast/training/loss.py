@@ -22,8 +22,9 @@ from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import hide_by_importance, relative_weights
 from atat_fast.diffusion.counts import weighting_at
 from atat_fast.diffusion.curriculum import Curriculum
-from atat_fast.diffusion.identity import IdentitySchedule
-from atat_fast.diffusion.masking import Hide, MaskedBatch, Scored, hidden_in_batch, hide, hide_for_training
+from atat_fast.diffusion.masking import hidden_in_batch, hide_for_training
+from atat_fast.diffusion.process import MaskedBatch, Process, Scored
+from atat_fast.diffusion.uniform import UNIFORM
 from atat_fast.distributed.wrap import compile_blocks
 from atat_fast.hardware.compute import Compute
 from atat_fast.models.dit import DiT, Randomness
@@ -47,20 +48,17 @@ class Objective:
         seed: Seed of masks and dropout.
         total: Sequences in a global batch.
         estimator: Where config.importance has a source: its scores. It lies on the model's device.
-        identity: Where config.diffusion.schedule is token_identity: its rates, on the model's device.
+        process: What chooses the masks, on the model's device; the estimator's scores do if there is one.
     """
 
     def __init__(
         self, model: DiT, config: Config, compute: Compute, *, seed: int, total: int,
-        estimator: ImportanceEstimator | None = None, identity: IdentitySchedule | None = None, by_block: bool = False,
+        estimator: ImportanceEstimator | None = None, process: Process = UNIFORM, by_block: bool = False,
     ) -> None:  # fmt: skip
         if (estimator is None) != (config.importance.source == "none"):
             have = "there is none" if estimator is None else "one is given"
             raise ValueError(f"importance.source is {config.importance.source}, and of estimators {have}")
-        if (identity is None) != (config.diffusion.schedule == "log_linear"):
-            have = "there are none" if identity is None else "some are given"
-            raise ValueError(f"diffusion.schedule is {config.diffusion.schedule}, and of rates {have}")
-        self.model, self.config, self.compute, self.estimator, self.identity = model, config, compute, estimator, identity
+        self.model, self.config, self.compute, self.estimator, self.process = model, config, compute, estimator, process
         self.seed, self.total = seed, total
         self.curriculum = Curriculum(config.curriculum)
         network = None if estimator is None else estimator.network
@@ -73,7 +71,7 @@ class Objective:
         """The same model, estimator and place in the curriculum under another seed and batch, not compiled: to evaluate with."""
         compute = dataclasses.replace(self.compute, compile=False)
         other = Objective(
-            self.model, self.config, compute, seed=seed, total=total, estimator=self.estimator, identity=self.identity
+            self.model, self.config, compute, seed=seed, total=total, estimator=self.estimator, process=self.process
         )
         other.curriculum.load(self.curriculum.state())
         return other
@@ -107,26 +105,29 @@ class Objective:
         that add up likewise: diffusion (nats a token); and with an estimator importance (its cross-entropy), target, score,
         square_error (means over the global batch's hidden tokens), and nll_quarters and hidden_quarters [4]: sums of nll and
         numbers of tokens by rising score.
-        Raises BadScores, on a CPU, where the estimator's scores are no numbers.
+        Raises BadScores, on a CPU, if the estimator's scores are not numbers in [0, 1].
         """
         batch = self.hide(tokens, sample_ids, first=first, step=step, progress=progress, documents=documents)
-        loss, nll = self.forward_loss(batch, sample_ids, torch.full((), step, device=tokens.device))
+        return self.loss_of(batch, sample_ids, step=step, progress=progress)
+
+    def loss_of(self, batch: MaskedBatch, sample_ids: Tensor, *, step: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss of a batch that is masked, as `loss` returns it."""
+        loss, nll = self.forward_loss(batch, sample_ids, torch.full((), step, device=batch.noisy.device))
         parts = {"diffusion": loss.detach()}
         if batch.importance is not None:
-            own, more = self._importance(batch, batch.importance, nll, tokens.shape[1], step, progress)
+            own, more = self._importance(batch, batch.importance, nll, batch.noisy.shape[1], step, progress)
             loss, parts = loss + self.config.importance.loss_weight * own, parts | more
         return loss, parts
 
     def forward_loss(self, batch: MaskedBatch, sample_ids: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
         """The backbone's part of the loss of a batch that is masked, as in `loss`, and the nll of its rows. step: 0-d int64."""
         if self.compute.compile:  # one graph for every number of hidden rows
-            for tensor in (batch.rows, batch.target, batch.weights, batch.elapsed):
-                if tensor is not None:
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
+            for tensor in (batch.rows, batch.target, batch.weights, *(batch.tilt or ())[1:]):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
         with self.compute.autocast():
             loss, nll = self.forward(
                 batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share,
-                Randomness(self.seed, step, sample_ids), batch.documents, batch.rates, batch.elapsed,
+                Randomness(self.seed, step, sample_ids), batch.documents, *(batch.tilt or ()),
             )  # fmt: skip
         return loss / (self.total * batch.noisy.shape[1]), nll
 
@@ -147,8 +148,7 @@ class Objective:
             "step": step,
         }  # fmt: skip
         if self.estimator is None:
-            process: Hide = hide if self.identity is None else self.identity.hide
-            batch = hide_for_training(tokens, config, progress=progress, choose=process, **place)
+            batch = hide_for_training(tokens, config, progress=progress, choose=self.process.hide, **place)
             batch.documents = documents
             return batch
         level = self.curriculum.at(progress).level

@@ -10,7 +10,7 @@ from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import bias, check_importance
 from atat_fast.diffusion.counts import check_counts, expected_share
 from atat_fast.diffusion.curriculum import Curriculum, check_curriculum
-from atat_fast.diffusion.identity import check_identity
+from atat_fast.diffusion.processes import check_process, process_named
 from atat_fast.distributed.fit import Card, Layout, Sizes, check_parallel, choose, describe_fit
 from atat_fast.distributed.ranks import Launch
 from atat_fast.errors import UsageError, check_seed
@@ -83,7 +83,7 @@ def check(config: Config, ranks: int = 1, on_host: int = 1) -> Batches:
         config.curriculum, max_steps=config.train.max_steps, eval_every=config.eval.every, log_every=config.train.log_every
     )
     check_importance(config.importance, config.diffusion, config.curriculum)
-    check_identity(config.diffusion, config.importance)
+    check_process(config.diffusion, config.importance)
     plan = batches(config, ranks)
     check_counts(config.diffusion, config.model.length, plan.global_batch)
     return plan
@@ -171,12 +171,9 @@ def describe(
 
 
 def describe_schedule(config: Config) -> list[str]:
-    """The token-identity schedule, where there is one."""
-    if config.diffusion.schedule == "log_linear":
-        return []
-    return [
-        f"schedule     token identity: revealed at rates exp(-{config.diffusion.identity_strength:g} * log-rank of the token)"
-    ]
+    """The masking process, if there is something to say of it."""
+    said = process_named(config.diffusion.schedule).describe(config.diffusion)
+    return [f"schedule     {said}"] if said else []
 
 
 def describe_atat(config: Config, parameters: int, work: float) -> list[str]:

@@ -1,118 +1,144 @@
-"""What a run keeps of itself: the tensors and facts of a checkpoint, written by one process or several ranks, and taken back."""
+"""Where a run is, and the checkpoints that keep it: written by one process or by several ranks, and taken back."""
 
 from __future__ import annotations
 
+import math
 import time
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from atat_fast.config import Config
 from atat_fast.distributed.tensors import whole
+from atat_fast.distributed.watch import Watch
 from atat_fast.files import disk_errors
 from atat_fast.models.dit import DiT
 from atat_fast.runs import checkpoint
 from atat_fast.runs.saver import Saver, Written
 from atat_fast.training.loss import PREFIX
-
-if TYPE_CHECKING:
-    from atat_fast.training.trainer import Trainer
+from atat_fast.training.parts import Parts
+from atat_fast.training.window import Window
 
 MODEL = "model"
 """Folder of the weights as one file, in a run of several ranks."""
 
 
-class State:
-    """The saved state of a trainer. All ranks call all methods at the same places."""
+@dataclass
+class RunState:
+    """Where a run is.
 
-    def __init__(self, trainer: Trainer) -> None:
-        self.trainer = trainer
-        self.saver: Saver | None = None
-        if trainer.ranks.size > 1:
-            self.saver = Saver(trainer.folder, trainer.ranks, trainer.config.train.keep)
+    window: what was summed since the last log line.   step: optimizer steps taken.   seconds: of training, until the last log
+    line.   best: the least val/nll.   saved_step: the step of the last checkpoint, or None.
+    """
+
+    window: Window
+    step: int = 0
+    seconds: float = 0.0
+    best: float = math.inf
+    saved_step: int | None = None
+
+    def progress(self, config: Config) -> float:
+        """The share of the run that is over."""
+        return self.step / config.train.max_steps
+
+
+def new_state(parts: Parts) -> RunState:
+    """Before the first step."""
+    return RunState(Window(parts.ranks, parts.compute.device, 0))
+
+
+def load_state(parts: Parts, saved: checkpoint.Checkpoint) -> RunState:
+    """Fill the parts from a checkpoint of any number of ranks, and go on where it was. Raises UsageError for another model's."""
+    with parts.ranks.agree():
+        room = parts.optimizers.room(saved.layout(checkpoint.OPTIMIZER))
+    targets = tensor_files(parts) | {checkpoint.OPTIMIZER: room}
+    with parts.ranks.agree():
+        saved.restore(targets, parts.ranks.control)
+    parts.optimizers.load(room)
+    if parts.estimator is not None:
+        parts.objective.curriculum.load(saved.manifest["curriculum"])
+    # A stop may fall between two log lines; what was summed until then belongs to the next one.
+    window = Window(parts.ranks, parts.compute.device, saved.step)
+    window.load(saved.manifest["window"])
+    return RunState(window, saved.step, saved.manifest["seconds"], saved.manifest["best"], saved.step)
+
+
+def tensor_files(parts: Parts) -> dict[str, dict[str, Tensor]]:
+    """The tensors of a checkpoint by file. The estimator's files hold its frequency table beside its parameters."""
+    average = parts.average.values
+    files: dict[str, dict[str, Tensor]] = {
+        checkpoint.WEIGHTS: dict(parts.model.named_parameters()),
+        checkpoint.EMA: {name: value for name, value in average.items() if not name.startswith(PREFIX)},
+        checkpoint.OPTIMIZER: parts.optimizers.state(),
+    }
+    if parts.estimator is not None:
+        kept = checkpoint.saved_tensors(parts.estimator)
+        files[checkpoint.IMPORTANCE] = kept
+        files[checkpoint.IMPORTANCE_EMA] = {name: average.get(PREFIX + name, value) for name, value in kept.items()}
+    process = parts.process.tensors()
+    return files | ({checkpoint.SCHEDULE: process} if process else {})
+
+
+class Checkpoints:
+    """The checkpoints of a run under its folder. All ranks call all methods at the same places.
+
+    One process writes at once; several ranks write while training goes on.
+    """
+
+    def __init__(self, parts: Parts, folder: Path, watch: Watch) -> None:
+        self.parts, self.folder, self.watch = parts, folder, watch
+        self.saver = Saver(folder, parts.ranks, parts.config.train.keep) if parts.ranks.size > 1 else None
         self._written: list[Written] = []
 
-    def files(self) -> dict[str, dict[str, Tensor]]:
-        """The files of a checkpoint. The estimator's, where there is one, hold its frequency table beside its parameters."""
-        t = self.trainer
-        own = {name: value for name, value in t.average.values.items() if not name.startswith(PREFIX)}
-        files: dict[str, dict[str, Tensor]] = {
-            checkpoint.WEIGHTS: dict(t.model.named_parameters()),
-            checkpoint.EMA: own,
-            checkpoint.OPTIMIZER: t.optimizers.state(),
-        }
-        if t.estimator is not None:
-            kept = checkpoint.saved_tensors(t.estimator)
-            files[checkpoint.IMPORTANCE] = kept
-            files[checkpoint.IMPORTANCE_EMA] = {name: t.average.values.get(PREFIX + name, value) for name, value in kept.items()}
-        if t.identity is not None:
-            files[checkpoint.SCHEDULE] = {"rates": t.identity.rates}
-        return files
-
-    def save(self, seconds: float, evaluation: dict[str, Any] | None, *, best: bool) -> None:
-        """Write a checkpoint of this step: at once in one process, and while training goes on from several ranks.
-
-        seconds: training time so far. Raises UsageError where the disk refuses, of several ranks at the next call.
+    def save(self, state: RunState, seconds: float, evaluation: dict[str, Any] | None, *, best: bool) -> None:
+        """Write a checkpoint. seconds: of training so far. Raises UsageError if the disk refuses, of several ranks at the next
+        call.
         """
-        t, begin = self.trainer, time.perf_counter()
+        parts, begin = self.parts, time.perf_counter()
         facts = {
             "seconds": seconds,
-            "tokens": t.step * t.facts["tokens_per_step"],
-            "best": t.best,
+            "tokens": state.step * parts.tokens_per_step,
+            "best": state.best,
             "evaluation": evaluation,
-            "vocabulary": t.tokenizer.model_vocab_size,
-            "data": t.data_identity(),
-            "window": t.window.state(),
-            "curriculum": t.objective.curriculum.state(),
+            "vocabulary": parts.tokenizer.model_vocab_size,
+            "data": parts.data_hashes(),
+            "window": state.window.state(),
+            "curriculum": parts.objective.curriculum.state(),
         }
+        what = (state.step, parts.config, tensor_files(parts), parts.tokenizer, facts)
         if self.saver is not None:
-            with t.watch.patient("waiting for the checkpoint before this one"):
-                self.saver.save(t.step, t.config, self.files(), t.tokenizer, facts, best=best)
+            with self.watch.patient("waiting for the checkpoint before this one"):
+                self.saver.save(*what, best=best)
             return
-        path = checkpoint.save(t.folder, t.step, t.config, self.files(), t.tokenizer, facts)
+        path = checkpoint.save(self.folder, *what)
         if best:
-            checkpoint.point(t.folder, "best", path, t.config.train.keep)
+            checkpoint.point(self.folder, "best", path, parts.config.train.keep)
         size = sum(file.stat().st_size for file in path.glob("*.safetensors"))
         elapsed = time.perf_counter() - begin
-        self._written.append(Written(t.step, size, elapsed, elapsed))
-
-    def load(self, saved: checkpoint.Checkpoint) -> None:
-        """Go on from a checkpoint of any number of ranks. Raises UsageError for one of another model."""
-        t = self.trainer
-        with t.ranks.agree():
-            room = t.optimizers.room(saved.layout(checkpoint.OPTIMIZER))
-        targets = self.files() | {checkpoint.OPTIMIZER: room}
-        with t.ranks.agree():
-            saved.restore(targets, t.ranks.control)
-        t.optimizers.load(room)
-        if t.estimator is not None:
-            t.objective.curriculum.load(saved.manifest["curriculum"])
-        t.step, t.seconds, t.best = saved.step, saved.manifest["seconds"], saved.manifest["best"]
-        # A stop may fall between two log lines; what was summed until then belongs to the next one.
-        t.window = type(t.window)(t.ranks, t.compute.device, t.step)
-        t.window.load(saved.manifest["window"])
+        self._written.append(Written(state.step, size, elapsed, elapsed))
 
     def whole_model(self) -> DiT:
         """A model of its own with the averaged weights, on rank 0; an empty one on the others, which lend their shards."""
-        t = self.trainer
-        with torch.device("meta"):
-            model = DiT(t.model.vocab_size, t.model.mask_id, **vars(t.config.model))
-        if t.ranks.first:
-            model = DiT(t.model.vocab_size, t.model.mask_id, **vars(t.config.model)).to(t.compute.device)
+        parts = self.parts
+        own = parts.model
+        with torch.device(parts.compute.device if parts.ranks.first else "meta"):
+            model = DiT(own.vocab_size, own.mask_id, **vars(parts.config.model))
         for name, p in model.named_parameters():
-            value = whole(t.average.values[name])
-            if t.ranks.first:
+            value = whole(parts.average.values[name])
+            if parts.ranks.first:
                 p.data.copy_(value)
         return model
 
     def export(self) -> None:
         """Put a sharded run's best averaged weights into one safetensors file beside a config.json, for `DiT.from_pretrained`."""
-        t = self.trainer
-        if self.saver is None or not t.ranks.first:
+        if self.saver is None or not self.parts.ranks.first:
             return
-        model, _ = checkpoint.load_model(checkpoint.find(t.folder, "best"))
-        with disk_errors(t.folder):
-            model.save_pretrained(t.folder / MODEL)
+        model, _ = checkpoint.load_model(checkpoint.find(self.folder, "best"))
+        with disk_errors(self.folder):
+            model.save_pretrained(self.folder / MODEL)
 
     @property
     def failed(self) -> bool:
@@ -127,7 +153,7 @@ class State:
         return done
 
     def wait(self) -> None:
-        """Wait until nothing is being written. Raises UsageError where that failed."""
+        """Wait until nothing is being written. Raises UsageError if that failed."""
         if self.saver is not None:
-            with self.trainer.watch.patient("writing a checkpoint"):
+            with self.watch.patient("writing a checkpoint"):
                 self.saver.wait()

@@ -21,7 +21,8 @@ from atat_fast.diffusion.adaptive import (
     hide_by_importance,
     relative_weights,
 )
-from atat_fast.diffusion.masking import Scored, hide_for_training
+from atat_fast.diffusion.masking import hide_for_training
+from atat_fast.diffusion.process import Scored
 from atat_fast.errors import UsageError
 
 MASK = 99

@@ -26,7 +26,8 @@ from atat_fast.config import Config, DiffusionConfig, ImportanceConfig, load_pre
 from atat_fast.diffusion.bound import estimate_nll
 from atat_fast.diffusion.counts import bell, bound_weights, mask_counts
 from atat_fast.diffusion.identity import IdentitySchedule, identity_rates
-from atat_fast.diffusion.masking import hide, hide_for_training
+from atat_fast.diffusion.masking import hide_for_training
+from atat_fast.diffusion.uniform import UNIFORM, hide
 from atat_fast.errors import UsageError
 from atat_fast.hardware.compute import Compute
 from atat_fast.models import DiT
@@ -97,8 +98,8 @@ def posterior(joint):
 
 def losses(masked, logits):
     """Loss of each hidden token under the schedule, straight from the definition."""
-    rates = masked.rates.double()
-    log_mu = torch.log_softmax(logits(masked.noisy)[masked.rows] - masked.elapsed.double()[:, None] * rates, 1)
+    rates = masked.tilt.rates.double()
+    log_mu = torch.log_softmax(logits(masked.noisy)[masked.rows] - masked.tilt.elapsed.double()[:, None] * rates, 1)
     own = rates[masked.target]
     return -own * log_mu.gather(1, masked.target[:, None])[:, 0] + (log_mu.exp() * rates).sum(1) - own
 
@@ -133,8 +134,8 @@ def test_masks_follow_the_race_and_times_follow_their_law_given_the_mask():
         x = joint.sequences[which].expand(trials, 4)
         counts = torch.full((trials,), k)
         masked = schedule.hide(x, counts, mask_id=MASK, sample_ids=torch.arange(trials), seed=which, step=0)
-        codes, elapsed = ((masked.noisy == MASK) * 2 ** torch.arange(4)).sum(1), masked.elapsed[::k].double()
-        assert torch.equal(masked.elapsed[::k], masked.elapsed[1::k])
+        codes, elapsed = ((masked.noisy == MASK) * 2 ** torch.arange(4)).sum(1), masked.tilt.elapsed[::k].double()
+        assert torch.equal(masked.tilt.elapsed[::k], masked.tilt.elapsed[1::k])
         own = rates[x[0]]
         for hidden, chance in law.items():
             here, p = codes == sum(2**i for i in hidden), float(chance[which])
@@ -179,8 +180,8 @@ def objective(strength=None, **diffusion):
     with torch.no_grad():
         for p in model.parameters():
             p.add_(0.2 * torch.randn_like(p))
-    identity = None if strength is None else IdentitySchedule(identity_rates(torch.rand(11), torch.ones(11), strength))
-    return Objective(model, config, Compute(torch.device("cpu"), torch.float32, False), seed=3, total=8, identity=identity)
+    identity = UNIFORM if strength is None else IdentitySchedule(identity_rates(torch.rand(11), torch.ones(11), strength))
+    return Objective(model, config, Compute(torch.device("cpu"), torch.float32, False), seed=3, total=8, process=identity)
 
 
 @pytest.mark.parametrize("diffusion", [{}, {"weighting": "ce"}, {"counts": "bell", "counts_width": 0.4}], ids=str)
@@ -209,7 +210,7 @@ def test_ce_weighs_by_the_count_and_the_rates_alone(counts):
     x, ids = torch.randint(0, 10, (8, 12)), torch.arange(8)
     masked = o.hide(x, ids, first=0, step=2)
     k = (masked.noisy == 10).sum(1)
-    total = torch.where(masked.noisy == 10, o.identity.rates[x], 0.0).sum(1)
+    total = torch.where(masked.noisy == 10, o.process.rates[x], 0.0).sum(1)
     own = masked.rows // 12
     torch.testing.assert_close(masked.weights, (96 / len(masked.rows) * k / total)[own])
 
@@ -221,7 +222,7 @@ def test_bell_weights_are_divided_by_the_law():
     chances = bell(12, 0.35, 0.4)
     k = mask_counts(12, 0, 8, 8, seed=3, step=2, chances=chances)
     assert torch.equal(k, (masked.noisy == 10).sum(1))
-    total = torch.where(masked.noisy == 10, o.identity.rates[x], 0.0).sum(1)
+    total = torch.where(masked.noisy == 10, o.process.rates[x], 0.0).sum(1)
     torch.testing.assert_close(masked.weights, (bound_weights(chances)[k] * k / total).float()[masked.rows // 12])
 
 
@@ -231,7 +232,7 @@ def test_the_schedules_own_bound_with_equal_rates_is_the_uniform_one():
 
     def nll(masked):
         with torch.no_grad():
-            return model.nll(masked.noisy, masked.rows, masked.target, rates=masked.rates, elapsed=masked.elapsed)
+            return model.nll(masked.noisy, masked.rows, masked.target, **(masked.tilt._asdict() if masked.tilt else {}))
 
     def estimate(**options):
         return estimate_nll(nll, lambda f, c: x[f : f + c], 30, mask_id=10, draws=2, batch=7, seed=4, **options)
@@ -248,11 +249,11 @@ def test_nothing_and_everything_hidden():
     assert (
         len(masked.rows) == 6
         and masked.weights.isfinite().all()
-        and (masked.elapsed > 0).all()
-        and masked.elapsed.isfinite().all()
+        and (masked.tilt.elapsed > 0).all()
+        and masked.tilt.elapsed.isfinite().all()
     )
     none = schedule.hide(x, torch.zeros(3, dtype=torch.long), mask_id=MASK, sample_ids=torch.arange(3), seed=0, step=0)
-    assert len(none.rows) == len(none.elapsed) == 0
+    assert len(none.rows) == len(none.tilt.elapsed) == 0
     assert torch.equal(
         hide(x, torch.zeros(3, dtype=torch.long), mask_id=MASK, sample_ids=torch.arange(3), seed=0, step=0).noisy, x
     )

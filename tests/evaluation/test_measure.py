@@ -9,7 +9,7 @@ import sys
 
 import pytest
 
-from atat_fast import evaluate
+from atat_fast import evaluate, push
 from atat_fast.cli import run_door
 from atat_fast.data.zero_shot import tokens_hash
 from atat_fast.errors import UsageError
@@ -169,7 +169,7 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message, trained_run,
 def test_a_run_without_an_estimator_has_no_importance_order(trained_run, tmp_path):
     from atat_fast.models import hub
 
-    saved = hub.open_run(trained_run, "best", average=True)
+    saved = push.with_card(trained_run, "best", average=True)
     hub.save_pretrained(tmp_path / "plain", hub.Saved(saved.model, saved.tokenizer))
     with pytest.raises(UsageError, match="needs a model with an importance estimator, and this one has none"):
         measured("--model", "plain", "--order", "importance", "--corpus", trained_run.parents[1] / "text.jsonl")

@@ -28,7 +28,7 @@ def known_nll(masked):
 
 def exact(x):
     """The bound of each sequence, nats a token, over every mask there is."""
-    from atat_fast.diffusion.masking import MaskedBatch
+    from atat_fast.diffusion.process import MaskedBatch
 
     length, values = x.shape[1], torch.zeros(len(x), dtype=torch.float64)
     for k in range(1, length + 1):

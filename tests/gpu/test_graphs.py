@@ -12,6 +12,8 @@ import torch
 
 from atat_fast.config import Config, DiffusionConfig, ImportanceConfig, ModelConfig, TrainConfig
 from atat_fast.diffusion.identity import IdentitySchedule
+from atat_fast.diffusion.process import Process
+from atat_fast.diffusion.uniform import UNIFORM
 from atat_fast.errors import UsageError
 from atat_fast.hardware.compute import Compute
 from atat_fast.models import DiT
@@ -62,12 +64,12 @@ def objective_of(device, **diffusion):
         for p in model.parameters():
             p.add_(0.05 * torch.randn_like(p))
     model.to(device)
-    identity = None
+    identity: Process = UNIFORM
     if config.diffusion.schedule == "token_identity":
         identity = IdentitySchedule(torch.linspace(0.3, 2.0, VOCABULARY)).to(torch.device(device))
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
     return Objective(
-        model, config, Compute(torch.device(device), dtype, compile=False), seed=1, total=TOTAL, identity=identity
+        model, config, Compute(torch.device(device), dtype, compile=False), seed=1, total=TOTAL, process=identity
     )  # fmt: skip
 
 
@@ -80,7 +82,8 @@ def steps(objective, passes, device, count, micro, lr):
         for first in range(0, TOTAL, micro):
             tokens = torch.randint(0, VOCABULARY - 1, (micro, LENGTH), generator=generator).to(device)
             ids = torch.arange(step * TOTAL + first, step * TOTAL + first + micro, device=device)
-            losses.append(passes(tokens, ids, first=first, step=step))
+            batch = objective.hide(tokens, ids, first=first, step=step)
+            losses.append(passes(batch, tokens, ids, step))
         found.append((torch.stack(losses), [None if p.grad is None else p.grad.clone() for p in objective.parameters()]))
         optimizers.step(lr)
     return found
@@ -89,8 +92,8 @@ def steps(objective, passes, device, count, micro, lr):
 def plain(objective):
     """Passes as they are."""
 
-    def run(tokens, ids, *, first, step):
-        loss, _ = objective.loss(tokens, ids, first=first, step=step)
+    def run(batch, tokens, ids, step):
+        loss, _ = objective.loss_of(batch, ids, step=step, progress=0.0)
         loss.backward()
         return loss.detach()
 

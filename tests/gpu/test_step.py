@@ -19,6 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from atat_fast.config import Config, ImportanceConfig, ModelConfig, load_preset
 from atat_fast.diffusion.counts import mask_counts
 from atat_fast.diffusion.identity import IdentitySchedule
+from atat_fast.diffusion.process import Process
+from atat_fast.diffusion.uniform import UNIFORM
 from atat_fast.distributed.fit import Layout, Sizes, card_memory
 from atat_fast.hardware.compute import Compute
 from atat_fast.models import DiT
@@ -66,7 +68,7 @@ class Step:
         if adaptive:
             self.config.importance = ImportanceConfig(source="learned", width=16 if device != "cuda" else 256, heads=2)
             self.config.diffusion.weighting = "importance"
-        schedule = None
+        schedule: Process = UNIFORM
         if identity:
             self.config.diffusion.schedule = "token_identity"
             schedule = IdentitySchedule(torch.linspace(0.3, 2.0, self.size.vocabulary)).to(self.device)
@@ -80,7 +82,7 @@ class Step:
         if estimator is not None:
             estimator = estimator.to(self.device)
         self.objective = Objective(
-            self.model, self.config, self.compute, seed=1, total=self.size.batch, estimator=estimator, identity=schedule
+            self.model, self.config, self.compute, seed=1, total=self.size.batch, estimator=estimator, process=schedule
         )
         self.tokens = torch.randint(0, self.size.vocabulary - 1, (self.size.batch, self.size.model.length)).to(self.device)
         self.ids = torch.arange(self.size.batch, device=self.device)

@@ -16,7 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from atat_fast import evaluate
+from atat_fast import evaluate, push
 from atat_fast.cli import run_door
 from atat_fast.config import ImportanceConfig
 from atat_fast.data import network as network
@@ -64,7 +64,7 @@ def test_a_model_comes_back(changes, tmp_path):
     assert torch.equal(logits(back.model), logits(model)) and back.model.config == model.config
     assert back.tokenizer.fingerprint == tokenizer.fingerprint and back.facts["step"] == 7
     assert back.estimator is not None and back.estimator.config == config
-    assert back.identity is not None and torch.equal(back.identity.rates, rates.rates)
+    assert torch.equal(back.process.rates, rates.rates)
     for name, value in estimator.state_dict().items():
         assert torch.equal(back.estimator.state_dict()[name], value), name
     assert torch.equal(logits(DiT.from_pretrained(folder)), logits(model))  # the hub library's own way reads it too
@@ -73,7 +73,7 @@ def test_a_model_comes_back(changes, tmp_path):
 @pytest.mark.parametrize("rates", [torch.ones(257), torch.zeros(258), torch.full((258,), torch.nan), None])
 def test_rates_that_are_none_are_refused(folder, rates):
     save_file({"rates": rates} if rates is not None else {"other": torch.ones(1)}, folder / "schedule.safetensors")
-    with pytest.raises(UsageError, match=r"schedule\.safetensors does not hold rates of this vocabulary"):
+    with pytest.raises(UsageError, match=r"schedule\.safetensors does not hold a schedule of this vocabulary"):
         hub.from_pretrained(folder)
 
 
@@ -138,7 +138,7 @@ def test_a_folder_of_an_earlier_version_is_read(folder):
 def test_a_push_that_fails_names_a_folder_that_is_there(trained_run, tmp_path):
     out = tmp_path / "kept"
     with pytest.raises(UsageError, match=f"push it later with  hf upload me/small {out}"):
-        hub.main(["--run", str(trained_run), "--push", "me/small", "--out", str(out)])
+        push.main(["--run", str(trained_run), "--push", "me/small", "--out", str(out)])
     assert (out / "model.safetensors").is_file()
 
 
@@ -225,7 +225,7 @@ def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
 
 
 def test_a_run_is_saved_with_a_card_of_its_own(trained_run, tmp_path, capsys):
-    assert hub.main(["--run", str(trained_run), "--out", str(tmp_path / "out"), "--license", "mit"]) == 0
+    assert push.main(["--run", str(trained_run), "--out", str(tmp_path / "out"), "--license", "mit"]) == 0
     printed = capsys.readouterr().out
     assert "read " in printed and "model.safetensors" in printed and "note " not in printed
     card = (tmp_path / "out" / "README.md").read_text()
@@ -262,7 +262,7 @@ def test_samples_stay_inside_their_block(text):
 def test_a_saved_model_has_the_same_nll_in_a_fresh_process(trained_run, tmp_path):
     """Both through the door, the folder moved away from where it was written, and torch.load out of reach."""
     assert evaluate.main(["--run", str(trained_run), "--json", str(tmp_path / "run.json"), "--dtype", "fp32"]) == 0
-    assert hub.main(["--run", str(trained_run), "--out", str(tmp_path / "written")]) == 0
+    assert push.main(["--run", str(trained_run), "--out", str(tmp_path / "written")]) == 0
     elsewhere = tmp_path / "elsewhere"
     elsewhere.mkdir()
     shutil.move(tmp_path / "written", elsewhere / "model")
@@ -319,7 +319,7 @@ def test_pushing(trained_run, monkeypatch, capsys):
     api = Api()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
     monkeypatch.setattr(network, "reachable", lambda: True)
-    assert hub.main(["--run", str(trained_run), "--push", "me/small", "--private"]) == 0
+    assert push.main(["--run", str(trained_run), "--push", "me/small", "--private"]) == 0
     assert api.made == [("me/small", {"private": True, "exist_ok": True, "repo_type": "model"})]
     assert set(api.sent["me/small"]) == set(hub.FILES) - {hub.SCHEDULE} and b"me/small" in api.sent["me/small"]["README.md"]
     printed = capsys.readouterr().out
@@ -327,7 +327,7 @@ def test_pushing(trained_run, monkeypatch, capsys):
 
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Api(RuntimeError("401 Unauthorized\nmore")))
     with pytest.raises(UsageError, match="me/small cannot be pushed: 401 Unauthorized; log in"):
-        hub.main(["--run", str(trained_run), "--push", "me/small"])
+        push.main(["--run", str(trained_run), "--push", "me/small"])
 
 
 def test_loading_from_the_hub_takes_the_files_it_knows(folder, monkeypatch):
@@ -359,7 +359,7 @@ def test_the_door_refuses_in_one_sentence(arguments, message, trained_run, tmp_p
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "there").mkdir()
     with pytest.raises(SystemExit) as left:
-        run_door(hub.main, [str(trained_run) if part == "RUN" else part for part in arguments])
+        run_door(push.main, [str(trained_run) if part == "RUN" else part for part in arguments])
     error = capsys.readouterr().err
     assert left.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1, error
     assert [f.name for f in tmp_path.iterdir()] == ["there"]

@@ -43,7 +43,7 @@ def test_the_newest_stay_and_one_before_a_damaged_one_is_offered(run):
             file.rmdir() if file.is_dir() else file.unlink()
         (root / name).rmdir()
     trainer = start(resume=True)
-    assert trainer.step == 8
+    assert trainer.state.step == 8
     trainer.train()
     assert checkpoint.find(folder).step == 12
 
@@ -80,7 +80,7 @@ def test_a_launcher_goes_on_with_its_own_run_only(run):
     with pytest.raises(UsageError, match="already holds a run"):
         Trainer(config, show_progress=False, ranks=Ranks(Launch(restarts=1, name="job8@a:2")))
     again = Trainer(config, show_progress=False, ranks=Ranks(Launch(restarts=1, name="job7@b:9")))
-    assert again.step == 12
+    assert again.state.step == 12
     again.close()
     assert not run_folder.begun_by(folder, "none@a:3") and not run_folder.begun_by(folder, f"@a:{os.getpid()}")
 

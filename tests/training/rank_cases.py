@@ -31,6 +31,7 @@ from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT
 from atat_fast.runs import checkpoint, shards
 from atat_fast.training import loss as objective
+from atat_fast.training import step
 from atat_fast.training.optimizers.muon import Muon
 from atat_fast.training.stops import Diverged, Interrupted
 from atat_fast.training.trainer import Trainer
@@ -65,7 +66,7 @@ def runs(plan: str) -> None:
 
         def stop_there(run=run, step=step, job=job) -> None:
             step()
-            if run.step == job["stop"] and ranks.size - 1 == RANK:  # one rank hears of it
+            if run.state.step == job["stop"] and ranks.size - 1 == RANK:  # one rank hears of it
                 os.kill(os.getpid(), signal.SIGTERM)
 
         run._train_step = stop_there
@@ -273,15 +274,15 @@ def stops(plain: str, poisoned: str, full: str) -> None:
     trainer(json.loads(plain), ranks).train()
 
     run = trainer(json.loads(poisoned), ranks)
-    loss = run._loss
+    loss = run.parts.objective.loss_of
 
-    def poison(*rest: Any) -> Any:
-        value, parts = loss(*rest)
-        if RANK == 1 and run.step == 4:
+    def poison(*rest: Any, **more: Any) -> Any:
+        value, parts = loss(*rest, **more)
+        if RANK == 1 and run.state.step == 4:
             return value * torch.nan, parts | {"diffusion": parts["diffusion"] * torch.nan}
         return value, parts
 
-    run._loss = poison  # type: ignore[method-assign]
+    run.parts.objective.loss_of = poison  # type: ignore[method-assign]
     text = stopped(run, Diverged)
     assert "is not finite at step 5 (rank 1); the last good checkpoint is" in text and "(step 4)" in text, text
     assert set(ranks.gather(text)) == {text}
@@ -297,7 +298,7 @@ def stops(plain: str, poisoned: str, full: str) -> None:
     run = trainer(json.loads(full), ranks)
     text = stopped(run, UsageError)
     assert text.startswith("cannot write to ") and text.endswith("checkpoints: No space left on device (rank 1)"), text
-    assert set(ranks.gather(text)) == {text} and run.step < 12
+    assert set(ranks.gather(text)) == {text} and run.state.step < 12
     ranks.leave()
 
 
@@ -340,14 +341,14 @@ def door_killed(*arguments: str) -> None:
 
 def door_hung(*arguments: str) -> None:
     """Rank 1 does nothing any more at step 3."""
-    batch = Trainer._batch
+    read = step.read_batch
 
-    def hang(self: Trainer, slot: int) -> Any:
-        if RANK == 1 and self.step == 3:
+    def hang(parts: Any, number: int, slot: int) -> Any:
+        if RANK == 1 and number == 3:
             time.sleep(600)
-        return batch(self, slot)
+        return read(parts, number, slot)
 
-    Trainer._batch = hang  # type: ignore[method-assign]
+    step.read_batch = hang
     door([*arguments])
 
 

@@ -99,7 +99,7 @@ def test_sigterm_saves_and_the_run_goes_on(small, tmp_path, torchrun_started):
     assert 0 < saved.step < 4000 and f"at step {saved.step:,};" in sentence and out.count("training into") == 1
     config, _ = cli.parse_config(cli.make_parser(), [a for a in long if a not in DDP])
     trainer = Trainer(config, resume=True, show_progress=False)
-    assert trainer.step == saved.step and rows(folder)[-1]["step"] <= saved.step
+    assert trainer.state.step == saved.step and rows(folder)[-1]["step"] <= saved.step
     trainer.close()
 
 

@@ -7,7 +7,7 @@ import json
 import pytest
 import torch
 
-from atat_fast import cli, evaluate
+from atat_fast import cli, evaluate, push
 from atat_fast.errors import UsageError
 from atat_fast.models import hub
 from atat_fast.runs import checkpoint
@@ -30,30 +30,30 @@ def test_a_run_reports_its_own_bound_beside_the_uniform_one(small, tmp_path, cap
     plain = run([*small, "--run.name", "plain"])
     plain.train()
     rows, others = rows_of(trainer), rows_of(plain)
-    assert all(row["identity_nll"] > 0 and row["identity_nll_se"] > 0 for row in rows if row["kind"] == "eval")
-    assert not any("identity_nll" in row for row in others)
+    assert all(row["schedule_nll"] > 0 and row["schedule_nll_se"] > 0 for row in rows if row["kind"] == "eval")
+    assert not any("schedule_nll" in row for row in others)
     assert [row["loss"] for row in rows if row["kind"] == "train"] != [row["loss"] for row in others if row["kind"] == "train"]
 
     saved = checkpoint.find(trainer.folder)
-    counts = torch.from_numpy(trainer.data.train.token_counts()).double()
-    rates = checkpoint.load_identity(saved).rates
-    assert torch.equal(rates, trainer.identity.rates)
+    counts = torch.from_numpy(trainer.parts.data.train.token_counts()).double()
+    rates = checkpoint.load_process(saved).rates
+    assert torch.equal(rates, trainer.parts.process.rates)
     assert float((rates.double() * counts).sum() / counts.sum()) == pytest.approx(1, rel=1e-5)
-    assert rates[int(counts.argmax())] == rates.max() and checkpoint.load_identity(checkpoint.find(plain.folder)) is None
+    assert rates[int(counts.argmax())] == rates.max() and checkpoint.load_process(checkpoint.find(plain.folder)).tensors() == {}
 
     page = tmp_path / "page.json"
     command = ["--run", str(trainer.folder), "--checkpoint", "last", "--sequences", "8", "--json", str(page)]
     assert evaluate.main(command) == 0
     found = json.loads(page.read_text())
-    assert found["identity_nll"] == pytest.approx(last["identity_nll"], rel=1e-6) and found["nll"] == pytest.approx(last["nll"])
-    assert f"identity nll     {found['identity_nll']:.4f}" in capsys.readouterr().out
+    assert found["schedule_nll"] == pytest.approx(last["schedule_nll"], rel=1e-6) and found["nll"] == pytest.approx(last["nll"])
+    assert f"schedule nll     {found['schedule_nll']:.4f}" in capsys.readouterr().out
 
-    saved = hub.save_pretrained(tmp_path / "saved", hub.open_run(trainer.folder, "last", average=True))
-    assert "token-identity schedule | of strength 1.5" in (saved / "README.md").read_text()
+    saved = hub.save_pretrained(tmp_path / "saved", push.with_card(trainer.folder, "last", average=True))
+    assert "masking schedule | token identity: revealed at rates exp(-1.5 * log-rank" in (saved / "README.md").read_text()
     corpus = small[small.index("--data.corpus") + 1]
     command = ["--model", str(saved), "--corpus", corpus, "--sequences", "8", "--json", str(tmp_path / "again.json")]
     assert evaluate.main(command) == 0
-    assert json.loads((tmp_path / "again.json").read_text())["identity_nll"] == pytest.approx(found["identity_nll"], rel=1e-6)
+    assert json.loads((tmp_path / "again.json").read_text())["schedule_nll"] == pytest.approx(found["schedule_nll"], rel=1e-6)
 
 
 def test_a_checkpoint_without_its_rates_is_refused(small):

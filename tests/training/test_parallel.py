@@ -84,7 +84,7 @@ def legs(tmp_path_factory, small_at, torchrun):
 
     def stop_there():
         step()
-        if trainer.step == stop:
+        if trainer.state.step == stop:
             os.kill(os.getpid(), signal.SIGTERM)
 
     trainer._train_step = stop_there

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from atat_fast import cli, evaluate, train
+from atat_fast import cli, evaluate, push, train
 from atat_fast.data import make_tokenizer
 from atat_fast.errors import UsageError
 from atat_fast.models import hub
@@ -58,7 +58,7 @@ def stopped(arguments, folder, at=6):
         pass
 
     def stop(self):
-        if self.step == at:
+        if self.state.step == at:
             raise Stopped
         step(self)
 
@@ -192,7 +192,7 @@ def test_a_run_begins_from_weights(small, tmp_path, first, kind):
     model, _ = checkpoint.load_model(checkpoint.find(first, "best"))
     source = first
     if kind == "saved model":
-        source = hub.save_pretrained(tmp_path / "model", hub.open_run(first, "best", average=True))
+        source = hub.save_pretrained(tmp_path / "model", push.with_card(first, "best", average=True))
     elif kind == "weights alone":
         source = tmp_path / "alone"
         model.save_pretrained(source)
@@ -254,5 +254,5 @@ def test_a_tokenizer_that_loses_text_bounds_nothing_per_byte(small, tmp_path, ca
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["bits_per_byte"] is None and 0.3 < found["unknown_share"] < 1
     assert "bits per byte" not in (tmp_path / "runs" / "it" / "report.html").read_text()
-    hub.save_pretrained(tmp_path / "model", hub.open_run(tmp_path / "runs" / "it", "best", average=True))
+    hub.save_pretrained(tmp_path / "model", push.with_card(tmp_path / "runs" / "it", "best", average=True))
     assert "bits per byte" not in (tmp_path / "model" / "README.md").read_text()

@@ -96,8 +96,8 @@ def test_attention_within_documents_is_trained_and_evaluated(small, tmp_path):
     for name, flag in (("with", "true"), ("without", "false")):
         trainer = run([*small, "--model.document_mask", flag, "--run.name", name, "--train.micro_batch", "2"])
         seen = []
-        forward = trainer.objective.forward
-        trainer.objective.forward = lambda noisy, rows, target, *rest, seen=seen, forward=forward: (
+        forward = trainer.parts.objective.forward
+        trainer.parts.objective.forward = lambda noisy, rows, target, *rest, seen=seen, forward=forward: (
             seen.append((noisy, rows, target, rest[3])) or forward(noisy, rows, target, *rest)
         )
         trainer.train()
@@ -105,7 +105,7 @@ def test_attention_within_documents_is_trained_and_evaluated(small, tmp_path):
             assert (documents is None) == (flag == "false")
             if documents is not None:
                 tokens = noisy.flatten().index_copy(0, hidden, target).view_as(noisy)
-                assert torch.equal(documents.ids, documents_of(tokens, trainer.tokenizer.eos_id).ids)
+                assert torch.equal(documents.ids, documents_of(tokens, trainer.parts.tokenizer.eos_id).ids)
         folders[name] = tmp_path / "runs" / name
     assert losses(folders["with"]) != losses(folders["without"])
     for name, folder in folders.items():
@@ -146,11 +146,11 @@ def test_accumulation_changes_nothing_but_rounding(small, weighting):
         "--train.dtype",
         "fp32",
     ]
-    whole, parts = run(settings), run([*settings, "--train.micro_batch", "1"])
-    assert whole.plan.accumulation == 1 and parts.plan.accumulation == 4
+    whole, cut = run(settings), run([*settings, "--train.micro_batch", "1"])
+    assert whole.parts.plan.accumulation == 1 and cut.parts.plan.accumulation == 4
     whole.train()
-    parts.train()
-    for a, b in zip(whole.model.parameters(), parts.model.parameters(), strict=True):
+    cut.train()
+    for a, b in zip(whole.parts.model.parameters(), cut.parts.model.parameters(), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-4)
 
 
@@ -186,7 +186,7 @@ def test_a_resumed_run_is_the_uninterrupted_one(small, tmp_path, options):
 
     def step_and_stop():
         original()
-        if stopped.step == stop_at[0]:
+        if stopped.state.step == stop_at[0]:
             os.kill(os.getpid(), signal.SIGTERM)
 
     stopped._train_step = step_and_stop
@@ -239,9 +239,9 @@ def test_a_run_that_diverges_says_so_and_keeps_the_last_good_checkpoint(small, t
 
     def poison():
         original()
-        if trainer.step == 7:
+        if trainer.state.step == 7:
             with torch.no_grad():
-                trainer.model.head.weight.fill_(torch.nan)
+                trainer.parts.model.head.weight.fill_(torch.nan)
 
     trainer._train_step = poison
     with pytest.raises(Diverged, match=r"not finite at step 8 \(rank 0\); the last good checkpoint is .*last \(step 6\)"):
@@ -399,9 +399,9 @@ def test_the_reported_likelihood_does_not_depend_on_importance(small, tmp_path):
     from atat_fast.evaluation.likelihood import evaluate as bound
 
     plain, atat = run([*small, "--run.name", "a"]), run([*small, *ATAT, "--run.name", "b"])
-    for name, p in atat.model.named_parameters():
-        assert torch.equal(p, dict(plain.model.named_parameters())[name])  # the estimator is made after the model
-    values = [bound(t.model, t.data.valid, t.config.eval, t.compute.autocast()) for t in (plain, atat)]
+    for name, p in atat.parts.model.named_parameters():
+        assert torch.equal(p, dict(plain.parts.model.named_parameters())[name])  # the estimator is made after the model
+    values = [bound(t.parts.model, t.parts.data.valid, t.config.eval, t.parts.compute.autocast()) for t in (plain, atat)]
     assert values[0] == values[1]
 
 
@@ -410,28 +410,28 @@ def test_frequencies_are_kept_in_the_checkpoint(small, tmp_path):
     assert any("importance.source frequency" in line for line in trainer.introduction())
     trainer.train()
     saved = checkpoint.find(trainer.folder)
-    assert torch.equal(saved.tensors(checkpoint.IMPORTANCE)["frequency"], trainer.estimator.frequency)
-    assert torch.equal(checkpoint.load_importance(saved).frequency, trainer.estimator.frequency)
+    assert torch.equal(saved.tensors(checkpoint.IMPORTANCE)["frequency"], trainer.parts.estimator.frequency)
+    assert torch.equal(checkpoint.load_importance(saved).frequency, trainer.parts.estimator.frequency)
     assert "importance_loss" not in rows(trainer.folder, "train")[0] and "tilt" in rows(trainer.folder, "train")[0]
 
 
 def test_an_estimator_that_diverges_ends_the_run_in_a_sentence(small):
     trainer = run([*small, *ATAT])
     with torch.no_grad():
-        trainer.estimator.network.head.bias.fill_(torch.nan)
+        trainer.parts.estimator.network.head.bias.fill_(torch.nan)
     with pytest.raises(Diverged, match=r"importance scores hold NaN.*at step 1 .*there is no checkpoint yet"):
         trainer.train()
 
 
 def test_atat_is_the_same_however_the_batch_is_cut(small):
     settings = [*small, *ATAT, "--optim.name", "adamw", "--optim.lr", "2e-3", "--train.dtype", "fp32", "--model.dropout", "0"]
-    whole, parts = run(settings), run([*settings, "--train.micro_batch", "2"])
-    for trainer in (whole, parts):
+    whole, cut = run(settings), run([*settings, "--train.micro_batch", "2"])
+    for trainer in (whole, cut):
         trainer._train_step()
         trainer._train_step()
-    for name, p in whole.objective.named_parameters().items():
-        torch.testing.assert_close(p, parts.objective.named_parameters()[name], rtol=1e-3, atol=1e-4)
-    a, b = (importance_row(trainer, trainer.window.totals(), 2) for trainer in (whole, parts))
+    for name, p in whole.parts.objective.named_parameters().items():
+        torch.testing.assert_close(p, cut.parts.objective.named_parameters()[name], rtol=1e-3, atol=1e-4)
+    a, b = (importance_row(trainer.parts, trainer.state, trainer.state.window.totals(), 2) for trainer in (whole, cut))
     assert a["importance_loss"] == pytest.approx(b["importance_loss"], rel=1e-3)
 
 

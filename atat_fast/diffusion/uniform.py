@@ -1,0 +1,98 @@
+"""Uniform masks: every set of k tokens is as likely as any other. Also in mirrored pairs, whose halves cover a sequence."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+
+import torch
+from torch import Tensor
+
+from atat_fast.config import DiffusionConfig
+from atat_fast.diffusion.process import MaskedBatch, per_row
+from atat_fast.ops.masking import mask_tokens
+
+
+def hide(
+    tokens: Tensor,
+    counts: Tensor,
+    *,
+    mask_id: int,
+    sample_ids: Tensor,
+    seed: int | Tensor,
+    step: int | Tensor,
+    weighting: str = "uniform",
+) -> MaskedBatch:
+    """Hide exactly counts[b] (CPU int64) tokens of sequence b. A loss is sum(weights * nll) / batch.tokens, nats a token."""
+    device, hidden = tokens.device, int(counts.sum())
+    noisy, rows, weights = mask_tokens(
+        tokens,
+        counts.to(device, non_blocking=True),
+        num_rows=hidden,
+        mask_id=mask_id,
+        sample_ids=sample_ids,
+        seed=seed,
+        step=step,
+        weighting=weighting,
+    )
+    share = (counts / max(1, tokens.shape[1])).to(device, torch.float32, non_blocking=True)
+    return MaskedBatch(noisy, rows, tokens.flatten()[rows], weights, share, tokens.numel(), hidden=hidden)
+
+
+def hide_mirrored(
+    tokens: Tensor, counts: Tensor, *, first: int, mask_id: int, sample_ids: Tensor, seed: int, step: int
+) -> MaskedBatch:
+    """Hide counts[b] tokens of sequence b, where an odd slot hides exactly what the even one before it leaves visible.
+
+    Slots are first .. first + B - 1. An odd slot draws its partner's mask and takes the complement, so a pair may be cut apart.
+    Each slot alone hides a set of its size with equal chances, so each alone, and so their mean, is the bound's estimate.
+    """
+    batch, length = tokens.shape
+    second = torch.arange(first, first + batch) % 2 == 1
+    drawn = torch.where(second, length - counts, counts)
+    turned = second.to(tokens.device, non_blocking=True)
+    ids = sample_ids - turned.to(sample_ids.dtype)
+    partner = hide(tokens, drawn, mask_id=mask_id, sample_ids=ids, seed=seed, step=step)
+    hidden = torch.zeros(tokens.numel(), dtype=torch.bool, device=tokens.device).index_fill_(0, partner.rows, True)
+    hidden = hidden.view(batch, length) ^ turned[:, None]
+    rows = torch.nonzero_static(hidden.flatten(), size=int(counts.sum()))[:, 0]
+    weights = per_row((length + 1) / counts.clamp(min=1).double(), counts, rows)
+    share = (counts / max(1, length)).to(tokens.device, torch.float32, non_blocking=True)
+    noisy, target = tokens.masked_fill(hidden, mask_id), tokens.flatten()[rows]
+    return MaskedBatch(noisy, rows, target, weights, share, tokens.numel(), hidden=len(rows))
+
+
+class Uniform:
+    """The process of MDLM's log-linear schedule. It has no state."""
+
+    own_bound = False
+    hide = staticmethod(hide)
+
+    @classmethod
+    def of(cls, config: DiffusionConfig, counts: Callable[[], Tensor]) -> Uniform:
+        """Nothing is asked."""
+        return cls()
+
+    @classmethod
+    def restored(cls, tensors: Mapping[str, Tensor], vocabulary: int) -> Uniform:
+        """Nothing is kept."""
+        return cls()
+
+    @staticmethod
+    def check(config: DiffusionConfig) -> None:
+        """Every setting is right."""
+
+    @staticmethod
+    def describe(config: DiffusionConfig) -> str:
+        """The plan need not say it."""
+        return ""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """None."""
+        return {}
+
+    def to(self, device: torch.device) -> Uniform:
+        """The same."""
+        return self
+
+
+UNIFORM = Uniform()
