@@ -1,26 +1,36 @@
-"""Shared settings of the tests: no network, one seed, and fresh memory that holds NaN."""
+"""What tests share: no network, one seed, fresh memory that holds NaN, a corpus, small runs, and ways to start processes."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import importlib.util
 import os
-from collections.abc import Iterator
+import random
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GOMP_SPINCOUNT", "1000")  # threads that wait do not spin: a busy machine stays quick
 
 import pytest
 import torch
 
 MOST_WORKERS = 4
+TESTS = Path(__file__).resolve().parent
+ROOT = TESTS.parent
+WORDS = ("the", "a", "of", "to", "list", "dict", "value", "key", "returns", "raises", "file", "path", "open", "read", "close")
 SHARED_OUT = pytest.StashKey[bool]()
 """Whether this suite's tests are given to its processes by `pytest_xdist_make_scheduler`."""
 
 if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("triton"):
-    specification = importlib.util.spec_from_file_location("interpreter", Path(__file__).parent / "ops" / "interpreter.py")
+    specification = importlib.util.spec_from_file_location("interpreter", TESTS / "ops" / "interpreter.py")
     interpreter = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(interpreter)
     interpreter.exact_bf16()
@@ -91,20 +101,144 @@ def poisoned() -> Iterator[None]:
 
 
 @pytest.fixture(scope="session")
-def trained_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A run folder of a model with an importance estimator, trained for 12 steps on 60 documents of bytes."""
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A .jsonl of 60 documents."""
+    chooser = random.Random(0)
+    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
+    lines = [f'{{"text": "{i} {" ".join(chooser.choices(WORDS, k=60))}"}}' for i in range(60)]
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="session")
+def small_at(corpus: Path) -> Callable[[Path], list[str]]:
+    """Arguments of the train command for a run of 12 steps under a folder."""
+
+    def arguments(folder: Path) -> list[str]:
+        settings = {
+            "data.corpus": corpus, "data.tokenizer": "bytes", "data.cache_dir": corpus.parent / "cache",
+            "model.dim": 16, "model.layers": 1, "model.heads": 2, "model.length": 16, "model.dropout": 0.1,
+            "train.max_steps": 12, "train.global_batch": 4, "train.log_every": 5, "eval.every": 6, "eval.sequences": 8,
+            "sample.num_samples": 1, "sample.steps": 4, "run.root": folder / "runs", "run.tensorboard": "false",
+        }  # fmt: skip
+        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+
+    return arguments
+
+
+@pytest.fixture
+def small(small_at: Callable[[Path], list[str]], tmp_path: Path) -> list[str]:
+    """The same under tmp_path."""
+    return small_at(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trained_run(small_at: Callable[[Path], list[str]], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of such a run, of a model with an importance estimator."""
     from atat_fast import train
 
     root = tmp_path_factory.mktemp("trained")
-    words = ("the", "a", "of", "to", "list", "dict", "value", "key", "returns", "raises", "file", "path", "open", "read")
-    lines = [" ".join(words[(7 * i + j * (j + i)) % len(words)] for j in range(60)) for i in range(60)]
-    (root / "text.jsonl").write_text("".join(f'{{"text": "{i} {line}"}}\n' for i, line in enumerate(lines)), encoding="utf-8")
     settings = {
-        "data.corpus": root / "text.jsonl", "data.tokenizer": "bytes", "data.cache_dir": root / "cache",
-        "model.dim": 16, "model.layers": 1, "model.heads": 2, "model.length": 16, "model.dropout": 0.0, "optim.lr": 0.01,
-        "train.max_steps": 12, "train.global_batch": 4, "eval.every": 6, "eval.sequences": 8, "sample.num_samples": 1,
-        "sample.steps": 4, "run.root": root / "runs", "run.name": "small", "run.tensorboard": "false",
+        "model.dropout": 0.0, "optim.lr": 0.01, "run.name": "small",
         "importance.source": "learned", "importance.width": 16, "importance.layers": 1, "importance.heads": 2,
     }  # fmt: skip
-    assert train.main([part for name, value in settings.items() for part in (f"--{name}", str(value))]) == 0
+    assert train.main([*small_at(root), *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]) == 0
     return root / "runs" / "small"
+
+
+@pytest.fixture(scope="session")
+def load() -> Callable[[str], ModuleType]:
+    """load("compare") is bench/compare.py as a module: bench/ is a folder of scripts, not a package."""
+    bench = ROOT / "bench"
+
+    def load(name: str) -> ModuleType:
+        if str(bench) not in sys.path:
+            sys.path.insert(0, str(bench))
+        if name not in sys.modules:
+            spec = importlib.util.spec_from_file_location(name, bench / f"{name}.py")
+            sys.modules[name] = importlib.util.module_from_spec(spec)
+            spec.loader.exec_module(sys.modules[name])
+        return sys.modules[name]
+
+    return load
+
+
+@pytest.fixture(scope="session")
+def compile_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ctypes.CDLL]:
+    """Compiles a C++ or CUDA source of tests/ops into a library that ctypes loads."""
+
+    def compile_(source: str, compiler: str, *flags: str) -> ctypes.CDLL:
+        program = shutil.which(compiler)
+        if program is None:
+            pytest.skip(f"{compiler} is not on PATH")
+        library = tmp_path_factory.mktemp("native") / f"{Path(source).stem}.so"
+        command = [program, "-O1", "-std=c++17", "-shared", *flags, str(TESTS / "ops" / source), "-o", str(library)]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        assert done.returncode == 0, done.stderr
+        return ctypes.CDLL(str(library))
+
+    return compile_
+
+
+@pytest.fixture
+def python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """python("-m", "atat_fast.train", *arguments, SETTING="value") in a process of its own: its status and what it said.
+
+    It finds atat_fast where this process does. It starts in an empty folder, or in `cwd`.
+    """
+    import atat_fast
+
+    def run(*arguments: object, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+        env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(atat_fast.__file__).parents[1])} | more
+        cwd = cwd or tmp_path_factory.mktemp("fresh")
+        command = [sys.executable, *map(str, arguments)]
+        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False)
+
+    return run
+
+
+@pytest.fixture
+def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
+    """refused(train.main, "--preset", "smal") is the one sentence that a command leaves with, beside status 2."""
+    from atat_fast.cli import run_door
+
+    def refused(main: Callable[[Sequence[str]], int], *arguments: object) -> str:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as left:
+            run_door(main, [str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert left.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, out + err
+        return err.removeprefix("error: ").removesuffix("\n")
+
+    return refused
+
+
+def start_ranks(ranks: int, *command: Any, restarts: int = 0, **more: str) -> subprocess.Popen[str]:
+    """torchrun with so many ranks of a command: rank_cases.py and a case's name, or -m and a module."""
+    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | more
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+    command = (*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.2", *map(str, command))
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+@pytest.fixture(scope="session")
+def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Runs a case of rank_cases.py on ranks to its end: torchrun(2, "case", *arguments, restarts=0, SETTING="value")."""
+
+    def run(ranks: int, case: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
+        process = start_ranks(ranks, TESTS / "training" / "rank_cases.py", case, *arguments, **options)
+        try:
+            out, err = process.communicate(timeout=800)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def torchrun_started() -> Callable[..., subprocess.Popen[str]]:
+    """Starts the train command on ranks and does not wait: torchrun_started(2, *arguments)."""
+    return lambda ranks, *arguments, **options: start_ranks(ranks, "-m", "atat_fast.train", *arguments, **options)

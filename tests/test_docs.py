@@ -1,7 +1,5 @@
 """What README.md and docs/ tell a reader to type: Python blocks run as written, commands are taken by the parsers they go to."""
 
-from __future__ import annotations
-
 import argparse
 import ast
 import importlib
@@ -14,11 +12,9 @@ import shlex
 import shutil
 import sys
 import tomllib
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import NamedTuple
 
 import jsonargparse
 import pytest
@@ -30,8 +26,9 @@ from atat_fast.models import hub
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH, LAUNCH = ROOT / "bench", ROOT / "docs" / "launch"
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
-PAGES = [path for path in PAGES if path.is_file()]
+PAGES = [
+    path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.is_file()
+]
 
 pytestmark = pytest.mark.skipif(not LAUNCH.is_dir(), reason="the pages are part of a checkout, and here are its tests alone")
 
@@ -43,90 +40,73 @@ CANNOT_RUN = {
 calls of what they import must fit its signature."""
 
 
-@dataclass(frozen=True)
-class Block:
-    """A fenced or indented block. page: its path. line: of its first line, from 1. kind: python, or '' where it does not say."""
+class Block(NamedTuple):
+    """A fenced or indented block. page: its path. line: of its first line, from 1. kind: python, or '' if it does not say."""
 
     page: str
     line: int
     kind: str
     text: str
 
-    @property
-    def place(self) -> str:
-        """'README.md:67'."""
-        return f"{self.page}:{self.line}"
 
-
-def blocks_of(text: str, page: str) -> Iterator[Block]:
+def blocks_of(text, page):
     """The blocks of a page of Markdown."""
-    lines = text.split("\n")
-    i = 0
+    lines, i = text.split("\n"), 0
     while i < len(lines):
         fence = re.fullmatch(r"( *)(```+)(\w*) *", lines[i])
         if fence:
             end = next(j for j in range(i + 1, len(lines)) if lines[j].strip() == fence[2])
             inside = [line.removeprefix(fence[1]) for line in lines[i + 1 : end]]
             yield Block(page, i + 2, fence[3], "\n".join(inside) + "\n")
-            i = end + 1
+            i = end
         elif lines[i].startswith("    ") and (i == 0 or not lines[i - 1].strip()):
             end = next((j for j in range(i, len(lines)) if not lines[j].startswith("    ")), len(lines))
             yield Block(page, i + 1, "", "\n".join(line[4:] for line in lines[i:end]) + "\n")
-            i = end
-        else:
-            i += 1
+            i = end - 1
+        i += 1
 
 
-def page_name(path: Path) -> str:
-    return path.relative_to(ROOT).as_posix()
-
-
-BLOCKS = [block for path in PAGES for block in blocks_of(path.read_text(encoding="utf-8"), page_name(path))]
-PYTHON = [block for block in BLOCKS if block.kind == "python"]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for path in PAGES}
+PYTHON = [block for page, text in TEXTS.items() for block in blocks_of(text, page) if block.kind == "python"]
 
 
 # Python
 
 
-def run_blocks(blocks: list[Block], namespace: dict[str, Any], folder: Path) -> None:
+def run_blocks(blocks, namespace, folder):
     """Run a page's blocks in one namespace, each as a file, which Triton's kernels have to be in."""
     for block in blocks:
         file = folder.parent / f"{folder.name}-{block.line}.py"
         source = "\n" * (block.line - 1) + block.text  # so that an error names the page's line
         file.write_text(source, encoding="utf-8")
-        if reason_not_to_run(block) is None:
-            exec(compile(source, str(file), "exec"), namespace)
-        else:
+        if any(page == block.page and words in block.text for page, words in CANNOT_RUN):
             check_calls(block.text)
+        else:
+            exec(compile(source, str(file), "exec"), namespace)
 
 
-def reason_not_to_run(block: Block) -> str | None:
-    return next((why for (page, words), why in CANNOT_RUN.items() if page == block.page and words in block.text), None)
-
-
-def check_calls(text: str) -> None:
+def check_calls(text):
     """Run a block's imports, and hold calls of what they bring to its signature. Raises what Python does."""
-    tree = ast.parse(text)
-    names: dict[str, Any] = {}
+    tree, names = ast.parse(text), {}
     imports = [node for node in tree.body if isinstance(node, ast.Import | ast.ImportFrom)]
     exec(compile(ast.Module(imports, []), "imports", "exec"), names)
     for call in (node for node in ast.walk(tree) if isinstance(node, ast.Call)):
-        words = ast.unparse(call.func).split(".")
-        if words[0] in names:
-            function = names[words[0]]
-            for word in words[1:]:
+        first, *words = ast.unparse(call.func).split(".")
+        if first in names:
+            function = names[first]
+            for word in words:
                 function = getattr(function, word)
             inspect.signature(function).bind(*call.args, **{k.arg: k.value for k in call.keywords if k.arg is not None})
 
 
-def given_run(folder: Path, trained: Path) -> dict[str, Any]:
+def given_run(folder, trained):
     """runs/demo, which README's `make train` leaves."""
     (folder / "runs").mkdir()
     (folder / "runs" / "demo").symlink_to(trained / "runs" / "demo")
     return {}
 
 
-def given_mdlm(folder: Path, trained: Path) -> dict[str, Any]:
+def given_mdlm(folder, trained):
     """What MDLM's own code brings: its checkpoint, and its Lightning module as `diffusion`."""
     spec = importlib.util.spec_from_file_location("plain_mdlm", Path(__file__).parent / "models" / "plain_mdlm.py")
     plain = importlib.util.module_from_spec(spec)
@@ -137,12 +117,12 @@ def given_mdlm(folder: Path, trained: Path) -> dict[str, Any]:
     return {"diffusion": diffusion}
 
 
-GIVEN: dict[str, Callable[[Path, Path], dict[str, Any]]] = {"docs/sampling.md": given_run, "docs/mdlm.md": given_mdlm}
+GIVEN = {"docs/sampling.md": given_run, "docs/mdlm.md": given_mdlm}
 """Pages whose blocks begin with what is made elsewhere; the others begin with an empty folder and no names."""
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def trained(tmp_path_factory):
     """A folder with text.jsonl, and runs/demo, small and mine: settings of presets demo and plain, but for sizes and text."""
     root = tmp_path_factory.mktemp("docs")
     (root / "text.jsonl").write_text("".join(f'{{"text": "the list {i} of values is returned {i}"}}\n' for i in range(160)))
@@ -153,9 +133,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     }  # fmt: skip
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("atat_fast.report.write_report", lambda folder: folder)
-        for preset, name in (("demo", "demo"), ("plain", "small"), ("plain", "mine")):
-            settings = {"preset": preset, "run.name": name, **size}
-            assert train.main([part for option, value in settings.items() for part in (f"--{option}", str(value))]) == 0
+        settings = [f"--{name}={value}" for name, value in size.items()]
+        for preset, name in (("demo", "demo"), ("plain", "small")):
+            assert train.main([f"--preset={preset}", f"--run.name={name}", *settings]) == 0
+    shutil.copytree(root / "runs" / "small", root / "runs" / "mine", symlinks=True)
     return root
 
 
@@ -164,105 +145,83 @@ def test_the_python_of_a_page_runs_as_written(page, trained, tmp_path, monkeypat
     folder = tmp_path / "empty"
     folder.mkdir()
     monkeypatch.chdir(folder)
-    namespace = GIVEN.get(page, lambda *_: {})(folder, trained)
-    run_blocks([block for block in PYTHON if block.page == page], namespace, folder)
-
-
-def test_a_function_that_a_page_defines_can_be_called(tmp_path):
-    names: dict[str, Any] = {}
-    run_blocks([block for block in PYTHON if block.page == "docs/ops/adaptive_norm.md"], names, tmp_path)
-    linear = torch.nn.Linear
-    blocks = [
-        SimpleNamespace(modulation=linear(4, 48), attend=linear(8, 8), mlp=linear(8, 8), norm1=torch.ones(8), norm2=None)
-        for _ in range(2)
-    ]
-    y = names["blocks_forward"](torch.randn(3, 5, 8), blocks, torch.randn(3, 4), torch.ones(8), linear(4, 16))
-    assert y.shape == (3, 5, 8) and y.isfinite().all()
-
-
-def test_every_exception_is_of_a_block_that_is_there():
-    for (page, words), why in CANNOT_RUN.items():
-        assert sum(block.page == page and words in block.text for block in PYTHON) == 1, (page, words, why)
-    assert set(GIVEN) <= {block.page for block in PYTHON}
-    for words, why in PARSED_ONLY.items():
-        assert any(words in command.text for command in COMMANDS), (words, why)
-    for beginning in TAKEN:
-        assert any(beginning in command.text for command in COMMANDS), beginning
+    names = GIVEN.get(page, lambda *_: {})(folder, trained)
+    run_blocks([block for block in PYTHON if block.page == page], names, folder)
+    if page == "docs/ops/adaptive_norm.md":  # it defines a function, which can be called
+        linear = torch.nn.Linear
+        block = {"modulation": linear(4, 48), "attend": linear(8, 8), "mlp": linear(8, 8), "norm1": torch.ones(8), "norm2": None}
+        rest = [SimpleNamespace(**block)] * 2, torch.randn(3, 4), torch.ones(8), linear(4, 16)
+        y = names["blocks_forward"](torch.randn(3, 5, 8), *rest)
+        assert y.shape == (3, 5, 8) and y.isfinite().all()
 
 
 # Commands
 
 RUN = ("sample", "evaluate", "push", "convert", "ops")
-"""Doors whose commands are run, on a small model. train's end where --dry_run does, and of others the options are parsed."""
+"""Commands that are run, on a small model. train ends where --dry_run does, and of others the options are parsed."""
 PARSED_ONLY = {
     "--zero_shot": "reads seven corpora from the network",
     "--causal_lm": "needs transformers and its weights",
     "--push": "uploads to the hub",
     "--model mdlm-owt": "is about a model from the hub",
 }
-"""Words of commands of such doors that cannot run here; their options are still parsed."""
+"""Words of such commands that cannot run here; their options are still parsed."""
 TAKEN = {"echo", "hf auth login", "pip install mauve-text", "podman build"}
 """Beginnings of commands that are not ours."""
 COMMAND = re.compile(r"(\w+=\S+ )*(python3?|torchrun|make|bash|sbatch|pip|podman|hf|echo|pytest|\.venv/bin/\S+) .*")
 
 
-class Parsed(Exception):
-    """Ends a door once it has read its options."""
+class Command(NamedTuple):
+    """A line that a reader types, without its prompt. inside: a sentence, which may name a part of it."""
 
-
-@dataclass(frozen=True)
-class Command:
-    """A line that a reader types, without its prompt. place: where it stands. inside: a sentence, which may name a part of it."""
-
-    place: str
+    page: str
+    line: int
     text: str
     inside: bool = False
 
-    @property
-    def page(self) -> str:
-        return self.place.split(":")[0]
 
-
-def commands_of(text: str, page: str) -> Iterator[Command]:
-    """The commands of a page, in its order: lines of its blocks, and code inside its sentences."""
+def commands_of(text, page):
+    """The commands of a page: lines of its blocks, and code inside its sentences."""
     inside = set()
     for block in blocks_of(text, page):
-        lines = block.text.split("\n")
+        lines = [line.removeprefix("$ ") for line in block.text.split("\n")]
         inside |= set(range(block.line, block.line + len(lines)))
-        lines = [line.removeprefix("$ ") for line in lines]
         shell = block.kind in ("bash", "sh", "console") or any(COMMAND.match(line) or "-m atat_fast" in line for line in lines)
-        for i, line in enumerate(lines) if shell and block.kind != "python" else []:
+        for i, line in enumerate(lines, start=block.line) if shell and block.kind != "python" else []:
             if line.strip() and not line.startswith("#"):
-                assert COMMAND.match(line), f"{page}:{block.line + i} is of no known command: {line}"
-                yield Command(f"{page}:{block.line + i}", line)
+                assert COMMAND.match(line), f"{page}:{i} is of no known command: {line}"
+                yield Command(page, i, line)
     for i, line in enumerate(text.split("\n"), start=1):
         for code in re.findall(r"`([^`]+)`", line) if i not in inside else []:
             if COMMAND.match(code):
-                yield Command(f"{page}:{i}", code, inside=True)
+                yield Command(page, i, code, inside=True)
 
 
-COMMANDS = [command for path in PAGES for command in commands_of(path.read_text(encoding="utf-8"), page_name(path))]
+COMMANDS = [command for page, text in TEXTS.items() for command in commands_of(text, page)]
 
 
-def parse_only(door: Callable[[], Any]) -> Any:
-    """What a door's parser makes of its options; the door ends there."""
+class Parsed(Exception):
+    """Ends a command once it has read its options."""
+
+
+def at_its_parser(main, give):
+    """Call a command's main; what `give(parser, parse)` makes of its parser. The command ends there."""
     with pytest.MonkeyPatch.context() as patch:
         for kind in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
-            original = kind.parse_args
 
-            def parse(self: Any, *arguments: Any, original: Any = original, **options: Any) -> Any:
-                raise Parsed(original(self, *arguments, **options))
+            def parse(self, *arguments, original=kind.parse_args, **options):
+                raise Parsed(give(self, lambda: original(self, *arguments, **options)))
 
             patch.setattr(kind, "parse_args", parse)
         try:
-            door()
+            main()
         except Parsed as parsed:
             return parsed.args[0]
     raise AssertionError("no options were read")
 
 
-def check(command: Command, stdin: str = "") -> None:
-    """Run or read a command. Raises UsageError, SystemExit or AssertionError where a reader would be refused."""
+def check(command, stdin=""):
+    """Run or read a command. Raises UsageError, SystemExit or AssertionError if a reader would be refused."""
     *before, last = command.text.split(" | ")
     for part in before:
         assert shlex.split(part)[0] == "echo", part
@@ -276,63 +235,57 @@ def check(command: Command, stdin: str = "") -> None:
     if program == "torchrun":
         from torch.distributed.run import get_args_parser
 
-        with_launcher = get_args_parser().parse_args(words)
-        words = ["-m" if with_launcher.module else "", with_launcher.training_script, *with_launcher.training_script_args]
-        program = "python"
-    if program.startswith("python"):
+        given = get_args_parser().parse_args(words)
+        check_python(["-m" if given.module else "", given.training_script, *given.training_script_args], stdin, command)
+    elif program.startswith("python"):
         check_python(words, stdin, command)
     elif program == "make":
-        check_make(words)
+        makefile = (ROOT / "Makefile").read_text()
+        for word in words:
+            name, setting, _ = word.partition("=")
+            assert re.search(rf"^{name} \?=" if setting else rf"^{name}:", makefile, re.MULTILINE), word
     elif program in ("bash", "sbatch"):
         script = next(i for i, word in enumerate(words) if word.startswith("docs/launch/"))
         assert (ROOT / words[script]).is_file(), words[script]
         check_python(["-m", "atat_fast.train", *words[script + 1 :]], stdin, command)
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
-        assert words[0] == "install", words
-        for extra in re.findall(r"atat_fast\[([\w-]+)\]", " ".join(words)):
-            assert extra in extras, extra
+        assert words[0] == "install" and set(re.findall(r"atat_fast\[([\w-]+)\]", " ".join(words))) <= set(extras), words
     elif program == "pytest":
         assert all((ROOT / word).exists() for word in words if "/" in word), words
     else:
         assert program in (".venv/bin/pre-commit", ".venv/bin/pytest"), program
 
 
-def check_make(words: list[str]) -> None:
-    makefile = (ROOT / "Makefile").read_text()
-    for word in words:
-        name, setting, _ = word.partition("=")
-        assert re.search(rf"^{name} \?=" if setting else rf"^{name}:", makefile, re.MULTILINE), word
-
-
-def check_python(words: list[str], stdin: str, command: Command) -> None:
-    if words[0] != "-m":
-        assert words[0].startswith("bench/") and (ROOT / words[0]).is_file(), words
-        if "parse_args(" not in (ROOT / words[0]).read_text():
-            assert words[1:] == [], words
-            return
-        with pytest.MonkeyPatch.context() as patch:
+def check_python(words, stdin, command):
+    with pytest.MonkeyPatch.context() as patch:
+        if words[0] != "-m":
+            script = ROOT / words[0]
+            assert words[0].startswith("bench/") and script.is_file(), words
+            if "parse_args(" not in script.read_text():
+                assert words[1:] == [], words
+                return
             patch.syspath_prepend(BENCH)
             patch.setenv("ATEN_CPU_CAPABILITY", "avx2")  # a script that finds another value begins anew
-            patch.setattr(sys, "argv", [str(ROOT / words[0]), *words[1:]])
-            parse_only(lambda: runpy.run_path(str(ROOT / words[0]), run_name="__main__"))
-        return
-    name, arguments = words[1].removeprefix("atat_fast."), words[2:]
-    module = importlib.import_module(f"atat_fast.{name}.__main__" if name in ("ops", "audit") else f"atat_fast.{name}")
-    if name == "lm_eval":
-        for argument in arguments[1].split(",") if arguments[:1] == ["--model_args"] else []:
+            patch.setattr(sys, "argv", [str(script), *words[1:]])
+            at_its_parser(lambda: runpy.run_path(str(script), run_name="__main__"), lambda parser, parse: parse())
+            return
+        name, arguments = words[1].removeprefix("atat_fast."), words[2:]
+        folder = (ROOT / "atat_fast" / name).is_dir()
+        module = importlib.import_module(f"atat_fast.{name}.__main__" if folder else f"atat_fast.{name}")
+        if name == "lm_eval":
             known = {*inspect.signature(module.open_answers).parameters, "likelihood", "draws", "steps", "sampler", "seed"}
-            assert argument.split("=")[0] in known, argument
-    elif command.inside and not arguments:
-        assert '__name__ == "__main__"' in inspect.getsource(module)
-    elif not inspect.signature(module.main).parameters:
-        assert arguments == [], arguments
-    elif name == "train" and not command.inside:
-        assert module.main([*arguments, "--dry_run"]) == 0
-    elif name not in RUN or command.inside or any(part in " ".join(words) for part in PARSED_ONLY):
-        parse_only(lambda: module.main(arguments))
-    else:
-        with pytest.MonkeyPatch.context() as patch:
+            for argument in arguments[1].split(",") if arguments[:1] == ["--model_args"] else []:
+                assert argument.split("=")[0] in known, argument
+        elif command.inside and not arguments:
+            assert '__name__ == "__main__"' in inspect.getsource(module)
+        elif not inspect.signature(module.main).parameters:
+            assert arguments == [], arguments
+        elif name == "train" and not command.inside:
+            assert module.main([*arguments, "--dry_run"]) == 0
+        elif name not in RUN or command.inside or any(part in " ".join(words) for part in PARSED_ONLY):
+            at_its_parser(lambda: module.main(arguments), lambda parser, parse: parse())
+        else:
             patch.setattr(sys, "stdin", io.StringIO(stdin))
             assert module.main(arguments) == 0
 
@@ -341,29 +294,24 @@ def check_python(words: list[str], stdin: str, command: Command) -> None:
 def test_the_commands_of_a_page_are_taken(page, trained, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("ATAT_FAST_CACHE", str(trained / "cache"))
-    prepare(page, trained, tmp_path)
+    shutil.copytree(trained / "runs", tmp_path / "runs", symlinks=True)
+    shutil.copy(trained / "text.jsonl", tmp_path)
+    (tmp_path / "questions.txt").write_text("The [MASK] of the list\n")
+    (tmp_path / "more.jsonl").write_text('{"prompt": "a [MASK]"}\n')
+    (tmp_path / "samples.jsonl").write_text('{"text": "the list of values"}\n')
+    given_mdlm(tmp_path, trained)
+    shutil.copy("last.ckpt", "mdlm.ckpt")
+    if page == "docs/evaluation.md":
+        assert hub.main(["--run", "runs/demo", "--out", "demo"]) == 0
     for command in COMMANDS:
         if command.page == page:
             try:
                 check(command)
             except (Exception, SystemExit) as error:
-                raise AssertionError(f"{command.place}: {command.text}") from error
+                raise AssertionError(f"{page}:{command.line}: {command.text}") from error
 
 
-def prepare(page: str, trained: Path, folder: Path) -> None:
-    """What the commands of a page begin with: trained runs, a saved model, an MDLM checkpoint, and files of a reader's own."""
-    shutil.copytree(trained / "runs", folder / "runs", symlinks=True)
-    shutil.copy(trained / "text.jsonl", folder)
-    (folder / "questions.txt").write_text("The [MASK] of the list\n")
-    (folder / "more.jsonl").write_text('{"prompt": "a [MASK]"}\n')
-    (folder / "samples.jsonl").write_text('{"text": "the list of values"}\n')
-    given_mdlm(folder, trained)
-    shutil.copy(folder / "last.ckpt", folder / "mdlm.ckpt")
-    if page == "docs/evaluation.md":
-        assert hub.main(["--run", "runs/demo", "--out", "demo"]) == 0
-
-
-def check_page(text: str, folder: Path) -> None:
+def check_page(text, folder):
     run_blocks([block for block in blocks_of(text, "page.md") if block.kind == "python"], {}, folder)
     for command in commands_of(text, "page.md"):
         check(command)
@@ -397,61 +345,49 @@ def test_what_is_wrong_in_a_page_is_found(page, wrong, trained, tmp_path, monkey
         check_page(page, tmp_path)
 
 
+def test_every_exception_is_of_a_block_or_command_that_is_there():
+    for page, words in CANNOT_RUN:
+        assert sum(block.page == page and words in block.text for block in PYTHON) == 1, (page, words)
+    assert set(GIVEN) <= {block.page for block in PYTHON}
+    for words in (*PARSED_ONLY, *TAKEN):
+        assert any(words in command.text for command in COMMANDS), words
+
+
 # Options that messages name
 
-DOORS = ("train", "evaluate", "sample", "report", "compare", "playground", "convert", "push")
+COMMANDS_WITH_OPTIONS = ("train", "evaluate", "sample", "report", "compare", "playground", "convert", "push")
 OTHERS = {
-    "--standalone",
-    "--nproc-per-node",
-    "--no-build-isolation",
-    "--always",
-    "--dirty",
-    "--model_args",
-    "--tasks",
-    "--gen_kwargs",
+    "--standalone", "--nproc-per-node", "--no-build-isolation", "--always", "--dirty", "--model_args", "--tasks", "--gen_kwargs",
     "--group.setting",
-}
+}  # fmt: skip
 """Options of torchrun, pip, git and lm-eval, and what stands for any of ours."""
 
 
-def options_of(door: str) -> set[str]:
-    """The options of a door's parser."""
-    found: list[set[str]] = []
-    with pytest.MonkeyPatch.context() as patch:
-        for kind in (argparse.ArgumentParser, jsonargparse.ArgumentParser):
-
-            def parse(self: Any, *_: Any, **__: Any) -> Any:
-                found.append({option for action in self._actions for option in action.option_strings})
-                raise Parsed
-
-            patch.setattr(kind, "parse_args", parse)
-        with pytest.raises(Parsed):
-            importlib.import_module(f"atat_fast.{door}").main([])
-    return found[0]
+def options_of(name):
+    """The options of a command's parser."""
+    main = importlib.import_module(f"atat_fast.{name}").main
+    return at_its_parser(lambda: main([]), lambda parser, _: {o for action in parser._actions for o in action.option_strings})
 
 
-def named_options(tree: ast.AST) -> Iterator[tuple[int, str]]:
+def named_options(tree):
     """(line, option) of every whole --option in the strings of a tree, but for CSS's var(--name) and --name: value."""
     for node in ast.walk(tree):
-        parts: list[ast.expr] = (
-            node.values if isinstance(node, ast.JoinedStr) else [node] if isinstance(node, ast.Constant) else []
-        )
+        parts = node.values if isinstance(node, ast.JoinedStr) else [node] if isinstance(node, ast.Constant) else []
         text = "".join(str(part.value) if isinstance(part, ast.Constant) else "{" for part in parts)
         for option in re.findall(r"(?<![\w(-])--[a-zA-Z][\w.-]*+(?![{:])", text):
             yield node.lineno, option.rstrip(".-")
 
 
 def test_every_option_that_a_message_names_is_there():
-    takes = {door: options_of(door) for door in DOORS}
+    takes = {name: options_of(name) for name in COMMANDS_WITH_OPTIONS}
     known = set().union(*takes.values()) | OTHERS
-    assert all("--tokenizer" in takes[door] for door in ("evaluate", "sample", "playground"))
+    assert all("--tokenizer" in takes[name] for name in ("evaluate", "sample", "playground"))
     wrong = []
     for path in sorted((ROOT / "atat_fast").rglob("*.py")):
         module = path.relative_to(ROOT / "atat_fast").with_suffix("").as_posix().replace("/", ".")
         tree = ast.parse(path.read_text(encoding="utf-8"))
-        wrong += [f"{module}:{line} {option}" for line, option in named_options(tree) if option not in known]
         own = takes.get(module, known)
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Raise):
-                wrong += [f"{module}:{line} {option}" for line, option in named_options(node) if option not in own]
+        wrong += [f"{module}:{line} {option}" for line, option in named_options(tree) if option not in known]
+        for node in (node for node in ast.walk(tree) if isinstance(node, ast.Raise)):
+            wrong += [f"{module}:{line} {option}" for line, option in named_options(node) if option not in own]
     assert wrong == [], "\n".join(wrong)

@@ -1,31 +1,30 @@
-"""The command-line doors as a user meets them: settings, help, and one sentence for whatever can be put right."""
-
-from __future__ import annotations
+"""The commands as a user meets them: settings, help, and one sentence for whatever can be put right."""
 
 import os
 import platform
 import re
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+import torch
 import yaml
 
 from atat_fast import evaluate, sample, train
-from atat_fast.cli import make_parser, parse_config, run_door
+from atat_fast.cli import make_parser, parse_config
 from atat_fast.config import Config, load_preset, preset_names, to_dict
 from atat_fast.errors import UsageError, nearest
+from atat_fast.sampling.samplers import SAMPLERS
 
 
-def door(*arguments, module="train", cwd):
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    return subprocess.run(
-        [sys.executable, "-m", f"atat_fast.{module}", *map(str, arguments)], cwd=cwd, env=env, capture_output=True, text=True
-    )
+@pytest.fixture(autouse=True)
+def _fresh(tmp_path, monkeypatch):
+    """An empty folder, which commands write to if they are told nothing else."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("ATAT_FAST_CACHE", str(tmp_path / "cache"))
 
 
-def settings(*arguments) -> Config:
+def settings(*arguments):
     parser = make_parser()
     for flag in ("--resume", "--dry_run"):
         parser.add_argument(flag, action="store_true")
@@ -39,74 +38,78 @@ def test_every_preset_is_its_file_over_the_defaults():
     assert settings() == load_preset("demo")
 
 
-def test_the_seeds_two_runs():
-    first, second = load_preset("wikitext103"), load_preset("openwebtext")
-    for config in (first, second):
-        assert (config.model.dim, config.model.layers, config.model.heads, config.model.length) == (768, 12, 12, 1024)
-        assert (config.optim.lr, config.optim.ema, config.optim.weight_decay) == (1e-4, 0.9999, 0.01)
-        assert config.train.global_batch == 24 and config.model.dropout == 0.1
-    assert (first.train.max_steps, first.eval.every) == (50_000, 5_000)
-    assert (second.train.max_steps, second.eval.every) == (500_000, 10_000)
+@pytest.mark.parametrize(("name", "steps", "every"), [("wikitext103", 50_000, 5_000), ("openwebtext", 500_000, 10_000)])
+def test_the_seeds_two_runs(name, steps, every):
+    config = load_preset(name)
+    assert (config.model.dim, config.model.layers, config.model.heads, config.model.length) == (768, 12, 12, 1024)
+    assert (config.optim.lr, config.optim.ema, config.optim.weight_decay) == (1e-4, 0.9999, 0.01)
+    assert config.train.global_batch == 24 and config.model.dropout == 0.1
+    assert (config.train.max_steps, config.eval.every) == (steps, every)
 
 
 def test_files_lie_over_presets_and_options_over_files(tmp_path):
-    file = tmp_path / "mine.yaml"
-    file.write_text("model: {length: 512}\ntrain: {seed: 9, max_steps: 7}\n")
-    got = settings("--preset", "small", "--config", str(file), "--train.max_steps", "11", "--model.time_conditioning", "true")
+    (tmp_path / "mine.yaml").write_text("model: {length: 512}\ntrain: {seed: 9, max_steps: 7}\n")
+    got = settings("--preset", "small", "--config", "mine.yaml", "--train.max_steps", "11", "--model.time_conditioning", "true")
     assert (got.model.dim, got.model.length, got.train.seed, got.train.max_steps) == (768, 512, 9, 11)
     assert got.model.time_conditioning is True
 
 
-def test_print_config_is_a_config_file(tmp_path):
-    printed = door("--preset", "tiny", "--train.seed", "5", "--print_config", cwd=tmp_path)
-    assert printed.returncode == 0, printed.stderr
-    file = tmp_path / "all.yaml"
-    file.write_text(printed.stdout)
-    assert settings("--config", str(file)) == settings("--preset", "tiny", "--train.seed", "5")
-    groups = {k: v for k, v in yaml.safe_load(printed.stdout).items() if k in to_dict(Config())}
-    assert groups == to_dict(settings("--preset", "tiny", "--train.seed", "5"))
-
-
-def test_dry_run_prints_the_plan_and_touches_nothing(tmp_path):
-    done = door("--preset", "small", "--dry_run", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    assert "parameters   169,627,218" in done.stdout and "24 sequences = 24,576 tokens a step" in done.stdout
-    assert "memory       about" in done.stdout and "(estimate)" in done.stdout
-    assert list(tmp_path.iterdir()) == []
-
-
-@pytest.mark.parametrize("preset", ["wikitext103", "openwebtext", "atat"])
-def test_dry_run_lists_every_part_of_atat(preset, capsys):
-    assert train.main(["--preset", preset, "--dry_run"]) == 0
-    printed = capsys.readouterr().out
-    for part in ("estimator", "masking", "loss", "curriculum"):
-        assert re.search(rf"^(atat)? +{part} +on ", printed, re.MULTILINE), part
-    assert " parameters, " in printed and "% of a step's work" in printed and "rho 0.5" in printed
-    if preset != "atat":
-        assert "1,906,177 parameters" in printed
-
-
-def test_dry_run_says_what_is_off_and_what_is_biased(capsys):
-    assert train.main(["--dry_run"]) == 0
-    assert "atat         off" in capsys.readouterr().out
-    assert train.main(["--preset", "atat", "--importance.sees", "clean", "--diffusion.weighting", "ce", "--dry_run"]) == 0
-    printed = capsys.readouterr().out
-    assert "note: importance.sees clean lets masks depend on the tokens they hide" in printed
-    assert "loss       off  ce: importance is not asked" in printed
-
-
 def test_lists_come_from_the_command_line():
-    got = settings("--preset", "atat", "--curriculum.levels", "[0.0, 2.0]", "--curriculum.boundaries", "[0.5]",
-                   "--curriculum.phases", "[a, b]").curriculum  # fmt: skip
+    words = ("--curriculum.levels", "[0.0, 2.0]", "--curriculum.boundaries", "[0.5]", "--curriculum.phases", "[a, b]")
+    got = settings("--preset", "atat", *words).curriculum
     assert (got.levels, got.boundaries, got.phases) == ([0.0, 2.0], [0.5], ["a", "b"])
 
 
-def test_help_names_every_setting(tmp_path):
-    done = door("--help", cwd=tmp_path)
-    assert done.returncode == 0
-    for option in ("--preset", "--resume", "--dry_run", "--model.dim", "--optim.warmup", "--run.name", "--print_config"):
-        assert option in done.stdout
-    assert "Width D of the residual stream" in done.stdout
+def printed(capsys, *arguments):
+    """What train says before it leaves."""
+    with pytest.raises(SystemExit) as left:
+        train.main(arguments)
+    assert not left.value.code
+    return capsys.readouterr().out
+
+
+def test_print_config_is_a_config_file(tmp_path, capsys):
+    options = ("--preset", "tiny", "--train.seed", "5")
+    text = printed(capsys, *options, "--print_config")
+    (tmp_path / "all.yaml").write_text(text)
+    assert settings("--config", "all.yaml") == settings(*options)
+    groups = to_dict(Config())
+    assert {k: v for k, v in yaml.safe_load(text).items() if k in groups} == to_dict(settings(*options))
+
+
+def test_help_names_every_setting(capsys):
+    text = printed(capsys, "--help")
+    groups = [f"--{group}.{name}" for group, names in to_dict(Config()).items() if isinstance(names, dict) for name in names]
+    assert len(groups) > 50
+    for option in ("--preset", "--resume", "--dry_run", "--print_config", *groups):
+        assert option in text, option
+    assert "Width D of the residual stream" in text
+
+
+@pytest.mark.parametrize(
+    ("preset", "expected"),
+    [
+        ("small", ["parameters   169,627,218", "24 sequences = 24,576 tokens a step", "memory       about", "(estimate)"]),
+        ("atat", [" parameters, ", "% of a step's work", "rho 0.5"]),
+        ("wikitext103", ["1,906,177 parameters", "% of a step's work", "rho 0.5"]),
+        ("openwebtext", ["1,906,177 parameters", "% of a step's work", "rho 0.5"]),
+    ],
+)  # fmt: skip
+def test_a_dry_run_prints_the_plan_and_touches_nothing(preset, expected, tmp_path, capsys):
+    assert train.main(["--preset", preset, "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert all(part in text for part in expected), text
+    for part in ("estimator", "masking", "loss", "curriculum"):
+        assert bool(re.search(rf"^(atat)? +{part} +on ", text, re.MULTILINE)) == (preset != "small"), part
+    assert preset != "small" or "atat         off" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_says_what_is_biased(capsys):
+    assert train.main(["--preset", "atat", "--importance.sees", "clean", "--diffusion.weighting", "ce", "--dry_run"]) == 0
+    text = capsys.readouterr().out
+    assert "note: importance.sees clean lets masks depend on the tokens they hide" in text
+    assert "loss       off  ce: importance is not asked" in text
 
 
 BAD = [
@@ -141,73 +144,59 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_one_sentence(arguments, message, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("ATAT_FAST_CACHE", str(tmp_path / "cache"))
+def test_bad_input_is_one_sentence(arguments, message, tmp_path, refused):
     (tmp_path / "file").write_text("")
-    if "cuda" in arguments:
-        import torch
-
-        if torch.cuda.is_available():
-            pytest.skip("this machine has a CUDA device")
-    with pytest.raises(SystemExit) as left:
-        run_door(train.main, arguments)
-    assert left.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
+    if "cuda" in arguments and torch.cuda.is_available():
+        pytest.skip("this machine has a CUDA device")
+    assert message in refused(train.main, *arguments)
     assert not (tmp_path / "runs").exists()
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "holds no text"),
-        ("One document only, and not much of it.", "tokens"),
-        ("a\n<|endoftext|>\nb\n<|endoftext|>\nc", "tokens"),
+        (b"", "holds no text"),
+        (b"One document only, and not much of it.", "tokens"),
+        (b"a\n<|endoftext|>\nb\n<|endoftext|>\nc", "tokens"),
         (b"\xff\xfe broken", "UTF-8"),
     ],
 )
-def test_corpora_that_cannot_be_used(text, message, tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    file = tmp_path / "text.txt"
-    file.write_bytes(text if isinstance(text, bytes) else text.encode())
-    with pytest.raises(UsageError, match=message):
-        train.main(["--data.corpus", str(file), "--data.cache_dir", str(tmp_path / "cache")])
+def test_text_that_cannot_be_used_is_one_sentence(text, message, tmp_path, refused):
+    (tmp_path / "text.txt").write_bytes(text)
+    assert message in refused(train.main, "--data.corpus", "text.txt")
     assert not (tmp_path / "runs").exists()
 
 
-def test_a_named_folder_that_holds_a_run_is_refused(tmp_path, monkeypatch):
+def test_a_folder_that_holds_a_run_is_refused_and_a_home_folder_is_found(tmp_path, monkeypatch, refused):
+    monkeypatch.setenv("HOME", str(tmp_path))
     folder = tmp_path / "runs" / "mine"
     folder.mkdir(parents=True)
     (folder / "metrics.jsonl").write_text("kept\n")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UsageError, match="already holds a run; add --resume"):
-        train.main(["--run.name", "mine"])
-    assert (folder / "metrics.jsonl").read_text() == "kept\n" and len(list(folder.iterdir())) == 1
+    for root in ("runs", "~/runs"):
+        assert "already holds a run; add --resume" in refused(train.main, f"--run.root={root}", "--run.name=mine")
+        assert (folder / "metrics.jsonl").read_text() == "kept\n" and len(list(folder.iterdir())) == 1
+    assert "mine/config.yaml cannot be read" in refused(train.main, "--run.root=~/runs", "--run.name=mine", "--resume")
 
 
 @pytest.mark.parametrize("main", [evaluate.main, sample.main])
-def test_runs_that_are_not_there(main, tmp_path):
-    with pytest.raises(UsageError, match="there is no run folder"):
-        main(["--run", str(tmp_path / "nothing")])
-    with pytest.raises(UsageError, match="holds no checkpoint"):
-        main(["--run", str(tmp_path)])
-
-
-def test_the_doors_leave_with_status_2_from_a_fresh_directory(tmp_path):
-    for module, arguments in (
-        ("train", ["--preset", "smal"]),
-        ("evaluate", ["--run", "nothing"]),
-        ("sample", ["--run", "nothing"]),
-        ("evaluate", []),
-    ):
-        done = door(*arguments, module=module, cwd=tmp_path)
-        assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
-        assert done.stdout == ""
+def test_runs_that_are_not_there_are_one_sentence(main, tmp_path, monkeypatch, refused):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    assert f"there is no run folder {tmp_path}/gone" in refused(main, "--run=~/gone")
+    assert "holds no checkpoint" in refused(main, "--run", tmp_path)
+    assert "--run" in refused(main)
     assert list(tmp_path.iterdir()) == []
 
 
-def test_processes_that_cannot_find_each_other_are_refused_in_a_sentence(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("module", "options"), [("train", "--preset=smal"), ("evaluate", "--run=gone"), ("sample", "--run=gone")]
+)
+def test_a_command_leaves_with_status_2_from_a_fresh_directory(module, options, tmp_path, python):
+    done = python("-m", f"atat_fast.{module}", options, cwd=tmp_path)
+    assert done.returncode == 2 and done.stderr.startswith("error: ") and done.stderr.count("\n") == 1, done.stderr
+    assert done.stdout == "" and list(tmp_path.iterdir()) == []
+
+
+def test_processes_that_cannot_find_each_other_are_refused_in_a_sentence(monkeypatch):
     for name in ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -215,9 +204,18 @@ def test_processes_that_cannot_find_each_other_are_refused_in_a_sentence(tmp_pat
         train.main([])
 
 
-def test_nothing_heavy_is_imported_by_asking_for_help():
-    code = "import sys, atat_fast.cli, atat_fast.train; sys.exit('torch' in sys.modules or 'datasets' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=Path.home()).returncode == 0
+def test_importing_a_command_imports_nothing_heavy(python):
+    code = """
+import sys
+import atat_fast.cli, atat_fast.train
+assert not {"torch", "datasets"} & set(sys.modules)
+import atat_fast.report
+assert "matplotlib" not in sys.modules
+import atat_fast.data
+assert not {"datasets", "huggingface_hub", "pyarrow"} & set(sys.modules)
+"""
+    done = python("-c", code)
+    assert done.returncode == 0, done.stderr
 
 
 MAPPED_BY_A_LARGE_TENSOR = """
@@ -228,7 +226,7 @@ class Info(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
     _fields_ = [(name, ctypes.c_size_t) for name in names.split()]
 
-def door(arguments):
+def command(arguments):
     libc = ctypes.CDLL(None)
     libc.mallinfo2.restype = Info
     libc.malloc.restype = ctypes.c_void_p
@@ -237,18 +235,17 @@ def door(arguments):
     print(libc.mallinfo2().hblkhd - before >= 64 << 20)
     return 0
 
-run_door(door)
+run_door(command)
 """
 
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="the settings are glibc's")
-def test_doors_keep_freed_memory_unless_the_user_arranged_it():
-    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD"))}
-    for extra, mapped in (({}, "False"), ({"MALLOC_ARENA_MAX": "2"}, "True")):
-        done = subprocess.run(
-            [sys.executable, "-c", MAPPED_BY_A_LARGE_TENSOR], env=clean | extra, capture_output=True, text=True, check=True
-        )
-        assert done.stdout.strip() == mapped
+@pytest.mark.parametrize(("arranged", "mapped"), [({}, "False\n"), ({"MALLOC_ARENA_MAX": "2"}, "True\n")])
+def test_commands_keep_freed_memory_unless_the_user_arranged_it(arranged, mapped, python, monkeypatch):
+    for name in os.environ:
+        if name.startswith(("MALLOC_", "GLIBC_", "LD_PRELOAD")):
+            monkeypatch.delenv(name)
+    assert python("-c", MAPPED_BY_A_LARGE_TENSOR, **arranged).stdout == mapped
 
 
 @pytest.mark.parametrize(
@@ -266,36 +263,19 @@ def test_doors_keep_freed_memory_unless_the_user_arranged_it():
         ("sys.exit('± \\ud800')", "ascii", 1, "? ?\n"),
     ],
 )
-def test_how_a_door_leaves(body, out, status, said):
-    code = "import os, signal, sys, time\nfrom atat_fast.cli import run_door\ndef door(_):\n    {}\n    return 0\nrun_door(door)"
+def test_how_a_command_leaves(body, out, status, said):
+    code = f"def command(_):\n    {body}\n    return 0\nrun_door(command)"
+    code = f"import os, signal, sys, time\nfrom atat_fast.cli import run_door\n{code}"
     env = os.environ | ({"PYTHONIOENCODING": "ascii"} if out == "ascii" else {})
     read, write = os.pipe()
-    if out == "closed pipe":
-        os.close(read)
-    with open("/dev/full" if out == "/dev/full" else os.devnull, "w") as file:
-        target = {None: subprocess.PIPE, "ascii": subprocess.PIPE, "closed pipe": write}.get(out, file)
-        done = subprocess.run(
-            [sys.executable, "-c", code.format(body)], stdout=target, stderr=subprocess.PIPE, env=env, text=True, timeout=60
-        )
+    os.close(read)
+    with open("/dev/full", "w") as full:
+        target = {"/dev/full": full, "closed pipe": write}.get(out, subprocess.PIPE)
+        command = [sys.executable, "-c", code]
+        done = subprocess.run(command, stdout=target, stderr=subprocess.PIPE, env=env, text=True, timeout=60)
     os.close(write)
-    if out != "closed pipe":
-        os.close(read)
     assert (done.returncode, done.stderr) == (status, said)
-    if out == "ascii" and status == 0:
-        assert done.stdout == "? ? ?\n"
-
-
-def test_a_home_folder_is_found_however_it_is_written(tmp_path, monkeypatch):
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for main, option in ((evaluate.main, "--run=~/gone"), (sample.main, "--run=~/gone")):
-        with pytest.raises(UsageError, match=f"there is no run folder {tmp_path}/gone"):
-            main([option])
-    (tmp_path / "runs" / "mine").mkdir(parents=True)
-    (tmp_path / "runs" / "mine" / "metrics.jsonl").write_text("kept\n")
-    with pytest.raises(UsageError, match="already holds a run"):
-        train.main(["--run.root=~/runs", "--run.name=mine"])
-    with pytest.raises(UsageError, match=r"mine/config\.yaml cannot be read"):
-        train.main(["--run.root=~/runs", "--run.name=mine", "--resume"])
+    assert done.stdout == (None if target != subprocess.PIPE else "? ? ?\n" if "print" in body else "")
 
 
 @pytest.mark.parametrize(
@@ -303,6 +283,4 @@ def test_a_home_folder_is_found_however_it_is_written(tmp_path, monkeypatch):
     [("ddpm", "ddpm_cache"), ("entropi", "entropy"), ("low_confidence", "confidence"), ("topk", ""), ("maskgit", ""), ("x", "")],
 )
 def test_only_a_word_that_is_close_is_suggested(word, meant):
-    from atat_fast.sampling.samplers import SAMPLERS
-
     assert nearest(word, ("auto", *SAMPLERS)) == (f" (did you mean {meant}?)" if meant else "")

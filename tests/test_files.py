@@ -1,7 +1,5 @@
 """Files are written aside: nobody sees half of one, and nothing that was there is lost."""
 
-from __future__ import annotations
-
 import os
 import stat
 import threading
@@ -60,13 +58,12 @@ def test_of_two_writers_the_last_one_to_end_stays_whole(tmp_path):
     path = tmp_path / "file"
     with replacing(path) as first:
         first.write("first " * 1000)
-        with replacing(path) as second:
-            second.write("second " * 1000)
+        write_text(path, "second " * 1000)
         first.write("end")
     assert path.read_text() == "first " * 1000 + "end" and os.listdir(tmp_path) == ["file"]
 
 
-def test_a_folder_takes_its_place_whole(tmp_path):
+def test_a_folder_takes_its_place_whole_or_not_at_all(tmp_path, monkeypatch):
     folder = tmp_path / "model"
     for text in ("old", "new"):
         with replacing_folder(folder) as aside:
@@ -76,47 +73,32 @@ def test_a_folder_takes_its_place_whole(tmp_path):
     assert folder.stat().st_mode == (tmp_path / "usual").stat().st_mode
     with pytest.raises(RuntimeError):
         write_half(replacing_folder(folder), RuntimeError)
+    rename = os.rename
+
+    def refuse(source, target):
+        if str(target) == str(folder) and "other" in os.listdir(source):
+            raise OSError(5, "Input/output error")
+        rename(source, target)
+
+    monkeypatch.setattr(os, "rename", refuse)
+    message = pytest.raises(UsageError, match=r"cannot write to .*model: Input/output error")
+    with message, disk_errors(folder), replacing_folder(folder) as aside:
+        (aside / "other").touch()
     assert (folder / "weights").read_text() == "new" and sorted(os.listdir(tmp_path)) == ["model", "usual"]
 
 
-def fill(folder):
-    with replacing_folder(folder) as aside:
-        (aside / "new").touch()
-
-
-def test_a_folder_that_cannot_take_its_place_leaves_the_old_one(tmp_path, monkeypatch):
-    folder = tmp_path / "model"
-    folder.mkdir()
-    (folder / "weights").write_text("old")
-    real = os.rename
-
-    def refuse(source, target):
-        if str(target) == str(folder) and "new" in os.listdir(source):
-            raise OSError(5, "Input/output error")
-        real(source, target)
-
-    monkeypatch.setattr(os, "rename", refuse)
-    with pytest.raises(UsageError, match=r"cannot write to .*model: Input/output error"), disk_errors(folder):
-        fill(folder)
-    assert (folder / "weights").read_text() == "old" and os.listdir(tmp_path) == ["model"]
-
-
-def test_what_a_killed_process_left_is_known_by_its_name(tmp_path):
+def test_what_a_killed_process_left_is_known_by_its_name(tmp_path, monkeypatch):
+    for folder in ("step-3", f".step-1{ASIDE}"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "weights").touch()
     for name in ("kept", f".metrics.jsonl.x{ASIDE}"):
         (tmp_path / name).touch()
-    (tmp_path / f".step-1{ASIDE}").mkdir()
-    (tmp_path / f".step-1{ASIDE}" / "weights").touch()
+    with monkeypatch.context() as patch:
+        patch.setattr("shutil.rmtree", lambda path, **_: None)  # killed at its beginning: the folder has its other name
+        remove(tmp_path / "step-3")
+    assert len(os.listdir(tmp_path)) == 4 and not (tmp_path / "step-3").exists()
     remove_leftovers(tmp_path)
     assert os.listdir(tmp_path) == ["kept"]
     remove(tmp_path / "kept")
     remove(tmp_path / "is not there")
     assert os.listdir(tmp_path) == []
-
-
-def test_a_folder_is_renamed_before_it_is_removed(tmp_path, monkeypatch):
-    (tmp_path / "step-3").mkdir()
-    (tmp_path / "step-3" / "weights").touch()
-    monkeypatch.setattr("shutil.rmtree", lambda path, **_: None)  # killed at its beginning
-    remove(tmp_path / "step-3")
-    (left,) = os.listdir(tmp_path)
-    assert left.startswith(".step-3.") and left.endswith(ASIDE)

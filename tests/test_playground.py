@@ -1,7 +1,5 @@
 """The playground: what is read, what is shown, and the page itself in a browser where there is one."""
 
-from __future__ import annotations
-
 import html
 import itertools
 import os
@@ -12,14 +10,13 @@ import subprocess
 import sys
 import threading
 import time
-import types
 import urllib.request
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from atat_fast import playground
-from atat_fast.cli import run_door
 from atat_fast.data.tokenizers import make_tokenizer
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.pieces import HIDDEN, PART, Pieces
@@ -33,7 +30,7 @@ def player(trained_run):
 
 def arguments(**given):
     options = {"run": None, "model": None, "tokenizer": None, "checkpoint": "best", "device": "cpu", "dtype": "fp32"}
-    return types.SimpleNamespace(**options | given)
+    return SimpleNamespace(**options | given)
 
 
 def plain(player):
@@ -64,13 +61,12 @@ def test_blanks_are_masks():
 def test_tokens_appear_one_after_another_and_stay(player, with_estimator):
     one = player if with_estimator else plain(player)
     ids = playground.read_text(one.tokenizer, "ab ___ c", blank=6, append=0, longest=16)
-    mask = one.model.mask_id
-    shown = play(one, ids)
+    mask, shown = one.model.mask_id, play(one, ids)
     assert shown[0].ids == ids and shown[0].step == 0 and shown[-1].done and mask not in shown[-1].ids
     for before, after in itertools.pairwise(shown):
-        for i, (old, new) in enumerate(zip(before.ids, after.ids, strict=True)):
-            assert old in (new, mask)
-            assert after.given[i] == (ids[i] != mask) and (not after.new[i] or not after.given[i])
+        assert all(old in (new, mask) for old, new in zip(before.ids, after.ids, strict=True))
+        assert after.given == [token != mask for token in ids]
+        assert not any(new and given for new, given in zip(after.new, after.given, strict=True))
         assert all(0 <= shade <= 1 for shade in after.shades)
     assert any(shade > 0 for shade in shown[-1].shades)
     assert all(shade == 0 for shade, given in zip(shown[-1].shades, shown[-1].given, strict=True) if given)
@@ -89,32 +85,19 @@ def test_shades_are_the_estimators_scores_or_the_chance_of_error(player):
     assert last.shades[2] == pytest.approx(1 - float(p), abs=1e-5)
 
 
-def test_what_the_sampler_refuses_reaches_the_reader(player):
-    with pytest.raises(UsageError, match="there is no sampler 'nothing'"):
-        play(player, [97, player.model.mask_id], sampler="nothing")
-
-
-def test_a_reader_that_leaves_ends_the_sampler(player):
-    ids = [player.model.mask_id] * 16
-    moments = playground.frames(player, ids, sampler="ancestral", steps=4_000, temperature=1.0, seed=0)
+@pytest.mark.parametrize("how", ["close", "event"])
+def test_a_reader_that_leaves_or_is_told_to_ends_the_sampler(player, how):
+    left, before = threading.Event(), threading.active_count()
+    options = {"sampler": "ancestral", "steps": 4_000, "temperature": 1.0, "seed": 0, "left": left}
+    moments = playground.frames(player, [player.model.mask_id] * 16, **options)
     next(moments)
-    before = {t.ident for t in threading.enumerate()}
-    moments.close()
-    for _ in range(200):
-        if len(threading.enumerate()) < len(before):
-            return
-        time.sleep(0.05)
-    pytest.fail("the sampler's thread goes on")
-
-
-def test_setting_its_event_ends_the_sampler_and_its_reader(player):
-    left, ids = threading.Event(), [player.model.mask_id] * 16
-    moments = playground.frames(player, ids, sampler="ancestral", steps=4_000, temperature=1.0, seed=0, left=left)
-    next(moments)
-    before = threading.active_count()
-    left.set()
-    assert not any(moment.done for moment in moments)
-    until(lambda: threading.active_count() < before)
+    assert threading.active_count() == before + 1
+    if how == "close":
+        moments.close()
+    else:
+        left.set()
+        assert not any(moment.done for moment in moments)
+    until(lambda: threading.active_count() == before)
 
 
 def test_temperature_0_takes_the_likeliest(player):
@@ -137,14 +120,10 @@ class StandIn:
     class Error(Exception):
         pass
 
-    class Request:
-        def __init__(self, session_hash):
-            self.session_hash = session_hash
+    class Request(SimpleNamespace):
+        pass
 
-    class Component:
-        def __init__(self, kind, values, options):
-            self.kind, self.values, self.options, self.called = kind, values, options, []
-
+    class Component(SimpleNamespace):
         def __enter__(self):
             return self
 
@@ -161,11 +140,12 @@ class StandIn:
 
     def __getattr__(self, kind):
         def make(*values, **options):
-            made = self.Component(kind, values, options)
-            self.made[options.get("elem_id", kind)] = made
-            return made
+            return self.made.setdefault(options.get("elem_id", kind), self.Component(values=values, called=[]))
 
         return make
+
+    def asks(self, name):
+        return self.Request(session_hash=name)
 
 
 @pytest.fixture
@@ -176,37 +156,39 @@ def page(player, monkeypatch):
     return gradio
 
 
-def test_the_pages_errors_are_one_sentence_beside_the_text(page):
-    fill = page.made["on"].values[1]
-    assert fill.__annotations__["request"] is page.Request
-    told = [
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
         (("no blank", "ddpm_cache", 4, 1.0, 2, 0, 0), "there is nothing to fill in: write [MASK] or ___ where text is missing"),
         (("[MASK]", "<b>", 4, 1.0, 2, 0, 0), "there is no sampler &#x27;&lt;b&gt;&#x27;"),
         (("[MASK]", "ddpm_cache", 4, 1.0, 2, 0, -1), "seed is -1; give a whole number from 0"),
-    ]
-    for inputs, message in told:
-        with pytest.raises(page.Error) as error:
-            list(fill(*inputs, page.Request("a")))
-        assert str(error.value).startswith(message) and not error.value.print_exception
+    ],
+)
+def test_the_pages_errors_are_one_sentence_beside_the_text(page, inputs, message):
+    fill = page.made["on"].values[1]
+    assert fill.__annotations__["request"] is page.Request
+    with pytest.raises(page.Error) as error:
+        list(fill(*inputs, page.asks("a")))
+    assert str(error.value).startswith(message) and not error.value.print_exception
 
 
 def test_stop_and_leaving_end_the_sampler_of_their_page_alone(page):
     (stop,), options = page.made["stop"].called[0][0][:1], page.made["stop"].called[0][1]
     fill, leave = page.made["on"].values[1], page.made["Blocks"].called[0][0][0]
     assert options["cancels"] == [page.made["on"]] and not options["queue"]
-    assert stop(page.Request("a")) == "nothing is being filled in"
+    assert stop(page.asks("a")) == "nothing is being filled in"
     before = threading.active_count()
-    one, other = (fill("", "ancestral", 100_000, 1.0, 1, 16, 0, page.Request(name)) for name in "ab")
+    one, other = (fill("", "ancestral", 100_000, 1.0, 1, 16, 0, page.asks(name)) for name in "ab")
     next(one), next(other)
     assert threading.active_count() == before + 2
-    assert stop(page.Request("a")) == "stopped"
+    assert stop(page.asks("a")) == "stopped"
     assert all(said != "done" for _, said, _ in one)
     until(lambda: threading.active_count() == before + 1)
     assert "step" in next(other)[1]
-    leave(page.Request("b"))
+    leave(page.asks("b"))
     until(lambda: threading.active_count() == before)
-    assert stop(page.Request("b")) == "nothing is being filled in"
-    assert [said for _, said, _ in fill("a[MASK]", "ancestral", 4, 0.0, 1, 0, 0, page.Request("a"))][-1] == "done"
+    assert stop(page.asks("b")) == "nothing is being filled in"
+    assert [said for _, said, _ in fill("a[MASK]", "ancestral", 4, 0.0, 1, 0, 0, page.asks("a"))][-1] == "done"
 
 
 def test_the_page_says_what_is_seen_and_what_a_token_is(page, player):
@@ -214,17 +196,33 @@ def test_the_page_says_what_is_seen_and_what_a_token_is(page, player):
     for part in (HIDDEN, PART, "a letter of English, a part of others", "newly drawn", "given", "importance estimator", "[MASK]"):
         assert part in said
     assert page.made["temperature"].values[:2] == (0.0, 2.0)
-    words = playground.Player(player.model, types.SimpleNamespace(name="gpt2"), None, player.compute, "words")
+    words = playground.Player(player.model, SimpleNamespace(name="gpt2"), None, player.compute, "words")
     assert "a word or a part of one" in playground.legend(words) and "has none" in playground.legend(words)
+
+
+def drawn(ids, given, new, tokenizer):
+    """The HTML of these tokens, and its text."""
+    frame = playground.Frame(1, 2, ids, given, new, [0.5] * len(ids))
+    body = playground.picture(frame, Pieces(tokenizer.decode, tokenizer.mask_id)).split("</style>")[1]
+    return body, html.unescape(re.sub("<[^>]*>", "", body))
 
 
 def test_a_picture_shows_part_of_a_character_by_one_sign():
     tokenizer = make_tokenizer("bytes")
-    ids = [*"你".encode(), *"é".encode()]
+    ids = [*"你é".encode()]
     ids[1] = tokenizer.mask_id
-    frame = playground.Frame(1, 2, ids, [True, False, False, False, True], [False, False, True, True, False], [0.2] * 5)
-    body = playground.picture(frame, Pieces(tokenizer.decode, tokenizer.mask_id)).split("</style>")[1]
-    assert re.sub("<[^>]*>", "", body) == f"{PART}{HIDDEN}{PART}é" and body.count('class="drawn new"') == 2
+    body, text = drawn(ids, [True, False, False, False, True], [False, False, True, True, False], tokenizer)
+    assert text == f"{PART}{HIDDEN}{PART}é" and body.count('class="drawn new"') == 2
+
+
+def test_a_picture_shows_text_and_nothing_else():
+    tokenizer, written = make_tokenizer("bytes"), "<b>é</b> & x"
+    ids = [*written.encode(), tokenizer.mask_id]
+    known = len(ids) - 3
+    body, text = drawn(ids, [True] * known + [False] * 3, [False] * known + [False, True, False], tokenizer)
+    assert "<b>" not in body and text == written + HIDDEN
+    assert [body.count(f'class="{kind}"') for kind in ("drawn", "drawn new", "hidden")] == [1, 1, 1]
+    assert "--i:0.500" in body and 'data-done="false"' in body
 
 
 def test_a_model_without_its_tokenizer_is_played_with_another(player, tmp_path):
@@ -239,43 +237,22 @@ def test_a_model_without_its_tokenizer_is_played_with_another(player, tmp_path):
         playground.to_play_with(arguments(run="runs/small", tokenizer="bytes"))
 
 
-def test_a_picture_shows_text_and_nothing_else():
-    tokenizer = make_tokenizer("bytes")
-    text = "<b>é</b> & x"
-    ids = [*text.encode(), tokenizer.mask_id]
-    given = [True] * (len(ids) - 3) + [False] * 3
-    frame = playground.Frame(1, 2, ids, given, [False] * (len(ids) - 2) + [True, False], [0.5] * len(ids))
-    shown = playground.picture(frame, Pieces(tokenizer.decode, tokenizer.mask_id))
-    body = shown.split("</style>")[1]
-    assert "<b>" not in body and html.unescape(re.sub("<[^>]*>", "", body)) == text + HIDDEN
-    assert body.count('class="drawn"') == 1 and body.count('class="drawn new"') == 1 and body.count('class="hidden"') == 1
-    assert "--i:0.500" in body and 'data-done="false"' in body
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ([], "say what to play with: --run runs/NAME, or --model FOLDER"),
+        (["--run", "a", "--model", "b"], "say what to play with"),
+        (["--run", "a", "--port", "0"], "--port must be in 1..65535, got 0"),
+    ],
+)
+def test_bad_input_is_one_sentence(options, message, refused):
+    assert refused(playground.main, *options).startswith(message)
 
 
-BAD = [
-    ([], "say what to play with: --run runs/NAME, or --model FOLDER"),
-    (["--run", "a", "--model", "b"], "say what to play with"),
-    (["--run", "a", "--port", "0"], "--port must be in 1..65535, got 0"),
-]
-
-
-@pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_one_sentence(arguments, message, capsys):
-    with pytest.raises(SystemExit) as left:
-        run_door(playground.main, arguments)
-    error = capsys.readouterr().err
-    assert left.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1
-
-
-def test_without_gradio_one_sentence_says_how_to_get_it(trained_run, monkeypatch, capsys):
+def test_without_gradio_one_sentence_says_how_to_get_it(trained_run, monkeypatch, refused):
     monkeypatch.setitem(sys.modules, "gradio", None)
-    with pytest.raises(SystemExit) as left:
-        run_door(playground.main, ["--run", str(trained_run)])
-    error = capsys.readouterr().err
-    assert left.value.code == 2
-    assert (
-        error == "error: the playground needs the package gradio, which is not installed: pip install 'atat_fast[playground]'\n"
-    )
+    said = refused(playground.main, "--run", trained_run)
+    assert said == "the playground needs the package gradio, which is not installed: pip install 'atat_fast[playground]'"
 
 
 def browser():
@@ -305,7 +282,7 @@ def test_the_page_in_a_browser(trained_run, tmp_path):
         port = free.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "atat_fast.playground", "--run", trained_run, "--port", str(port), "--dtype", "fp32"],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}, stdout=subprocess.PIPE, text=True,
+        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
         address = f"http://127.0.0.1:{port}"
@@ -354,5 +331,5 @@ def test_the_page_in_a_browser(trained_run, tmp_path):
 def test_samplers_that_cannot_run_are_not_offered(player):
     assert playground._usable("ddpm_cache", player) and playground._usable("importance", player)
     assert not playground._usable("importance", plain(player))
-    timed = types.SimpleNamespace(model=types.SimpleNamespace(time_conditioning=True))
+    timed = SimpleNamespace(model=SimpleNamespace(time_conditioning=True))
     assert not playground._usable("ddpm_cache", timed)

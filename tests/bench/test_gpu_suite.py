@@ -1,10 +1,7 @@
 """bench/gpu_suite.py: its orchestration with steps that pass, fail, hang and leave others behind; no GPU is needed."""
 
-from __future__ import annotations
-
 import json
 import os
-import subprocess
 import sys
 import time
 import zipfile
@@ -15,7 +12,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def python(code: str) -> tuple[str, ...]:
+def runs(code):
     return (sys.executable, "-S", "-c", code)
 
 
@@ -23,21 +20,31 @@ def python(code: str) -> tuple[str, ...]:
 def suite(load, monkeypatch, tmp_path):
     """The module, with results of its own and little patience."""
     module = load("gpu_suite")
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    monkeypatch.setattr(module, "STOP_SECONDS", 0.5)
-    monkeypatch.setattr(module, "LEAST_SECONDS", 0.05)
+    for name, value in {"RESULTS": tmp_path / "results", "STOP_SECONDS": 0.5, "LEAST_SECONDS": 0.05}.items():
+        monkeypatch.setattr(module, name, value)
     (tmp_path / "results").mkdir()
     return module
 
 
-def alive(pid: int) -> bool:
+@pytest.fixture
+def run_all(suite):
+    """run_all({name: (command, seconds)}) runs steps that need no GPU, unless theirs is "gpu"."""
+
+    def run_all(steps, seconds=60, no_gpu=None):
+        todo = [suite.Step(name, *step, needs_gpu=name == "gpu") for name, step in steps.items()]
+        return suite.run_all(todo, seconds, no_gpu, dict(os.environ))
+
+    return run_all
+
+
+def alive(pid):
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except OSError:
         return False
 
 
-def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(suite, tmp_path, capsys):
+def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(run_all, tmp_path, capsys):
     child = tmp_path / "child"
     hang = (
         "import subprocess, sys, time\n"
@@ -46,16 +53,16 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(suite, tmp_path, caps
         "print('begun', flush=True)\n"
         "time.sleep(60)"
     )
-    todo = [
-        suite.Step("fine", python("print('good')"), 20, needs_gpu=False),
-        suite.Step("broken", python("print('one'); raise SystemExit('the reason')"), 20, needs_gpu=False),
-        suite.Step("hangs", python(hang), 1.5, needs_gpu=False),
-        suite.Step("absent", ("/no/such/program",), 20, needs_gpu=False),
-        suite.Step("gpu", python("print('ran')"), 20),
-        suite.Step("last", python("print('still here')"), 20, needs_gpu=False),
-    ]
+    steps = {
+        "fine": (runs("print('good')"), 20),
+        "broken": (runs("print('one'); raise SystemExit('the reason')"), 20),
+        "hangs": (runs(hang), 1.5),
+        "absent": (("/no/such/program",), 20),
+        "gpu": (runs("print('ran')"), 20),
+        "last": (runs("print('still here')"), 20),
+    }
     begin = time.monotonic()
-    outcomes = suite.run_all(todo, 60, "torch finds no CUDA device", dict(os.environ))
+    outcomes = run_all(steps, no_gpu="torch finds no CUDA device")
     assert time.monotonic() - begin < 30
     assert [o.status for o in outcomes] == ["passed", "failed", "timed out", "failed", "not run", "passed"]
     assert outcomes[0].tail == "good\n" and outcomes[0].code == 0
@@ -69,30 +76,26 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(suite, tmp_path, caps
     assert not alive(int(child.read_text()))  # what a step started ends with it
 
 
-def test_a_step_that_is_stopped_may_write_what_it_has(suite, tmp_path, monkeypatch):
+def test_a_step_that_is_stopped_may_write_what_it_has(suite, run_all, tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "STOP_SECONDS", 30)  # it needs a moment; a busy machine may take its time
     code = (
         "try:\n import time; time.sleep(60)\n"
         f"except KeyboardInterrupt: open({str(tmp_path / 'kept')!r}, 'w').write('half'); print('stopping')"
     )
-    (outcome,) = suite.run_all([suite.Step("slow", python(code), 4, needs_gpu=False)], 60, None, dict(os.environ))
+    (outcome,) = run_all({"slow": (runs(code), 4)})
     assert outcome.status == "timed out" and "stopping" in outcome.tail and (tmp_path / "kept").read_text() == "half"
 
 
-def test_what_has_no_time_left_is_not_begun(suite):
-    todo = [
-        suite.Step("long", python("import time; time.sleep(60)"), 60, needs_gpu=False),
-        suite.Step("late", python("print(1)"), 60, needs_gpu=False),
-    ]
+def test_what_has_no_time_left_is_not_begun(run_all):
     begin = time.monotonic()
-    first, second = suite.run_all(todo, 1, None, dict(os.environ))
+    first, second = run_all({"long": (runs("import time; time.sleep(60)"), 60), "late": (runs("print(1)"), 60)}, seconds=1)
     assert time.monotonic() - begin < 15
     assert (first.status, second.status, second.reason) == ("timed out", "not run", "the time was over")
 
 
 @pytest.mark.slow
 def test_a_pytest_run_that_collects_nothing_failed(suite):
-    step = suite.pytest_step("tests", 60, "tests/bench/conftest.py", why="")
+    step = suite.pytest_step("tests", 60, "tests/conftest.py", why="")
     (outcome,) = suite.run_all([step], 60, None, dict(os.environ))
     assert outcome.status == "failed" and outcome.reason == "no test was collected"
 
@@ -105,10 +108,10 @@ def test_files_come_back_small_and_whole(suite, tmp_path, monkeypatch, capsys):
     write = f"import os; os.makedirs({str(results / 'DEVICE')!r}); open({str(results / 'DEVICE' / 'x.json')!r}, 'w').write('[2]')"
     monkeypatch.setattr(suite, "find_gpu", lambda: ("some-gpu", 24, None))
     todo = [
-        suite.Step("writes", python(write), 20),
-        suite.Step("loud", python("print('x' * 100000)"), 20),
-        suite.Step("named", (*python("import sys; print(sys.argv[1])"), suite.DEVICE_FOLDER), 20),
-        suite.Step("bad", python("raise SystemExit(4)"), 20),
+        suite.Step("writes", runs(write), 20),
+        suite.Step("loud", runs("print('x' * 100000)"), 20),
+        suite.Step("named", (*runs("import sys; print(sys.argv[1])"), suite.DEVICE_FOLDER), 20),
+        suite.Step("bad", runs("raise SystemExit(4)"), 20),
     ]
     assert suite.suite(out, todo, None) == 1
     assert sorted(p.name for p in out.iterdir()) == ["results.json", "summary.json", "summary.txt"]
@@ -140,7 +143,7 @@ def test_nothing_is_unpacked_outside_the_results(suite, tmp_path, name):
     assert not (tmp_path / "in").exists()
 
 
-def test_wheels_are_laid_out_for_import(suite, tmp_path):
+def test_wheels_are_laid_out_for_import(suite, tmp_path, python):
     wheels, site = tmp_path / "wheels", tmp_path / "site"
     wheels.mkdir()
     with pytest.raises(ValueError, match=r"holds no \.whl"):
@@ -150,47 +153,42 @@ def test_wheels_are_laid_out_for_import(suite, tmp_path):
         wheel.writestr("peer-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: peer\nVersion: 1.0\n")
     assert suite.unpack_wheels(wheels, site) == ["peer-1.0-py3-none-any.whl"]
     code = "import peer, importlib.metadata as m; print(peer.VALUE, m.version('peer'))"
-    done = subprocess.run(python(code), env=os.environ | {"PYTHONPATH": str(site)}, capture_output=True, text=True)
-    assert done.stdout.split() == ["7", "1.0"], done.stderr
+    assert python("-S", "-c", code, PYTHONPATH=str(site)).stdout.split() == ["7", "1.0"]
     (wheels / "other-1.0-cp312-cp312-linux_x86_64.whl").write_bytes(b"")
     with pytest.raises(ValueError, match="no pure-Python wheel"):
         suite.unpack_wheels(wheels, site)
 
 
-def door(*arguments, cwd=None):
-    command = [sys.executable, str(ROOT / "bench" / "gpu_suite.py"), *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=os.environ | {"CUDA_VISIBLE_DEVICES": ""}, capture_output=True, text=True)
+def steps_of(out):
+    return json.loads((out / "summary.json").read_text())["steps"]
 
 
 @pytest.mark.slow
-def test_without_a_gpu_it_says_what_needs_one(tmp_path):
-    done = door("--out", tmp_path / "suite", cwd=tmp_path)
+def test_without_a_gpu_it_says_what_needs_one(tmp_path, python):
+    done = python(ROOT / "bench" / "gpu_suite.py", "--out", tmp_path / "suite", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "these parts need one: ops, ceilings, head, throughput, tests" in done.stdout
-    steps = json.loads((tmp_path / "suite" / "summary.json").read_text())["steps"]
-    assert steps[0]["name"] == "environment" and steps[0]["status"] == "passed" and "torch" in steps[0]["tail"]
-    assert "mask_tokens" in steps[0]["tail"] and "tensors on cpu: first of" in steps[0]["tail"]
-    assert {s["status"] for s in steps[1:]} == {"not run"} and len(steps) == 6
+    first, *others = steps_of(tmp_path / "suite")
+    assert first["name"] == "environment" and first["status"] == "passed" and "torch" in first["tail"]
+    assert "mask_tokens" in first["tail"] and "tensors on cpu: first of" in first["tail"]
+    assert [step["status"] for step in others] == ["not run"] * 5
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-@pytest.mark.parametrize("tier", [1, 2])
-def test_every_part_runs_small_on_a_cpu(tier, tmp_path):
+@pytest.mark.parametrize(
+    ("tier", "names"),
+    [(1, ["ceilings.json", "head.json", "throughput-tiny-4097-2.json"]), (2, ["sampling.json", "throughput-tiny-4097-2.json"])],
+)
+def test_every_part_runs_small_on_a_cpu(tier, names, tmp_path, python):
     """The commands of both tiers with the shapes of --small; those that need more than this machine has say so."""
-    done = door("--tier", tier, "--small", "--out", tmp_path / "suite", cwd=tmp_path)
-    steps = json.loads((tmp_path / "suite" / "summary.json").read_text())["steps"]
-    ends = "".join(
-        f"\n=== {s['name']}: {s['status']} {s['reason']}\n{s['tail'][-3000:]}" for s in steps if s["status"] != "passed"
-    )
+    script = ROOT / "bench" / "gpu_suite.py"
+    done = python(script, "--tier", tier, "--small", "--out", tmp_path / "suite", CUDA_VISIBLE_DEVICES="")
+    bad = [step for step in steps_of(tmp_path / "suite") if step["status"] != "passed"]
+    ends = "".join(f"\n=== {step['name']}: {step['status']} {step['reason']}\n{step['tail'][-3000:]}" for step in bad)
     assert done.returncode == 0, done.stdout + ends
-    assert {s["name"] for s in steps if s["status"] == "not run"} <= {"memcheck", "training"}
-    written = sorted(path.name for path in (tmp_path / "suite" / "small").rglob("*.json"))
-    names = {
-        1: ["ceilings.json", "head.json", "throughput-tiny-4097-2.json"],
-        2: ["sampling.json", "throughput-tiny-4097-2.json"],
-    }
-    assert written == names[tier]
+    assert {step["name"] for step in bad if step["status"] == "not run"} <= {"memcheck", "training"}
+    assert sorted(path.name for path in (tmp_path / "suite" / "small").rglob("*.json")) == names
 
 
 @pytest.mark.parametrize(("tier", "most"), [(1, 360), (2, 300), (3, 900)])
@@ -203,7 +201,7 @@ def test_a_dry_run_prints_parts_and_limits_that_add_up(suite, tier, most, capsys
 
 
 def test_a_part_whose_package_is_missing_is_skipped_and_says_so(suite, tmp_path):
-    step = suite.Step("peer", python("print(1)"), 20, needs_gpu=False, needs=("no_such_package",))
+    step = suite.Step("peer", runs("print(1)"), 20, needs_gpu=False, needs=("no_such_package",))
     assert suite.missing(step, None) == "no_such_package is not here"
     (tmp_path / "no_such_package").mkdir()
     assert suite.missing(step, None, str(tmp_path)) is None
@@ -211,23 +209,6 @@ def test_a_part_whose_package_is_missing_is_skipped_and_says_so(suite, tmp_path)
     assert (outcome.status, outcome.reason) == ("not run", "no_such_package is not here")
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--only", "bench"], "tier 1 has no part 'bench'; its parts are environment, ops"),
-        (["--unpack", "nowhere.json"], "is no results.json"),
-        (["--wheels", "nowhere"], "holds no .whl file"),
-    ],
-)
-def test_the_door_refuses_in_a_sentence(suite, arguments, message, capsys, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
-    assert suite.main(arguments) == 2
-    captured = capsys.readouterr()
-    assert message in captured.err and captured.err.count("\n") == 1
-
-
 def test_what_parts_run_is_there(suite):
-    for step in (*suite.steps(1), *suite.steps(2), *suite.steps(3)):
-        for word in step.command:
-            if word.endswith(".py"):
-                assert (ROOT / word.removeprefix("--ignore=")).is_file(), word
+    words = [word.removeprefix("--ignore=") for tier in (1, 2, 3) for step in suite.steps(tier) for word in step.command]
+    assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))

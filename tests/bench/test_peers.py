@@ -1,19 +1,14 @@
 """bench/peers.py: versions without imports, and calls whose values and gradients are the specification's."""
 
-from __future__ import annotations
-
 import importlib.util
 import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 
 from atat_fast.ops import linear_cross_entropy_reference
 
-ROOT = Path(__file__).resolve().parents[2]
 CPU = torch.device("cpu")
 N, D, V = 37, 24, 101
 
@@ -33,8 +28,7 @@ def run(call, leaves, target, *, with_bias=True, with_weight=True, rows=None):
     given = {k: v.detach().clone().requires_grad_() for k, v in leaves.items()}
     bias, token_weight = given["bias"] if with_bias else None, given["token_weight"] if with_weight else None
     if rows is not None:
-        target = target[rows]
-        token_weight = None if token_weight is None else token_weight[rows]
+        target, token_weight = target[rows], None if token_weight is None else token_weight[rows]
     loss = call(given["hidden"], given["weight"], target, bias, token_weight, rows=rows)
     (-3 * loss).backward()
     return loss.detach(), {k: v.grad for k, v in given.items()}
@@ -49,36 +43,42 @@ def reference(hidden, weight, target, bias, token_weight, rows=None):
 NATIVE = ["eager", "torch", "torch chunked", "torch chunked 4096"]
 
 
-@pytest.mark.parametrize("with_bias", [True, False])
-@pytest.mark.parametrize("with_weight", [True, False])
-@pytest.mark.parametrize("rows", [None, [0, 5, 6, 36]])
-@pytest.mark.parametrize("name", [*NATIVE, pytest.param("eager compiled", marks=pytest.mark.slow)])
-def test_values_and_gradients_are_the_references(load, name, rows, with_weight, with_bias):
-    found = load("peers").linear_cross_entropy_peers(CPU)
-    if name not in found:
-        pytest.skip(f"torch {torch.__version__} has no F.linear_cross_entropy")
-    leaves, target = inputs()
-    rows = None if rows is None else torch.tensor(rows)
-    options = {"with_bias": with_bias, "with_weight": with_weight, "rows": rows}
-    loss, grads = run(found[name], leaves, target, **options)
+def agree(found, leaves, target, *, atol=3e-5, **options):
+    """The call's loss and gradients are the specification's, and it gives no others."""
+    loss, grads = run(found, leaves, target, **options)
     want, want_grads = run(reference, leaves, target, **options)
     assert loss.dtype is torch.float32 and loss.shape == ()
     torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-5)
     for key, grad in grads.items():
-        if want_grads[key] is None:
-            assert grad is None, key
-        else:
+        assert (grad is None) == (want_grads[key] is None), key
+        if grad is not None:
             assert grad.dtype is leaves[key].dtype
-            torch.testing.assert_close(grad.double(), want_grads[key].double(), rtol=1e-4, atol=3e-5)
+            torch.testing.assert_close(grad.double(), want_grads[key].double(), rtol=1e-4, atol=atol)
+
+
+@pytest.fixture
+def native(load):
+    def native(name):
+        if name not in (found := load("peers").linear_cross_entropy_peers(CPU)):
+            pytest.skip(f"torch {torch.__version__} has no F.linear_cross_entropy")
+        return found[name]
+
+    return native
+
+
+@pytest.mark.parametrize("with_bias", [True, False])
+@pytest.mark.parametrize("with_weight", [True, False])
+@pytest.mark.parametrize("rows", [None, [0, 5, 6, 36]])
+@pytest.mark.parametrize("name", [*NATIVE, pytest.param("eager compiled", marks=pytest.mark.slow)])
+def test_values_and_gradients_are_the_references(native, name, rows, with_weight, with_bias):
+    rows = None if rows is None else torch.tensor(rows)
+    agree(native(name), *inputs(), with_bias=with_bias, with_weight=with_weight, rows=rows)
 
 
 @pytest.mark.parametrize("name", NATIVE)
-def test_bf16_hidden_with_a_master_weight_in_fp32(load, name):
-    found = load("peers").linear_cross_entropy_peers(CPU)
-    if name not in found:
-        pytest.skip(f"torch {torch.__version__} has no F.linear_cross_entropy")
+def test_bf16_hidden_with_a_master_weight_in_fp32(native, name):
     leaves, target = inputs(torch.bfloat16)
-    loss, grads = run(found[name], leaves, target)
+    loss, grads = run(native(name), leaves, target)
     want, _ = run(reference, leaves, target)
     assert grads["weight"].dtype is torch.float32 and grads["hidden"].dtype is torch.bfloat16
     assert abs(float(loss) - float(want)) < 2e-2 * N
@@ -144,58 +144,33 @@ def test_settings_follow_the_installed_versions_arguments(load, tmp_path, monkey
     leaves, target = inputs()
     assert found["cce"].takes_bias is takes_bias and ("no bias" in found["cce"].cannot) is not takes_bias
     assert ("cce_kahan_full_c" in found) is takes_bias
-    loss, grads = run(found["cce_exact"], leaves, target, with_bias=takes_bias)
+    agree(found["cce_exact"], leaves, target, with_bias=takes_bias, atol=1e-4)
     assert stand_in.seen == [exact]
-    want, want_grads = run(reference, leaves, target, with_bias=takes_bias)
-    torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-5)
-    torch.testing.assert_close(grads["token_weight"].double(), want_grads["token_weight"].double(), rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
-def test_liger_under_the_interpreter(load):
-    """Values and gradients of all its forms, where it is installed."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        pytest.skip("liger-kernel is not installed")
+@pytest.mark.skipif(importlib.util.find_spec("liger_kernel") is None, reason="liger-kernel is not installed")
+def test_liger_under_the_interpreter(load, python):
+    """Values and gradients of all its forms."""
     if os.environ.get("TRITON_INTERPRET") != "1":
-        command = [sys.executable, "-m", "pytest", "-q", "-m", "slow", f"{__file__}::test_liger_under_the_interpreter"]
-        done = subprocess.run(command, cwd=ROOT, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+        test = f"{__file__}::test_liger_under_the_interpreter"
+        done = python("-m", "pytest", "-q", "-m", "slow", test, TRITON_INTERPRET="1")
         assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
         return
-    peers, leaves_target = load("peers"), inputs()
-    leaves, target = leaves_target
+    peers = load("peers")
     for call in (peers.liger(None, None), peers.liger(torch.float32, None), peers.liger(torch.float32, 16)):
-        peer = peers.HeadPeer("liger", call, "", "")
         for options in ({}, {"with_weight": False}, {"with_bias": False}):
-            loss, grads = run(peer, leaves, target, **options)
-            want, want_grads = run(reference, leaves, target, **options)
-            torch.testing.assert_close(loss.double(), want, rtol=1e-6, atol=1e-4)
-            for key, grad in want_grads.items():
-                if grad is not None:
-                    torch.testing.assert_close(grads[key].double(), grad.double(), rtol=1e-4, atol=1e-4)
+            agree(peers.HeadPeer("liger", call, "", ""), *inputs(), atol=1e-4, **options)
 
 
-@pytest.mark.slow
-def test_the_table():
-    """Every peer has a line, missing ones how to get them; and no peer is imported for it."""
-    code = (
-        "import runpy, sys\n"
-        "try: runpy.run_path('bench/peers.py', run_name='__main__')\n"
-        "except SystemExit as end: assert not end.code\n"
-        "heavy = {'liger_kernel', 'cut_cross_entropy', 'flash_attn', 'apex', 'quack'} & set(sys.modules)\n"
-        "assert not heavy, heavy\n"
-    )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
-    names = [
-        "mdlm, eager",
-        "liger-kernel",
-        "cut-cross-entropy",
-        "flash-attn",
-        "apex (NVIDIA's)",
-        "F.linear_cross_entropy",
-        "quack",
-    ]
-    for name in names:
-        assert any(line.startswith(name) for line in done.stdout.splitlines()), name
+def test_the_table_has_a_line_for_every_peer_and_imports_none(load, capsys):
+    before = set(sys.modules)
+    assert load("peers").main() == 0
+    lines = capsys.readouterr().out.splitlines()
+    for name in (
+        "mdlm, eager", "liger-kernel", "cut-cross-entropy", "flash-attn", "apex (NVIDIA's)", "F.linear_cross_entropy", "quack",
+    ):  # fmt: skip
+        assert any(line.startswith(name) for line in lines), name
     if importlib.util.find_spec("quack") is None:
-        assert "not installed" in done.stdout and "pip install quack-kernels" in done.stdout
+        assert any("not installed" in line for line in lines) and any("pip install quack-kernels" in line for line in lines)
+    assert not {"liger_kernel", "cut_cross_entropy", "flash_attn", "apex", "quack"} & (set(sys.modules) - before)

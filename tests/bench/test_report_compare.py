@@ -1,9 +1,6 @@
 """bench/report.py on comparisons: the table says what compare.json says, and stands where the document wants it."""
 
-from __future__ import annotations
-
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,31 +11,21 @@ from atat_fast.config import load_preset
 from atat_fast.errors import UsageError
 
 
-def page_of(tmp_path: Path, *, budget="tokens=2000000", recipes=("uniform", "fast", "wild")):
-    """A comparison's folder as the door leaves it, from results made up here: `fast` is 0.25 better, `wild` diverged."""
-    base = load_preset("demo")
-    plan = Plan(
-        tmp_path / "compare", base, dict.fromkeys(recipes, base), 2, Budget(budget.split("=")[0], float(budget.split("=")[1])), 2
-    )
+def page_of(tmp_path, *, budget="tokens=2000000", recipes=("uniform", "fast", "wild")):
+    """A comparison's folder as the command leaves it, of results made up here: `fast` is 0.25 better, `wild` diverged."""
+    base, (kind, amount) = load_preset("demo"), budget.split("=")
+    plan = Plan(tmp_path / "compare", base, dict.fromkeys(recipes, base), 2, Budget(kind, float(amount)), 2)
     noise = torch.randn(20, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    results = {}
-    for name in recipes:
-        results[name] = []
-        for seed in (1, 2):
-            values = 2.5 + 0.1 * noise + 0.01 * seed - 0.25 * (name == "fast")
-            end = float(values.mean())
-            curve = [{"tokens": t, "seconds": t / 1e4, "nll": end + 1 - t / 2e6, "nll_se": 0.02} for t in (1_000_000, 2_000_000)]
-            run = {
-                "seed": seed,
-                "steps": 976,
-                "tokens": 2_000_000,
-                "seconds": 200.0 + seed,
-                "parameters": 900_000,
-                "curve": curve,
-            }
-            run |= {"environment": {"device": "CPU (X)", "dtype": "bf16"}, "data": {}}
-            run |= {"diverged": "nan"} if name == "wild" else {"nll": end, "bits_per_byte": end * 1.45, "values": values}
-            results[name].append(run)
+
+    def run(name, seed):
+        values = 2.5 + 0.1 * noise + 0.01 * seed - 0.25 * (name == "fast")
+        end = float(values.mean())
+        curve = [{"tokens": t, "seconds": t / 1e4, "nll": end + 1 - t / 2e6, "nll_se": 0.02} for t in (1_000_000, 2_000_000)]
+        facts = {"seed": seed, "steps": 976, "tokens": 2_000_000, "seconds": 200.0 + seed, "parameters": 900_000, "curve": curve}
+        facts |= {"environment": {"device": "CPU (X)", "dtype": "bf16"}, "data": {}}
+        return facts | ({"diverged": "nan"} if name == "wild" else {"nll": end, "bits_per_byte": end * 1.45, "values": values})
+
+    results = {name: [run(name, seed) for seed in (1, 2)] for name in recipes}
     found = comparison_page.summary(plan, results)
     plan.folder.mkdir()
     comparison_page.write(plan, results, found, comparison_page.table(found))

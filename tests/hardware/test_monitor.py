@@ -1,14 +1,13 @@
 """What the driver says of cards, with a driver that is made up; and who is slow."""
 
-from __future__ import annotations
-
+import statistics
 import sys
 import threading
 import types
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from atat_fast.hardware.monitor import Card, Monitor, Stopwatch, by_card, card_of, stragglers, summarise
@@ -18,38 +17,33 @@ class NVMLError(Exception):
     """As pynvml's."""
 
 
-def fake_nvml(**changes):
-    """A pynvml whose card is busy, hot and short of power; `changes` replaces or, with None, removes calls."""
-    nvml = types.ModuleType("pynvml")
-    nvml.NVMLError, nvml.asked = NVMLError, []
-    nvml.NVML_TEMPERATURE_GPU, nvml.NVML_CLOCK_SM, nvml.NVML_PCIE_UTIL_TX_BYTES, nvml.NVML_PCIE_UTIL_RX_BYTES = 0, 1, 0, 1
-    nvml.nvmlClocksEventReasonSwPowerCap, nvml.nvmlClocksEventReasonHwThermalSlowdown = 0x4, 0x40
-    calls = {
-        "nvmlInit": lambda: None,
-        "nvmlDeviceGetHandleByUUID": lambda uuid: nvml.asked.append(uuid) or "handle",
-        "nvmlDeviceGetUtilizationRates": lambda handle: types.SimpleNamespace(gpu=97, memory=41),
-        "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(used=20 << 30, total=24 << 30),
-        "nvmlDeviceGetPowerUsage": lambda handle: 448_500,
-        "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 450_000,
-        "nvmlDeviceGetTemperature": lambda handle, sensor: 83,
-        "nvmlDeviceGetClockInfo": lambda handle, clock: 2520,
-        "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x44 | 0x1,
-        "nvmlDeviceGetPcieThroughput": lambda handle, counter: [1_500_000, 9_000_000][counter],
-    } | changes
-    for name, call in calls.items():
-        if call is not None:
-            setattr(nvml, name, call)
-    return nvml
-
-
 def refuse(*arguments):
     raise NVMLError("Not Supported")
 
 
 @pytest.fixture
 def nvml(monkeypatch):
+    """nvml(**changes) installs a pynvml whose card is busy, hot and short of power, with calls replaced or, by None, removed."""
+
     def install(**changes):
-        module = fake_nvml(**changes)
+        module = types.ModuleType("pynvml")
+        module.NVMLError, module.asked = NVMLError, []
+        module.NVML_TEMPERATURE_GPU, module.NVML_CLOCK_SM = 0, 1
+        module.NVML_PCIE_UTIL_TX_BYTES, module.NVML_PCIE_UTIL_RX_BYTES = 0, 1
+        module.nvmlClocksEventReasonSwPowerCap, module.nvmlClocksEventReasonHwThermalSlowdown = 0x4, 0x40
+        calls = {
+            "nvmlInit": lambda: None,
+            "nvmlDeviceGetHandleByUUID": lambda uuid: module.asked.append(uuid) or "handle",
+            "nvmlDeviceGetUtilizationRates": lambda handle: types.SimpleNamespace(gpu=97, memory=41),
+            "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(used=20 << 30, total=24 << 30),
+            "nvmlDeviceGetPowerUsage": lambda handle: 448_500,
+            "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 450_000,
+            "nvmlDeviceGetTemperature": lambda handle, sensor: 83,
+            "nvmlDeviceGetClockInfo": lambda handle, clock: 2520,
+            "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x44 | 0x1,
+            "nvmlDeviceGetPcieThroughput": lambda handle, counter: [1_500_000, 9_000_000][counter],
+        }
+        vars(module).update({name: call for name, call in (calls | changes).items() if call is not None})
         monkeypatch.setitem(sys.modules, "pynvml", module)
         return module
 
@@ -136,20 +130,14 @@ def test_one_row_of_all_cards_names_the_one_that_is_held_back():
     assert by_card([{}, {}]) == {}
 
 
-def test_the_slowest_rank_is_named():
-    everyone = [1.0, 1.0, 1.5, 1.1]
-    found = stragglers(1.5, lambda own: everyone if own == 1.5 else [])
-    assert found["slowest_rank"] == 2 and found["slowest_seconds"] == 1.5 and found["median_seconds"] == 1.05
-    assert found["spread"] == pytest.approx(1.5 / 1.05 - 1)
-    assert stragglers(2.0, lambda own: [own]) == {
-        "slowest_rank": 0, "slowest_seconds": 2.0, "median_seconds": 2.0, "spread": 0.0
-    }  # fmt: skip
-
-
 @given(st.lists(st.floats(1e-3, 1e3), min_size=1, max_size=64))
-def test_nobody_is_slower_than_the_slowest(seconds):
-    found = stragglers(seconds[0], lambda own: seconds)
-    assert found["slowest_seconds"] == max(seconds) == seconds[int(found["slowest_rank"])] and found["spread"] >= 0
+@example([1.0, 1.0, 1.5, 1.1])
+@example([2.0])
+def test_the_slowest_rank_is_named(seconds):
+    found = stragglers(seconds[-1], lambda own: seconds if own == seconds[-1] else [])
+    assert found["slowest_seconds"] == max(seconds) == seconds[int(found["slowest_rank"])]
+    assert found["median_seconds"] == pytest.approx(statistics.median(seconds))
+    assert found["spread"] == pytest.approx(max(seconds) / statistics.median(seconds) - 1) and found["spread"] >= 0
 
 
 def test_a_stopwatch_counts_what_is_the_rank_s_own(monkeypatch):

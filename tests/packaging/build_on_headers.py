@@ -5,11 +5,9 @@
 
 A release's wheel (0.2 to 0.9 GB) is fetched once, and its headers unpacked to .torch-headers/VERSION; nothing is installed. Then
 setup.py builds as it does for a user, by nvcc and by g++, with those headers in the place of the installed torch. Libraries of
-that torch are not needed: empty ones of their names are linked against. The exit status is 1 where a build failed, 2 for bad
+that torch are not needed: empty ones of their names are linked against. The exit status is 1 if a build failed, 2 for bad
 arguments.
 """
-
-from __future__ import annotations
 
 import argparse
 import os
@@ -24,7 +22,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 KEPT = ROOT / ".torch-headers"
 COMPILERS = {"nvcc": {}, "g++": {"ATAT_FAST_NO_CUDA": "1"}}
-LIBRARIES = ("torch_cpu", "torch", "c10")
 
 
 def fetch(version: str) -> Path:
@@ -50,41 +47,32 @@ def build(site: Path, compiler: str) -> tuple[int, str]:
     """(status, output) of setup.py's build_ext where torch is what lies in `site`."""
     libraries = site / "torch" / "lib"
     libraries.mkdir(exist_ok=True)
-    for name in LIBRARIES:
-        empty = libraries / f"lib{name}.so"
+    for empty in (libraries / f"lib{name}.so" for name in ("torch_cpu", "torch", "c10")):
         if not empty.is_file():
             subprocess.run(["g++", "-shared", "-x", "c++", os.devnull, "-o", str(empty)], check=True)
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "setup.py", "build_ext", "--build-lib", f"{folder}/lib", "--build-temp", f"{folder}/objects"]
-        environment = os.environ | COMPILERS[compiler] | {"PYTHONPATH": str(site)}
-        done = subprocess.run(
-            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-        )
+        env, pipe = os.environ | COMPILERS[compiler] | {"PYTHONPATH": str(site)}, subprocess.PIPE
+        done = subprocess.run(command, cwd=ROOT, env=env, stdout=pipe, stderr=subprocess.STDOUT, text=True, check=False)
     return done.returncode, done.stdout
 
 
-def main(arguments: list[str] | None = None) -> int:
+def main() -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("versions", nargs="+", metavar="VERSION", help="releases of torch")
     parser.add_argument("--with", dest="compilers", nargs="+", choices=COMPILERS, default=list(COMPILERS))
-    args = parser.parse_args(arguments)
+    args = parser.parse_args()
     for version in args.versions:
         if not re.fullmatch(r"\d+\.\d+\.\d+", version):
-            parser.error(f"{version!r} is no release of torch, such as 2.11.0")
+            parser.error(f"{version!r} is not a release of torch, such as 2.11.0")
     failed = False
-    for version in args.versions:
-        site = fetch(version)
-        for compiler in args.compilers:
-            if shutil.which(compiler) is None:
-                print(f"torch {version}, {compiler}: not on PATH")
-                failed = True
-                continue
-            status, output = build(site, compiler)
-            failed |= status != 0
-            print(f"torch {version}, {compiler}: {'compiles' if status == 0 else 'FAILS'}", flush=True)
-            if status:
-                print(output[-6000:])
+    for version, compiler in ((version, compiler) for version in args.versions for compiler in args.compilers):
+        status, output = build(fetch(version), compiler) if shutil.which(compiler) else (1, "it is not on PATH")
+        print(f"torch {version}, {compiler}: {'FAILS' if status else 'compiles'}", flush=True)
+        if status:
+            print(output[-6000:])
+        failed |= status != 0
     return int(failed)
 
 

@@ -1,7 +1,5 @@
 """Real wheels of a copy of this tree: what is in them, how they are tagged, and that the library loads."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
@@ -19,9 +17,7 @@ NVCC = shutil.which("nvcc")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(not sys.platform.startswith("linux"), reason="the library is built on Linux only"),
-    pytest.mark.skipif(
-        not (ROOT / "atat_fast").is_dir(), reason="wheels are built from a checkout, and here are its tests alone"
-    ),
+    pytest.mark.skipif(not (ROOT / "atat_fast").is_dir(), reason="wheels are built from a checkout"),
 ]
 
 # Prints the bits of the library that was loaded from the folder on PYTHONPATH, and where the kernels came from.
@@ -54,23 +50,21 @@ class Build:
 def copy_tree(folder: Path) -> Path:
     tree = folder / "tree"
     tree.mkdir()
-    for name in COPIED:
-        source = ROOT / name
+    for source in (ROOT / name for name in COPIED):
         if source.is_dir():
             ignored = shutil.ignore_patterns("__pycache__", "*.so")
-            shutil.copytree(source, tree / name, symlinks=True, ignore=ignored)
+            shutil.copytree(source, tree / source.name, symlinks=True, ignore=ignored)
         elif source.is_file():
-            shutil.copy2(source, tree / name)
+            shutil.copy2(source, tree)
     return tree
 
 
 def build_wheel(tree: Path, **settings: str) -> Build:
     out = tree.parent / "wheels"
-    environment = {k: v for k, v in os.environ.items() if k not in ("ATAT_FAST_NO_CUDA", "ATAT_FAST_NO_EXT", "CUDA_HOME", "CXX")}
+    env = {k: v for k, v in os.environ.items() if k not in ("ATAT_FAST_NO_CUDA", "ATAT_FAST_NO_EXT", "CUDA_HOME", "CXX")}
     command = [sys.executable, "-m", "pip", "wheel", "-v", "--no-build-isolation", "--no-deps", "--no-index", "-w", str(out), "."]
-    done = subprocess.run(
-        command, cwd=tree, env=environment | settings, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, check=False
-    )
+    pipe = subprocess.PIPE
+    done = subprocess.run(command, cwd=tree, env=env | settings, stdout=pipe, stderr=subprocess.STDOUT, text=True, check=False)
     return Build(done.returncode, done.stdout, sorted(out.glob("*.whl")))
 
 
@@ -99,42 +93,43 @@ def assert_complete(names: set[str], *, library: bool) -> None:
     assert not missing
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
-def test_nvcc_wheel_loads_on_any_torch(tmp_path: Path) -> None:
-    build = build_wheel(copy_tree(tmp_path), ATAT_FAST_CUDA_ARCHS="8.9")  # `make install` compiles for all of them
-    assert "arch=compute_89,code=sm_89" in build.output and "compute_90" not in build.output
+nvcc = pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
+gxx = pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said", "flags"),
+    [  # `make install` compiles for all capabilities
+        pytest.param({"ATAT_FAST_CUDA_ARCHS": "8.9"}, "with CPU ops and CUDA kernels", "3", marks=nvcc),
+        pytest.param({"ATAT_FAST_NO_CUDA": "1"}, "with CPU ops, by g++", "1", marks=gxx),
+    ],
+)
+def test_a_wheel_with_a_library_loads_on_any_torch(settings, said, flags, tmp_path):
+    build = build_wheel(copy_tree(tmp_path), **settings)
+    assert f"atat_fast: compiled library {said}" in build.output
     assert build.wheel.name.endswith("-py3-none-linux_" + os.uname().machine + ".whl")
-    assert "atat_fast: compiled library with CPU ops and CUDA kernels" in build.output
+    if flags == "3":
+        assert "arch=compute_89,code=sm_89" in build.output and "compute_90" not in build.output
     assert_complete(build.names, library=True)
-    assert unpack_and_probe(build.wheel, tmp_path / "site") == ["3", "True", "None"]
+    assert unpack_and_probe(build.wheel, tmp_path / "site") == [flags, "True", "None"]
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
-def test_host_compiler_wheel_has_cpu_ops(tmp_path: Path) -> None:
-    build = build_wheel(copy_tree(tmp_path), ATAT_FAST_NO_CUDA="1")
-    assert build.wheel.name.endswith("-py3-none-linux_" + os.uname().machine + ".whl")
-    assert "atat_fast: compiled library with CPU ops, by g++" in build.output
-    assert_complete(build.names, library=True)
-    assert unpack_and_probe(build.wheel, tmp_path / "site") == ["1", "True", "None"]
-
-
-def test_pure_wheel_on_request(tmp_path: Path) -> None:
-    build = build_wheel(copy_tree(tmp_path), ATAT_FAST_NO_EXT="1")
-    assert build.wheel.name.endswith("-py3-none-any.whl")
-    assert_complete(build.names, library=False)
-    flags, loaded, problem = unpack_and_probe(build.wheel, tmp_path / "site")
-    assert (flags, loaded) == ("0", "False")
-    assert "was not built" in problem
-
-
-def test_a_library_left_in_the_tree_stays_out_of_a_pure_wheel(tmp_path: Path) -> None:
+def test_a_pure_wheel_has_no_library_and_one_that_does_not_load_is_told_in_one_sentence(tmp_path):
     tree = copy_tree(tmp_path)
     (tree / "atat_fast" / "libatat_fast.so").write_bytes(b"left by an editable install")
     build = build_wheel(tree, ATAT_FAST_NO_EXT="1")
+    assert build.wheel.name.endswith("-py3-none-any.whl")
     assert_complete(build.names, library=False)
+    *loaded, problem = unpack_and_probe(build.wheel, tmp_path / "site")
+    assert loaded == ["0", "False"] and "was not built" in problem
+    broken = tmp_path / "site" / "atat_fast" / "libatat_fast.so"
+    broken.write_bytes(b"no library")
+    *loaded, problem = unpack_and_probe(build.wheel, tmp_path / "site")
+    assert loaded == ["0", "False"]
+    assert problem.startswith(f"{broken} does not load with torch ") and "rebuild it with" in problem
 
 
-def test_without_compilers_the_wheel_is_pure_and_says_so(tmp_path: Path) -> None:
+def test_without_compilers_the_wheel_is_pure_and_says_so(tmp_path):
     (tmp_path / "empty").mkdir()
     build = build_wheel(copy_tree(tmp_path), PATH=str(tmp_path / "empty"))
     assert build.wheel.name.endswith("-py3-none-any.whl")
@@ -144,32 +139,19 @@ def test_without_compilers_the_wheel_is_pure_and_says_so(tmp_path: Path) -> None
     assert_complete(build.names, library=False)
 
 
-@pytest.mark.skipif(shutil.which("g++") is None, reason="g++ is not on PATH")
-def test_a_source_that_does_not_compile_fails_the_install(tmp_path: Path) -> None:
+@gxx
+def test_a_source_that_does_not_compile_fails_the_install(tmp_path):
     tree = copy_tree(tmp_path)
     for source in (tree / "csrc").glob("*.cpp"):  # the others are sound, and take their time
         source.unlink()
     (tree / "csrc" / "broken.cpp").write_text("int broken( { return 0; }\n")
     build = build_wheel(tree, ATAT_FAST_NO_CUDA="1")
-    assert build.status != 0
-    assert not build.wheels
-    assert "broken.cpp:1" in build.output
-    assert "g++ ended with status 1; its messages are above" in build.output
+    assert build.status != 0 and not build.wheels
+    assert "broken.cpp:1" in build.output and "g++ ended with status 1; its messages are above" in build.output
 
 
-@pytest.mark.skipif(NVCC is None, reason="nvcc is not on PATH")
-def test_a_capability_that_is_none_is_told_in_one_sentence(tmp_path: Path) -> None:
+@nvcc
+def test_a_capability_that_is_invalid_is_told_in_one_sentence(tmp_path):
     build = build_wheel(copy_tree(tmp_path), ATAT_FAST_CUDA_ARCHS="8.9 sm_90")
     assert build.status != 0 and not build.wheels
     assert "ATAT_FAST_CUDA_ARCHS names 'sm_90'; it lists capabilities from 8.0 on, such as '8.9 9.0'" in build.output
-
-
-def test_a_library_that_does_not_load_is_told_in_one_sentence(tmp_path: Path) -> None:
-    build = build_wheel(copy_tree(tmp_path), ATAT_FAST_NO_EXT="1")
-    site = tmp_path / "site"
-    (site / "atat_fast").mkdir(parents=True)
-    (site / "atat_fast" / "libatat_fast.so").write_bytes(b"no library")
-    flags, loaded, problem = unpack_and_probe(build.wheel, site)
-    assert (flags, loaded) == ("0", "False")
-    assert problem.startswith(f"{site / 'atat_fast' / 'libatat_fast.so'} does not load with torch ")
-    assert "rebuild it with" in problem

@@ -1,7 +1,5 @@
 """What a run shows and writes, and where its rows go."""
 
-from __future__ import annotations
-
 import io
 import json
 import sys
@@ -14,14 +12,12 @@ from atat_fast.config import RunConfig
 from atat_fast.errors import UsageError
 from atat_fast.runs import telemetry
 from atat_fast.runs.telemetry import Telemetry
-from atat_fast.runs.trackers import open_trackers, require, scalars
+from atat_fast.runs.trackers import require
 from atat_fast.train import main
 
 TRAIN = {"step": 5, "loss": 2.5, "tokens": 320, "tokens_per_second": 64.0, "throttled": []}
 EVAL = {"step": 5, "nll": 2.0, "nll_se": 0.1}
 SAMPLE = {"step": 5, "texts": ["a", "b"], "steps": 4}
-
-
 CHECKPOINT = {"step": 3, "bytes": 100, "seconds": 0.5, "blocked": 0.1}
 
 
@@ -46,26 +42,24 @@ def test_rows_are_lines_of_json_and_a_resumed_run_takes_back_what_is_past_it(tmp
     everything(start(folder))
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     assert rows == [{"kind": "train", **TRAIN}, {"kind": "eval", **EVAL}, {"kind": "sample", **SAMPLE}]
+    assert [path.name for path in folder.iterdir()] == ["metrics.jsonl"], "no tracker that was not asked for"
     shown = capsys.readouterr().out
     assert "hello" in shown and "val/nll 2.000 ± 0.100" in shown and "step 5 of 10" in shown
     start(folder, resumed=True, first_step=4).close()
     assert (folder / "metrics.jsonl").read_text() == ""
 
 
-def test_ranks_other_than_the_first_show_and_write_nothing(tmp_path, capfd):
-    everything(start(tmp_path / "run", RunConfig(tensorboard=True, wandb=True), rank=3))
-    assert capfd.readouterr() == ("", "") and list((tmp_path / "run").iterdir()) == []
-
-
-def test_the_first_rank_alone_has_a_bar(tmp_path, monkeypatch):
+def test_the_first_rank_alone_has_a_bar_and_the_others_show_and_write_nothing(tmp_path, monkeypatch, capfd):
     screen = io.StringIO()
     terminal = lambda **options: Console(file=screen, force_terminal=True, width=120, **options)  # noqa: E731
     monkeypatch.setattr(telemetry, "Console", terminal)
     everything(start(tmp_path / "first"))
     assert "5/10" in screen.getvalue()
-    screen.truncate(0)
-    everything(start(tmp_path / "second", rank=1))
-    assert screen.getvalue().strip("\x00") == ""
+    screen.seek(0)
+    screen.truncate()
+    for rank in (1, 3):
+        everything(start(tmp_path / f"{rank}", RunConfig(tensorboard=True, wandb=True), rank=rank))
+        assert capfd.readouterr() == ("", "") and screen.getvalue() == "" and list((tmp_path / f"{rank}").iterdir()) == []
 
 
 def test_power_and_throttling_stand_beside_the_speed(tmp_path, capsys):
@@ -75,11 +69,6 @@ def test_power_and_throttling_stand_beside_the_speed(tmp_path, capsys):
     show.line(EVAL["step"])
     show.close()
     assert "64 tok/s  2400 W  throttled" in capsys.readouterr().out
-
-
-def test_curves_are_the_numbers_of_a_row():
-    assert dict(scalars("eval", EVAL)) == {"val/nll": 2.0, "val/nll_se": 0.1}
-    assert dict(scalars("train", TRAIN)) == {"train/loss": 2.5, "train/tokens_per_second": 64.0}
 
 
 @pytest.mark.slow
@@ -93,47 +82,37 @@ def test_tensorboard_gets_curves_and_texts(tmp_path):
     assert "samples/text_summary" in events.Tags()["tensors"]
 
 
-class Service(types.ModuleType):
+def service(name):
     """A tracker's module that keeps what it is told."""
-
-    def __init__(self, name):
-        super().__init__(name)
-        self.__spec__ = types.SimpleNamespace(name=name)
-        self.calls = []
-
-    def init(self, **options):
-        self.calls.append(("init", options))
-
-    def log(self, row, step):
-        self.calls.append(("log", row, step))
-
-    def finish(self):
-        self.calls.append(("finish",))
+    module = types.ModuleType(name)
+    module.__spec__, module.calls = types.SimpleNamespace(name=name), []
+    module.init = lambda **options: module.calls.append(options)
+    module.log = lambda row, step: module.calls.append((row, step))
+    module.finish = lambda: module.calls.append("finish")
+    return module
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_services_get_settings_and_curves(name, tmp_path, monkeypatch):
-    service = Service(name)
-    monkeypatch.setitem(sys.modules, name, service)
     run = RunConfig(tensorboard=False, **{name: True})
-    require(run)
+    inits = []
     for resumed in (False, True):
-        everything(start(tmp_path / "mine", run, settings={"train": {"seed": 3}}, resumed=resumed))
-    late = Service(name)
-    monkeypatch.setitem(sys.modules, name, late)
-    show = start(tmp_path / "late", run)
-    show.train(TRAIN)
-    show.checkpoint(CHECKPOINT)
-    show.close()
-    assert late.calls[2] == ("log", {"checkpoint/bytes": 100, "checkpoint/seconds": 0.5, "checkpoint/blocked": 0.1}, 5)
-    (_, first), *logged, last = service.calls[: len(service.calls) // 2]
-    assert (first["project"], first["name"], first["config"]) == ("atat_fast", "mine", {"train": {"seed": 3}})
-    assert [(set(row), step) for _, row, step in logged] == [
-        ({"train/loss", "train/tokens_per_second"}, 5), ({"val/nll", "val/nll_se"}, 5), ({"sample/steps"}, 5)
-    ]  # fmt: skip
-    assert last == ("finish",)
-    again = service.calls[len(service.calls) // 2][1]
-    assert again["name"] == "mine" and again["resume"] == "allow" and again.get("id") == first.get("id")
+        monkeypatch.setitem(sys.modules, name, tracker := service(name))
+        require(run)
+        show = start(tmp_path / "mine", run, settings={"train": {"seed": 3}}, resumed=resumed)
+        show.checkpoint(CHECKPOINT)
+        everything(show)
+        init, *logged, last = tracker.calls
+        inits.append(init)
+        assert (init["project"], init["name"], init["config"]) == ("atat_fast", "mine", {"train": {"seed": 3}})
+        assert logged == [
+            ({"checkpoint/bytes": 100, "checkpoint/seconds": 0.5, "checkpoint/blocked": 0.1}, 3),
+            ({"train/loss": 2.5, "train/tokens_per_second": 64.0}, 5),
+            ({"val/nll": 2.0, "val/nll_se": 0.1}, 5),
+            ({"sample/steps": 4}, 5),
+        ]
+        assert last == "finish"
+    assert inits[1]["resume"] == "allow" and inits[1].get("id") == inits[0].get("id")
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
@@ -144,10 +123,3 @@ def test_a_service_that_is_not_installed_says_how_to_get_it_before_anything_is_m
     assert not (tmp_path / "runs").exists()
     with pytest.raises(UsageError, match=f"--run.{name} needs the package {name}"):
         main([*small, f"--run.{name}", "true", "--dry_run"])
-
-
-def test_trackers_are_those_that_were_asked_for(tmp_path):
-    (only,) = open_trackers(RunConfig(tensorboard=False), tmp_path, first_step=0, resumed=False)
-    only.write("train", TRAIN)
-    only.close()
-    assert json.loads((tmp_path / "metrics.jsonl").read_text())["loss"] == 2.5
