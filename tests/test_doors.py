@@ -188,7 +188,8 @@ def test_runs_that_are_not_there_are_one_sentence(main, tmp_path, monkeypatch, r
 
 
 @pytest.mark.parametrize(
-    ("module", "options"), [("train", "--preset=smal"), ("evaluate", "--run=gone"), ("sample", "--run=gone")]
+    ("module", "options"),
+    [("train", "--preset=smal"), *(pytest.param(name, "--run=gone", marks=pytest.mark.slow) for name in ("evaluate", "sample"))],
 )
 def test_a_command_leaves_with_status_2_from_a_fresh_directory(module, options, tmp_path, python):
     done = python("-m", f"atat_fast.{module}", options, cwd=tmp_path)

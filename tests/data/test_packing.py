@@ -265,6 +265,7 @@ def test_the_cache_is_where_the_environment_says_or_at_home(monkeypatch, tmp_pat
     assert cache_folder(DataConfig()) == Path.home() / ".cache" / "atat_fast"
 
 
+@pytest.mark.slow
 def test_processes_that_prepare_at_once_agree(config):
     code = (
         "import sys; from atat_fast.config import DataConfig; from atat_fast.data import prepare\n"
