@@ -20,9 +20,8 @@ import jsonargparse
 import pytest
 import torch
 
-from atat_fast import train
+from atat_fast import push, train
 from atat_fast.errors import UsageError
-from atat_fast.models import hub
 
 ROOT = Path(__file__).resolve().parents[1]
 BENCH, LAUNCH = ROOT / "bench", ROOT / "docs" / "launch"
@@ -302,7 +301,7 @@ def test_the_commands_of_a_page_are_taken(page, trained, tmp_path, monkeypatch):
     given_mdlm(tmp_path, trained)
     shutil.copy("last.ckpt", "mdlm.ckpt")
     if page == "docs/evaluation.md":
-        assert hub.main(["--run", "runs/demo", "--out", "demo"]) == 0
+        assert push.main(["--run", "runs/demo", "--out", "demo"]) == 0
     for command in COMMANDS:
         if command.page == page:
             try:

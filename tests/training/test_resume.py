@@ -204,11 +204,15 @@ def test_a_run_begins_from_weights(small, tmp_path, first, kind):
     begin = ["--train.init_from", str(source)]
     new = trainer([*small, *RUN, *begin, *LEARNED])
     new.close()
-    assert all(torch.equal(p, other) for p, other in zip(new.model.parameters(), model.parameters(), strict=True))
+    assert all(torch.equal(p, other) for p, other in zip(new.parts.model.parameters(), model.parameters(), strict=True))
     own = checkpoint.load_importance(checkpoint.find(first, "best"))
-    same = [torch.equal(p, q) for p, q in zip(new.estimator.parameters(), own.parameters(), strict=True)]
+    same = [torch.equal(p, q) for p, q in zip(new.parts.estimator.parameters(), own.parameters(), strict=True)]
     carried = kind in ("run", "saved model")
-    assert all(same) == carried and ("the importance estimator's too" in new.notes[0]) == carried and str(source) in new.notes[0]
+    assert (
+        all(same) == carried
+        and ("the importance estimator's too" in new.parts.notes[0]) == carried
+        and str(source) in new.parts.notes[0]
+    )
     refused = [
         (["--model.dim", "32"], r"do not fit this run: final_norm is \(16,\) there, and here \(32,\)"),
         (["--model.heads", "1"], r"has model\.heads 2, and this run 1; add --model\.heads 2"),
