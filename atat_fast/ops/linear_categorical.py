@@ -39,6 +39,43 @@ REFERENCE_BYTES = 16 << 20
 """Budget of a slab on the torch backend, whose noise takes a dozen fp64 and int64 tensors of the slab's shape."""
 
 
+def linear_categorical_reference(
+    hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None = None, forbidden: int | None = None,
+    temperature: float = 1.0, *, seed: int | Tensor, step: int | Tensor = 0,
+) -> Tensor:  # fmt: skip
+    """The specification, through the whole matrix of logits; sums in fp64."""
+    logits = F.linear(hidden, weight, bias)
+    return draw_rows(logits, index, -1 if forbidden is None else forbidden, temperature, seed, step)
+
+
+def draw_rows(
+    logits: Tensor, index: Tensor, forbidden: int, temperature: float, seed: int | Tensor, step: int | Tensor
+) -> Tensor:
+    """[R, V] logits to [R] ids, in fp64. forbidden: an id, or -1."""
+    if logits.shape[1] == 0:
+        return torch.full_like(index, -1)
+    scores = logits.double() / temperature + vocabulary_noise(index, logits.shape[1], seed, step)
+    if forbidden >= 0:
+        scores[:, forbidden] = -torch.inf
+    best = scores.max(1)  # NaN counts as the largest
+    return torch.where(best.values > -torch.inf, best.indices, -1)
+
+
+def vocabulary_noise(index: Tensor, vocabulary: int, seed: int | Tensor, step: int | Tensor) -> Tensor:
+    """Standard Gumbel of each row named by index [R] and each id below `vocabulary`: fp64 [R, V]."""
+    parts = torch.arange((vocabulary + 1) // 2, device=index.device)
+    first, second, third, fourth = random_words(index[:, None], seed, step, STREAM_TOKEN + (parts << 8))
+    high, low = torch.stack((first, third), dim=-1), torch.stack((second, fourth), dim=-1)
+    return gumbel64(high, low).flatten(1)[:, :vocabulary]
+
+
+def token_noise(index: Tensor, ids: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
+    """The same at some ids [R, K] of each row: fp64 [R, K]."""
+    words = random_words(index[:, None], seed, step, STREAM_TOKEN + ((ids >> 1) << 8))
+    odd = (ids & 1).bool()
+    return gumbel64(torch.where(odd, words[2], words[0]), torch.where(odd, words[3], words[1]))
+
+
 def linear_categorical(
     hidden: Tensor,
     weight: Tensor,
@@ -102,43 +139,6 @@ def _check(hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, f
         raise ValueError(f"forbidden is {forbidden}, outside the vocabulary of {weight.shape[0]}")
     if not temperature > 0:
         raise ValueError(f"temperature must be above 0, got {temperature}")
-
-
-def vocabulary_noise(index: Tensor, vocabulary: int, seed: int | Tensor, step: int | Tensor) -> Tensor:
-    """Standard Gumbel of each row named by index [R] and each id below `vocabulary`: fp64 [R, V]."""
-    parts = torch.arange((vocabulary + 1) // 2, device=index.device)
-    first, second, third, fourth = random_words(index[:, None], seed, step, STREAM_TOKEN + (parts << 8))
-    high, low = torch.stack((first, third), dim=-1), torch.stack((second, fourth), dim=-1)
-    return gumbel64(high, low).flatten(1)[:, :vocabulary]
-
-
-def token_noise(index: Tensor, ids: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
-    """The same at some ids [R, K] of each row: fp64 [R, K]."""
-    words = random_words(index[:, None], seed, step, STREAM_TOKEN + ((ids >> 1) << 8))
-    odd = (ids & 1).bool()
-    return gumbel64(torch.where(odd, words[2], words[0]), torch.where(odd, words[3], words[1]))
-
-
-def linear_categorical_reference(
-    hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None = None, forbidden: int | None = None,
-    temperature: float = 1.0, *, seed: int | Tensor, step: int | Tensor = 0,
-) -> Tensor:  # fmt: skip
-    """The specification, through the whole matrix of logits; sums in fp64."""
-    logits = F.linear(hidden, weight, bias)
-    return draw_rows(logits, index, -1 if forbidden is None else forbidden, temperature, seed, step)
-
-
-def draw_rows(
-    logits: Tensor, index: Tensor, forbidden: int, temperature: float, seed: int | Tensor, step: int | Tensor
-) -> Tensor:
-    """[R, V] logits to [R] ids, in fp64. forbidden: an id, or -1."""
-    if logits.shape[1] == 0:
-        return torch.full_like(index, -1)
-    scores = logits.double() / temperature + vocabulary_noise(index, logits.shape[1], seed, step)
-    if forbidden >= 0:
-        scores[:, forbidden] = -torch.inf
-    best = scores.max(1)  # NaN counts as the largest
-    return torch.where(best.values > -torch.inf, best.indices, -1)
 
 
 def _slabs(row_pass: Callable[..., Tensor], budget: int) -> Callable[..., Tensor]:

@@ -26,6 +26,59 @@ LONGEST = 16_384
 """Tokens a sequence may have on a GPU: its keys stay in one multiprocessor's shared memory or registers."""
 
 
+def mask_tokens_reference(
+    tokens: Tensor, num_masked: Tensor, num_rows: int, mask_id: int, scores: Tensor | None, tilt: float, focus: float,
+    eligible: Tensor | None, frozen: Tensor | None, weighting: str, seed: Tensor, step: Tensor, sample_ids: Tensor, stream: int,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """The specification of mask_tokens, in plain PyTorch. No step waits for the device."""
+    length = tokens.shape[1]
+    position = torch.arange(length, device=tokens.device)
+    word = random_words(sample_ids[:, None] * length + position, seed, step, stream)[0]
+
+    keys = reveal_keys(word, scores, tilt)
+    may_hide = _may_hide(eligible, frozen)
+    num_masked = num_masked.clamp(0, length)
+    if may_hide is not None:
+        keys = torch.where(may_hide, keys, torch.inf if keys.is_floating_point() else 2**32)
+        num_masked = num_masked.minimum(may_hide.sum(1))
+    order = torch.argsort(keys, dim=1, stable=True)  # stable: equal keys go by position
+    hidden = torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, order, position < num_masked[:, None])
+
+    noisy = torch.where(hidden, mask_id, tokens).to(tokens.dtype)
+    rows = torch.nonzero_static(hidden.flatten(), size=num_rows, fill_value=0).flatten()
+    weights = _weights(rows, num_masked, hidden, scores, tilt, focus, frozen, weighting)
+    return noisy, rows, weights
+
+
+def reveal_keys(word: Tensor, scores: Tensor | None, tilt: float) -> Tensor:
+    """Sort keys from random words [B, L]: the word itself, or the tilted Gumbel in fp64. Small keys are hidden first."""
+    if scores is None or tilt == 0:
+        return word
+    keys = -torch.log(-torch.log(uniform(word))) - tilt * scores.to(torch.float64)
+    return keys.nan_to_num(nan=torch.finfo(torch.float64).max)  # finite: what may not be hidden sorts after every key
+
+
+def _weights(
+    rows: Tensor, num_masked: Tensor, hidden: Tensor, scores: Tensor | None, tilt: float, focus: float, frozen: Tensor | None,
+    weighting: str,
+) -> Tensor:  # fmt: skip
+    batch, length = hidden.shape
+    free = torch.full_like(num_masked, length) if frozen is None else (~frozen).sum(1)
+    total = num_masked.sum()
+    if weighting == "ce":
+        dense = (free.sum() / total.clamp(min=1)).expand(batch, length)
+    else:
+        dense = ((free + 1) / num_masked.clamp(min=1))[:, None].expand(batch, length)
+    if weighting in ("order", "importance"):
+        assert scores is not None
+        exponent = scores.to(torch.float64) * (-tilt if weighting == "order" else focus)
+        share = torch.softmax(exponent.masked_fill(~hidden, -torch.inf), dim=1)  # NaN where nothing is hidden: never gathered
+        dense = dense * share * num_masked[:, None]
+    weights = dense.flatten()[rows] if batch and length else rows.to(torch.float32)
+    padding = torch.arange(len(rows), device=rows.device) >= total
+    return weights.to(torch.float32).masked_fill(padding, 0.0)
+
+
 def mask_tokens(
     tokens: Tensor,
     num_masked: Tensor | Sequence[int],
@@ -144,59 +197,6 @@ def _may_hide(eligible: Tensor | None, frozen: Tensor | None) -> Tensor | None:
     if frozen is None:
         return eligible
     return ~frozen if eligible is None else eligible & ~frozen
-
-
-def reveal_keys(word: Tensor, scores: Tensor | None, tilt: float) -> Tensor:
-    """Sort keys from random words [B, L]: the word itself, or the tilted Gumbel in fp64. Small keys are hidden first."""
-    if scores is None or tilt == 0:
-        return word
-    keys = -torch.log(-torch.log(uniform(word))) - tilt * scores.to(torch.float64)
-    return keys.nan_to_num(nan=torch.finfo(torch.float64).max)  # finite: what may not be hidden sorts after every key
-
-
-def mask_tokens_reference(
-    tokens: Tensor, num_masked: Tensor, num_rows: int, mask_id: int, scores: Tensor | None, tilt: float, focus: float,
-    eligible: Tensor | None, frozen: Tensor | None, weighting: str, seed: Tensor, step: Tensor, sample_ids: Tensor, stream: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    """The specification of mask_tokens, in plain PyTorch. No step waits for the device."""
-    length = tokens.shape[1]
-    position = torch.arange(length, device=tokens.device)
-    word = random_words(sample_ids[:, None] * length + position, seed, step, stream)[0]
-
-    keys = reveal_keys(word, scores, tilt)
-    may_hide = _may_hide(eligible, frozen)
-    num_masked = num_masked.clamp(0, length)
-    if may_hide is not None:
-        keys = torch.where(may_hide, keys, torch.inf if keys.is_floating_point() else 2**32)
-        num_masked = num_masked.minimum(may_hide.sum(1))
-    order = torch.argsort(keys, dim=1, stable=True)  # stable: equal keys go by position
-    hidden = torch.zeros_like(tokens, dtype=torch.bool).scatter_(1, order, position < num_masked[:, None])
-
-    noisy = torch.where(hidden, mask_id, tokens).to(tokens.dtype)
-    rows = torch.nonzero_static(hidden.flatten(), size=num_rows, fill_value=0).flatten()
-    weights = _weights(rows, num_masked, hidden, scores, tilt, focus, frozen, weighting)
-    return noisy, rows, weights
-
-
-def _weights(
-    rows: Tensor, num_masked: Tensor, hidden: Tensor, scores: Tensor | None, tilt: float, focus: float, frozen: Tensor | None,
-    weighting: str,
-) -> Tensor:  # fmt: skip
-    batch, length = hidden.shape
-    free = torch.full_like(num_masked, length) if frozen is None else (~frozen).sum(1)
-    total = num_masked.sum()
-    if weighting == "ce":
-        dense = (free.sum() / total.clamp(min=1)).expand(batch, length)
-    else:
-        dense = ((free + 1) / num_masked.clamp(min=1))[:, None].expand(batch, length)
-    if weighting in ("order", "importance"):
-        assert scores is not None
-        exponent = scores.to(torch.float64) * (-tilt if weighting == "order" else focus)
-        share = torch.softmax(exponent.masked_fill(~hidden, -torch.inf), dim=1)  # NaN where nothing is hidden: never gathered
-        dense = dense * share * num_masked[:, None]
-    weights = dense.flatten()[rows] if batch and length else rows.to(torch.float32)
-    padding = torch.arange(len(rows), device=rows.device) >= total
-    return weights.to(torch.float32).masked_fill(padding, 0.0)
 
 
 def _fake(tokens: Tensor, num_masked: Tensor, num_rows: int, *rest: object) -> tuple[Tensor, Tensor, Tensor]:

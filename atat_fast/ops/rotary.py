@@ -39,6 +39,26 @@ KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
+def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, norm: bool = False, eps: float | None = None) -> Tensor:
+    """The specification, differentiable as often as wanted."""
+    turned, c, s = qkv[:, :, :2], cos[:, None, None], sin[:, None, None]
+    if norm:
+        turned = turned.to(_wide(qkv.dtype))
+        turned = turned * torch.rsqrt(turned.square().mean(-1, keepdim=True) + _checked_eps(norm, eps, qkv.dtype))
+    a, b = turned.chunk(2, dim=-1)
+    rotated = torch.cat((a * c - b * s, a * s + b * c), dim=-1)
+    return torch.cat((rotated.to(qkv.dtype), qkv[:, :, 2:]), dim=2)
+
+
+def rotary_table(
+    length: int, head_dim: int, *, base: float = 10_000.0, device: torch.device | None = None
+) -> tuple[Tensor, Tensor]:
+    """cos and sin of position * base^(-2 j / head_dim), [length, head_dim / 2] fp32 each."""
+    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
+    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    return angle.cos(), angle.sin()
+
+
 def rotary(
     qkv: Tensor,
     cos: Tensor,
@@ -157,26 +177,6 @@ def _dense(qkv: Tensor) -> bool:
     _, _, _, heads, size = qkv.shape
     three, head, one = qkv.stride()[2:]
     return (three, one) == (heads * size, 1) and (heads == 1 or head == size)
-
-
-def rotary_table(
-    length: int, head_dim: int, *, base: float = 10_000.0, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2 j / head_dim), [length, head_dim / 2] fp32 each."""
-    frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
-    return angle.cos(), angle.sin()
-
-
-def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, norm: bool = False, eps: float | None = None) -> Tensor:
-    """The specification, differentiable as often as wanted."""
-    turned, c, s = qkv[:, :, :2], cos[:, None, None], sin[:, None, None]
-    if norm:
-        turned = turned.to(_wide(qkv.dtype))
-        turned = turned * torch.rsqrt(turned.square().mean(-1, keepdim=True) + _checked_eps(norm, eps, qkv.dtype))
-    a, b = turned.chunk(2, dim=-1)
-    rotated = torch.cat((a * c - b * s, a * s + b * c), dim=-1)
-    return torch.cat((rotated.to(qkv.dtype), qkv[:, :, 2:]), dim=2)
 
 
 def _plain(qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool, backend: str) -> Tensor:

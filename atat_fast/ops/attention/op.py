@@ -71,6 +71,15 @@ class Documents(NamedTuple):
         return Documents(self.ids.to(device, non_blocking=True), self.most)
 
 
+def attention_reference(qkv: Tensor, document_ids: Tensor | None = None) -> Tensor:
+    """The specification: softmax(q k^T / sqrt(E)) v, written out; document_ids [B, L] are numbered anew in each row."""
+    q, k, v = qkv.transpose(1, 3).unbind(2)
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
+    if document_ids is not None:
+        scores = scores.masked_fill(document_ids[:, None, :, None] != document_ids[:, None, None, :], -torch.inf)
+    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
+
+
 def documents_of(tokens: Tensor, end_id: int) -> Documents:
     """The documents of tokens [B, L], each closed by an end token that belongs to it. Counted where tokens are on the host."""
     ends = tokens == end_id
@@ -104,15 +113,6 @@ def attention(
         layout = document_layout(Documents(document_ids, most_documents), chosen)
     call = _attention if transformed() else torch.ops.atat_fast.attention
     return call(qkv, layout, chosen)
-
-
-def attention_reference(qkv: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """The specification: softmax(q k^T / sqrt(E)) v, written out; document_ids [B, L] are numbered anew in each row."""
-    q, k, v = qkv.transpose(1, 3).unbind(2)
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    if document_ids is not None:
-        scores = scores.masked_fill(document_ids[:, None, :, None] != document_ids[:, None, None, :], -torch.inf)
-    return (torch.softmax(scores, dim=-1) @ v).transpose(1, 2).flatten(2)
 
 
 def document_layout(documents: Documents, implementation: str) -> Tensor:

@@ -14,16 +14,17 @@ With rates u of the vocabulary a row's loss is that of a token-identity schedule
 
 from __future__ import annotations
 
-import os
 from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from atat_fast.errors import nearest
+from atat_fast.ops.linear_cross_entropy.checks import check_arguments, check_values
+from atat_fast.ops.linear_cross_entropy.reference import counting, plain_rows, plain_sum
 from atat_fast.ops.linear_cross_entropy.slabs import (
     CHUNK_BYTES_LOW,
+    LossArguments,
     Totals,
     Wanted,
     accumulation_dtype,
@@ -36,7 +37,6 @@ from atat_fast.ops.registry import (
     again,
     as_ids,
     autocast_dtype,
-    autocast_is_on,
     backends,
     choose_backend,
     pull,
@@ -45,8 +45,6 @@ from atat_fast.ops.registry import (
     transformed,
     without_autocast,
 )
-
-REDUCTIONS = ("sum", "mean", "none")
 
 
 class RowStatistics(NamedTuple):
@@ -110,20 +108,22 @@ def linear_cross_entropy(
     """
     hidden = hidden.to(autocast_dtype(hidden))
     target, rows = as_ids("target", target), None if rows is None else as_ids("rows", rows)
-    _check_arguments(hidden, weight, target, bias, token_weight, rows, forbidden, reduction, label_smoothing, rates, elapsed)
+    given = LossArguments(hidden, weight, target, bias, token_weight, rows, forbidden, rates, elapsed)
+    check_arguments(given, reduction, label_smoothing)
     token_weight = _counted(target, token_weight, ignore_index)
-    _check_values(hidden, weight, target, token_weight, rows, forbidden)
+    given = given._replace(token_weight=token_weight)
+    check_values(given)
     without = _FP64_ONLY if hidden.dtype is torch.float64 else ()
     chosen = choose_backend("linear_cross_entropy", hidden.device, backend, without)
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES_LOW if low_memory else default_budget(hidden.device)
     if reduction == "none" or low_memory or transformed():
         if transformed():
-            hidden, rows = _counting(hidden, rows, token_weight), None
-        losses, apart, *known = _ROWS(
+            hidden, rows = counting(hidden, rows, token_weight), None
+        losses, nll_apart, *known = _ROWS(
             hidden, weight, target, bias, rows, forbidden, rates, elapsed, chunk_bytes, return_statistics, chosen
         )
-        nll = losses if rates is None else apart
+        nll = losses if rates is None else nll_apart  # of which there is none: it is the loss
         if token_weight is not None:  # the loss is masked before the product: 0 * NaN would reach the weight's gradient
             empty = token_weight == 0
             losses, nll = losses.masked_fill(empty, 0.0), nll.masked_fill(empty, 0.0)
@@ -133,12 +133,12 @@ def linear_cross_entropy(
     else:
         track = torch.is_grad_enabled()
         result, nll, *known = _SUM(
-            hidden, weight, target, bias, token_weight, rows, forbidden, rates, elapsed, chunk_bytes,
+            *given, chunk_bytes,
             track and hidden.requires_grad, track and weight.requires_grad, track and bias is not None and bias.requires_grad,
             return_statistics, chosen,
         )[:4]  # fmt: skip
     if label_smoothing:
-        lift = label_smoothing * _lift(hidden, weight, target, bias, token_weight, rows, forbidden)
+        lift = label_smoothing * _lift(given)
         lift = lift if token_weight is None else token_weight * lift
         result = result + (lift if reduction == "none" else lift.sum())
     if reduction == "mean":
@@ -159,25 +159,17 @@ def _counted(target: Tensor, token_weight: Tensor | None, ignore_index: int) -> 
     return token_weight.masked_fill(ignored, 0)
 
 
-def _counting(hidden: Tensor, rows: Tensor | None, token_weight: Tensor | None) -> Tensor:
-    """Rows that are named, with zeros for those of weight 0: what such a row holds must reach nothing."""
-    x = hidden if rows is None else hidden.index_select(0, rows)
-    return x if token_weight is None else x.masked_fill((token_weight == 0)[:, None], 0.0)
-
-
-def _lift(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None,
-) -> Tensor:  # fmt: skip
+def _lift(given: LossArguments) -> Tensor:
     """z_target - mean_v z_v over the ids that are not forbidden, [R]: by how much mean_v(-log p_v) is above nll.
 
     The mean of a row's logits is its product with the mean row of the head, so no logit is formed.
     """
+    hidden, weight, target, bias, token_weight, rows, forbidden, *_ = given
     wide, vocabulary = accumulation_dtype(hidden), weight.shape[0]
     share = torch.full((vocabulary,), 1 / max(1, vocabulary - (forbidden is not None)), dtype=wide, device=hidden.device)
     if forbidden is not None:
         share[forbidden] = 0.0
-    x = _counting(hidden, rows, token_weight)
+    x = counting(hidden, rows, token_weight)
     if token_weight is not None:
         empty = token_weight == 0
         target = target.masked_fill(empty, 0)
@@ -192,157 +184,44 @@ def _lift(
 _FP64_ONLY = tuple((name, "hidden is float64, which only PyTorch computes") for name in ("cuda", "triton", "cpp"))
 
 
-def _check_arguments(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, reduction: str, label_smoothing: float, rates: Tensor | None, elapsed: Tensor | None,
-) -> None:  # fmt: skip
-    if reduction not in REDUCTIONS:
-        raise ValueError(f"reduction {reduction!r} is unknown{nearest(reduction, REDUCTIONS)}; choose {', '.join(REDUCTIONS)}")
-    if not 0.0 <= label_smoothing <= 1.0:
-        raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
-    if label_smoothing and rates is not None:
-        raise ValueError("label_smoothing is not defined with rates, whose loss is no cross-entropy; leave one of them out")
-    if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
-        raise ValueError(f"hidden must be [N, D] and weight [V, D]; got {tuple(hidden.shape)} and {tuple(weight.shape)}")
-    if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
-        here = ", which autocast makes it" if autocast_is_on(hidden) else ""
-        raise ValueError(f"hidden is {hidden.dtype}{here}; pass bfloat16 or float32 (float16 logits overflow at 65,504)")
-    if type(weight).__name__ == "DTensor":
-        raise ValueError("weight is a DTensor; pass weight.full_tensor(), gathered once for forward and backward")
-    vocabulary, count = weight.shape[0], (hidden if rows is None else rows).shape[0]
-    if elapsed is not None and rates is None:
-        raise ValueError("elapsed is given without rates, which it multiplies; pass rates, or leave elapsed out")
-    for name, tensor, length in (
-        ("target", target, count), ("token_weight", token_weight, count), ("bias", bias, vocabulary),
-        ("rates", rates, vocabulary), ("elapsed", elapsed, count),
-    ):  # fmt: skip
-        if tensor is not None and tuple(tensor.shape) != (length,):
-            raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
-    for name, tensor in (
-        ("weight", weight), ("target", target), ("bias", bias), ("token_weight", token_weight), ("rows", rows), ("rates", rates),
-        ("elapsed", elapsed),
-    ):  # fmt: skip
-        if tensor is not None and tensor.device != hidden.device:
-            raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; move one of them")
-    for name, tensor in (("rates", rates), ("elapsed", elapsed)):
-        if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name} requires a gradient, and there is none for it; pass {name}.detach()")
-    if forbidden is not None and not 0 <= forbidden < vocabulary:
-        raise ValueError(f"forbidden is {forbidden}, outside the vocabulary of {vocabulary}")
+# The schemas take LossArguments one by one. An op cannot return None: what was not asked for is an empty tensor.
 
 
-def _check_values(
-    hidden: Tensor, weight: Tensor, target: Tensor, token_weight: Tensor | None, rows: Tensor | None, forbidden: int | None
-) -> None:
-    """Raise ValueError for ids out of range, where looking is free, or hand the question to a GPU that is being debugged."""
-    vocabulary = weight.shape[0]
-    if readable(hidden):
-        if token_weight is not None:  # a row of weight 0 counts for nothing, whatever its target is: -100, say
-            target = target[token_weight != 0]
-        _check_ids("target has id", target, vocabulary, "the vocabulary of")
-        if rows is not None:
-            _check_ids("rows has", rows, hidden.shape[0], "hidden's rows, of which there are")
-        if forbidden is not None and bool((target == forbidden).any()):
-            raise ValueError(f"target has the forbidden id {forbidden}: its loss would be infinite")
-    elif os.environ.get("ATAT_FAST_DEBUG") == "1" and hidden.is_cuda and not (torch.compiler.is_compiling() or transformed()):
-        valid = (target >= 0) & (target < vocabulary)
-        valid = valid if forbidden is None else valid & (target != forbidden)
-        valid = valid if token_weight is None else valid | (token_weight == 0)
-        torch._assert_async(valid.all(), f"a target is outside the vocabulary of {vocabulary}, or the forbidden id {forbidden}")
-
-
-def _check_ids(name: str, ids: Tensor, limit: int, of: str) -> None:
-    if ids.numel():
-        low, high = (int(v) for v in torch.aminmax(ids))
-        if low < 0 or high >= limit:
-            raise ValueError(f"{name} {low if low < 0 else high}, outside {of} {limit}")
-
-
-def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, token_weight: Tensor | None = None,
-    rows: Tensor | None = None, forbidden: int | None = None, rates: Tensor | None = None, elapsed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
-    """The specification: w_i loss_i for each row, through the whole matrix of logits, differentiable as often as wanted."""
-    logits = F.linear(hidden if rows is None else hidden[rows], weight, bias)
-    loss = _losses(logits, target, forbidden, rates, elapsed)[0]
-    return loss if token_weight is None else token_weight * loss
-
-
-def _losses(
-    logits: Tensor, target: Tensor, forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Loss and nll of each row, and log p."""
-    if forbidden is not None:
-        logits = logits.index_fill(1, torch.tensor([forbidden], device=logits.device), -torch.inf)
-    if rates is not None and elapsed is not None:
-        logits = logits - elapsed[:, None] * rates
-    log_p = torch.log_softmax(logits, dim=1)
-    loss = nll = -log_p.gather(1, target[:, None])[:, 0]
-    if rates is not None:
-        loss = rates[target] * nll + (log_p.exp() * rates).sum(1) - rates[target]
-    return loss, nll, log_p
-
-
-def _rows_plain(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
-    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int = 0, statistics: bool = False, backend: str = "torch",
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """linear_cross_entropy_rows in PyTorch's own steps: the products in hidden's dtype, the rest in fp32 or fp64."""
-    wide = accumulation_dtype(hidden)
-    with without_autocast(hidden):
-        x = hidden if rows is None else hidden.index_select(0, rows)
-        logits = F.linear(x, weight.to(x.dtype), None if bias is None else bias.to(x.dtype)).to(wide)
-        rates, elapsed = (None if t is None else t.to(wide) for t in (rates, elapsed))
-        # A target of -100 is that of a row of weight 0, whose loss the caller takes out.
-        losses, nll, log_p = _losses(logits, target.clamp(0, weight.shape[0] - 1), forbidden, rates, elapsed)
-        largest, entropy = (log_p.amax(1).exp(), torch.special.entr(log_p.exp()).sum(1)) if statistics else (nll[:0], nll[:0])
-    return losses, nll if rates is not None else nll[:0], largest, entropy
-
-
-def _sum(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool,
-    need_bias: bool, statistics: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss and what is known of each row, and where needed the gradients of the weighted sum; with rates, each row's loss."""
-    wanted = Wanted(need_hidden, need_weight, need_bias, statistics)
-    out = run_slabs(
-        hidden, weight, target, bias, token_weight, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed
-    )  # fmt: skip
-    losses = _row_losses(out, target, rates)
-    weighted = losses if token_weight is None else losses * token_weight
+def _sum(*arguments: Any) -> tuple[Tensor, ...]:
+    """Loss and what is known of each row, and the gradients of the weighted sum that are needed; with rates, each row's loss."""
+    given, (chunk_bytes, *wanted, backend) = LossArguments(*arguments[:9]), arguments[9:]
+    out = run_slabs(given, chunk_bytes, Wanted(*wanted), backend)
+    losses = _row_losses(out, given)
+    weighted = losses if given.token_weight is None else losses * given.token_weight
     loss = weighted.sum(dtype=torch.float64).to(out.nll.dtype)
-    apart = out.velocity if rates is None else losses
-    return loss, out.nll, out.max_probability, out.entropy, out.hidden, out.weight, out.bias, apart
+    not_nll = out.velocity if given.rates is None else losses
+    return loss, out.nll, out.max_probability, out.entropy, out.hidden, out.weight, out.bias, not_nll
 
 
-def _row_losses(out: Totals, target: Tensor, rates: Tensor | None) -> Tensor:
+def _row_losses(out: Totals, given: LossArguments) -> Tensor:
     """nll, or with rates u_target nll + velocity. A target outside has no rate, and a nll and velocity that are NaN or 0."""
-    if rates is None:
+    if given.rates is None:
         return out.nll
-    own = rates.to(out.nll.dtype)[target.clamp(0, len(rates) - 1)]
+    own = given.rates.to(out.nll.dtype)[given.target.clamp(0, len(given.rates) - 1)]
     return torch.addcmul(out.velocity, own, out.nll)
 
 
-def _sum_fake(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool,
-    need_bias: bool, statistics: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out = _totals_fake(hidden, weight, target.shape[0], Wanted(need_hidden, need_weight, need_bias, statistics), rates)
-    loss = hidden.new_empty((), dtype=out.nll.dtype)
+def _sum_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    given, (_, *wanted, _) = LossArguments(*arguments[:9]), arguments[9:]
+    out = _totals_fake(given, Wanted(*wanted))
+    loss = given.hidden.new_empty((), dtype=out.nll.dtype)
     return loss, out.nll, out.max_probability, out.entropy, out.hidden, out.weight, out.bias, out.velocity
 
 
-def _totals_fake(hidden: Tensor, weight: Tensor, count: int, wanted: Wanted, rates: Tensor | None = None) -> Totals:
+def _totals_fake(given: LossArguments, wanted: Wanted) -> Totals:
+    hidden, count, (vocabulary, width) = given.hidden, given.target.shape[0], given.weight.shape
     wide = accumulation_dtype(hidden)
-    vocabulary, width = weight.shape
     statistics = count if wanted.statistics else 0
     return Totals(
         nll=hidden.new_empty(count, dtype=wide),
         max_probability=hidden.new_empty(statistics, dtype=wide),
         entropy=hidden.new_empty(statistics, dtype=wide),
-        velocity=hidden.new_empty(0 if rates is None else count, dtype=wide),
+        velocity=hidden.new_empty(0 if given.rates is None else count, dtype=wide),
         hidden=hidden.new_empty((count if wanted.hidden else 0, width), dtype=wide if widens_bf16(hidden) else hidden.dtype),
         weight=hidden.new_empty((vocabulary if wanted.weight else 0, width), dtype=wide),
         bias=hidden.new_empty(vocabulary if wanted.bias else 0, dtype=wide),
@@ -350,55 +229,34 @@ def _totals_fake(hidden: Tensor, weight: Tensor, count: int, wanted: Wanted, rat
 
 
 def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, bias, token_weight, rows, ctx.forbidden, rates, elapsed, *_ = inputs
+    given = LossArguments(*inputs[:9])
     _, nll, _, _, dhidden, dweight, dbias, losses = output
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)  # the gradient outputs have no upstream; zeros for them would cost V * D a step
-    ctx.save_for_backward(
-        nll if rates is None else losses,
-        dhidden,
-        dweight,
-        dbias,
-        rows,
-        hidden,
-        weight,
-        target,
-        bias,
-        token_weight,
-        rates,
-        elapsed,
-    )
-    ctx.needed = inputs[10:13]
+    ctx.forbidden, ctx.needed = given.forbidden, inputs[10:13]
+    ctx.save_for_backward(nll if given.rates is None else losses, dhidden, dweight, dbias, *given._replace(forbidden=None))
 
 
 def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     none: tuple[Any, ...] = (None,) * 15
     if grad is None:
         return none
-    nll, dhidden, dweight, dbias, rows, hidden, weight, target, bias, token_weight, rates, elapsed = ctx.saved_tensors
+    losses, dhidden, dweight, dbias, *kept = ctx.saved_tensors
+    given = LossArguments(*kept)._replace(forbidden=ctx.forbidden)
     if again():
-        inputs = (hidden, weight, target, bias, token_weight, rows, ctx.forbidden, rates, elapsed)
-        return *pull(_sum_plain, inputs, grad), *none[9:]
-    dh, dw, db, dnll = torch.ops.atat_fast.linear_cross_entropy_scale(grad, dhidden, dweight, dbias, nll, rows, hidden.shape[0])
+        return *pull(lambda *values: plain_sum(LossArguments(*values)), tuple(given), grad), *none[9:]
+    dh, dw, db, dloss = torch.ops.atat_fast.linear_cross_entropy_scale(
+        grad, dhidden, dweight, dbias, losses, given.rows, given.hidden.shape[0]
+    )
     need_hidden, need_weight, need_bias = ctx.needed
     return (
-        dh.to(hidden.dtype) if need_hidden else None,
-        dw.to(weight.dtype) if need_weight else None,
+        dh.to(given.hidden.dtype) if need_hidden else None,
+        dw.to(given.weight.dtype) if need_weight else None,
         None,
-        db.to(bias.dtype) if need_bias else None,
-        None if token_weight is None else dnll.to(token_weight.dtype),
+        db.to(given.bias.dtype) if need_bias and given.bias is not None else None,
+        None if given.token_weight is None else dloss.to(given.token_weight.dtype),
         *none[5:],
     )
-
-
-def _sum_plain(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, rates: Tensor | None, elapsed: Tensor | None,
-) -> Tensor:  # fmt: skip
-    """The weighted sum in PyTorch's own steps."""
-    x = _counting(hidden, rows, token_weight)
-    losses = _rows_plain(x, weight, target, bias, None, forbidden, rates, elapsed)[0]
-    return losses.sum() if token_weight is None else (token_weight * losses.masked_fill(token_weight == 0, 0.0)).sum()
 
 
 def _scale(
@@ -424,46 +282,51 @@ def _scale_fake(
     return dh, torch.empty_like(dweight), torch.empty_like(dbias), torch.empty_like(nll)
 
 
-def _rows(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
-    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, statistics: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    """Loss of each row, its nll where that is something else, and what else is known; one product, no buffer for gradients."""
-    wanted = Wanted(statistics=statistics)
-    out = run_slabs(hidden, weight, target, bias, None, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed)
-    nll = out.velocity if rates is None else out.nll
-    return _row_losses(out, target, rates), nll, out.max_probability, out.entropy
+def _of_rows(arguments: tuple[Any, ...]) -> tuple[LossArguments, tuple[Any, ...]]:
+    """The per-row form has no token weights: (what it computes, its other arguments)."""
+    hidden, weight, target, bias, rows, forbidden, rates, elapsed, *rest = arguments
+    return LossArguments(hidden, weight, target, bias, None, rows, forbidden, rates, elapsed), tuple(rest)
 
 
-def _rows_fake(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
-    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, statistics: bool, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
-    out = _totals_fake(hidden, weight, target.shape[0], Wanted(statistics=statistics), rates)
+def _rows(*arguments: Any) -> tuple[Tensor, ...]:
+    """Loss of each row, its nll if that is something else, and what else is known; one product, no buffer for gradients."""
+    given, (chunk_bytes, statistics, backend) = _of_rows(arguments)
+    out = run_slabs(given, chunk_bytes, Wanted(statistics=statistics), backend)
+    nll = out.velocity if given.rates is None else out.nll
+    return _row_losses(out, given), nll, out.max_probability, out.entropy
+
+
+def _rows_plain(*arguments: Any) -> tuple[Tensor, ...]:
+    given, (_, statistics, _) = _of_rows(arguments)
+    return plain_rows(given, statistics)
+
+
+def _rows_fake(*arguments: Any) -> tuple[Tensor, ...]:
+    given, (_, statistics, _) = _of_rows(arguments)
+    out = _totals_fake(given, Wanted(statistics=statistics))
     return out.nll, out.velocity, out.max_probability, out.entropy
 
 
 def _rows_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, target, bias, rows, forbidden, rates, elapsed, chunk_bytes, _, backend = inputs
+    given, (ctx.chunk_bytes, _, ctx.backend) = _of_rows(inputs)
     ctx.mark_non_differentiable(*output[1:])
     ctx.set_materialize_grads(False)
-    ctx.save_for_backward(hidden, weight, target, bias, rows, rates, elapsed)
-    ctx.forbidden, ctx.chunk_bytes, ctx.backend = forbidden, chunk_bytes, backend
+    ctx.forbidden = given.forbidden
+    ctx.save_for_backward(*given._replace(forbidden=None))
 
 
 def _rows_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     none: tuple[Any, ...] = (None,) * 11
     if grad is None:
         return none
-    hidden, weight, target, bias, rows, rates, elapsed = ctx.saved_tensors
+    hidden, weight, target, bias, _, rows, _, rates, elapsed = ctx.saved_tensors
+    inputs = (hidden, weight, target, bias, rows, ctx.forbidden, rates, elapsed)
     if again():
-        inputs = (hidden, weight, target, bias, rows, ctx.forbidden, rates, elapsed)
-        return *pull(lambda *given: _rows_plain(*given)[0], inputs, grad), *none[8:]
+        return *pull(lambda *values: plain_rows(_of_rows(values)[0])[0], inputs, grad), *none[8:]
     need_hidden, need_weight, _, need_bias, *_ = ctx.needs_input_grad
     dh, dw, db = torch.ops.atat_fast.linear_cross_entropy_rows_backward(
-        grad, hidden, weight, target, bias, rows, ctx.forbidden, rates, elapsed, ctx.chunk_bytes, need_hidden, need_weight,
-        need_bias, ctx.backend,
-    )  # fmt: skip
+        grad, *inputs, ctx.chunk_bytes, need_hidden, need_weight, need_bias, ctx.backend
+    )
     return (
         dh if need_hidden else None,
         dw.to(weight.dtype) if need_weight else None,
@@ -473,25 +336,18 @@ def _rows_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     )
 
 
-def _rows_grad(
-    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
-    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+def _rows_grad(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """An upstream vector is a token weight: the weighted sum's gradients are this form's backward."""
-    wanted = Wanted(need_hidden, need_weight, need_bias)
-    out = run_slabs(hidden, weight, target, bias, grad, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed)
-    dhidden = _scatter(out.hidden, rows, hidden.shape[0]) if need_hidden else out.hidden
-    return dhidden.to(hidden.dtype), out.weight, out.bias
+    given, (chunk_bytes, *needs, backend) = _of_rows(arguments)
+    out = run_slabs(given._replace(token_weight=grad), chunk_bytes, Wanted(*needs), backend)
+    dhidden = _scatter(out.hidden, given.rows, given.hidden.shape[0]) if needs[0] else out.hidden
+    return dhidden.to(given.hidden.dtype), out.weight, out.bias
 
 
-def _rows_grad_fake(
-    grad: Tensor, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, rows: Tensor | None, forbidden: int | None,
-    rates: Tensor | None, elapsed: Tensor | None, chunk_bytes: int, need_hidden: bool, need_weight: bool, need_bias: bool,
-    backend: str,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
-    out = _totals_fake(hidden, weight, target.shape[0], Wanted(need_hidden, need_weight, need_bias))
-    return hidden.new_empty((hidden.shape[0] if need_hidden else 0, hidden.shape[1])), out.weight, out.bias
+def _rows_grad_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    given, (_, *needs, _) = _of_rows(arguments)
+    out, (count, width) = _totals_fake(given, Wanted(*needs)), given.hidden.shape
+    return given.hidden.new_empty((count if needs[0] else 0, width)), out.weight, out.bias
 
 
 backends("linear_cross_entropy", cuda=_sum, triton=_sum, cpp=_sum, torch=_sum)

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import functools
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -46,9 +47,23 @@ def _budget(device: torch.device) -> int:
     return min(1 << 30, max(CHUNK_BYTES_GPU, 1 << (share.bit_length() - 1)))
 
 
+class LossArguments(NamedTuple):
+    """The arguments of linear_cross_entropy that say what is computed, in the order of its schemas."""
+
+    hidden: Tensor
+    weight: Tensor
+    target: Tensor
+    bias: Tensor | None = None
+    token_weight: Tensor | None = None
+    rows: Tensor | None = None
+    forbidden: int | None = None
+    rates: Tensor | None = None
+    elapsed: Tensor | None = None
+
+
 @dataclass
 class Totals:
-    """What slabs add up to. Statistics are empty where they were not asked for, gradients where they were not needed."""
+    """What slabs add up to. An op cannot return None, so what was not asked for is an empty tensor."""
 
     nll: Tensor  # [R]
     max_probability: Tensor  # [R] or [0]
@@ -124,19 +139,14 @@ def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, forbidden: int 
     return w, b
 
 
-def run_slabs(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None, rows: Tensor | None,
-    forbidden: int | None, chunk_bytes: int, wanted: Wanted, backend: str, rates: Tensor | None = None,
-    elapsed: Tensor | None = None,
-) -> Totals:  # fmt: skip
-    """Every slab. Arguments are linear_cross_entropy's; gradients are those of sum(token_weight * nll), or with rates of
+def run_slabs(given: LossArguments, chunk_bytes: int, wanted: Wanted, backend: str) -> Totals:
+    """Every slab. Gradients are those of sum(token_weight * nll), or with rates of
     sum(token_weight * (rates[target] * nll + velocity)).
     """
+    hidden, weight, target, bias, token_weight, rows, forbidden, rates, elapsed = given
     if widens_bf16(hidden):  # the products are fp32's, of a head that is not rounded to bf16
         with torch.autocast("cpu", enabled=False):
-            return run_slabs(
-                hidden.float(), weight, target, bias, token_weight, rows, forbidden, chunk_bytes, wanted, backend, rates, elapsed
-            )  # fmt: skip
+            return run_slabs(given._replace(hidden=hidden.float()), chunk_bytes, wanted, backend)
     wide = accumulation_dtype(hidden)
     count, (vocabulary, width) = target.shape[0], weight.shape
     w, b = head_of(hidden, weight, bias, forbidden)
