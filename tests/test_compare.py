@@ -6,7 +6,6 @@ import dataclasses
 import json
 import math
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -27,16 +26,6 @@ from atat_fast.config import load_preset
 from atat_fast.diffusion.bound import evaluation_strata
 from atat_fast.errors import UsageError
 from atat_fast.training.trainer import Trainer
-
-WORDS = ("the", "a", "of", "to", "list", "dict", "value", "key", "returns", "raises", "file", "path", "open", "read", "close")
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    chooser = random.Random(0)
-    path = tmp_path_factory.mktemp("corpus") / "text.jsonl"
-    path.write_text("".join(f'{{"text": "{i} {" ".join(chooser.choices(WORDS, k=60))}"}}\n' for i in range(60)))
-    return path
 
 
 @pytest.fixture

@@ -322,7 +322,6 @@ def check_page(text, folder):
         ("```python\nimport math\nprint(tokens)\n```", NameError),
         ("```python\nfrom atat_fast.models.hub import push_to_hub\n\npush_to_hub('copy', secret=True)\n```", TypeError),
         ("    python -m atat_fast.sample --run runs/demo --temprature 1", UsageError),
-        ("```\npython -m atat_fast.evaluate --run runs/demo --order confidense\n```", UsageError),
         ("```\ntorchrun --standalone -m atat_fast.train --preset smal\n```", UsageError),
         ("```\ntorchrun --alone -m atat_fast.train\n```", SystemExit),
         ("```bash\nmake trian\n```", AssertionError),

@@ -232,7 +232,7 @@ def test_a_run_without_importance_has_no_such_section(full):
     assert report.importance_of(report.read_run(full[0])) is None
 
 
-def test_cut_last_line_is_left_out_with_a_note(tmp_path):
+def test_a_cut_last_line_is_left_out_with_a_note_and_a_repeated_step_counts_as_written_last(tmp_path):
     run = make_run(tmp_path / "run", [train(10), evaluation(10, 5.0)], tail='{"kind": "eval", "step": 20, "nl')
     found = report.read_run(run)
     assert found.notes == ["The last line of metrics.jsonl was cut off and is left out."] and len(found.evals) == 1
@@ -240,11 +240,8 @@ def test_cut_last_line_is_left_out_with_a_note(tmp_path):
     assert len(report.read_run(run).notes) == 1
     (run / "metrics.jsonl").write_bytes(b'{"kind": "train", "step": 1}\n{"kind": "train", "step": 2}')
     assert report.read_run(run).notes == [] and len(report.read_run(run).train) == 2
-
-
-def test_repeated_steps_count_once_as_written_last(tmp_path):
     rows = [train(10), train(20, 9.0), train(30, 9.0), {"kind": "later", "what": 1}, train(20, 4.0), train(30, 3.0)]
-    found = report.read_run(make_run(tmp_path / "run", rows))
+    found = report.read_run(make_run(run, rows))
     assert [(row["step"], row["loss"]) for row in found.train] == [(10, rows[0]["loss"]), (20, 4.0), (30, 3.0)]
 
 
