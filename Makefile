@@ -63,7 +63,7 @@ $(TORCH_INSTALLED): constraints.txt
 	@$(VENV)/bin/python -c 'import triton' 2>/dev/null || { set -x; $(PIP) install -q '$(TRITON)'; }
 	@touch $@
 
-$(INSTALLED): $(TORCH_INSTALLED) pyproject.toml setup.py $(wildcard csrc/*)
+$(INSTALLED): $(TORCH_INSTALLED) pyproject.toml setup.py $(wildcard csrc/* csrc/*/*)
 	@echo "Installing atat_fast, its dependencies and its tools"
 	$(PIP) install -q -c constraints.txt --no-build-isolation -e '.[dev]'
 	@$(VENV)/bin/python -c 'from atat_fast.ops import library; \

@@ -139,7 +139,7 @@ class BuildLibrary(build_ext):
             folder.mkdir(parents=True, exist_ok=True)
 
         def compile_one(source: str) -> str:
-            target = str(objects / f"{Path(source).name}.o")
+            target = str(objects / f"{source.replace(os.sep, '.')}.o")  # folders share names such as cpu.cpp
             run([*toolchain.compile, source, "-o", target])
             return target
 
@@ -161,7 +161,7 @@ if isinstance(toolchain, str):
     extensions = []
     outcome = f"no compiled library, because {toolchain}"
 else:
-    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").iterdir() if path.suffix in toolchain.suffixes)
+    sources = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.suffix in toolchain.suffixes)
     extensions = [Extension("atat_fast.libatat_fast", sources)]
     outcome = f"compiled library with {toolchain.makes}"
 

@@ -1,5 +1,5 @@
-// Schemas and registration of the one shared library, libatat_fast.so. It speaks torch's stable ABI only and knows
-// nothing of Python, so one build serves every supported torch. Fake and autograd implementations live in atat_fast/ops.
+// Schemas of the one shared library, libatat_fast.so. It speaks torch's stable ABI only and knows nothing of Python, so one build
+// serves every supported torch. Each op's folder registers its implementations; fake and autograd ones are in atat_fast/ops.
 
 #include <torch/csrc/stable/library.h>
 
@@ -7,7 +7,7 @@
 #include <iterator>
 
 #ifdef USE_CUDA
-#include "device.h"
+#include "common/device.h"
 #endif
 
 namespace {
@@ -25,8 +25,8 @@ int64_t build_flags() {
 #endif
 }
 
-// What the kernels were compiled for, as setup.py says it: 89 is machine code of sm_89, -90 the PTX of compute_90, which newer
-// devices translate. 0 past the last.
+// What the kernels were compiled for: 89 is machine code of sm_89, -90 the PTX of compute_90, which newer devices translate. 0
+// past the last. setup.py gives the list.
 int64_t cuda_target([[maybe_unused]] int64_t index) {
 #ifdef ATAT_FAST_CUDA_TARGETS
 #define TARGET(number) number,
@@ -37,7 +37,7 @@ int64_t cuda_target([[maybe_unused]] int64_t index) {
   return 0;
 }
 
-// The CUDA that the library's runtime is of, such as 13000; 0 in a build without CUDA.
+// The version of the CUDA runtime in the library, such as 13000; 0 in a build without CUDA.
 int64_t cuda_runtime() {
 #ifdef USE_CUDA
   return CUDART_VERSION;
@@ -78,8 +78,8 @@ STABLE_TORCH_LIBRARY(atat_fast_c, m) {
       "-> (Tensor noisy, Tensor rows, Tensor weights)");
   m.def(
       "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? token_weight, Tensor? hidden, Tensor? weight, Tensor? bias, "
-      "bool gradient, Tensor(b!) nll, Tensor(c!)? max_probability, Tensor(d!)? entropy, Tensor(e!)? bias_gradient, Tensor? rates, "
-      "Tensor? elapsed, Tensor(f!)? velocity) -> ()");
+      "bool gradient, Tensor(b!) nll, Tensor(c!)? max_probability, Tensor(d!)? entropy, Tensor(e!)? bias_gradient, "
+      "Tensor? rates, Tensor? elapsed, Tensor(f!)? velocity) -> ()");
   m.def(
       "linear_categorical(Tensor logits, Tensor index, int forbidden, float inverse_temperature, Tensor seed, Tensor step) "
       "-> Tensor");

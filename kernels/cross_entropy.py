@@ -5,7 +5,7 @@ far, and for the gradient, which overwrites the row (6 bytes a bf16 logit; the s
 cache). Where only losses are asked for it goes once. One kernel serves any number of columns: a row in a single block would have
 to be padded to a power of two and kept in registers.
 
-The target is kept apart from the others, as in csrc/cross_entropy.h. The bias's gradient is the column sums, in two stages.
+The target is kept apart from the others, as in csrc/cross_entropy/rule.h. The bias's gradient is the column sums, in two stages.
 """
 
 import torch
@@ -82,8 +82,8 @@ def sum_up(Logits, Rates, column, columns, elapsed, BLOCK: tl.constexpr):
 
 @triton.jit
 def finish(of_others, others, moment, at_target, w):
-    """As in csrc/cross_entropy.h: nll, max_probability, entropy; then largest, scale and the target's gradient; then the shares
-    of the others and of the target, and the factor that makes a sum of the others theirs.
+    """As in csrc/cross_entropy/rule.h: nll, max_probability, entropy; then largest, scale and the target's gradient; then the
+    shares of the others and of the target, and the factor that makes a sum of the others theirs.
     """
     first = at_target >= of_others
     largest = tl.where(first, at_target, of_others)

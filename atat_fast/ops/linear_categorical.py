@@ -172,7 +172,7 @@ def _as(weight: Tensor, hidden: Tensor) -> Tensor:
 
 
 def _compiled_rows(logits: Tensor, index: Tensor, forbidden: int, temperature: float, seed: Tensor, step: Tensor) -> Tensor:
-    """csrc/linear_categorical.cpp."""
+    """csrc/linear_categorical/cpu.cpp."""
     return torch.ops.atat_fast_c.linear_categorical(  # type: ignore[no-any-return]
         logits, index.contiguous(), forbidden, 1 / temperature, seed, step
     )

@@ -208,7 +208,7 @@ def _fake(tokens: Tensor, num_masked: Tensor, num_rows: int, *rest: object) -> t
 
 
 def _compiled(*arguments: Any) -> Any:
-    """csrc/masking.cpp and csrc/masking.cu, by the device of the tokens."""
+    """cpu.cpp and launch.cu in csrc/masking/, by the device of the tokens."""
     tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting, *rest = arguments
     scores = None if scores is None else scores.to(torch.float32)
     return torch.ops.atat_fast_c.mask_tokens(

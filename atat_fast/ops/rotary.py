@@ -274,7 +274,7 @@ def _in_rows(packed: Tensor) -> Tensor:
 
 
 def _cpp(out: Tensor, qkv: Tensor, cos: Tensor, sin: Tensor, inverse: bool, rstd: Rstd = None, eps: float | None = None) -> None:
-    """csrc/rotary.cpp."""
+    """csrc/rotary/cpu.cpp."""
     source, tables = qkv if out is qkv else _in_rows(qkv), _tables(qkv, cos, sin)
     if eps is None:
         torch.ops.atat_fast_c.rotary(out, source, *tables, inverse)

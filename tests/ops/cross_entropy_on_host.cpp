@@ -1,8 +1,8 @@
-// The kernels of csrc/cross_entropy.cuh, run on a CPU for tests/ops/test_cross_entropy_kernel.py.
+// The kernels of csrc/cross_entropy/kernel.cuh, run on a CPU for tests/ops/test_cross_entropy_kernel.py.
 
 #include "cuda_on_host.h"
 
-#include "../../csrc/cross_entropy.cuh"
+#include "../../csrc/cross_entropy/kernel.cuh"
 
 #include <cstring>
 

@@ -22,7 +22,7 @@ SHARED_OF_MULTIPROCESSOR = {89: 102_400, 90: 233_472}
 
 
 class Arguments(ctypes.Structure):
-    """RowArguments of csrc/cross_entropy.h."""
+    """RowArguments of csrc/cross_entropy/rule.h."""
 
     _fields_ = [
         *((name, P) for name in ("logits", "target", "token_weight", "hidden", "weight", "bias")),

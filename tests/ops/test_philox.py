@@ -77,7 +77,7 @@ def test_every_implementation_gives_the_same_words(words):
 
 @pytest.fixture(scope="module", params=["g++", "nvcc"])
 def on_host(request, compile_source):
-    """csrc/philox.h and csrc/masking.h compiled for the host, by the host's compiler and as CUDA code by nvcc."""
+    """csrc/common/philox.h and csrc/masking/rule.h compiled for the host, by the host's compiler and as CUDA code by nvcc."""
     flags = ("-x", "c++", "-fPIC") if request.param == "g++" else ("-x", "cu", "-Xcompiler", "-fPIC", "-arch", "sm_90")
     native = compile_source("rules_on_host.cu", request.param, *flags)
     native.gumbel.restype = ctypes.c_float

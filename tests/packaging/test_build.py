@@ -142,7 +142,7 @@ def test_without_compilers_the_wheel_is_pure_and_says_so(tmp_path):
 @gxx
 def test_a_source_that_does_not_compile_fails_the_install(tmp_path):
     tree = copy_tree(tmp_path)
-    for source in (tree / "csrc").glob("*.cpp"):  # the others are sound, and take their time
+    for source in (tree / "csrc").rglob("*.cpp"):  # the others are sound, and take their time
         source.unlink()
     (tree / "csrc" / "broken.cpp").write_text("int broken( { return 0; }\n")
     build = build_wheel(tree, ATAT_FAST_NO_CUDA="1")

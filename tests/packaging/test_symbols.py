@@ -38,3 +38,12 @@ def test_it_asks_torch_for_what_2_11_provides_and_for_nothing_in_cplusplus_or_py
     assert len(found) > 20, "the library should speak to torch through its stable interface"
     assert found <= PROVIDED, f"torch 2.11 does not provide {sorted(found - PROVIDED)}"
     assert not [name for name in names if re.match(r"_ZN?K?(2at|3c10|5torch)|_?Py", name)]
+
+
+def test_loops_of_every_cpu_op_are_compiled_for_avx2_and_avx512():
+    """Without ATAT_FAST_VECTORISED's clones a loop still works, and no other test sees that it is slower."""
+    cloned = {level: re.findall(rf"(\S+)\.arch_x86_64_{level}$", asked("nm"), re.MULTILINE) for level in ("v3", "v4")}
+    if not any(cloned.values()):
+        pytest.skip("the library is stripped, or was not built by g++ for x86-64 with glibc")
+    for loop in ("fill_words", "exponentials", "forward_rows", "turn_row", "fill_noise"):
+        assert all(any(loop in name for name in names) for names in cloned.values()), f"{loop} has no clones"

@@ -124,7 +124,7 @@ def cross_entropy_reference(
 
 
 def _compiled(*arguments: Any) -> None:
-    """csrc/cross_entropy.cpp and csrc/cross_entropy.cu, by the device of the logits."""
+    """cpu.cpp and launch.cu in csrc/cross_entropy/, by the device of the logits."""
     torch.ops.atat_fast_c.cross_entropy_(*arguments)
 
 

@@ -1,82 +1,25 @@
-// rotary on the CPU: queries and keys of a packed projection are turned by their position in one pass over memory, where eager
-// PyTorch makes about ten, and about twenty where they are first scaled to unit root-mean-square. out may be qkv itself.
+// rotary on the CPU: queries and keys of a packed projection are turned by their position. This takes one pass over memory; eager
+// PyTorch takes about ten, and about twenty if heads are first scaled to unit root-mean-square. out may be qkv itself.
 
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../common/lanes.h"
+#include "../common/tensor.h"
+#include "../common/vectorised.h"
 
 #include <algorithm>
 #include <cmath>
-#include <cstdint>
 #include <cstring>
-#include <optional>
-#include <vector>
-
-#include "bfloat16.h"
-#include "vectorised.h"
 
 namespace atat_fast {
 namespace {
 
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
+// T is the type of elements. W is the type they are computed in, and that of tables and reciprocal root-mean-squares.
 
-using Half = uint16_t;
-ATAT_FAST_INLINE double widened(double value) { return value; }
-ATAT_FAST_INLINE float widened(float value) { return value; }
-ATAT_FAST_INLINE float widened(Half value) { return from_bfloat16(value); }
-ATAT_FAST_INLINE void narrow(double& out, double value) { out = value; }
-ATAT_FAST_INLINE void narrow(float& out, float value) { out = value; }
-ATAT_FAST_INLINE void narrow(Half& out, float value) { out = to_bfloat16(value); }
-
-// In all that follows T is the element, W what it is computed in and what tables and reciprocal root-mean-squares hold.
-
-// The sum of a[i] b[i] over a head, in lanes, because without -ffast-math a compiler may not reorder a sum. Eight of them: heads
-// are short, and more would take longer to fold than they save.
-constexpr int kLanes = 8;
-
-template <typename W>
-ATAT_FAST_INLINE W fold(W* lane) {
-#pragma omp simd
-  for (int j = 0; j < 4; ++j) lane[j] += lane[j + 4];
-  return (lane[0] + lane[1]) + (lane[2] + lane[3]);
-}
-
-template <typename W>
-ATAT_FAST_INLINE W dot(const W* a, const W* b, int64_t n) {
-  alignas(64) W lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-#pragma omp simd
-    for (int j = 0; j < kLanes; ++j) lane[j] += a[i + j] * b[i + j];
-  }
-  for (int j = 0; i + j < n; ++j) lane[j] += a[i + j] * b[i + j];
-  return fold(lane);
-}
-
-// Two neighbours share a word, and the word with its low half cleared is the upper one in fp32: nothing has to be unpacked.
-ATAT_FAST_INLINE float dot(const Half* a, const Half* b, int64_t n) {
-  alignas(64) float lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-    uint32_t p[kLanes], q[kLanes];
-    std::memcpy(p, a + i, sizeof(p));
-    std::memcpy(q, b + i, sizeof(q));
-#pragma omp simd
-    for (int j = 0; j < kLanes; ++j) {
-      lane[j] += float_from_bits(p[j] << 16) * float_from_bits(q[j] << 16) +
-                 float_from_bits(p[j] & 0xffff0000u) * float_from_bits(q[j] & 0xffff0000u);
-    }
-  }
-  for (; i < n; ++i) lane[i % kLanes] += widened(a[i]) * widened(b[i]);
-  return fold(lane);
-}
-
-// Turns one row's `turned` heads at x into y, which may be x. Where kNorm, each is scaled first, and the scales are left in rstd.
-// They are found for the whole row before it is turned: a sum ends in operations that wait for one another, and meanwhile the
-// next head's can begin.
+// Turns one row's `turned` heads at x into y, which may be x. If kNorm, each head is scaled first, and rstd gets the scales. All
+// of a row's scales are found before it is turned: a sum ends in operations that wait for one another, and the next head's can
+// begin meanwhile.
 template <typename T, typename W, bool kNorm, int64_t kSize>
-ATAT_FAST_VECTORISED void turn_row(T* y, W* rstd, const T* x, const W* c, const W* s, int64_t turned, int64_t any, W sign, W eps) {
+ATAT_FAST_VECTORISED void turn_row(T* y, W* rstd, const T* x, const W* c, const W* s, int64_t turned, int64_t any, W sign,
+                                   W eps) {
   const int64_t size = kSize ? kSize : any, half = size / 2;
   if (kNorm) {
     for (int64_t head = 0; head < turned; ++head) rstd[head] = dot(x + head * size, x + head * size, size);
@@ -94,10 +37,10 @@ ATAT_FAST_VECTORISED void turn_row(T* y, W* rstd, const T* x, const W* c, const 
   }
 }
 
-// The gradient of the above with kNorm, from y and what comes from above, g. With x the input, r its reciprocal root-mean-square,
-// R the turn and <> the mean over a head, y = R r x and dx = r (R^T g - r x <R^T g . r x>). R^T R = cos^2 + sin^2, which is one up
-// to rounding, or not where tables are scaled; so r x = R^T y / (cos^2 + sin^2), and the mean is <g . y> whatever the tables.
-// Scratch is for half a head of those sums' reciprocals and a mean for each head.
+// The gradient of the above with kNorm, from y and its gradient g. With x the input, r its reciprocal root-mean-square, R the
+// turn and <> the mean over a head, y = R r x and dx = r (R^T g - r x <R^T g . r x>). R^T R = cos^2 + sin^2, which need not be
+// one: tables may be scaled. So r x = R^T y / (cos^2 + sin^2), and the mean is <g . y> for any tables. Scratch holds half a head
+// of those sums' reciprocals and a mean for each head.
 template <typename T, typename W, int64_t kSize>
 ATAT_FAST_VECTORISED void turn_row_back(T* dx, const T* g, const T* y, const W* rstd, const W* c, const W* s, W* scratch,
                                         int64_t turned, int64_t any) {
@@ -141,9 +84,8 @@ Rows<T> writable_rows_of(Tensor& t) {
 template <typename Run>
 void for_rows(const Tensor& qkv, const Run& run) {
   const int64_t length = qkv.size(1), elements = std::max<int64_t>(1, 2 * qkv.size(3) * qkv.size(4));
-  torch::stable::parallel_for(0, qkv.size(0) * length, std::max<int64_t>(1, (1 << 15) / elements), [&](int64_t begin, int64_t end) {
-    run(begin, end, length);
-  });
+  const int64_t grain = std::max<int64_t>(1, (1 << 15) / elements);
+  torch::stable::parallel_for(0, qkv.size(0) * length, grain, [&](int64_t begin, int64_t end) { run(begin, end, length); });
 }
 
 struct Tables {
@@ -151,11 +93,11 @@ struct Tables {
 };
 
 template <typename T, typename W, bool kNorm>
-void turn(Tensor& out, const std::optional<Tensor>& rstd, const Tensor& qkv, const Tables& tables, W sign, W eps) {
+void turn(Tensor& out, void* rstd, const Tensor& qkv, const Tables& tables, W sign, W eps) {
   const int64_t size = qkv.size(4), half = size / 2, turned = 2 * qkv.size(3);
   const Rows<const T> in = rows_of<T>(qkv);
   const Rows<T> to = writable_rows_of<T>(out);
-  W* kept = rstd ? static_cast<W*>(rstd->mutable_data_ptr()) : nullptr;
+  W* kept = static_cast<W*>(rstd);
   const W *cos = static_cast<const W*>(tables.cos), *sin = static_cast<const W*>(tables.sin);
   const bool copies = to.data != in.data;
   const auto one = size == 32   ? turn_row<T, W, kNorm, 32>
@@ -176,11 +118,11 @@ void turn(Tensor& out, const std::optional<Tensor>& rstd, const Tensor& qkv, con
 }
 
 template <typename T, typename W>
-void turn_back(Tensor& dqkv, const Tensor& grad, const Tensor& out, const Tensor& rstd, const Tables& tables) {
+void turn_back(Tensor& dqkv, const Tensor& grad, const Tensor& out, const void* rstd, const Tables& tables) {
   const int64_t size = grad.size(4), half = size / 2, turned = 2 * grad.size(3);
   const Rows<const T> from = rows_of<T>(grad), at = rows_of<T>(out);
   const Rows<T> to = writable_rows_of<T>(dqkv);
-  const W* kept = static_cast<const W*>(rstd.const_data_ptr());
+  const W* kept = static_cast<const W*>(rstd);
   const W *cos = static_cast<const W*>(tables.cos), *sin = static_cast<const W*>(tables.sin);
   const auto one = size == 32   ? turn_row_back<T, W, 32>
                    : size == 64 ? turn_row_back<T, W, 64>
@@ -199,7 +141,7 @@ void turn_back(Tensor& dqkv, const Tensor& grad, const Tensor& out, const Tensor
   });
 }
 
-// What fp64 data is computed in, and everything else.
+// The type that data is computed in.
 ScalarType wide_type(const Tensor& qkv) {
   return qkv.scalar_type() == ScalarType::Double ? ScalarType::Double : ScalarType::Float;
 }
@@ -220,27 +162,22 @@ void check_packed(const Tensor& qkv, std::initializer_list<const Tensor*> others
   for (const Tensor* packed : others) check(*packed);
 }
 
-Tables check_tables(const Tensor& qkv, const Tensor& cos, const Tensor& sin) {
-  for (const Tensor* table : {&cos, &sin}) {
-    STD_TORCH_CHECK(table->is_cpu() && table->is_contiguous() && table->scalar_type() == wide_type(qkv) &&
-                        table->numel() == qkv.size(1) * (qkv.size(4) / 2),
-                    "rotary takes contiguous tables [L, E / 2], fp64 for fp64 data and fp32 otherwise");
-  }
-  return {cos.const_data_ptr(), sin.const_data_ptr()};
+// Tables [L, E / 2].
+Tables read_tables(Reader& reader, const Tensor& qkv, const Tensor& cos, const Tensor& sin) {
+  const int64_t elements = qkv.size(1) * (qkv.size(4) / 2);
+  return {reader.read(cos, "cos", wide_type(qkv), elements), reader.read(sin, "sin", wide_type(qkv), elements)};
 }
 
-void check_rstd(const Tensor& qkv, const Tensor& rstd) {
-  STD_TORCH_CHECK(rstd.is_cpu() && rstd.is_contiguous() && rstd.scalar_type() == wide_type(qkv) &&
-                      rstd.numel() == qkv.size(0) * qkv.size(1) * 2 * qkv.size(3),
-                  "rotary takes contiguous rstd [B, L, 2, H], fp64 for fp64 data and fp32 otherwise");
-}
+// Elements of reciprocal root-mean-squares [B, L, 2, H].
+int64_t heads_of(const Tensor& qkv) { return qkv.size(0) * qkv.size(1) * 2 * qkv.size(3); }
 
 template <bool kNorm>
-void turn_any(Tensor& out, const std::optional<Tensor>& rstd, const Tensor& qkv, const Tensor& cos, const Tensor& sin, double sign,
-              double eps) {
+void turn_any(Tensor& out, const std::optional<Tensor>& kept, const Tensor& qkv, const Tensor& cos, const Tensor& sin,
+              double sign, double eps) {
   check_packed(qkv, {&out});
-  const Tables tables = check_tables(qkv, cos, sin);
-  if (rstd) check_rstd(qkv, *rstd);
+  Reader reader("rotary", qkv);
+  const Tables tables = read_tables(reader, qkv, cos, sin);
+  void* rstd = reader.in_place(kept, "rstd", wide_type(qkv), heads_of(qkv));
   if (qkv.numel() == 0) return;
   const float sign32 = static_cast<float>(sign), eps32 = static_cast<float>(eps);
   switch (qkv.scalar_type()) {
@@ -260,13 +197,14 @@ void rotary_normed(Tensor out, std::optional<Tensor> rstd, Tensor qkv, Tensor co
 
 void rotary_normed_backward(Tensor dqkv, Tensor grad, Tensor out, Tensor rstd, Tensor cos, Tensor sin) {
   check_packed(grad, {&dqkv, &out});
-  const Tables tables = check_tables(grad, cos, sin);
-  check_rstd(grad, rstd);
+  Reader reader("rotary", grad);
+  const Tables tables = read_tables(reader, grad, cos, sin);
+  const void* scales = reader.read(rstd, "rstd", wide_type(grad), heads_of(grad));
   if (grad.numel() == 0) return;
   switch (grad.scalar_type()) {
-    case ScalarType::Double: return turn_back<double, double>(dqkv, grad, out, rstd, tables);
-    case ScalarType::Float: return turn_back<float, float>(dqkv, grad, out, rstd, tables);
-    default: return turn_back<Half, float>(dqkv, grad, out, rstd, tables);
+    case ScalarType::Double: return turn_back<double, double>(dqkv, grad, out, scales, tables);
+    case ScalarType::Float: return turn_back<float, float>(dqkv, grad, out, scales, tables);
+    default: return turn_back<Half, float>(dqkv, grad, out, scales, tables);
   }
 }
 

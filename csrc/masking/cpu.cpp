@@ -1,28 +1,17 @@
 // mask_tokens on the CPU. A sequence takes three passes over its tokens: words (vectorised), the threshold (radix select) and the
-// outputs. Its keys stay in the first-level cache, and sequences go to threads.
+// outputs. Its keys stay in the first-level cache, and threads share the sequences. A word is ten rounds of two 32 x 32 -> 64
+// products, and a vector does four or eight of those at a time.
 
-#include "masking.h"
-
-#include "masking_op.h"
+#include "../common/vectorised.h"
+#include "op.h"
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
-
-#include <torch/csrc/stable/ops.h>
-
-// One function body for two instruction sets, chosen when the library loads. Philox is ten rounds of two 32 x 32 -> 64 products,
-// and AVX2 does four of those at a time.
-#if defined(__x86_64__) && defined(__GLIBC__) && defined(__GNUC__) && !defined(__clang__)
-#define ATAT_FAST_VECTORISED __attribute__((target_clones("avx2", "default")))
-#else
-#define ATAT_FAST_VECTORISED
-#endif
 
 namespace atat_fast {
 namespace {
 
-// Sequences are handed to a thread together until they hold this many tokens.
+// A thread is given sequences until they hold this many tokens.
 constexpr int64_t kTokensPerTask = 8192;
 
 ATAT_FAST_VECTORISED void fill_words(uint32_t* words, int64_t length, uint64_t first, uint64_t seed, uint32_t step,
@@ -115,7 +104,7 @@ void mask_sequence(const MaskArguments& a, int64_t b, int64_t offset, float ce_w
 
   fill_noisy(static_cast<Id*>(a.noisy) + start, static_cast<const Id*>(a.tokens) + start, scratch.hidden.data(), a.length,
              static_cast<Id>(a.mask_id));
-  // Slots beyond num_rows exist only for counts that no caller may pass; those beyond `count` likewise, and weigh nothing.
+  // Only counts that no caller may pass leave slots beyond num_rows or beyond `count`. The latter weigh nothing.
   const int64_t slots = std::min<int64_t>(clamp_count(a.num_masked[b], a.length), a.num_rows - offset);
   if (slots <= 0) return;
   const auto kept = static_cast<int32_t>(std::min<int64_t>(count, slots));
@@ -131,7 +120,7 @@ void mask_sequence(const MaskArguments& a, int64_t b, int64_t offset, float ce_w
   std::fill_n(a.weights + offset + kept, slots - kept, 0.0f);
 }
 
-void mask_tokens_cpu(const MaskArguments& a) {
+void mask_tokens_cpu(const MaskArguments& a, const Tensor&) {
   std::vector<int64_t> offsets(a.batch + 1, 0);
   for (int64_t b = 0; b < a.batch; ++b) offsets[b + 1] = offsets[b] + clamp_count(a.num_masked[b], a.length);
   const int64_t total = offsets[a.batch];
@@ -157,18 +146,9 @@ void mask_tokens_cpu(const MaskArguments& a) {
   });
 }
 
-MaskedTensors mask_tokens(Tensor tokens, Tensor num_masked, int64_t num_rows, int64_t mask_id, std::optional<Tensor> scores,
-                          double tilt, double focus, std::optional<Tensor> eligible, std::optional<Tensor> frozen,
-                          int64_t weighting, Tensor seed, Tensor step, Tensor sample_ids, int64_t stream) {
-  MaskCall call(tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting, seed, step, sample_ids,
-                stream);
-  mask_tokens_cpu(call.arguments);
-  return call.outputs();
-}
-
 }  // namespace
 }  // namespace atat_fast
 
 STABLE_TORCH_LIBRARY_IMPL(atat_fast_c, CPU, m) {
-  m.impl("mask_tokens", TORCH_BOX(&atat_fast::mask_tokens));
+  m.impl("mask_tokens", TORCH_BOX(&atat_fast::mask_tokens<&atat_fast::mask_tokens_cpu>));
 }

@@ -1,12 +1,12 @@
 // What adaptive_layer_norm and gated_residual_norm work on, how their rows are cut into tasks, and which elements dropout drops.
-// Plain C++; adaptive_norm.cpp holds the loops.
+// Plain C++.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
 
-#include "philox.h"
+#include "../common/philox.h"
 
 namespace atat_fast {
 
@@ -16,7 +16,7 @@ struct Values {
   bool half = false;           // bf16
 };
 
-// Conditioning: row b is sample b's, `stride` elements after the one before. Where one row serves all, stride is 0.
+// Conditioning: row b is sample b's, `stride` elements after the one before. If one row serves all, stride is 0.
 struct Conditioning {
   Values values;
   int64_t stride = 0;
@@ -32,7 +32,7 @@ struct Dropout {
   uint32_t step = 0, stream = 0;
 };
 
-// Of 2^32 words the nearest number to chance * 2^32 is dropped; below half a word that is none.
+// The nearest whole number to chance * 2^32 of the 2^32 words is dropped: for a chance below 2^-33, none.
 inline void set_chance(Dropout& dropout, double chance) {
   const double dropped = std::nearbyint(chance * 4294967296.0);
   dropout.on = dropped >= 1;
@@ -75,8 +75,8 @@ struct BackwardArguments : NormArguments {
   bool half_dgate, half_dshift, half_dscale, half_dweight;
 };
 
-// Rows in tasks, none with rows of two samples that are conditioned differently. It depends on shapes alone: a sum over rows is
-// added up in the same order by any number of threads.
+// Rows in tasks. All rows of a task share their conditioning. Tasks depend on shapes alone, so any number of threads adds up a
+// sum over rows in the same order.
 struct Tasks {
   int64_t rows;    // of a group
   int64_t splits;  // tasks of a group
@@ -87,7 +87,7 @@ struct Tasks {
   int64_t end(int64_t task) const { return group(task) * rows + rows * (task % splits + 1) / splits; }
 };
 
-// A task's sums are written and read once more: over sixteen rows that is a sixteenth of what the rows themselves move.
+// A task's sums are written and read once more: with sixteen rows a task that is a sixteenth of the bytes of the rows.
 constexpr int64_t kRowsPerTask = 16;
 constexpr int64_t kMostTasks = 256;
 

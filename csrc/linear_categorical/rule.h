@@ -1,13 +1,15 @@
-// What the backends of linear_categorical share: how an id of the vocabulary is numbered in the random stream, and what wins.
+// The rules of linear_categorical: where an id of the vocabulary is in the random stream, and which id wins.
 #pragma once
 
+#include <cmath>
 #include <cstdint>
 
-#include "philox.h"
+#include "../common/philox.h"
 
 namespace atat_fast {
 
-// docs/philox.md: ids 2 p and 2 p + 1 of the vocabulary share part p of the stream; the first takes words 0 and 1, the second 2 and 3.
+// docs/philox.md: ids 2 p and 2 p + 1 of the vocabulary share part p of the stream; the first takes words 0 and 1, the second 2
+// and 3.
 constexpr uint32_t kTokenStream = 5;
 
 ATAT_FAST_INLINE uint32_t token_stream(uint32_t part) { return kTokenStream + (part << 8); }

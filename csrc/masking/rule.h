@@ -1,21 +1,21 @@
-// The rules of mask_tokens that every compiled backend shares: the key of a token, the order of keys, and the radix select that
-// finds which keys are hidden. Plain C++, so that each of them is tested on the host; see masking.cpp and masking.cuh for loops.
+// The rules of mask_tokens that host and device share: the key of a token, the order of keys, and the radix select that finds
+// which keys are hidden. Plain C++, so that each of them is tested on the host.
 #pragma once
 
 #include <climits>
 #include <cstdint>
-#include <cstring>
 
-#include "philox.h"
+#include "../common/bfloat16.h"
+#include "../common/philox.h"
 
 namespace atat_fast {
 
 // In the order of WEIGHTINGS in atat_fast/ops/masking.py.
 enum Weighting : int { kUniform = 0, kOrder = 1, kImportance = 2, kCrossEntropy = 3 };
 
-// One call on plain pointers. Tensors are contiguous; a null pointer stands for a tensor that was not given.
+// One call on plain pointers. Tensors are contiguous; null stands for a tensor that was not given.
 struct MaskArguments {
-  const void* tokens;         // [batch, length] int64 where wide_ids, else int32
+  const void* tokens;         // [batch, length] int64 if wide_ids, else int32
   const int64_t* num_masked;  // [batch]
   const int64_t* sample_ids;  // [batch]
   const int64_t* seed;
@@ -35,15 +35,14 @@ struct MaskArguments {
   ATAT_FAST_INLINE bool tilted() const { return scores != nullptr && tilt != 0; }
 };
 
-// Unsigned integers in the order of floats. What is not a number comes last.
+// Unsigned integers in the order of floats. NaN comes last.
 ATAT_FAST_INLINE uint32_t ordered(float value) {
   if (value != value) return UINT32_MAX;
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof(bits));
+  const uint32_t bits = bits_of_float(value);
   return bits ^ (bits >> 31 ? 0xFFFFFFFFu : 0x80000000u);
 }
 
-// Small keys are hidden first. Without a tilt the key is the word, which no rounding touches.
+// Small keys are hidden first. Without a tilt the key is the word itself, so nothing is rounded.
 ATAT_FAST_INLINE uint32_t tilted_key(uint32_t word, float score, float tilt) { return ordered(gumbel(word) - tilt * score); }
 
 // What is hidden: keys under `key`, and the first `ties` positions whose key is `key`.
@@ -101,7 +100,7 @@ struct RadixSelect {
   }
 };
 
-// The serial form, for one sequence. may_hide is null where every token may be hidden; 0 < wanted < the number of those.
+// The serial form, for one sequence. may_hide is null if every token may be hidden; 0 < wanted < how many may be.
 inline Threshold select_threshold(const uint32_t* keys, const uint8_t* may_hide, int64_t length, int32_t wanted) {
   RadixSelect select(wanted);
   while (!select.done) {
@@ -114,7 +113,7 @@ inline Threshold select_threshold(const uint32_t* keys, const uint8_t* may_hide,
   return select.threshold;
 }
 
-// A count as given, brought into what a sequence can hold: data never leads a loop out of its buffers.
+// A count as given, clamped to what a sequence can hold, so that no data leads a loop out of its buffers.
 ATAT_FAST_INLINE int32_t clamp_count(int64_t count, int64_t limit) {
   return static_cast<int32_t>(count < 0 ? 0 : count > limit ? limit : count);
 }

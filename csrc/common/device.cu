@@ -5,8 +5,8 @@
 
 #include "error_code.h"
 
-// A CPU-only torch does not define this symbol. Weak, it is null there instead of a load error, and the library's CPU
-// ops stay usable.
+// A CPU-only torch does not define this symbol. Because it is weak it is null there instead of a load error, and the library's
+// CPU ops stay usable.
 extern "C" __attribute__((weak)) AOTITorchError aoti_torch_get_current_cuda_stream(int32_t device_index, void** stream);
 
 namespace atat_fast {
@@ -23,6 +23,10 @@ cudaStream_t current_stream(int32_t device_index) {
   void* stream = nullptr;
   STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_current_cuda_stream(device_index, &stream));
   return static_cast<cudaStream_t>(stream);
+}
+
+void check_cuda(const char* op, cudaError_t status) {
+  STD_TORCH_CHECK(status == cudaSuccess, op, ": ", cudaGetErrorString(status));
 }
 
 }  // namespace atat_fast

@@ -1,9 +1,9 @@
-// The row pass of linear_cross_entropy on a GPU: launches. The kernels are in cross_entropy.cuh.
+// The row pass of linear_cross_entropy on a GPU: launches.
 
-#include "cross_entropy.cuh"
+#include "kernel.cuh"
 
-#include "cross_entropy_op.h"
-#include "device.h"
+#include "../common/device.h"
+#include "op.h"
 
 #include <torch/csrc/stable/accelerator.h>
 
@@ -15,7 +15,7 @@ namespace {
 
 constexpr int kMostDevices = 64;
 
-void check(cudaError_t status) { STD_TORCH_CHECK(status == cudaSuccess, "cross_entropy_: ", cudaGetErrorString(status)); }
+void check(cudaError_t status) { check_cuda("cross_entropy_", status); }
 
 // Bytes of shared memory that a CTA may ask for, and that a multiprocessor has.
 struct Limits {
@@ -29,7 +29,7 @@ void allow_shared_memory(int bytes) {
   check(cudaFuncSetAttribute(kernel, cudaFuncAttributePreferredSharedMemoryCarveout, cudaSharedmemCarveoutMaxShared));
 }
 
-// Asked once for each device; the kernels that keep their row may then take all there is. The device is the current one.
+// Asked once for each device, which is the current one. Kernels that keep their row may then take all of its shared memory.
 const Limits& limits_of(int device) {
   static std::once_flag asked[kMostDevices];
   static Limits limits[kMostDevices];
@@ -38,8 +38,8 @@ const Limits& limits_of(int device) {
     Limits& here = limits[device];
     check(cudaDeviceGetAttribute(&here.of_cta, cudaDevAttrMaxSharedMemoryPerBlockOptin, device));
     check(cudaDeviceGetAttribute(&here.of_multiprocessor, cudaDevAttrMaxSharedMemoryPerMultiprocessor, device));
-    allow_shared_memory<uint16_t, false>(here.of_cta);
-    allow_shared_memory<uint16_t, true>(here.of_cta);
+    allow_shared_memory<Half, false>(here.of_cta);
+    allow_shared_memory<Half, true>(here.of_cta);
     allow_shared_memory<float, false>(here.of_cta);
     allow_shared_memory<float, true>(here.of_cta);
   });
@@ -48,7 +48,7 @@ const Limits& limits_of(int device) {
 
 template <typename T>
 bool rows_are_aligned(const RowArguments& a) {
-  return reinterpret_cast<uintptr_t>(a.logits) % 16 == 0 && a.stride % kPerChunk<T> == 0;
+  return is_aligned(a.logits) && a.stride % kPerChunk<T> == 0;
 }
 
 template <typename T, bool kKept, bool kRates>
@@ -91,20 +91,13 @@ void row_pass(const RowArguments& a, const Tensor& logits) {
   if (a.gradient && a.bias_gradient != nullptr) sum_columns<T>(a, logits, stream);
 }
 
-void cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> token_weight, std::optional<Tensor> hidden,
-                   std::optional<Tensor> weight, std::optional<Tensor> bias, bool gradient, Tensor nll,
-                   std::optional<Tensor> max_probability, std::optional<Tensor> entropy, std::optional<Tensor> bias_gradient,
-                   std::optional<Tensor> rates, std::optional<Tensor> elapsed, std::optional<Tensor> velocity) {
+void cross_entropy_cuda(const RowArguments& a, const Tensor& logits) {
   const torch::stable::accelerator::DeviceGuard guard(logits.get_device_index());
-  const RowCall call(logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient,
-                     rates, elapsed, velocity);
-  const RowArguments& a = call.arguments;
-  if (a.rows == 0 || a.columns == 0) return;
   STD_TORCH_CHECK(a.rows <= INT_MAX && a.columns <= INT_MAX / 2, "cross_entropy_ cannot take ", a.rows, " rows of ", a.columns);
   if (a.rates != nullptr) {
-    a.half ? row_pass<uint16_t, true>(a, logits) : row_pass<float, true>(a, logits);
+    a.half ? row_pass<Half, true>(a, logits) : row_pass<float, true>(a, logits);
   } else {
-    a.half ? row_pass<uint16_t, false>(a, logits) : row_pass<float, false>(a, logits);
+    a.half ? row_pass<Half, false>(a, logits) : row_pass<float, false>(a, logits);
   }
 }
 
@@ -112,5 +105,5 @@ void cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> token_wei
 }  // namespace atat_fast
 
 STABLE_TORCH_LIBRARY_IMPL(atat_fast_c, CUDA, m) {
-  m.impl("cross_entropy_", TORCH_BOX(&atat_fast::cross_entropy));
+  m.impl("cross_entropy_", TORCH_BOX(&atat_fast::cross_entropy<&atat_fast::cross_entropy_cuda>));
 }

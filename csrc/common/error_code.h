@@ -1,4 +1,4 @@
-// STABLE_TORCH_ERROR_CODE_CHECK(call) throws where a call of torch's C interface fails. torch 2.11 has it under an older name.
+// STABLE_TORCH_ERROR_CODE_CHECK(call) throws if a call of torch's C interface fails. torch 2.11 has it under an older name.
 #pragma once
 
 #include <torch/headeronly/util/shim_utils.h>

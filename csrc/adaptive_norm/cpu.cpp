@@ -1,16 +1,13 @@
 // adaptive_layer_norm and gated_residual_norm on the CPU. Memory bounds them, so a row is read from memory once and written once;
-// the passes over it that follow (mean, variance, output) find it in the first-level cache. What conditions a row is turned into
-// fp32 once a task. A backward adds its sums over rows up in one row of partials [K, width] a task, and a second stage adds those
-// in a fixed order.
+// later passes over it (mean, variance, output) find it in the first-level cache. A row's conditioning is widened to fp32 once a
+// task. In a backward each task sums its rows into partials [K, width], and a second stage adds those up in a fixed order.
 
-#include "adaptive_norm.h"
-#include "vectorised.h"
-#include "bfloat16.h"
+#include "../common/lanes.h"
+#include "../common/rows.h"
+#include "op.h"
 
-#include "adaptive_norm_op.h"
-
+#include <algorithm>
 #include <cmath>
-#include <cstring>
 #include <memory>
 #include <tuple>
 #include <type_traits>
@@ -18,78 +15,10 @@
 namespace atat_fast {
 namespace {
 
-// A thread is given tasks until they hold this many elements: waking one takes longer than fewer would.
+// A thread is given tasks until they hold this many elements: for fewer, waking it takes longer than the work.
 constexpr int64_t kElementsPerThread = 1 << 15;
 // Columns that the second stage adds up at a time.
 constexpr int64_t kColumns = 256;
-
-using Half = uint16_t;
-ATAT_FAST_INLINE float widened(float value) { return value; }
-ATAT_FAST_INLINE float widened(Half value) { return from_bfloat16(value); }
-ATAT_FAST_INLINE void narrow(float& out, float value) { out = value; }
-ATAT_FAST_INLINE void narrow(Half& out, float value) { out = to_bfloat16(value); }
-
-// The sum of term(i) for i below n. It grows in sixteen lanes, which are folded by vectors: `omp simd reduction` would add its
-// lanes up one by one, which costs more than a short row.
-constexpr int kLanes = 16;
-
-ATAT_FAST_INLINE float fold(float* lane) {
-#pragma omp simd
-  for (int j = 0; j < 4; ++j) lane[j] = (lane[j] + lane[j + 4]) + (lane[j + 8] + lane[j + 12]);
-  return (lane[0] + lane[1]) + (lane[2] + lane[3]);
-}
-
-template <typename Term>
-ATAT_FAST_INLINE float sum(int64_t n, const Term& term) {
-  alignas(64) float lane[kLanes] = {};
-  int64_t i = 0;
-  for (; i + 4 * kLanes <= n; i += 4 * kLanes) {
-#pragma omp simd
-    for (int j = 0; j < kLanes; ++j) {
-      const float a = term(i + j), b = term(i + kLanes + j), c = term(i + 2 * kLanes + j), d = term(i + 3 * kLanes + j);
-      lane[j] += (a + b) + (c + d);
-    }
-  }
-  for (; i < n; i += kLanes) {
-    const int64_t left = std::min<int64_t>(kLanes, n - i);
-#pragma omp simd
-    for (int64_t j = 0; j < left; ++j) lane[j] += term(i + j);
-  }
-  return fold(lane);
-}
-
-// As above for two sums: the terms are added to `first` and `second`.
-struct Pair {
-  float first, second;
-};
-
-template <typename Term>
-ATAT_FAST_INLINE Pair sum_pairs(int64_t n, const Term& term) {
-  alignas(64) float first[kLanes] = {}, second[kLanes] = {};
-  int64_t i = 0;
-  for (; i + 2 * kLanes <= n; i += 2 * kLanes) {
-#pragma omp simd
-    for (int j = 0; j < kLanes; ++j) {
-      const Pair a = term(i + j), b = term(i + kLanes + j);
-      first[j] += a.first + b.first;
-      second[j] += a.second + b.second;
-    }
-  }
-  for (; i < n; i += kLanes) {
-    const int64_t left = std::min<int64_t>(kLanes, n - i);
-#pragma omp simd
-    for (int64_t j = 0; j < left; ++j) {
-      const Pair a = term(i + j);
-      first[j] += a.first;
-      second[j] += a.second;
-    }
-  }
-  return {fold(first), fold(second)};
-}
-
-ATAT_FAST_VECTORISED void widen(float* out, const Half* in, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = from_bfloat16(in[i]);
-}
 
 // Four stores, one for each word: as a loop they would not be vectorised.
 ATAT_FAST_VECTORISED void fill_keep(float* keep, int64_t counters, uint64_t first, const Dropout& dropout) {
@@ -118,7 +47,7 @@ ATAT_FAST_VECTORISED void make_gain(float* gain, const float* weight, int64_t co
 // Row `group` of conditioning, or a weight, in fp32.
 void load(float* out, const Values& values, int64_t offset, int64_t count) {
   if (values.half) {
-    widen(out, static_cast<const Half*>(values.data) + offset, count);
+    widen_row(out, static_cast<const Half*>(values.data) + offset, count);
   } else {
     std::copy_n(static_cast<const float*>(values.data) + offset, count, out);
   }
@@ -128,8 +57,8 @@ void load(float* out, const Conditioning& rows, int64_t group, int64_t count) {
   load(out, rows.values, group * rows.stride, count);
 }
 
-// Rows that go through each pass together: a pass ends in a few operations that wait for one another, and meanwhile the next
-// row's can begin. The block stays in the first-level cache.
+// Rows that go through each pass together: a pass ends in a few operations that wait for one another, and the next row's can
+// begin meanwhile. The block stays in the first-level cache.
 constexpr int64_t kMostRows = 8;
 inline int64_t block_rows(int64_t width) { return std::min(kMostRows, std::max<int64_t>(1, 2048 / width)); }
 
@@ -319,17 +248,12 @@ void forward(const ForwardArguments& a) {
   });
 }
 
-ATAT_FAST_VECTORISED void add(float* sum, const float* term, int64_t count) {
-#pragma omp simd
-  for (int64_t i = 0; i < count; ++i) sum[i] += term[i];
-}
-
 void store(void* out, bool half, int64_t offset, const float* values, int64_t count) {
-  if (!half) {
+  if (half) {
+    narrow_row(static_cast<Half*>(out) + offset, values, count);
+  } else {
     std::copy_n(values, count, static_cast<float*>(out) + offset);
-    return;
   }
-  for (int64_t i = 0; i < count; ++i) static_cast<Half*>(out)[offset + i] = to_bfloat16(values[i]);
 }
 
 // Columns start to start + count of all gradients that are sums over rows, from the tasks' partials [task, K, width].
@@ -342,7 +266,7 @@ void add_partials(const BackwardArguments& a, const Tasks& tasks, const float* p
     const auto add_up = [&](int64_t k) {
       std::fill_n(total, count, 0.0f);
       for (int64_t task = group * tasks.splits; task < (group + 1) * tasks.splits; ++task) {
-        add(total, partials + (task * sums + k) * a.width + start, count);
+        add_row(total, partials + (task * sums + k) * a.width + start, count);
       }
     };
     const int64_t offset = group * a.width + start;
@@ -379,7 +303,7 @@ void backward(const BackwardArguments& a) {
   });
 }
 
-// What both ops and both directions are given alike.
+// The arguments that both ops and both directions share.
 void fill(NormArguments& a, NormCall& call, bool gated, const Tensor& stream, const Tensor& scale,
           const std::optional<Tensor>& weight) {
   a.gated = gated;
@@ -387,9 +311,9 @@ void fill(NormArguments& a, NormCall& call, bool gated, const Tensor& stream, co
   a.length = call.length;
   a.width = call.width;
   a.groups = call.groups;
-  a.stream = call.values(stream, stream.numel());
-  a.scale = call.rows(scale);
-  a.weight = call.values(weight, call.width);
+  a.stream = call.values(stream, "stream", stream.numel());
+  a.scale = call.rows(scale, "scale");
+  a.weight = call.values(weight, "weight", call.width);
 }
 
 std::tuple<Tensor, Tensor, Tensor> adaptive_layer_norm(Tensor x, Tensor shift, Tensor scale, std::optional<Tensor> weight,
@@ -397,11 +321,11 @@ std::tuple<Tensor, Tensor, Tensor> adaptive_layer_norm(Tensor x, Tensor shift, T
   NormCall call(x, scale);
   ForwardArguments a{};
   fill(a, call, false, x, scale, weight);
-  Tensor y = call.dense(out_type), mean = call.statistic(), rstd = call.statistic();
-  a.shift = call.rows(shift);
+  Tensor y = call.dense(out_type), mean = call.new_statistic(), rstd = call.new_statistic();
+  a.shift = call.rows(shift, "shift");
   a.eps = static_cast<float>(eps);
   a.y = y.mutable_data_ptr();
-  a.half_y = is_half(out_type);
+  a.half_y = is_half(kOp, out_type);
   a.mean = mean.mutable_data_ptr<float>();
   a.rstd = rstd.mutable_data_ptr<float>();
   forward(a);
@@ -416,15 +340,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> gated_residual_norm(
   ForwardArguments a{};
   fill(a, call, true, residual, scale, weight);
   Tensor total = call.dense(residual.scalar_type()), y = call.dense(out_type);
-  Tensor mean = call.statistic(), rstd = call.statistic();
-  a.branch = call.values(branch, residual.numel());
-  a.gate = call.rows(gate);
-  a.shift = call.rows(shift);
+  Tensor mean = call.new_statistic(), rstd = call.new_statistic();
+  a.branch = call.values(branch, "branch", residual.numel());
+  a.gate = call.rows(gate, "gate");
+  a.shift = call.rows(shift, "shift");
   a.dropout = call.dropout(dropout, seed, step, sample_ids, stream);
   a.eps = static_cast<float>(eps);
   a.total = total.mutable_data_ptr();
   a.y = y.mutable_data_ptr();
-  a.half_y = is_half(out_type);
+  a.half_y = is_half(kOp, out_type);
   a.mean = mean.mutable_data_ptr<float>();
   a.rstd = rstd.mutable_data_ptr<float>();
   forward(a);
@@ -437,7 +361,7 @@ std::tuple<Tensor, Tensor, Tensor> conditioning_gradients(BackwardArguments& a, 
   Tensor dshift = call.row_gradient(shift_type), dscale = call.row_gradient(scale.scalar_type());
   Tensor dweight = call.weight_gradient((weight ? *weight : scale).scalar_type(), weight.has_value());
   a.dshift = dshift.mutable_data_ptr();
-  a.half_dshift = is_half(shift_type);
+  a.half_dshift = is_half(kOp, shift_type);
   a.dscale = dscale.mutable_data_ptr();
   a.half_dscale = a.scale.values.half;
   a.dweight = dweight.mutable_data_ptr();
@@ -445,19 +369,14 @@ std::tuple<Tensor, Tensor, Tensor> conditioning_gradients(BackwardArguments& a, 
   return {dshift, dscale, dweight};
 }
 
-float* statistic(NormCall& call, const Tensor& given) {
-  STD_TORCH_CHECK(given.scalar_type() == ScalarType::Float, "statistics are float32");
-  return const_cast<float*>(static_cast<const float*>(call.values(given, call.batch * call.length).data));
-}
-
 std::tuple<Tensor, Tensor, Tensor, Tensor> adaptive_layer_norm_backward(
     Tensor dy, Tensor x, Tensor scale, std::optional<Tensor> weight, Tensor mean, Tensor rstd, ScalarType shift_type) {
   NormCall call(x, scale);
   BackwardArguments a{};
   fill(a, call, false, x, scale, weight);
-  a.dy = call.values(dy, x.numel());
-  a.mean = statistic(call, mean);
-  a.rstd = statistic(call, rstd);
+  a.dy = call.values(dy, "dy", x.numel());
+  a.mean = call.statistic(mean, "mean");
+  a.rstd = call.statistic(rstd, "rstd");
   Tensor dx = call.dense(x.scalar_type());
   a.dstream = dx.mutable_data_ptr();
   const auto [dshift, dscale, dweight] = conditioning_gradients(a, call, scale, weight, shift_type);
@@ -472,14 +391,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> gated_residual_norm_b
   NormCall call(total, scale);
   BackwardArguments a{};
   fill(a, call, true, total, scale, weight);
-  a.branch = call.values(branch, total.numel());
-  a.gate = call.rows(gate);
+  a.branch = call.values(branch, "branch", total.numel());
+  a.gate = call.rows(gate, "gate");
   a.dropout = call.dropout(dropout, seed, step, sample_ids, stream);
-  a.dy = call.values(dy, total.numel());
-  a.dtotal = call.values(dtotal, total.numel());
+  a.dy = call.values(dy, "dy", total.numel());
+  a.dtotal = call.values(dtotal, "dtotal", total.numel());
   STD_TORCH_CHECK(a.dtotal.data == nullptr || a.dtotal.half == a.stream.half, "dtotal has the stream's dtype");
-  a.mean = statistic(call, mean);
-  a.rstd = statistic(call, rstd);
+  a.mean = call.statistic(mean, "mean");
+  a.rstd = call.statistic(rstd, "rstd");
   Tensor dresidual = call.dense(total.scalar_type()), dbranch = call.dense(branch.scalar_type());
   Tensor dgate = call.row_gradient(gate.scalar_type());
   a.dstream = dresidual.mutable_data_ptr();

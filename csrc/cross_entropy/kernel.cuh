@@ -1,39 +1,39 @@
 // The CUDA kernels of linear_cross_entropy's row pass. One CTA owns one row of logits and turns it into its gradient in place.
 //
-// Memory bounds it: 4 bytes for a bf16 logit that is read once and written once. In the time of one logit an H100 at 3 TB/s could
-// issue 39 instructions for it, and it takes 18 to be summed up and 8 to become its gradient. So a row is read from global memory
-// once: what was read waits in shared memory until the row's sum is known, which is made on the fly, relative to the largest
-// logit so far. A row of 50,304 bf16 logits takes 101,120 bytes, which fits an sm_89 once and an sm_90 twice (of 30,592 columns:
-// once and three times). CTAs are not kept for further rows: while one waits for memory or writes, the others on the chip are
-// elsewhere in their rows, and starting one costs a microsecond of the ten or twenty that a row takes. A row too long for shared
-// memory is read a second time for its gradient. Where only losses are asked for nothing is kept, and no CTA needs much of it.
+// Memory bounds it: a bf16 logit is 4 bytes, read once and written once. An H100 at 3 TB/s could issue 39 instructions in the
+// time of one logit; 18 sum it up and 8 make it its gradient. So a row is read from global memory once, and waits in shared
+// memory until its sum is known. The sum grows while the row is read, relative to the largest logit so far. A row of 50,304 bf16
+// logits takes 101,120 bytes, which fits an sm_89 once and an sm_90 twice (of 30,592 columns: once and three times). A CTA ends
+// with its row: while one waits for memory or writes, the others on the chip are elsewhere in their rows, and starting one costs
+// a microsecond of the ten or twenty that a row takes. A row too long for shared memory is read a second time for its gradient.
+// If only losses are asked for, nothing is kept and a CTA needs little shared memory.
 //
-// Threads take 16 bytes at a time, and each writes what itself has read: all that a CTA's threads exchange is one sum. Sums have
-// a fixed order, so results are the same bits on every run.
+// Threads take 16 bytes at a time and write what they have read themselves; all that a CTA's threads exchange is one sum. Sums
+// have a fixed order, so results are the same bits on every run.
 //
 // The bias's gradient is the column sums of the slab that was written, in two stages without atomics.
 //
-// Rates of the vocabulary (kRates) are fp32 and the same for every row: they are read from the second-level cache, 4 bytes a logit
-// in either pass, and a row without them runs a kernel that knows nothing of them.
+// Rates of the vocabulary (kRates) are fp32 and the same for every row. They come from the second-level cache, 4 bytes a logit in
+// either pass; a row without rates runs a kernel without that code.
 //
 // This file uses few of CUDA's words, so that tests can also run it on a CPU, thread by thread.
 #pragma once
 
-#include "bfloat16.h"
-#include "cross_entropy.h"
+#include "../common/bfloat16.h"
+#include "../common/warp.cuh"
+#include "rule.h"
 
 namespace atat_fast {
 
-// The bound of 1,024 threads holds a thread to 64 registers, and 1,024 threads then fit a multiprocessor, as one CTA or as four.
+// 1,024 threads of 64 registers fit a multiprocessor, as one CTA or as four; the launch bound holds a thread to those 64.
 constexpr int kMaxRowThreads = 1024;
 constexpr int kMinRowThreads = 256;
-constexpr int kReadThreads = 512;  // where shared memory does not say how many CTAs there are
+constexpr int kReadThreads = 512;  // of a CTA that keeps no row
 constexpr int kMaxRowWarps = kMaxRowThreads / 32;
-constexpr uint32_t kWholeWarp = 0xFFFFFFFFu;
 constexpr int kAhead = 4;  // 16-byte loads that a thread has in flight
 
-// What each warp brings to the row's sum: its part, and its share of the target's logit. The head of a CTA's shared memory; the
-// row follows. `rated` is the sum of rate * e^(z - largest) over the others.
+// What each warp adds to the row's sum: its part, and its share of the target's logit. The head of a CTA's shared memory; the row
+// follows. `rated` is the sum of rate * e^(z - largest) over the others.
 template <bool kRates>
 struct WarpPart {
   RowPart others;
@@ -55,7 +55,7 @@ ATAT_FAST_INLINE void move_to(WarpPart<true>& part, float largest) {
   part.others = rebase(part.others, largest);
 }
 
-// Sixteen bytes of a row, the unit of all accesses. bf16 is written as uint16_t.
+// Elements in sixteen bytes of a row, the unit of all accesses.
 template <typename T>
 constexpr int kPerChunk = 16 / static_cast<int>(sizeof(T));
 
@@ -88,12 +88,6 @@ int row_threads(int64_t columns, int most) {
   return static_cast<int>(threads < kMinRowThreads ? kMinRowThreads : threads > most ? most : threads);
 }
 
-ATAT_FAST_INLINE float widen(float value) { return value; }
-ATAT_FAST_INLINE float widen(uint16_t value) { return from_bfloat16(value); }
-
-ATAT_FAST_INLINE void narrow(float& to, float value) { to = value; }
-ATAT_FAST_INLINE void narrow(uint16_t& to, float value) { to = to_bfloat16(value); }
-
 ATAT_FAST_INLINE void widen_chunk(const uint4& chunk, float (&z)[4]) {
   z[0] = float_from_bits(chunk.x), z[1] = float_from_bits(chunk.y);
   z[2] = float_from_bits(chunk.z), z[3] = float_from_bits(chunk.w);
@@ -114,8 +108,8 @@ ATAT_FAST_INLINE uint4 narrow_chunk(const float (&z)[8]) {
   return {to_bfloat16_pair(z[0], z[1]), to_bfloat16_pair(z[2], z[3]), to_bfloat16_pair(z[4], z[5]), to_bfloat16_pair(z[6], z[7])};
 }
 
-// A row of logits, by chunks: `whole` of them lie in it at multiples of 16 bytes, and what is left goes element by element. That
-// is the end of a row, or all of it where it is not `aligned`.
+// A row of logits in chunks. The first `whole` lie at multiples of 16 bytes; the others go element by element. Those are the end
+// of a row, or all of a row that is not `aligned`.
 template <typename T>
 struct ChunkedRow {
   T* row;
@@ -136,7 +130,7 @@ struct ChunkedRow {
     float z[kPerChunk<T>];
     for (int e = 0; e < kPerChunk<T>; ++e) {
       const int64_t j = static_cast<int64_t>(chunk) * kPerChunk<T> + e;
-      z[e] = j < columns ? widen(row[j]) : -INFINITY;
+      z[e] = j < columns ? widened(row[j]) : -INFINITY;
     }
     return narrow_chunk(z);
   }
@@ -151,8 +145,8 @@ struct ChunkedRow {
   }
 };
 
-// The exponential of a gradient's element. The device's own power of two is off by 2^-22 times the exponent, and takes what is
-// under 2^-126 for 0: nothing beside the rounding to bf16.
+// The exponential of a gradient's element. For bf16 it is the device's own power of two: its error of 2^-22 times the exponent,
+// and 0 for what is under 2^-126, are nothing beside the rounding to bf16.
 template <typename T>
 __device__ inline float gradient_exp(float x) {
 #ifdef __CUDA_ARCH__
@@ -172,9 +166,7 @@ __device__ inline void add_rated(WarpPart<true>& part, int distance) {
 
 template <bool kRates>
 __device__ inline WarpPart<kRates> merge_warp(WarpPart<kRates> part) {
-  float largest = part.others.largest;
-  for (int distance = 16; distance > 0; distance /= 2) largest = fmaxf(largest, __shfl_xor_sync(kWholeWarp, largest, distance));
-  move_to(part, largest);
+  move_to(part, warp_max(part.others.largest));
   for (int distance = 16; distance > 0; distance /= 2) {
     part.others.sum += __shfl_xor_sync(kWholeWarp, part.others.sum, distance);
     part.others.moment += __shfl_xor_sync(kWholeWarp, part.others.moment, distance);
@@ -285,7 +277,7 @@ struct CrossEntropyRow {
       }
     }
     float largest = z[0];
-    for (int e = 1; e < kPerChunk<T>; ++e) largest = fmaxf(largest, z[e]);  // passes over what is not a number
+    for (int e = 1; e < kPerChunk<T>; ++e) largest = fmaxf(largest, z[e]);  // passes over NaN
     if (largest > part.others.largest) move_to(part, largest);
     const float base = part.others.largest == -INFINITY ? 0.0f : part.others.largest;
     for (int e = 0; e < kPerChunk<T>; ++e) {
@@ -299,11 +291,11 @@ struct CrossEntropyRow {
   // A thread's share of hidden . weight[target] + bias[target] - elapsed * rates[target].
   __device__ float recomputed() const {
     float share = 0;
-    if (a.bias != nullptr && threadIdx.x == 0) share = widen(static_cast<const T*>(a.bias)[target]);
+    if (a.bias != nullptr && threadIdx.x == 0) share = widened(static_cast<const T*>(a.bias)[target]);
     if (kRates && threadIdx.x == 0) share -= elapsed * a.rates[target];
     const T* hidden = static_cast<const T*>(a.hidden) + i * a.width;
     const T* weight = static_cast<const T*>(a.weight) + target * a.width;
-    for (int64_t k = threadIdx.x; k < a.width; k += blockDim.x) share += widen(hidden[k]) * widen(weight[k]);
+    for (int64_t k = threadIdx.x; k < a.width; k += blockDim.x) share += widened(hidden[k]) * widened(weight[k]);
     return share;
   }
 
@@ -342,10 +334,7 @@ struct CrossEntropyRow {
   }
 
   __device__ void write_row(const RowResult& result) const {
-    if (threadIdx.x != 0) return;
-    a.nll[i] = result.nll;
-    if (a.max_probability != nullptr) a.max_probability[i] = result.max_probability;
-    if (a.entropy != nullptr) a.entropy[i] = result.entropy;
+    if (threadIdx.x == 0) report(a, i, result);
   }
 
   __device__ void write_velocity(float velocity) const {
@@ -394,8 +383,8 @@ constexpr int kSumShared = kSumWarps * 32 * 16 / 2 * 4;  // as many fp32 as a st
 template <typename T>
 constexpr int kStrip = 32 * kPerChunk<T>;
 
-// Splits of the rows: enough CTAs to fill any GPU, each with 8 rows and more for every warp. It depends on shapes alone, and
-// therefore so do the bits of the result.
+// Splits of the rows: enough CTAs to fill any GPU, with at least 8 rows for every warp. It depends on shapes alone, and so do the
+// bits of the result.
 template <typename T>
 int64_t split_count(int64_t rows, int64_t columns) {
   constexpr int64_t kCtas = 1024, kMostSplits = 32, kLeastRows = 8 * kSumWarps;
@@ -406,7 +395,7 @@ int64_t split_count(int64_t rows, int64_t columns) {
   return splits < 1 ? 1 : splits > kMostSplits ? kMostSplits : splits;
 }
 
-// Partial: [splits, columns], or null where there is one split.
+// Partial: [splits, columns], or null if there is one split.
 template <typename T>
 __global__ void __launch_bounds__(kSumThreads) column_sum_kernel(const RowArguments a, const bool aligned, float* partial) {
   extern __shared__ uint4 shared_memory[];

@@ -1,14 +1,10 @@
-// The random-number contract of docs/philox.md: Philox4x32-10, for the host and for the device. Plain C++; nvcc adds the device.
+// The random numbers of docs/philox.md: Philox4x32-10, on the host and on the device. Plain C++; nvcc adds the device.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define ATAT_FAST_INLINE __host__ __device__ __forceinline__
-#else
-#define ATAT_FAST_INLINE inline __attribute__((always_inline))
-#endif
+#include "inline.h"
 
 namespace atat_fast {
 
@@ -41,21 +37,21 @@ ATAT_FAST_INLINE PhiloxWords philox4x32(uint32_t c0, uint32_t c1, uint32_t c2, u
   return {{c0, c1, c2, c3}};
 }
 
-// The four words of the thing numbered `index` (sample * length + position for a token).
+// The four words of element `index`; a token's is sample * length + position.
 ATAT_FAST_INLINE PhiloxWords random_words(uint64_t index, uint64_t seed, uint32_t step, uint32_t stream) {
   return philox4x32(static_cast<uint32_t>(index), static_cast<uint32_t>(index >> 32), step, stream, static_cast<uint32_t>(seed),
                     static_cast<uint32_t>(seed >> 32));
 }
 
-// Standard Gumbel -log(E), E = -log(u), of u = (word + 0.5) / 2^32. In fp32 both tails keep their relative precision: small u is
-// taken as it is, and from u = 1/2 upwards 1 - u is formed from the integer, where nothing is lost, and goes through log1p.
+// Standard Gumbel noise -log(-log(u)) of u = (word + 0.5) / 2^32. Both tails keep their relative precision in fp32: below u = 1/2
+// the logarithm is of u, and above it is log1p of u - 1, which is exact because it is formed from the integer.
 ATAT_FAST_INLINE float gumbel(uint32_t word) {
   const bool low = word < 0x80000000u;
   const float small = (static_cast<float>(low ? word : ~word) + 0.5f) * 0x1p-32f;
   return -logf(low ? -logf(small) : -log1pf(-small));
 }
 
-// The same of u = (high * 2^32 + low + 0.5) / 2^64: values up to 45, where 32 bits end at 22.9.
+// The same of u = (high * 2^32 + low + 0.5) / 2^64. Its values reach 45; those of 32 bits end at 22.9.
 ATAT_FAST_INLINE float gumbel64(uint32_t high, uint32_t low) {
   const bool under = high < 0x80000000u;
   const float top = static_cast<float>(static_cast<int32_t>(under ? high : ~high));

@@ -1,17 +1,17 @@
-// The arithmetic of one row of linear_cross_entropy that every compiled backend shares: how parts of a row are summed up, and what
-// follows for the loss and its gradient. Plain C++, so that all of it is tested on the host; cross_entropy.cpp and .cuh hold loops.
+// The arithmetic of one row of linear_cross_entropy that host and device share: how parts of a row are summed up, and what
+// follows for the loss and its gradient. Plain C++, so that all of it is tested on the host.
 #pragma once
 
 #include <cmath>
 #include <cstdint>
 
-#include "philox.h"
+#include "../common/inline.h"
 
 namespace atat_fast {
 
-// One slab on plain pointers. Tensors are contiguous but for the logits' rows; a null pointer stands for one that was not given.
+// One slab on plain pointers. All tensors but logits are contiguous; null stands for a tensor that was not given.
 struct RowArguments {
-  void* logits;              // [rows, columns], `stride` elements from row to row; where `gradient`, overwritten by it
+  void* logits;              // [rows, columns], `stride` elements from row to row; overwritten if `gradient`
   const int64_t* target;     // [rows]
   const float* token_weight; // [rows]
   const void* hidden;        // [rows, width], as logits
@@ -30,7 +30,7 @@ struct RowArguments {
   bool half;                 // logits, hidden, weight and bias are bf16; else fp32
 };
 
-// Some of a row's logits z, without the target's: the largest, and relative to it sum e^(z - largest), sum e^(z - largest) (z - largest).
+// Some of a row's logits z, without the target's: the largest, sum e^(z - largest), and sum e^(z - largest) (z - largest).
 struct RowPart {
   float largest;
   float sum;
@@ -52,15 +52,22 @@ ATAT_FAST_INLINE RowPart merge(RowPart a, RowPart b) {
   return {largest, x.sum + y.sum, x.moment + y.moment};
 }
 
-// What a row comes to. The gradient of weight * nll is `scale` * e^(z - largest) everywhere but at the target, where it is `at_target`.
+// A row's result. The gradient of weight * nll is `at_target` at the target and `scale` * e^(z - largest) elsewhere.
 struct RowResult {
   float nll, max_probability, entropy;
   float largest, scale, at_target;
   float others_share, own_share;  // of the probability: all but the target's, and the target's
 };
 
-// `others` is the whole row without its target. The target's gradient is taken from the others' sum and not as p - 1, which
-// cancels; likewise the loss of a row that is nearly certain.
+// What is reported of row i.
+ATAT_FAST_INLINE void report(const RowArguments& a, int64_t i, const RowResult& result) {
+  a.nll[i] = result.nll;
+  if (a.max_probability != nullptr) a.max_probability[i] = result.max_probability;
+  if (a.entropy != nullptr) a.entropy[i] = result.entropy;
+}
+
+// `others` is the whole row without its target. The target's gradient is taken from the others' sum, because p - 1 cancels; so is
+// the loss of a row that is nearly certain.
 ATAT_FAST_INLINE RowResult finish(RowPart others, float at_target, float weight) {
   const bool first = at_target >= others.largest;
   const float largest = first ? at_target : others.largest;
@@ -81,13 +88,13 @@ ATAT_FAST_INLINE RowResult finish(RowPart others, float at_target, float weight)
   return result;
 }
 
-// What rates change: the gradient is `scale` * e^(z - largest) * (rate - speed) everywhere but at the target. speed is the velocity
-// that is reported, sum of rate * p less the target's rate, where there is a target.
+// What rates change: the gradient is `at_target` at the target and `scale` * e^(z - largest) * (rate - speed) elsewhere. `speed`
+// is the reported velocity: the sum of rate * p, less the target's rate.
 struct RateResult {
   float speed, at_target;
 };
 
-// of_others is the sum of rate * p over all but the target. Terms of one sign add up, so nothing cancels in a row that is certain.
+// of_others is the sum of rate * p over all but the target. Its terms have one sign, so nothing cancels in a row that is certain.
 ATAT_FAST_INLINE RateResult finish_rates(const RowResult& row, float of_others, float own_rate, float weight) {
   const float q = row.others_share;
   return {of_others - own_rate * q, -weight * (own_rate * q * q + of_others * row.own_share)};

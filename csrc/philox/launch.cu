@@ -1,9 +1,8 @@
 // philox(index, seed, step, stream) on a GPU. Bound by the 40 bytes an index takes in and out; one thread owns one index.
 
-#include "philox.h"
+#include "op.h"
 
-#include "device.h"
-#include "philox_op.h"
+#include "../common/device.h"
 
 #include <torch/csrc/stable/accelerator.h>
 
@@ -19,22 +18,18 @@ __global__ void philox_kernel(const int64_t* index, const int64_t* seed, const i
   for (int j = 0; j < 4; ++j) out[4 * i + j] = four.word[j];
 }
 
-Tensor philox(Tensor index, Tensor seed, Tensor step, int64_t stream) {
-  const torch::stable::accelerator::DeviceGuard guard(index.get_device_index());
-  const PhiloxCall call(index, seed, step);
-  if (call.count > 0) {
-    const auto blocks = static_cast<unsigned>((call.count + 255) / 256);
-    const cudaStream_t current = current_stream(index.get_device_index());
-    philox_kernel<<<blocks, 256, 0, current>>>(call.in, call.key, call.now, static_cast<uint32_t>(stream), call.count, call.out);
-    const auto launched = cudaGetLastError();
-    STD_TORCH_CHECK(launched == cudaSuccess, "philox: ", cudaGetErrorString(launched));
-  }
-  return call.words;
+void philox_cuda(const PhiloxArguments& a, const Tensor& index) {
+  if (a.count == 0) return;
+  const int32_t device = index.get_device_index();
+  const torch::stable::accelerator::DeviceGuard guard(device);
+  const auto blocks = static_cast<unsigned>((a.count + 255) / 256);
+  philox_kernel<<<blocks, 256, 0, current_stream(device)>>>(a.index, a.seed, a.step, a.stream, a.count, a.out);
+  check_cuda("philox", cudaGetLastError());
 }
 
 }  // namespace
 }  // namespace atat_fast
 
 STABLE_TORCH_LIBRARY_IMPL(atat_fast_c, CUDA, m) {
-  m.impl("philox", TORCH_BOX(&atat_fast::philox));
+  m.impl("philox", TORCH_BOX(&atat_fast::philox<&atat_fast::philox_cuda>));
 }

@@ -1,21 +1,20 @@
 // The CUDA kernel of mask_tokens. One CTA owns one sequence and its keys, in shared memory.
 //
-// What it moves is small (ids in and out, 12 bytes a hidden token), so launches and latency bound it: everything is one launch,
-// and inside it the k-th smallest key is found by counting digits (four passes at most, over shared memory), never by sorting.
-// Where a sequence's rows begin is a sum over num_masked that every CTA makes for itself, so CTAs never wait for each other, no
-// atomic leaves a CTA, and results are the same bits on every run. Threads take tokens in fours: 16 bytes of int32 ids, twice 16
-// of int64.
+// It moves little (ids in and out, 12 bytes a hidden token), so launches and latency bound it. Everything is one launch. Inside
+// it the k-th smallest key is found by counting digits (four passes at most, over shared memory), never by sorting. Every CTA
+// sums num_masked for itself to know where its rows begin, so CTAs never wait for each other, no atomic leaves a CTA, and results
+// are the same bits on every run. Threads take tokens in fours: 16 bytes of int32 ids, twice 16 of int64.
 //
 // This file uses few of CUDA's words, so that tests can also run it on a CPU, thread by thread.
 #pragma once
 
-#include "masking.h"
+#include "../common/warp.cuh"
+#include "rule.h"
 
 namespace atat_fast {
 
 constexpr int kMaxThreads = 1024;
 constexpr int kMaxWarps = kMaxThreads / 32;
-constexpr uint32_t kFullWarp = 0xFFFFFFFFu;
 constexpr int kGroup = 4;  // tokens a thread takes at a time
 
 // The head of the CTA's shared memory. Keys follow, four a group, then one byte a group with a bit for each token.
@@ -40,10 +39,10 @@ inline int thread_count(int64_t length) {
 // Sum over the CTA, known to all its threads. Every thread calls it; the order of addition is fixed.
 __device__ inline int32_t cta_sum(int32_t value, SharedHead& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  value = __reduce_add_sync(kFullWarp, value);
+  value = __reduce_add_sync(kWholeWarp, value);
   if (lane == 0) shared.partial[warp] = value;
   __syncthreads();
-  value = __reduce_add_sync(kFullWarp, lane < warps ? shared.partial[lane] : 0);
+  value = __reduce_add_sync(kWholeWarp, lane < warps ? shared.partial[lane] : 0);
   __syncthreads();
   return value;
 }
@@ -51,27 +50,12 @@ __device__ inline int32_t cta_sum(int32_t value, SharedHead& shared) {
 template <bool kLargest>
 __device__ inline float cta_reduce(float value, SharedHead& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
-  const auto across_warp = [&] {
-    for (int distance = 16; distance > 0; distance /= 2) {
-      const float other = __shfl_xor_sync(kFullWarp, value, distance);
-      value = kLargest ? fmaxf(value, other) : value + other;
-    }
-  };
-  across_warp();
+  const auto across_warp = [](float of_lane) { return kLargest ? warp_max(of_lane) : warp_sum(of_lane); };
+  value = across_warp(value);
   if (lane == 0) shared.partial_float[warp] = value;
   __syncthreads();
-  value = lane < warps ? shared.partial_float[lane] : (kLargest ? -INFINITY : 0.0f);
-  across_warp();
+  value = across_warp(lane < warps ? shared.partial_float[lane] : (kLargest ? -INFINITY : 0.0f));
   __syncthreads();
-  return value;
-}
-
-__device__ inline int32_t warp_inclusive_sum(int32_t value) {
-  const int lane = threadIdx.x % 32;
-  for (int distance = 1; distance < 32; distance *= 2) {
-    const int32_t lower = __shfl_up_sync(kFullWarp, value, distance);
-    if (lane >= distance) value += lower;
-  }
   return value;
 }
 
@@ -82,14 +66,14 @@ __device__ inline int32_t cta_exclusive_sum(int32_t value, SharedHead& shared, i
   if (lane == 31) shared.partial[warp] = inclusive;
   __syncthreads();
   const int32_t of_warp = lane < warps ? shared.partial[lane] : 0;
-  const int32_t before = __reduce_add_sync(kFullWarp, lane < warp ? of_warp : 0);
-  total = __reduce_add_sync(kFullWarp, of_warp);
+  const int32_t before = __reduce_add_sync(kWholeWarp, lane < warp ? of_warp : 0);
+  total = __reduce_add_sync(kWholeWarp, of_warp);
   __syncthreads();
   return before + inclusive - value;
 }
 
-// Four neighbours at `from`, or the first `count` of them where the sequence ends; in 16-byte (or, for bytes, 4-byte) accesses
-// where the whole tensor is aligned for it.
+// Four neighbours at `from`, or the first `count` of them if the sequence ends there. Accesses are of 16 bytes (for bytes of 4)
+// if the whole tensor is aligned for them.
 template <typename T>
 __device__ inline void load_group(T (&out)[kGroup], const T* from, int count, bool aligned) {
   struct alignas(sizeof(T) * kGroup < 16 ? sizeof(T) * kGroup : 16) Four {
@@ -152,8 +136,8 @@ struct MaskSequence {
       all += count;
     }
     for (int distance = 16; distance > 0; distance /= 2) {
-      before += __shfl_xor_sync(kFullWarp, before, distance);
-      all += __shfl_xor_sync(kFullWarp, all, distance);
+      before += __shfl_xor_sync(kWholeWarp, before, distance);
+      all += __shfl_xor_sync(kWholeWarp, all, distance);
     }
     offset = before;
     total = all;
@@ -188,7 +172,7 @@ struct MaskSequence {
     wanted = slots < may_hide ? slots : may_hide;
   }
 
-  // Adds 1 to a bin for each token in play. Tilted keys share few leading digits, so their lanes first agree on one adder a bin.
+  // Adds 1 to a bin for each token in play. Tilted keys fall into few bins, so lanes first agree on one adder for each bin.
   __device__ void count_digits(const RadixSelect& select) {
     for (int turn = 0; turn < turns; ++turn) {
       const int group = group_of(turn);
@@ -198,7 +182,7 @@ struct MaskSequence {
         in_play = in_play && select.in_play(key);
         const uint32_t digit = in_play ? select.digit(key) : kBins;
         if (a.tilted()) {
-          const uint32_t same = __match_any_sync(kFullWarp, digit);
+          const uint32_t same = __match_any_sync(kWholeWarp, digit);
           const bool first = (same & ((1u << (threadIdx.x % 32)) - 1)) == 0;
           if (in_play && first) atomicAdd(&shared.histogram[digit], __popc(same));
         } else if (in_play) {
@@ -239,8 +223,8 @@ struct MaskSequence {
     return select.threshold;
   }
 
-  // From keys to what is hidden: `bits` says which tokens of a group, keys[4 group] becomes the row of the first of them. A count
-  // under the threshold and a count at it go through one scan, 16 bits each.
+  // From keys to hidden tokens: `bits` becomes which tokens of a group are hidden, keys[4 group] the row of the first of them.
+  // One scan adds up both counts, of keys under the threshold and of keys at it, 16 bits each.
   __device__ void hide(Threshold threshold) {
     int32_t under_before = 0, ties_before = 0;
     for (int turn = 0; turn < turns; ++turn) {
@@ -288,7 +272,7 @@ struct MaskSequence {
     sum = cta_reduce<false>(sum, shared);
   }
 
-  // The plain mean's weight counts the whole batch's frozen tokens, in every CTA: bytes that the second-level cache holds.
+  // The plain mean's weight. Every CTA counts the whole batch's frozen tokens: their bytes are in the second-level cache.
   __device__ float ce_weight() {
     const int64_t tokens = a.batch * a.length;
     int32_t frozen = 0;

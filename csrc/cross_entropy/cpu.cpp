@@ -1,18 +1,14 @@
-// The row pass of linear_cross_entropy on the CPU: a slab of logits becomes its own gradient in place. A row is taken in blocks that
-// stay in the first-level cache: once to find the block's largest logit and its exponentials relative to that, and once more, when
-// the row's sum is known, to scale them. Rows go to threads in tasks that depend on their number alone, so that the bias's gradient
-// is the same bits for any number of threads.
+// The row pass of linear_cross_entropy on the CPU: a slab of logits becomes its own gradient in place. A row goes in blocks that
+// stay in the first-level cache: each block once for its largest logit and its exponentials relative to that, and once more, when
+// the row's sum is known, to scale them. How rows are cut into tasks depends on their number alone, so the bias's gradient is the
+// same bits for any number of threads.
 
-#include "bfloat16.h"
-#include "cross_entropy.h"
-#include "vectorised.h"
-
-#include "cross_entropy_op.h"
+#include "../common/rows.h"
+#include "op.h"
 
 #include <algorithm>
 #include <cmath>
 #include <cstring>
-#include <vector>
 
 namespace atat_fast {
 namespace {
@@ -22,7 +18,7 @@ constexpr int64_t kRowsPerTask = 16;
 constexpr int64_t kMostTasks = 32;
 
 // e^x for x <= 0 to about one unit in the last place, with exact 0 below the smallest normal number and for -inf; NaN stays NaN.
-// Cephes' expf: x = n ln 2 + r, a polynomial in r, and n put into the exponent. Adding 1.5 * 2^23 rounds to an integer and leaves
+// Cephes' expf: x = n ln 2 + r, a polynomial in r, and n added to the exponent. Adding 1.5 * 2^23 rounds to an integer and leaves
 // it in the low bits.
 ATAT_FAST_INLINE float exp_of_negative(float x) {
   const float clamped = x < -87.0f ? -87.0f : x;
@@ -66,23 +62,11 @@ ATAT_FAST_VECTORISED RowPart exponentials(float* z, int64_t count, bool moment) 
   return {largest, sum, moments};
 }
 
-ATAT_FAST_VECTORISED void widen(float* out, const uint16_t* in, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = from_bfloat16(in[i]);
-}
-
 ATAT_FAST_VECTORISED void scale(float* out, float factor, int64_t count) {
   for (int64_t i = 0; i < count; ++i) out[i] *= factor;
 }
 
-ATAT_FAST_VECTORISED void narrow(uint16_t* out, const float* in, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) out[i] = to_bfloat16(in[i]);
-}
-
-ATAT_FAST_VECTORISED void add(float* sum, const float* term, int64_t count) {
-  for (int64_t i = 0; i < count; ++i) sum[i] += term[i];
-}
-
-ATAT_FAST_VECTORISED float dot(const uint16_t* a, const uint16_t* b, int64_t count) {
+ATAT_FAST_VECTORISED float dot(const Half* a, const Half* b, int64_t count) {
   float sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t i = 0; i < count; ++i) sum += from_bfloat16(a[i]) * from_bfloat16(b[i]);
@@ -105,22 +89,21 @@ ATAT_FAST_VECTORISED void scale_by_rates(float* gradient, const float* rates, fl
   for (int64_t i = 0; i < count; ++i) gradient[i] *= rates[i] - speed;
 }
 
-ATAT_FAST_INLINE float widened(uint16_t value) { return from_bfloat16(value); }
-ATAT_FAST_INLINE float widened(float value) { return value; }
-
-// A row is worked on where it lies only if that is fp32 and becomes the gradient.
+// A row is worked on where it lies only if it is fp32 and becomes the gradient.
 bool in_place(const RowArguments& a) { return !a.half && a.gradient; }
 
 // Working memory of one thread: a row in fp32, and each block's part and sum of rate * e^(z - its largest).
 struct Scratch {
   explicit Scratch(const RowArguments& a)
-      : row(in_place(a) ? 0 : a.columns), parts((a.columns + kBlock - 1) / kBlock), rated(a.rates == nullptr ? 0 : parts.size()) {}
+      : row(in_place(a) ? 0 : a.columns),
+        parts((a.columns + kBlock - 1) / kBlock),
+        rated(a.rates == nullptr ? 0 : parts.size()) {}
   std::vector<float> row;
   std::vector<RowPart> parts;
   std::vector<float> rated;
 };
 
-// As stored, or computed again from the inputs where they are given: a bf16 logit is rounded.
+// Computed again from the inputs if they are given, because a stored bf16 logit is rounded.
 template <typename T>
 float target_logit(const RowArguments& a, int64_t i, int64_t target) {
   if (a.hidden == nullptr) return widened(static_cast<const T*>(a.logits)[i * a.stride + target]);
@@ -129,25 +112,24 @@ float target_logit(const RowArguments& a, int64_t i, int64_t target) {
 }
 
 void empty_row(const RowArguments& a, int64_t i) {
-  a.nll[i] = 0;
-  if (a.max_probability != nullptr) a.max_probability[i] = 0;
-  if (a.entropy != nullptr) a.entropy[i] = 0;
+  report(a, i, RowResult{});
   if (a.velocity != nullptr) a.velocity[i] = 0;
   if (!a.gradient) return;
-  const int64_t size = a.half ? sizeof(uint16_t) : sizeof(float);
+  const int64_t size = a.half ? sizeof(Half) : sizeof(float);
   memset(static_cast<char*>(a.logits) + i * a.stride * size, 0, a.columns * size);
 }
 
 void one_row(const RowArguments& a, int64_t i, float* bias_gradient, Scratch& scratch) {
   const float weight = a.token_weight == nullptr ? 1.0f : a.token_weight[i];
   if (weight == 0) return empty_row(a, i);
-  auto* halves = static_cast<uint16_t*>(a.logits) + i * a.stride;
+  auto* halves = static_cast<Half*>(a.logits) + i * a.stride;
   auto* floats = static_cast<float*>(a.logits) + i * a.stride;
   float* row = in_place(a) ? floats : scratch.row.data();
   const int64_t target = a.target[i];
   const bool inside = target >= 0 && target < a.vocabulary;
-  float at_target = !inside ? NAN : a.half ? target_logit<uint16_t>(a, i, target) : target_logit<float>(a, i, target);
-  const float elapsed = a.elapsed == nullptr ? 0.0f : a.elapsed[i], own_rate = a.rates != nullptr && inside ? a.rates[target] : 0.0f;
+  float at_target = !inside ? NAN : a.half ? target_logit<Half>(a, i, target) : target_logit<float>(a, i, target);
+  const float elapsed = a.elapsed == nullptr ? 0.0f : a.elapsed[i];
+  const float own_rate = a.rates != nullptr && inside ? a.rates[target] : 0.0f;
   at_target -= elapsed * own_rate;
   const int64_t target_block = inside ? target / kBlock : -1;
 
@@ -155,7 +137,7 @@ void one_row(const RowArguments& a, int64_t i, float* bias_gradient, Scratch& sc
   for (int64_t start = 0, k = 0; start < a.columns; start += kBlock, ++k) {
     const int64_t count = std::min(kBlock, a.columns - start);
     if (a.half) {
-      widen(row + start, halves + start, count);
+      widen_row(row + start, halves + start, count);
     } else if (!in_place(a)) {
       std::copy_n(floats + start, count, row + start);
     }
@@ -168,9 +150,7 @@ void one_row(const RowArguments& a, int64_t i, float* bias_gradient, Scratch& sc
 
   RowResult result = finish(others, inside ? at_target : -INFINITY, weight);
   if (!inside) result.nll = NAN;
-  a.nll[i] = result.nll;
-  if (a.max_probability != nullptr) a.max_probability[i] = result.max_probability;
-  if (a.entropy != nullptr) a.entropy[i] = result.entropy;
+  report(a, i, result);
   RateResult rates{0, result.at_target};
   if (a.rates != nullptr) {
     float of_others = 0;
@@ -188,13 +168,12 @@ void one_row(const RowArguments& a, int64_t i, float* bias_gradient, Scratch& sc
     scale(row + start, part.sum == 0 ? 0.0f : result.scale * std::exp(part.largest - result.largest), count);
     if (a.rates != nullptr) scale_by_rates(row + start, a.rates + start, rates.speed, count);
     if (k == target_block) row[target] = rates.at_target;
-    if (a.half) narrow(halves + start, row + start, count);
-    if (bias_gradient != nullptr) add(bias_gradient + start, row + start, count);
+    if (a.half) narrow_row(halves + start, row + start, count);
+    if (bias_gradient != nullptr) add_row(bias_gradient + start, row + start, count);
   }
 }
 
-void cross_entropy_cpu(const RowArguments& a) {
-  if (a.rows == 0 || a.columns == 0) return;
+void cross_entropy_cpu(const RowArguments& a, const Tensor&) {
   const int64_t tasks = std::min(kMostTasks, (a.rows + kRowsPerTask - 1) / kRowsPerTask);
   const bool sums = a.bias_gradient != nullptr && a.gradient;
   std::vector<float> partial(sums ? tasks * a.columns : 0, 0.0f);
@@ -208,22 +187,15 @@ void cross_entropy_cpu(const RowArguments& a) {
   if (!sums) return;
   torch::stable::parallel_for(0, (a.columns + kBlock - 1) / kBlock, 1, [&](int64_t first, int64_t last) {
     const int64_t start = first * kBlock, count = std::min(last * kBlock, a.columns) - start;
-    for (int64_t task = 0; task < tasks; ++task) add(a.bias_gradient + start, partial.data() + task * a.columns + start, count);
+    for (int64_t task = 0; task < tasks; ++task) {
+      add_row(a.bias_gradient + start, partial.data() + task * a.columns + start, count);
+    }
   });
-}
-
-void cross_entropy(Tensor logits, Tensor target, std::optional<Tensor> token_weight, std::optional<Tensor> hidden,
-                   std::optional<Tensor> weight, std::optional<Tensor> bias, bool gradient, Tensor nll,
-                   std::optional<Tensor> max_probability, std::optional<Tensor> entropy, std::optional<Tensor> bias_gradient,
-                   std::optional<Tensor> rates, std::optional<Tensor> elapsed, std::optional<Tensor> velocity) {
-  const RowCall call(logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient,
-                     rates, elapsed, velocity);
-  cross_entropy_cpu(call.arguments);
 }
 
 }  // namespace
 }  // namespace atat_fast
 
 STABLE_TORCH_LIBRARY_IMPL(atat_fast_c, CPU, m) {
-  m.impl("cross_entropy_", TORCH_BOX(&atat_fast::cross_entropy));
+  m.impl("cross_entropy_", TORCH_BOX(&atat_fast::cross_entropy<&atat_fast::cross_entropy_cpu>));
 }

@@ -1,24 +1,17 @@
-// The row pass of linear_categorical on the CPU: a slab of logits to one id a row by the Gumbel-max rule. It is bound by arithmetic:
-// ten rounds of Philox for every two logits, and two logarithms for each. All of it is written so that the compiler does it on
-// vectors; a row is taken in blocks that stay in registers and the first-level cache.
+// The row pass of linear_categorical on the CPU: a slab of logits to one id a row by the Gumbel-max rule. Arithmetic bounds it:
+// ten rounds of Philox for every two logits, and two logarithms for each. All of it is written so that the compiler vectorises
+// it. A row goes in blocks that stay in registers and the first-level cache.
 
-#include "bfloat16.h"
-#include "linear_categorical.h"
-#include "vectorised.h"
-
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
+#include "../common/bfloat16.h"
+#include "../common/tensor.h"
+#include "../common/vectorised.h"
+#include "rule.h"
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 namespace atat_fast {
 namespace {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
 
 constexpr int64_t kBlock = 512;  // columns; even, so that a block begins with a part of its own
 
@@ -38,8 +31,8 @@ ATAT_FAST_INLINE float log_of(float x, float exponent) {
   return x + y + exponent * 0.693359375f;
 }
 
-// All bits of `yes` where the mask has them, of `no` elsewhere. A conditional on floats would be a branch to the compiler, which may
-// not compute what is not needed (it could trap), and a loop with a branch is no vector loop.
+// The bits of `yes` that the mask has, and the other bits of `no`. The compiler would turn a conditional on floats into a branch,
+// because computing the side that is not needed could trap, and it does not vectorise a loop with a branch.
 ATAT_FAST_INLINE float pick(uint32_t mask, float yes, float no) {
   return float_from_bits((bits_of_float(yes) & mask) | (bits_of_float(no) & ~mask));
 }
@@ -55,13 +48,14 @@ ATAT_FAST_INLINE void split(float value, float& x, float& exponent) {
   x = float_from_bits(mantissa + (low & 0x00800000u)) - 1.0f;
 }
 
-// gumbel64 of philox.h without calls. -log1p(-small) is log_of's too: 1 - small = 1 + x with x = -small, or (1 + x) / 2 with
-// x = 1 - 2 small, both exact.
+// gumbel64 of common/philox.h without calls. log_of does -log1p(-small) too: 1 - small = 1 + x with x = -small, or (1 + x) / 2
+// with x = 1 - 2 small, both exact.
 ATAT_FAST_INLINE float gumbel_of(uint32_t high, uint32_t low) {
   const uint32_t over = 0u - (high >> 31);
   const float top = static_cast<float>(static_cast<int32_t>(high ^ over));
   const uint32_t rest = low ^ over;
-  const float upper = static_cast<float>(static_cast<int32_t>(rest >> 16)), lower = static_cast<float>(static_cast<int32_t>(rest & 0xFFFFu));
+  const float upper = static_cast<float>(static_cast<int32_t>(rest >> 16));
+  const float lower = static_cast<float>(static_cast<int32_t>(rest & 0xFFFFu));
   const float small = (top + (upper * 65536.0f + (lower + 0.5f)) * 0x1p-32f) * 0x1p-32f;
   float x, exponent;
   split(small, x, exponent);
@@ -90,12 +84,9 @@ ATAT_FAST_VECTORISED void fill_noise(float* noise, uint32_t first, int64_t parts
   }
 }
 
-ATAT_FAST_INLINE float widened(uint16_t value) { return from_bfloat16(value); }
-ATAT_FAST_INLINE float widened(float value) { return value; }
-
-// Scores of some columns, in place of their noise. Returns the largest, or NaN where there is one.
+// Scores of some columns, in place of their noise. Returns the largest, or NaN if one is NaN.
 template <typename T>
-ATAT_FAST_INLINE float scores_of(float* noise, const T* logits, int64_t count, float inverse_temperature) {
+ATAT_FAST_VECTORISED float add_logits(float* noise, const T* logits, int64_t count, float inverse_temperature) {
   float largest = -INFINITY;
   int32_t wrong = 0;
 #pragma omp simd reduction(max : largest) reduction(+ : wrong)
@@ -107,17 +98,6 @@ ATAT_FAST_INLINE float scores_of(float* noise, const T* logits, int64_t count, f
   }
   return wrong ? NAN : largest;
 }
-
-ATAT_FAST_VECTORISED float add_logits(float* noise, const float* logits, int64_t count, float inverse_temperature) {
-  return scores_of(noise, logits, count, inverse_temperature);
-}
-
-ATAT_FAST_VECTORISED float add_halves(float* noise, const uint16_t* logits, int64_t count, float inverse_temperature) {
-  return scores_of(noise, logits, count, inverse_temperature);
-}
-
-ATAT_FAST_INLINE float add(float* n, const float* z, int64_t count, float inverse) { return add_logits(n, z, count, inverse); }
-ATAT_FAST_INLINE float add(float* n, const uint16_t* z, int64_t count, float inverse) { return add_halves(n, z, count, inverse); }
 
 float largest_of(const float* scores, int64_t count) {
   float largest = -INFINITY;
@@ -137,7 +117,7 @@ Winner race(const T* logits, int64_t start, int64_t stop, int64_t forbidden, flo
   for (int64_t from = start; from < stop; from += kBlock) {
     const int64_t count = std::min(kBlock, stop - from);
     fill_noise(scores, static_cast<uint32_t>(from / 2), (count + 1) / 2, index, seed, step);
-    float largest = add(scores, logits + from, count, inverse_temperature);
+    float largest = add_logits(scores, logits + from, count, inverse_temperature);
     if (forbidden >= from && forbidden < from + count) {  // whatever its logit is, +inf and NaN included
       scores[forbidden - from] = -INFINITY;
       largest = largest_of(scores, count);
@@ -153,12 +133,13 @@ void draw(const Tensor& logits, const int64_t* index, int64_t forbidden, float i
           int64_t* ids) {
   const int64_t rows = logits.size(0), columns = logits.size(1), stride = logits.stride(0);
   const T* z = static_cast<const T*>(logits.const_data_ptr());
-  const int64_t split = (columns / 2 + kBlock - 1) / kBlock * kBlock;  // a row is two tasks, so that one row keeps two threads busy
+  const int64_t split = (columns / 2 + kBlock - 1) / kBlock * kBlock;  // a row is two tasks, so one row keeps two threads busy
   std::vector<Winner> winners(2 * rows);
   torch::stable::parallel_for(0, 2 * rows, 1, [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t row = task / 2, start = task % 2 ? split : 0, stop = task % 2 ? columns : std::min(split, columns);
-      winners[task] = race(z + row * stride, start, stop, forbidden, inverse_temperature, static_cast<uint64_t>(index[row]), seed, step);
+      const auto own = static_cast<uint64_t>(index[row]);
+      winners[task] = race(z + row * stride, start, stop, forbidden, inverse_temperature, own, seed, step);
     }
   });
   for (int64_t row = 0; row < rows; ++row) ids[row] = better(winners[2 * row], winners[2 * row + 1]).id;
@@ -167,23 +148,16 @@ void draw(const Tensor& logits, const int64_t* index, int64_t forbidden, float i
 Tensor linear_categorical(Tensor logits, Tensor index, int64_t forbidden, double inverse_temperature, Tensor seed, Tensor step) {
   STD_TORCH_CHECK(logits.is_cpu() && logits.dim() == 2 && (logits.numel() == 0 || logits.stride(1) == 1),
                   "linear_categorical takes logits [R, V] on the CPU, dense in V");
-  for (const Tensor* tensor : {&index, &seed, &step}) {
-    STD_TORCH_CHECK(tensor->is_cpu() && tensor->scalar_type() == ScalarType::Long, "linear_categorical takes int64 on the CPU");
-  }
-  STD_TORCH_CHECK(index.dim() == 1 && index.size(0) == logits.size(0) && index.is_contiguous(), "one index for each row of logits");
-  STD_TORCH_CHECK(seed.numel() == 1 && step.numel() == 1, "linear_categorical takes one seed and one step");
-  Tensor ids = torch::stable::new_empty(index, {index.size(0)});
-  const auto key = static_cast<uint64_t>(*seed.const_data_ptr<int64_t>());
-  const auto now = static_cast<uint32_t>(*step.const_data_ptr<int64_t>());
+  const bool half = is_half("linear_categorical", logits.scalar_type());
+  Reader reader("linear_categorical", logits);
+  const int64_t* names = reader.read<int64_t>(index, "index", logits.size(0));
+  const auto key = static_cast<uint64_t>(*reader.read<int64_t>(seed, "seed", 1));
+  const auto now = static_cast<uint32_t>(*reader.read<int64_t>(step, "step", 1));
   const auto inverse = static_cast<float>(inverse_temperature);
-  const int64_t* names = index.const_data_ptr<int64_t>();
+  Tensor ids = torch::stable::new_empty(index, {logits.size(0)});
   int64_t* out = ids.mutable_data_ptr<int64_t>();
-  if (logits.scalar_type() == ScalarType::Float) {
-    draw<float>(logits, names, forbidden, inverse, key, now, out);
-  } else {
-    STD_TORCH_CHECK(logits.scalar_type() == ScalarType::BFloat16, "linear_categorical takes fp32 or bf16 on the CPU");
-    draw<uint16_t>(logits, names, forbidden, inverse, key, now, out);
-  }
+  const auto draw_ids = half ? &draw<Half> : &draw<float>;
+  draw_ids(logits, names, forbidden, inverse, key, now, out);
   return ids;
 }
 
