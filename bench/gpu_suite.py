@@ -124,16 +124,16 @@ def first_tier(small: bool) -> list[Step]:
     """Is it right, and how fast is it."""
     python, marker = sys.executable, "not gpu and not slow" if small else "gpu and not slow"
     ceilings, head = ("--rounds", "2") * small, ("--rows", "64", "--width", "32", "--vocabulary", "517", "--rounds", "2") * small
-    ops, sizes = "tests/gpu/test_ops.py", (*SMALL, "--seconds", "110", "--profile")
+    ops, sizes = ("tests/ops", "tests/gpu/test_ops.py"), (*SMALL, "--seconds", "110", "--profile")
     if small:
         sizes = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "30")
     out, processes = ("--out", DEVICE_FOLDER), not small
     only = ("--collect-only",) * small  # on a CPU they are part of the suite that asks for this
-    others = ("tests/gpu", "-m", marker, f"--ignore={ops}", "--continue-on-collection-errors", *only)
+    others = ("tests/gpu", "-m", marker, f"--ignore={ops[1]}", "--continue-on-collection-errors", *only)
     variants = ("--variants", "mdlm", "atat_fast", "atat_fast+atat")
     return [
         Step("environment", (python, "-c", FACTS), 25, needs_gpu=False, why="versions, and which backend every op chose"),
-        pytest_step("ops", 65, ops, "-m", marker, *only, why="every kernel against fp64, by backend", processes=processes),
+        pytest_step("ops", 65, *ops, "-m", marker, *only, why="every kernel against fp64, by backend", processes=processes),
         Step("ceilings", (python, "bench/ceilings.py", *out, *ceilings), 15, why="what the device reaches at best"),
         Step("head", (python, "bench/head.py", *out, *head), 20, why="the head by backend and size of slab, and a profile"),
         Step("throughput", (python, "bench/throughput.py", *sizes, *variants, *out), 120, why="the figure the package is for"),
@@ -170,7 +170,7 @@ def second_tier(small: bool) -> list[Step]:
 def third_tier(small: bool) -> list[Step]:
     """Every other test that needs a GPU: grids of shapes for each op, compute-sanitizer, what takes long."""
     marker = "not gpu and not slow" if small else "gpu"
-    where = ("tests/gpu/test_ops.py",) if small else ("tests", "--continue-on-collection-errors")
+    where = ("tests/ops/philox",) if small else ("tests", "--continue-on-collection-errors")
     return [
         pytest_step("all tests", 900, *where, "-m", marker, why="grids of shapes, sanitizers, what is slow", processes=not small)
     ]

@@ -1,8 +1,8 @@
-// The kernels of csrc/cross_entropy/kernel.cuh, run on a CPU for tests/ops/test_cross_entropy_kernel.py.
+// The kernels of csrc/cross_entropy/kernel.cuh, run on a CPU for tests/ops/linear_cross_entropy/test_cuda_on_host.py.
 
-#include "cuda_on_host.h"
+#include "../cuda_on_host.h"
 
-#include "../../csrc/cross_entropy/kernel.cuh"
+#include "../../../csrc/cross_entropy/kernel.cuh"
 
 #include <cstring>
 

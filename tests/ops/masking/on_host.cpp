@@ -1,8 +1,8 @@
-// The kernel of csrc/masking/kernel.cuh, run on a CPU for tests/ops/test_masking_kernel.py.
+// The kernel of csrc/masking/kernel.cuh, run on a CPU for tests/ops/masking/test_cuda_on_host.py.
 
-#include "cuda_on_host.h"
+#include "../cuda_on_host.h"
 
-#include "../../csrc/masking/kernel.cuh"
+#include "../../../csrc/masking/kernel.cuh"
 
 #include <cstring>
 

@@ -8,15 +8,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from op_checks import BF16, F32, backends, compiled_whole, for_gpu, interprets
 
-from atat_fast.ops import linear_categorical, linear_categorical_cost, linear_categorical_reference, registry
+from atat_fast.ops import linear_categorical, linear_categorical_cost, linear_categorical_reference
 from atat_fast.ops.linear_categorical import token_noise, vocabulary_noise
 from atat_fast.ops.philox import STREAM_TOKEN, gumbel64, random_words
 
-# With TRITON_INTERPRET=1 that includes triton, in an interpreter: see test_interpreted.py.
-READY = [name for name, reason in registry.explain("linear_categorical", torch.device("cpu")).items() if reason is None]
-every = pytest.mark.parametrize("backend", READY)
-quick = pytest.mark.parametrize("backend", [name for name in READY if name != "triton"])
+every = backends("linear_categorical", gpu=False)
+quick = backends("linear_categorical", gpu=False, quick=True)
 
 # Index, id and noise of the largest among 7e8 numbers with seed 0 and step 0: at odds of 1 to 5e8, 3e8 and below.
 RARE = (
@@ -49,7 +48,7 @@ def margin(hidden, weight, index, bias, forbidden, temperature, seed, step):
     temperature=st.sampled_from([0.1, 1.0, 3.0]), seed=st.integers(-(2**63), 2**63 - 1), step=st.integers(0, 2**32 - 1),
     first=st.integers(-(2**63), 2**63 - 100), data=st.data(),
 )  # fmt: skip
-def test_it_matches_the_specification(backend, rows, width, vocabulary, bias, temperature, seed, step, first, data):
+def test_it_matches_the_specification(backend, device, rows, width, vocabulary, bias, temperature, seed, step, first, data):
     hidden, weight, b = head(rows, width, vocabulary)
     b = b if bias else None
     index = first + torch.arange(rows)
@@ -65,16 +64,29 @@ def test_it_matches_the_specification(backend, rows, width, vocabulary, bias, te
         assert (got == -1).all()
 
 
-@every
-@pytest.mark.parametrize("shape", [(1, 16, 130), (5, 33, 257), (17, 48, 515), (3, 70, 3), (0, 8, 9)])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_shapes_and_dtypes(poisoned, backend, shape, dtype):
+@backends("linear_categorical")
+@pytest.mark.parametrize(
+    "shape",
+    [
+        (1, 16, 130),
+        (5, 33, 257),
+        (17, 48, 515),
+        (3, 70, 3),
+        (0, 8, 9),
+        pytest.param((7, 32, 131), id="tiny"),
+        for_gpu((256, 768, 50_257), id="model"),
+    ],
+)
+@pytest.mark.parametrize("dtype", [F32, BF16])
+def test_what_is_drawn_is_the_best_in_fp64_to_within_rounding(poisoned, backend, device, shape, dtype):
     rows, width, vocabulary = shape
-    hidden, weight, bias = head(rows, width, vocabulary, dtype)
+    hidden, weight, bias = head(rows, width, vocabulary, dtype, scale=1.0 if width < 100 else width**-0.5)
     index = torch.arange(rows) * 1_000_003
-    got = linear_categorical(hidden, weight, index, bias=bias, forbidden=1, temperature=0.8, seed=5, step=7, backend=backend)
+    there = [t.to(device) for t in (hidden, weight, index)]
+    options = {"forbidden": 1, "temperature": 0.8, "seed": 5, "step": 7, "backend": backend}
+    got = linear_categorical(*there, bias=bias.to(device), **options).cpu()
     logits = torch.nn.functional.linear(hidden.double(), weight.double(), bias.double())
-    tolerance = 1e-4 if dtype is torch.float32 else 2**-7 * float(logits.abs().max() if logits.numel() else 0) / 0.8
+    tolerance = 1e-4 if dtype is F32 else 2**-7 * float(logits.abs().max() if logits.numel() else 0) / 0.8
     sums = logits / 0.8 + vocabulary_noise(index, vocabulary, 5, 7)
     sums[:, 1] = -torch.inf
     if rows:  # a stored logit is rounded to bf16; what was chosen is the best to within that
@@ -83,7 +95,7 @@ def test_shapes_and_dtypes(poisoned, backend, shape, dtype):
 
 
 @every
-def test_rows_are_independent_of_each_other(backend):
+def test_rows_are_independent_of_each_other(backend, device):
     hidden, weight, bias = head(9, 32, 150)
     index = torch.tensor([7, 1, 7, 2**40, 5, 0, 3, 8, 9])
     hidden[2] = hidden[0]
@@ -100,7 +112,7 @@ def test_rows_are_independent_of_each_other(backend):
 
 
 @every
-def test_what_is_not_a_number(backend):
+def test_what_is_not_a_number(backend, device):
     weight, hidden = torch.randn(40, 8), torch.randn(5, 8)
     hidden[1] = torch.nan
     bias = torch.zeros(40)
@@ -116,7 +128,7 @@ def test_what_is_not_a_number(backend):
 
 @quick
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_draws_follow_the_softmax(backend, temperature):
+def test_draws_follow_the_softmax(backend, device, temperature):
     p = torch.tensor([0.5, 0.2, 0.1, 0.1, 0.05, 0.03, 0.02])
     trials = 20_000
     hidden, weight = torch.ones(trials, 1), p.log()[:, None]
@@ -127,13 +139,15 @@ def test_draws_follow_the_softmax(backend, temperature):
 
 
 @every
-def test_rare_tokens_come_where_their_noise_says(backend):
+def test_rare_tokens_come_where_their_noise_says(backend, device):
     """Known places where an id's noise is so large that it wins from far below, at a chance of a few 1e-9, and just so far.
 
     Noise from 24 random bits ends at 16.6 and never draws them; noise from 32 bits is coarse there.
     """
     width = 2
-    for index, id, noise in RARE[-1:] if backend == "triton" else RARE:  # the interpreter takes seconds for a thousand ids
+    for index, id, noise in (
+        RARE[-1:] if interprets(backend, device) else RARE
+    ):  # the interpreter takes seconds for a thousand ids
         hidden, weight, bias = torch.zeros(1, width), torch.zeros(id + 2, width), torch.full((id + 2,), -torch.inf)
         rival = id + 1
         own = float(vocabulary_noise(torch.tensor([index]), id + 2, 0, 0)[0, rival])
@@ -178,7 +192,7 @@ def test_the_noise_is_what_the_page_says():
 
 
 @quick
-def test_autocast_takes_its_dtype(backend):
+def test_autocast_takes_its_dtype(backend, device):
     hidden, weight, bias = head(12, 64, 500)
     index = torch.arange(12)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -187,25 +201,19 @@ def test_autocast_takes_its_dtype(backend):
     assert torch.equal(got, want)
 
 
-def test_opcheck_and_compile():
+@quick
+def test_opcheck_compile_and_no_gradient(backend, device):
     hidden, weight, bias = head(5, 16, 40)
-    index, seed, step = torch.arange(5), torch.tensor(1), torch.tensor(2)
-    for backend in [name for name in READY if name != "triton"]:
-        arguments = (hidden, weight, index, bias, 3, 0.9, seed, step, 1 << 20, backend)
-        torch.library.opcheck(torch.ops.atat_fast.linear_categorical, arguments)
-    want = linear_categorical(hidden, weight, index, bias=bias, forbidden=3, seed=seed, step=step)
+    given = (hidden.requires_grad_(), weight.requires_grad_(), torch.arange(5), bias, 3, 0.9, torch.tensor(1), torch.tensor(2))
+    arguments = (hidden.detach(), weight.detach(), *given[2:], 1 << 20, backend)
+    torch.library.opcheck(torch.ops.atat_fast.linear_categorical, arguments)
 
-    @torch.compile(fullgraph=True, backend="eager")
-    def drawn(hidden, weight, index, bias, seed, step):
-        return linear_categorical(hidden, weight, index, bias=bias, forbidden=3, seed=seed, step=step)
+    def drawn(hidden, weight, index, bias, forbidden, temperature, seed, step):
+        options = {"bias": bias, "forbidden": forbidden, "temperature": temperature, "seed": seed, "step": step}
+        return linear_categorical(hidden, weight, index, **options, backend=backend)
 
-    assert torch.equal(drawn(hidden, weight, index, bias, seed, step), want)
-
-
-def test_gradients_are_left_alone():
-    hidden, weight, bias = head(5, 16, 40)
-    hidden.requires_grad_(), weight.requires_grad_()
-    assert not linear_categorical(hidden, weight, torch.arange(5), bias=bias, seed=0).requires_grad
+    want = drawn(*given)
+    assert torch.equal(compiled_whole(drawn, "eager")(*given), want) and not want.requires_grad
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,6 @@
-// The rules of csrc/common/philox.h and csrc/masking/rule.h, run on a CPU for tests/ops/test_philox.py.
+// The rules of csrc/common/philox.h and csrc/masking/rule.h, run on a CPU for tests/ops/philox/test_cuda_on_host.py.
 
-#include "../../csrc/masking/rule.h"
+#include "../../../csrc/masking/rule.h"
 
 extern "C" {
 
