@@ -55,7 +55,7 @@ class OnHost:
     """
 
     class Arguments(ctypes.Structure):
-        """RowArguments of csrc/cross_entropy.h."""
+        """RowArguments of csrc/cross_entropy/rule.h."""
 
         _fields_ = [
             *((n, ctypes.c_void_p) for n in ("logits", "target", "token_weight", "hidden", "weight", "bias", "nll")),

@@ -19,7 +19,7 @@ P = ctypes.c_void_p
 
 
 class Arguments(ctypes.Structure):
-    """MaskArguments of csrc/masking.h."""
+    """MaskArguments of csrc/masking/rule.h."""
 
     _fields_ = [
         *((name, P) for name in ("tokens", "num_masked", "sample_ids", "seed", "step", "scores", "eligible", "frozen")),

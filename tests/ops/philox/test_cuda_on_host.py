@@ -1,4 +1,4 @@
-"""csrc/philox.h and csrc/masking.h compiled for the host, by the host's compiler and as CUDA code by nvcc."""
+"""csrc/common/philox.h and csrc/masking/rule.h compiled for the host, by the host's compiler and as CUDA code by nvcc."""
 
 from __future__ import annotations
 
