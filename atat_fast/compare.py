@@ -21,17 +21,21 @@ def main(arguments: Sequence[str]) -> int:
     """The door. Status 0, 1 where a run diverged, 2 on bad input, 128 + N when signal N stopped it."""
     parser = make_parser(prog="python -m atat_fast.compare", description="Compare recipes of training at equal cost.")
     parser.add_argument(
-        "--recipes", type=str, default="uniform,fast",
+        "--recipes",
+        type=str,
+        default="uniform,fast",
         help="Names or .yaml files with commas between: preset, mdlm, elbo, uniform, atat, fast. Differences are from the first.",
-    )  # fmt: skip
+    )
     parser.add_argument("--seeds", type=int, default=3, help="Runs of each recipe, with seeds from train.seed on.")
     parser.add_argument("--budget", type=str, default="minutes=1.5", help="Of each run: minutes=1.5 of training, or tokens=2M.")
     parser.add_argument("--points", type=int, default=8, help="Evaluations of a run, about.")
     parser.add_argument("--out", type=path_text, default=None, help="Folder of results; by default compare/PRESET.")
     parser.add_argument(
-        "--masks", type=int, default=0,
+        "--masks",
+        type=int,
+        default=0,
         help="Also draw masks this often on the first recipe's first model, and print each way's standard error; 0 does not.",
-    )  # fmt: skip
+    )
     parser.add_argument(
         "--masks_of", type=path_text, default=None, help="Only that (--masks 16 by default), on the model of this run."
     )

@@ -174,9 +174,13 @@ def _saved(args: Any) -> Saved:
 
     ordered = "importance" in (args.order or "")  # every other figure does without the estimator
     return open_model(
-        run=args.run, model=args.model, tokenizer=args.tokenizer, which=args.checkpoint, average=args.weights == "ema",
+        run=args.run,
+        model=args.model,
+        tokenizer=args.tokenizer,
+        which=args.checkpoint,
+        average=args.weights == "ema",
         importance=ordered,
-    )  # fmt: skip
+    )
 
 
 def _known(args: Any, saved: Saved) -> dict[str, Any]:

@@ -174,15 +174,22 @@ class Answers:
         def hide(counts: Tensor) -> Tensor:
             noisy, _, _ = mask_tokens(
                 x, counts, mask_id=self.model.mask_id, seed=self.seed, step=0, sample_ids=ids, frozen=frozen
-            )  # fmt: skip
+            )
             return noisy[:, given:] == self.model.mask_id
 
         return torch.cat((hide(k), ~hide(k - 1)))
 
     def generated(
-        self, context: str, *, stops: Sequence[str], most: int | None, temperature: float, sample_id: int, top_k: int = 0,
+        self,
+        context: str,
+        *,
+        stops: Sequence[str],
+        most: int | None,
+        temperature: float,
+        sample_id: int,
+        top_k: int = 0,
         top_p: float = 1.0,
-    ) -> str:  # fmt: skip
+    ) -> str:
         """The text a sampler puts after `context`: at most `most` tokens, up to the first stop or end of document.
 
         most: None is 256, or half of the model's length where that is less. The context keeps what fits of its end, and half of
@@ -205,9 +212,16 @@ class Answers:
         ids = torch.tensor([before + [self.model.mask_id] * most], device=self.compute.device)
         with self.compute.autocast():
             drawn = sample(
-                self.model, ids, steps=self.steps or most, sampler=self.sampler, temperature=temperature, top_k=top_k,
-                top_p=top_p, seed=self.seed, sample_ids=torch.tensor([sample_id], device=ids.device),
-            )  # fmt: skip
+                self.model,
+                ids,
+                steps=self.steps or most,
+                sampler=self.sampler,
+                temperature=temperature,
+                top_k=top_k,
+                top_p=top_p,
+                seed=self.seed,
+                sample_ids=torch.tensor([sample_id], device=ids.device),
+            )
         text = self.tokenizer.decode(cut_at_end(drawn[0].tolist(), len(before), self.tokenizer.eos_id)[len(before) :])
         ends = [text.find(stop) for stop in stops if stop and stop in text]
         return text[: min(ends)] if ends else text
@@ -283,10 +297,12 @@ def open_answers(
         where = "auto"  # the harness says cuda:0 where its user said nothing
     kind: Any = {"bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)
     for name, value, choices in (
-        ("checkpoint", checkpoint, ("best", "last")), ("weights", weights, ("ema", "raw")),
-        ("device", where, ("auto", "cpu", "cuda")), ("dtype", kind, ("auto", "bf16", "fp32")),
+        ("checkpoint", checkpoint, ("best", "last")),
+        ("weights", weights, ("ema", "raw")),
+        ("device", where, ("auto", "cpu", "cuda")),
+        ("dtype", kind, ("auto", "bf16", "fp32")),
         ("sampler", options.get("sampler", "auto"), ("auto", *SAMPLERS)),
-    ):  # fmt: skip
+    ):
         if value not in choices:
             raise UsageError(f"there is no {name} {value!r}{nearest(str(value), choices)}; choose one of {', '.join(choices)}")
     compute = resolve(TrainConfig(device=where, dtype=kind, compile="off"), "")

@@ -94,9 +94,15 @@ def read_text(tokenizer: Tokenizer, text: str, *, blank: int, append: int, longe
 
 
 def frames(
-    player: Player, ids: list[int], *, sampler: str, steps: int, temperature: float, seed: int,
+    player: Player,
+    ids: list[int],
+    *,
+    sampler: str,
+    steps: int,
+    temperature: float,
+    seed: int,
     left: threading.Event | None = None,
-) -> Iterator[Frame]:  # fmt: skip
+) -> Iterator[Frame]:
     """The moments of filling in `ids`: the beginning, every step that changed something, and the end. Raises UsageError.
 
     The sampler runs in a thread. It ends with the generator, or at the next step after `left` is set, and so does the generator.

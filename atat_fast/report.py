@@ -36,11 +36,22 @@ from atat_fast.runs.figures import (
 from atat_fast.runs.reader import Row, Run, curves_of, importance_of, number_in, read_run, unigram_entropy
 
 FACTS = {
-    "data": "data", "vocabulary": "vocabulary", "sequence_length": "sequence length", "tokens_per_step": "tokens per step",
-    "bytes_per_token": "bytes per token", "device": "device", "dtype": "precision", "compile": "torch.compile",
-    "cpu_threads": "CPU threads", "version": "atat_fast", "commit": "commit", "torch": "torch", "triton": "triton",
-    "python": "python", "started": "started",
-}  # fmt: skip
+    "data": "data",
+    "vocabulary": "vocabulary",
+    "sequence_length": "sequence length",
+    "tokens_per_step": "tokens per step",
+    "bytes_per_token": "bytes per token",
+    "device": "device",
+    "dtype": "precision",
+    "compile": "torch.compile",
+    "cpu_threads": "CPU threads",
+    "version": "atat_fast",
+    "commit": "commit",
+    "torch": "torch",
+    "triton": "triton",
+    "python": "python",
+    "started": "started",
+}
 BOUND = (
     "<b>val/nll</b> is the exact-count bound (NELBO) on the negative log-likelihood of held-out text, in nats per token: a "
     "count k is drawn, exactly k tokens are hidden, and their cross-entropies weigh (L + 1) / k each. It is computed with the "
@@ -178,11 +189,18 @@ def _evaluations(run: Run, curves: Curves) -> str:
         nll, sequences, bpb = number_in(row, "nll"), number_in(row, "sequences"), _bits_per_byte(run, row)
         finite += [(nll, index)] if math.isfinite(nll) else []
         tokens = compact(float(curves.eval_x[index])) if curves.tokens_per_step is not None else "-"
-        rows.append([
-            f"{row['step']:,}", tokens, measured(nll, number_in(row, "nll_se")), _perplexity(nll),
-            f"{nll / math.log(2):.3f}" if math.isfinite(nll) else "-", f"{bpb:.3f}" if math.isfinite(bpb) else "-",
-            compact(sequences) if math.isfinite(sequences) else "-", duration(number_in(row, "seconds")),
-        ])  # fmt: skip
+        rows.append(
+            [
+                f"{row['step']:,}",
+                tokens,
+                measured(nll, number_in(row, "nll_se")),
+                _perplexity(nll),
+                f"{nll / math.log(2):.3f}" if math.isfinite(nll) else "-",
+                f"{bpb:.3f}" if math.isfinite(bpb) else "-",
+                compact(sequences) if math.isfinite(sequences) else "-",
+                duration(number_in(row, "seconds")),
+            ]
+        )
     table = _table(head, rows, "numbers", min(finite)[1] if len(finite) > 1 else None)
     recent = 12
     if len(rows) > recent:
@@ -315,9 +333,16 @@ def _page(run: Run, curves: Curves, light: dict[str, bytes], dark: dict[str, byt
         _figure("loss.png", "Training loss and val/nll against tokens seen, with the unigram entropy", caption, light, dark),
         _figure("throughput.png", "Training tokens per second against tokens seen", "", light, dark),
         *_importance(run, light, dark),
-        "<h2>Samples</h2>", _samples(run), "<h2>Evaluations</h2>", _evaluations(run, curves), f'<p class="faint">{BOUND}</p>',
-        "<h2>Settings that differ from the defaults</h2>", _settings(run), "<h2>Facts</h2>", _facts(run),
-    ]  # fmt: skip
+        "<h2>Samples</h2>",
+        _samples(run),
+        "<h2>Evaluations</h2>",
+        _evaluations(run, curves),
+        f'<p class="faint">{BOUND}</p>',
+        "<h2>Settings that differ from the defaults</h2>",
+        _settings(run),
+        "<h2>Facts</h2>",
+        _facts(run),
+    ]
     # The policy is a second lock: should text ever slip past the escaping, it could still load and run nothing.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return f"""<!DOCTYPE html>

@@ -68,11 +68,18 @@ def main(arguments: Sequence[str]) -> int:
     if sampler == "auto":
         sampler = "ancestral" if model.time_conditioning else "ddpm_cache"
     settings = {
-        "steps": args.steps, "sampler": sampler, "temperature": args.temperature, "top_k": args.top_k, "top_p": args.top_p,
-        "seed": args.seed, "block": args.block, "importance": scores, "eta": args.eta,
+        "steps": args.steps,
+        "sampler": sampler,
+        "temperature": args.temperature,
+        "top_k": args.top_k,
+        "top_p": args.top_p,
+        "seed": args.seed,
+        "block": args.block,
+        "importance": scores,
+        "eta": args.eta,
         "stop_at": tokenizer.eos_id if args.stop_at_end else None,
         "tilt": saved.config.importance.tilt if args.tilt is None else args.tilt,
-    }  # fmt: skip
+    }
 
     begin, filled = time.perf_counter(), 0
     with _output(args) as write, _Progress(args, jobs, tokenizer, model.config.length, model.mask_id, scores) as progress:
@@ -98,13 +105,7 @@ def main(arguments: Sequence[str]) -> int:
     seconds = time.perf_counter() - begin
     print(f"{filled:,} tokens in {seconds:.1f} s, {filled / max(seconds, 1e-9):,.1f} tokens/s", file=sys.stderr)
     if args.html is not None:
-        facts = {
-            "run": saved.place,
-            "sampler": sampler,
-            "steps": args.steps,
-            "temperature": args.temperature,
-            "seed": args.seed,
-        }
+        facts = {"run": saved.place, "sampler": sampler, "steps": args.steps, "temperature": args.temperature, "seed": args.seed}
         progress.write_html(Path(args.html), facts)
     return 0
 

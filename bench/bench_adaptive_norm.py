@@ -233,8 +233,14 @@ def test_adaptive_norm(
     stats = benchmark.stats.stats
     table.append(
         {
-            "op": op, "shape": shape, "direction": direction, "cache": cache, "way": way,
-            "median_us": round(stats.median * 1e6, 1), "low_us": round(stats.q1 * 1e6, 1), "high_us": round(stats.q3 * 1e6, 1),
+            "op": op,
+            "shape": shape,
+            "direction": direction,
+            "cache": cache,
+            "way": way,
+            "median_us": round(stats.median * 1e6, 1),
+            "low_us": round(stats.q1 * 1e6, 1),
+            "high_us": round(stats.q3 * 1e6, 1),
             "bytes": moved,
         }
-    )  # fmt: skip
+    )

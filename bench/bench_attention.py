@@ -109,8 +109,10 @@ def table() -> Iterator[list[dict[str, Any]]]:
     if not rows:
         return
     print(f"\n\nattention, {short(COMPUTE.dtype)}, on {DEVICE}, {torch.get_num_threads()} threads")
-    print(f"{'B x L x H x E':>18}  {'documents':<10}{'kind':<8}{'implementation':<16}{'median us':>10}{'25 %':>10}{'75 %':>10}"
-          f"{'direct us':>11}{'/direct':>9}{'TFLOP/s':>9}")  # fmt: skip
+    print(
+        f"{'B x L x H x E':>18}  {'documents':<10}{'kind':<8}{'implementation':<16}{'median us':>10}{'25 %':>10}{'75 %':>10}"
+        f"{'direct us':>11}{'/direct':>9}{'TFLOP/s':>9}"
+    )
     for row in rows:
         print(
             f"{' x '.join(map(str, row['shape'])):>18}  {row['documents']!s:<10}{row['kind']:<8}{row['name']:<16}"
@@ -158,9 +160,15 @@ def test_attention(
     ratios = [op / peer for op, peer in zip(stats.data, spent[-ROUNDS:], strict=True)]
     table.append(
         {
-            "shape": shape, "documents": documents, "kind": kind, "name": name,
-            "median_us": round(stats.median * 1e6, 1), "low_us": round(stats.q1 * 1e6, 1), "high_us": round(stats.q3 * 1e6, 1),
+            "shape": shape,
+            "documents": documents,
+            "kind": kind,
+            "name": name,
+            "median_us": round(stats.median * 1e6, 1),
+            "low_us": round(stats.q1 * 1e6, 1),
+            "high_us": round(stats.q3 * 1e6, 1),
             "direct_us": round(statistics.median(spent[-ROUNDS:]) * 1e6, 1),
-            "over_direct": round(statistics.median(ratios), 3), "flops": cost.flops,
+            "over_direct": round(statistics.median(ratios), 3),
+            "flops": cost.flops,
         }
-    )  # fmt: skip
+    )

@@ -121,7 +121,12 @@ def test_linear_categorical(benchmark: Any, table: list[dict[str, Any]], shape: 
     cost = linear_categorical_cost(*shape, element_size=COMPUTE.dtype.itemsize)
     table.append(
         {
-            "shape": shape, "way": way, "median_us": round(stats.median * 1e6, 1), "low_us": round(stats.q1 * 1e6, 1),
-            "high_us": round(stats.q3 * 1e6, 1), "bytes": cost.bytes, "flops": cost.flops,
+            "shape": shape,
+            "way": way,
+            "median_us": round(stats.median * 1e6, 1),
+            "low_us": round(stats.q1 * 1e6, 1),
+            "high_us": round(stats.q3 * 1e6, 1),
+            "bytes": cost.bytes,
+            "flops": cost.flops,
         }
-    )  # fmt: skip
+    )

@@ -108,9 +108,16 @@ class Case:
         if way.startswith("atat_fast"):
             backend = way.removeprefix("atat_fast ").removesuffix(" low_memory")
             return linear_cross_entropy(
-                h, w, self.target, bias=self.bias, token_weight=self.token_weight, rows=self.rows, forbidden=self.shape.v - 1,
-                backend=backend, low_memory=way.endswith("low_memory"),
-            )  # fmt: skip
+                h,
+                w,
+                self.target,
+                bias=self.bias,
+                token_weight=self.token_weight,
+                rows=self.rows,
+                forbidden=self.shape.v - 1,
+                backend=backend,
+                low_memory=way.endswith("low_memory"),
+            )
         bias = self.bias.index_fill(0, torch.tensor([self.shape.v - 1], device=DEVICE), -torch.inf)  # the fair way to forbid
         return linear_cross_entropy_peers(DEVICE)[way](h, w, self.target, bias, self.token_weight, self.rows)
 

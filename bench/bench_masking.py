@@ -122,7 +122,11 @@ def test_masking(benchmark: Any, table: list[dict[str, Any]], shape: tuple[int, 
     stats = benchmark.stats.stats
     table.append(
         {
-            "shape": shape, "way": way, "median_us": round(stats.median * 1e6, 1), "low_us": round(stats.q1 * 1e6, 1),
-            "high_us": round(stats.q3 * 1e6, 1), "bytes": mask_tokens_cost(*shape, case.rows).bytes,
+            "shape": shape,
+            "way": way,
+            "median_us": round(stats.median * 1e6, 1),
+            "low_us": round(stats.q1 * 1e6, 1),
+            "high_us": round(stats.q3 * 1e6, 1),
+            "bytes": mask_tokens_cost(*shape, case.rows).bytes,
         }
-    )  # fmt: skip
+    )

@@ -156,14 +156,23 @@ def test_rotary(benchmark: Any, table: list[dict[str, Any]], shape: tuple[int, .
     stats = benchmark.stats.stats
     batch, length, heads, size = shape
     cost_of = partial(
-        rotary_cost, batch * length, heads, size, element_size=COMPUTE.dtype.itemsize, inplace=kind.endswith("inplace"),
+        rotary_cost,
+        batch * length,
+        heads,
+        size,
+        element_size=COMPUTE.dtype.itemsize,
+        inplace=kind.endswith("inplace"),
         norm=kind.startswith(NORM),
-    )  # fmt: skip
+    )
     moved = cost_of().bytes + (cost_of(backward=True).bytes if kind.endswith("train") else 0)
     table.append(
         {
-            "shape": shape, "kind": kind, "way": way, "median_us": round(stats.median * 1e6, 1),
-            "low_us": round(stats.q1 * 1e6, 1), "high_us": round(stats.q3 * 1e6, 1),
+            "shape": shape,
+            "kind": kind,
+            "way": way,
+            "median_us": round(stats.median * 1e6, 1),
+            "low_us": round(stats.q1 * 1e6, 1),
+            "high_us": round(stats.q3 * 1e6, 1),
             "bytes": moved,
         }
-    )  # fmt: skip
+    )

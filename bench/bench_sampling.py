@@ -139,9 +139,15 @@ def one_round(
 
 
 def time_samplers(
-    model: DiT, compute: Compute, *, batch: int, steps: int = STEPS, budget: float = 60.0, length: int = 0,
+    model: DiT,
+    compute: Compute,
+    *,
+    batch: int,
+    steps: int = STEPS,
+    budget: float = 60.0,
+    length: int = 0,
     ways: Sequence[str] = ("ddpm_cache",),
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """Tokens a second of each way with quartiles over up to three rounds; one round, if there is time for no more.
 
     About half of `budget` seconds is the plain loop's; where it does not do for all steps in every round, fewer are timed.

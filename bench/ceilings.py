@@ -29,10 +29,7 @@ from atat_fast.config import TrainConfig
 from atat_fast.errors import UsageError
 from atat_fast.hardware.compute import Compute, environment, resolve, short
 
-PRODUCTS = {
-    "cpu": ((512, 512, 512), (2048, 256, 1024)),
-    "cuda": ((8192, 8192, 8192), (32_768, 768, 3072), (8192, 768, 50_304)),
-}
+PRODUCTS = {"cpu": ((512, 512, 512), (2048, 256, 1024)), "cuda": ((8192, 8192, 8192), (32_768, 768, 3072), (8192, 768, 50_304))}
 """(rows, inner, columns): one square product, and the shapes of an MLP and of a head."""
 BUSY = 0.5
 """Processes for each core, from which on a CPU's rates are not its own."""
@@ -81,11 +78,15 @@ def measure(compute: Compute, rounds: int) -> list[dict[str, Any]]:
         low, middle, high = (s * 1e6 for s in statistics.quantiles(seconds[kind, shape], n=4))
         rows.append(
             {
-                "kind": kind, "shape": list(shape), "dtype": short(compute.dtype) if kind == "product" else "fp32",
-                "median_us": round(middle, 1), "low_us": round(low, 1), "high_us": round(high, 1),
+                "kind": kind,
+                "shape": list(shape),
+                "dtype": short(compute.dtype) if kind == "product" else "fp32",
+                "median_us": round(middle, 1),
+                "low_us": round(low, 1),
+                "high_us": round(high, 1),
                 "rate": amount / min(seconds[kind, shape]),
             }
-        )  # fmt: skip
+        )
     return rows
 
 

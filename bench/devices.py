@@ -64,18 +64,30 @@ PCIE5 = (
 GEFORCE = "; GeForce drivers offer no peer-to-peer"
 NVLINK = "an assumption: NVLink 4 carries 450 GB/s each way in name, and rings of eight reach about 80 % of it"
 ADA = Shares(
-    gemm=0.70, attention=0.55, bandwidth=0.85, gap=2e-6, overlap=0.7,
+    gemm=0.70,
+    attention=0.55,
+    bandwidth=0.85,
+    gap=2e-6,
+    overlap=0.7,
     source="assumed; a public GPT-2 run at 55 % of this card's peak over a whole step (nanoGPT issue 182) bounds them from below",
-)  # fmt: skip
+)
 HOPPER = Shares(
-    gemm=0.65, attention=0.40, bandwidth=0.85, gap=2e-6, overlap=0.7,
+    gemm=0.65,
+    attention=0.40,
+    bandwidth=0.85,
+    gap=2e-6,
+    overlap=0.7,
     source="assumed; an H100 has given 798 TFLOP/s (81 %) for 8192-wide products and 3.0 TB/s (90 %) for copies, and products "
     "of width 768 give less",
-)  # fmt: skip
+)
 CPU = Shares(
-    gemm=0.85, attention=0.40, bandwidth=0.5, gap=1e-5, overlap=0.0,
+    gemm=0.85,
+    attention=0.40,
+    bandwidth=0.5,
+    gap=1e-5,
+    overlap=0.0,
     source="assumed, of the measured ceilings: eager ops pass over their tensors more often than the cost models count",
-)  # fmt: skip
+)
 SHEET = "vendor's data sheet: dense bf16 products with fp32 sums, and memory bandwidth"
 
 
@@ -125,9 +137,19 @@ def from_ceilings(record: dict[str, Any]) -> Device:
     measured = f"bench/ceilings.py on this {facts['device']}, {facts['cpu_threads']} threads, {facts['dtype']}"
     size = 2 if facts["dtype"] == "bf16" else 4
     return Device(
-        "cpu", facts["device"], best["product"], best["copy"], record["memory_bytes"], 0.0, 0.0, False, size, CPU, measured,
+        "cpu",
+        facts["device"],
+        best["product"],
+        best["copy"],
+        record["memory_bytes"],
+        0.0,
+        0.0,
+        False,
+        size,
+        CPU,
+        measured,
         "one process",
-    )  # fmt: skip
+    )
 
 
 def find(facts: dict[str, Any], results: Path) -> Device | None:

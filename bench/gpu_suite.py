@@ -154,16 +154,23 @@ def second_tier(small: bool) -> list[Step]:
     found.append(Step("sampling", (python, "bench/bench_sampling.py", *sampling, *out), 25, why="tokens a second of sampling"))
     run = ("--train.max_steps", "3", "--eval.sequences", "8", "--sample.num_samples", "0", "--model.layers", "1") * small
     door = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "atat_fast.train")
-    found.append(Step("training", (*door, "--run.root", "out/runs", *run), 40,
-                      why="what make train does", needs=("jsonargparse",)))  # fmt: skip
+    found.append(
+        Step("training", (*door, "--run.root", "out/runs", *run), 40, why="what make train does", needs=("jsonargparse",))
+    )
     memcheck = ("tests/gpu/test_ops.py", "-m", "gpu and slow", "-k", "memcheck")
     found.append(replace(pytest_step("memcheck", 35, *memcheck, why="no kernel touches memory that is not its own"), needs=tools))
     sizes, variants = (*SMALL, "--rounds", "3", "--seconds", "85"), ("mdlm", "mdlm+compile", "atat_fast", "atat_fast+atat")
     if small:  # which a CPU would compile for most of a minute
         sizes = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "30")
         variants = ("mdlm", "atat_fast")
-    found.append(Step("compiled mdlm", (python, "bench/throughput.py", *sizes, "--variants", *variants, *out), 100,
-                      why="tier 1's throughput, beside plain MDLM under torch.compile too"))  # fmt: skip
+    found.append(
+        Step(
+            "compiled mdlm",
+            (python, "bench/throughput.py", *sizes, "--variants", *variants, *out),
+            100,
+            why="tier 1's throughput, beside plain MDLM under torch.compile too",
+        )
+    )
     return found
 
 
@@ -241,9 +248,14 @@ def run_step(step: Step, seconds: float, environment: dict[str, str]) -> Outcome
     with tempfile.TemporaryFile() as output:
         try:
             process = subprocess.Popen(
-                step.command, cwd=ROOT, env=environment, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT,
+                step.command,
+                cwd=ROOT,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
                 start_new_session=True,
-            )  # fmt: skip
+            )
         except OSError as error:
             return Outcome(step.name, "failed", reason=f"it cannot be started: {error}")
         late = True
@@ -277,9 +289,13 @@ def missing(step: Step, no_gpu: str | None, path: str | None = None) -> str | No
 
 
 def run_all(
-    todo: Sequence[Step], seconds: float, no_gpu: str | None, environment: dict[str, str], site: str | None = None,
+    todo: Sequence[Step],
+    seconds: float,
+    no_gpu: str | None,
+    environment: dict[str, str],
+    site: str | None = None,
     then: Callable[[list[Outcome]], None] = lambda outcomes: None,
-) -> list[Outcome]:  # fmt: skip
+) -> list[Outcome]:
     """Every step, in order, inside `seconds` and the time the last of them needs to stop; after each, `then` of all so far."""
     deadline, outcomes = time.monotonic() + seconds, []
     for step in todo:

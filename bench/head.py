@@ -53,9 +53,16 @@ class Head:
     def gradients(self, backend: str, budget: int) -> tuple[torch.Tensor, ...]:
         """Loss and gradients, slabs of `budget` MB."""
         loss = linear_cross_entropy(
-            self.hidden, self.weight, self.target, bias=self.bias, token_weight=self.token_weight, rows=self.which,
-            forbidden=self.vocabulary - 1, backend=backend, chunk_bytes=budget << 20,
-        )  # fmt: skip
+            self.hidden,
+            self.weight,
+            self.target,
+            bias=self.bias,
+            token_weight=self.token_weight,
+            rows=self.which,
+            forbidden=self.vocabulary - 1,
+            backend=backend,
+            chunk_bytes=budget << 20,
+        )
         return loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight, self.bias))
 
     def products(self, budget: int) -> Any:
@@ -112,10 +119,16 @@ def measure(head: Head, backends: list[str], budgets: list[int], rounds: int) ->
         low, middle, high = spread(sorted(values))
         rows.append(
             {
-                "rows": head.rows, "way": name, "budget_mb": budget, "median_ms": middle * 1e3, "low_ms": low * 1e3,
-                "high_ms": high * 1e3, "tflops": flops / middle / 1e12, "over_best_products": middle / best,
+                "rows": head.rows,
+                "way": name,
+                "budget_mb": budget,
+                "median_ms": middle * 1e3,
+                "low_ms": low * 1e3,
+                "high_ms": high * 1e3,
+                "tflops": flops / middle / 1e12,
+                "over_best_products": middle / best,
             }
-        )  # fmt: skip
+        )
     return rows
 
 

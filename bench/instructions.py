@@ -60,9 +60,7 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
         functools.partial(mask_tokens, batch, length, scored),
     )
     for batch, length, scored in ((8, 1024, False), (8, 1024, True), (32, 4096, False))
-} | {
-    "philox 8192": ({"op": "philox", "shape": [8192]}, functools.partial(philox, 8192)),
-}
+} | {"philox 8192": ({"op": "philox", "shape": [8192]}, functools.partial(philox, 8192))}
 """What each case is, and how to make the op's name and its arguments."""
 
 

@@ -48,9 +48,14 @@ def measure(args: argparse.Namespace) -> int:
 
     def dense() -> torch.Tensor:
         return linear_cross_entropy(
-            model.features(noisy), model.head.weight, target, bias=model.head.bias, token_weight=weights, rows=rows,
+            model.features(noisy),
+            model.head.weight,
+            target,
+            bias=model.head.bias,
+            token_weight=weights,
+            rows=rows,
             forbidden=model.mask_id,
-        )  # fmt: skip
+        )
 
     def step(way) -> tuple[torch.Tensor, ...]:  # type: ignore[no-untyped-def]
         with compute.autocast():

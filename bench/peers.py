@@ -79,24 +79,65 @@ class Native(Peer):
 
 
 PEERS = (
-    Native("mdlm, eager", "torch", "", "whole training steps", "bench/mdlm.py: autocast, SDPA, fused AdamW, foreach average",
-           "part of this repository"),
+    Native(
+        "mdlm, eager",
+        "torch",
+        "",
+        "whole training steps",
+        "bench/mdlm.py: autocast, SDPA, fused AdamW, foreach average",
+        "part of this repository",
+    ),
     Native("mdlm, compiled", "torch", "", "whole training steps", "the same under torch.compile", "part of this repository"),
     Native("torch.compile", "torch", "", "every op", "the eager form in default mode, static shapes", "part of torch"),
-    Native("F.linear_cross_entropy", "torch", "linear_cross_entropy", "linear_cross_entropy",
-           "options=None; LinearCrossEntropyOptions(); chunks of 4096 with acc_policy='balanced'", "pip install 'torch>=2.13'"),
-    Peer("liger-kernel", "liger-kernel", "liger_kernel", "linear_cross_entropy, layer norm, rotary",
-         "defaults; accum_dtype=fp32; fp32 with chunk_mem_const=16 (0.8.5 and newer)", "pip install liger-kernel"),
-    Peer("cut-cross-entropy", "cut-cross-entropy", "cut_cross_entropy", "linear_cross_entropy",
-         "cce; cce_kahan_full_c, its advice for pretraining; cce_exact: filter_eps=None and fp32 accumulation",
-         "pip install 'cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git'  (the index's 25.1.1 has no bias)"),
-    Peer("flash-attn", "flash-attn", "flash_attn", "attention, rotary in place, layer norm", "flash_attn_func; its Triton norms",
-         "pip install flash-attn --no-build-isolation"),
-    Apex("apex (NVIDIA's)", "apex", "apex", "layer norm", "FusedLayerNorm, and contrib's fast_layer_norm for width 768",
-         "pip install -v --no-build-isolation git+https://github.com/NVIDIA/apex.git  (not `pip install apex`)"),
-    Peer("quack", "quack-kernels", "quack", "linear_cross_entropy without bias, layer norm", "chunked; scaled_exp; Hopper only",
-         "pip install quack-kernels"),
-)  # fmt: skip
+    Native(
+        "F.linear_cross_entropy",
+        "torch",
+        "linear_cross_entropy",
+        "linear_cross_entropy",
+        "options=None; LinearCrossEntropyOptions(); chunks of 4096 with acc_policy='balanced'",
+        "pip install 'torch>=2.13'",
+    ),
+    Peer(
+        "liger-kernel",
+        "liger-kernel",
+        "liger_kernel",
+        "linear_cross_entropy, layer norm, rotary",
+        "defaults; accum_dtype=fp32; fp32 with chunk_mem_const=16 (0.8.5 and newer)",
+        "pip install liger-kernel",
+    ),
+    Peer(
+        "cut-cross-entropy",
+        "cut-cross-entropy",
+        "cut_cross_entropy",
+        "linear_cross_entropy",
+        "cce; cce_kahan_full_c, its advice for pretraining; cce_exact: filter_eps=None and fp32 accumulation",
+        "pip install 'cut-cross-entropy @ git+https://github.com/apple/ml-cross-entropy.git'  (the index's 25.1.1 has no bias)",
+    ),
+    Peer(
+        "flash-attn",
+        "flash-attn",
+        "flash_attn",
+        "attention, rotary in place, layer norm",
+        "flash_attn_func; its Triton norms",
+        "pip install flash-attn --no-build-isolation",
+    ),
+    Apex(
+        "apex (NVIDIA's)",
+        "apex",
+        "apex",
+        "layer norm",
+        "FusedLayerNorm, and contrib's fast_layer_norm for width 768",
+        "pip install -v --no-build-isolation git+https://github.com/NVIDIA/apex.git  (not `pip install apex`)",
+    ),
+    Peer(
+        "quack",
+        "quack-kernels",
+        "quack",
+        "linear_cross_entropy without bias, layer norm",
+        "chunked; scaled_exp; Hopper only",
+        "pip install quack-kernels",
+    ),
+)
 """In the order of the table."""
 
 
@@ -126,9 +167,14 @@ class HeadPeer:
     takes_bias: bool = True
 
     def __call__(
-        self, hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, token_weight: Tensor | None = None,
+        self,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        bias: Tensor | None = None,
+        token_weight: Tensor | None = None,
         rows: Tensor | None = None,
-    ) -> Tensor:  # fmt: skip
+    ) -> Tensor:
         """The loss, in nats. Raises ValueError for a bias that the peer does not take: it is never left out in silence."""
         if bias is not None and not self.takes_bias:
             raise ValueError(f"{self.name} takes no bias here ({self.cannot}); compare it without one, and say so")

@@ -149,8 +149,13 @@ def profile(variant: Variant, path: Path, device: Device | None, steps: int = 2)
         cost = known.get(name)
         share = None if cost is None or device is None or not spent else least_seconds(cost, device) / spent
         groups[name] = {"seconds": spent, "flops": cost and cost.flops, "bytes": cost and cost.bytes, "share_of_roofline": share}
-    return {"step_seconds": step, "unwatched_step_seconds": alone, "groups": groups, "trace": kept,
-            "device": None if device is None else device.name}  # fmt: skip
+    return {
+        "step_seconds": step,
+        "unwatched_step_seconds": alone,
+        "groups": groups,
+        "trace": kept,
+        "device": None if device is None else device.name,
+    }
 
 
 def write_trace(watched: Any, path: Path) -> str | None:

@@ -164,9 +164,16 @@ class Projection:
 
 
 def step_parts(
-    config: ModelConfig, vocabulary: int, batch: int, accumulation: int, parameters: int, device: Device, gpus: int, p2p: bool,
+    config: ModelConfig,
+    vocabulary: int,
+    batch: int,
+    accumulation: int,
+    parameters: int,
+    device: Device,
+    gpus: int,
+    p2p: bool,
     reduce_dtype: str = "fp32",
-) -> tuple[Part, ...]:  # fmt: skip
+) -> tuple[Part, ...]:
     """The parts of a whole step of one card among `gpus`."""
     once = pass_parts(config, vocabulary, batch, parameters, device)
     parts = [*(p.times(accumulation) for p in once), optimizer_part(parameters, device)]
@@ -179,9 +186,16 @@ def step_parts(
 
 
 def project(
-    device: Device, config: Config, *, vocabulary: int, gpus: int = 1, p2p: bool | None = None, micro_batch: int = 0,
-    accumulation: int = 1, reduce_dtype: str = "fp32",
-) -> Projection:  # fmt: skip
+    device: Device,
+    config: Config,
+    *,
+    vocabulary: int,
+    gpus: int = 1,
+    p2p: bool | None = None,
+    micro_batch: int = 0,
+    accumulation: int = 1,
+    reduce_dtype: str = "fp32",
+) -> Projection:
     """The projection, every card with the whole model. micro_batch 0 is the largest that fits, up to 32; p2p None is what the
     device offers; reduce_dtype: what gradients are summed in.
 
@@ -209,10 +223,20 @@ def project(
     rows = batch * config.model.length
     cost = [accumulation * step_cost(config.model, vocabulary, batch, n).flops for n in (rows // 2, rows)]
     return Projection(
-        device, gpus, p2p, batch, accumulation, config.model.length, vocabulary, parameters,
+        device,
+        gpus,
+        p2p,
+        batch,
+        accumulation,
+        config.model.length,
+        vocabulary,
+        parameters,
         step_parts(config.model, vocabulary, batch, accumulation, parameters, device, gpus, p2p, reduce_dtype),
-        card_memory(config, sizes, layout, card, batch), largest, cost[0], cost[1],
-    )  # fmt: skip
+        card_memory(config, sizes, layout, card, batch),
+        largest,
+        cost[0],
+        cost[1],
+    )
 
 
 def checked(results: Path) -> list[dict[str, Any]]:
@@ -383,9 +407,14 @@ def main(arguments: list[str] | None = None) -> int:
         device, config = devices.named(args.device, RESULTS), load_preset(args.preset)
         config.model.length = args.length or config.model.length
         p = project(
-            device, config, vocabulary=args.vocabulary, gpus=args.gpus, p2p=args.p2p, micro_batch=args.micro_batch,
+            device,
+            config,
+            vocabulary=args.vocabulary,
+            gpus=args.gpus,
+            p2p=args.p2p,
+            micro_batch=args.micro_batch,
             accumulation=args.accumulation,
-        )  # fmt: skip
+        )
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

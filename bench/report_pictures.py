@@ -45,8 +45,10 @@ def throughput_png(record: dict[str, Any]) -> bytes:
 
     rate = next(axes)
     values = [results[name]["tokens_per_second"] for name in names]
-    errors = [[v - results[n]["low"] for n, v in zip(names, values, strict=True)],
-              [results[n]["high"] - v for n, v in zip(names, values, strict=True)]]  # fmt: skip
+    errors = [
+        [v - results[n]["low"] for n, v in zip(names, values, strict=True)],
+        [results[n]["high"] - v for n, v in zip(names, values, strict=True)],
+    ]
     bars = rate.bar(names, values, color=colours, yerr=errors, capsize=3, error_kw={"lw": 0.8})
     ratios = [results[name].get("ratio") for name in names]
     rate.bar_label(bars, [f"{v:,.0f}" + (f"\n{r:.2f}x" if r else "") for v, r in zip(values, ratios, strict=True)], fontsize=7)
@@ -127,8 +129,11 @@ def roofline_png(results: Path) -> bytes | None:
         figure = _figure(6.4, 4.0)
         axes = figure.add_subplot()
         for name, kept in record["profile"].items():
-            points = [(g["flops"] / g["bytes"], g["flops"] / g["seconds"], group)
-                      for group, g in kept["groups"].items() if g["flops"] and g["bytes"]]  # fmt: skip
+            points = [
+                (g["flops"] / g["bytes"], g["flops"] / g["seconds"], group)
+                for group, g in kept["groups"].items()
+                if g["flops"] and g["bytes"]
+            ]
             axes.scatter([x for x, _, _ in points], [y / 1e9 for _, y, _ in points], s=18, color=COLOURS.get(name), label=name)
             for x, y, group in points:
                 axes.annotate(group, (x, y / 1e9), fontsize=6, xytext=(3, 3), textcoords="offset points")

@@ -116,8 +116,18 @@ def throughput(results: Path) -> str:
 
 def throughput_details(results: Path) -> str:
     """The rest of it: memory, utilisation, energy, losses, and why a variant is missing."""
-    heads = ("device", "model", "variant", "peak memory", "largest micro-batch", "MFU, all rows", "hidden rows",
-             "W", "J per M tokens", "mean loss")  # fmt: skip
+    heads = (
+        "device",
+        "model",
+        "variant",
+        "peak memory",
+        "largest micro-batch",
+        "MFU, all rows",
+        "hidden rows",
+        "W",
+        "J per M tokens",
+        "mean loss",
+    )
     rows = []
     for device, record in records(results, "throughput-*"):
         largest = record.get("largest_micro_batch") or {}
@@ -143,8 +153,16 @@ def step_parts(results: Path) -> str:
             if "parts" in r:
                 names = tuple(r["parts"])
                 total = sum(r["parts"].values())
-                rows.append([device, model_of(record["settings"]), name, *(f"{x * 1e3:,.1f}" for x in r["parts"].values()),
-                             f"{total * 1e3:,.1f}", f"{r['step_seconds'] * 1e3:,.1f}"])  # fmt: skip
+                rows.append(
+                    [
+                        device,
+                        model_of(record["settings"]),
+                        name,
+                        *(f"{x * 1e3:,.1f}" for x in r["parts"].values()),
+                        f"{total * 1e3:,.1f}",
+                        f"{r['step_seconds'] * 1e3:,.1f}",
+                    ]
+                )
     return markdown(("device", "model", "variant", *names, "sum", "a timed step"), rows)
 
 
@@ -154,9 +172,18 @@ def profile(results: Path) -> str:
     for device, record in records(results, "throughput-*"):
         for name, kept in record.get("profile", {}).items():
             for group, g in kept["groups"].items():
-                rows.append([device, name, group, f"{g['seconds'] * 1e3:,.1f}", f"{g['seconds'] / kept['step_seconds']:.1%}",
-                             or_dash(g["flops"] and g["flops"] / 1e9, ",.1f"), or_dash(g["bytes"] and g["bytes"] / 1e6, ",.1f"),
-                             or_dash(g["share_of_roofline"], ".0%")])  # fmt: skip
+                rows.append(
+                    [
+                        device,
+                        name,
+                        group,
+                        f"{g['seconds'] * 1e3:,.1f}",
+                        f"{g['seconds'] / kept['step_seconds']:.1%}",
+                        or_dash(g["flops"] and g["flops"] / 1e9, ",.1f"),
+                        or_dash(g["bytes"] and g["bytes"] / 1e6, ",.1f"),
+                        or_dash(g["share_of_roofline"], ".0%"),
+                    ]
+                )
     return markdown(("device", "variant", "op", "ms", "share", "GFLOP", "MB", "of the roofline"), rows)
 
 
@@ -241,28 +268,50 @@ def _bandwidth(r: dict[str, Any]) -> str:
 
 
 masking = _op(
-    "masking", ("way", "us (quartiles)", "GB/s", "against eager"),
+    "masking",
+    ("way", "us (quartiles)", "GB/s", "against eager"),
     lambda r: [r["way"], _microseconds(r), _bandwidth(r), or_dash(r["speedup_over_eager"], ".2f", "x")],
-)  # fmt: skip
+)
 adaptive_norm = _op(
-    "adaptive_norm", ("op", "direction", "cache", "way", "us (quartiles)", "GB/s", "against eager"),
-    lambda r: [r["op"], r["direction"], r["cache"], r["way"], _microseconds(r), _bandwidth(r),
-               or_dash(r["speedup_over_eager"], ".2f", "x")],
-)  # fmt: skip
+    "adaptive_norm",
+    ("op", "direction", "cache", "way", "us (quartiles)", "GB/s", "against eager"),
+    lambda r: [
+        r["op"],
+        r["direction"],
+        r["cache"],
+        r["way"],
+        _microseconds(r),
+        _bandwidth(r),
+        or_dash(r["speedup_over_eager"], ".2f", "x"),
+    ],
+)
 linear_categorical = _op(
-    "linear_categorical", ("way", "us (quartiles)", "GFLOP/s", "against fp64 Gumbel"),
-    lambda r: [r["way"], _microseconds(r), f"{r['flops'] / r['median_us'] / 1e3:,.1f}",
-               or_dash(r["speedup_over_eager"], ".2f", "x")],
-)  # fmt: skip
+    "linear_categorical",
+    ("way", "us (quartiles)", "GFLOP/s", "against fp64 Gumbel"),
+    lambda r: [
+        r["way"],
+        _microseconds(r),
+        f"{r['flops'] / r['median_us'] / 1e3:,.1f}",
+        or_dash(r["speedup_over_eager"], ".2f", "x"),
+    ],
+)
 rotary = _op(
-    "rotary", ("kind", "way", "us (quartiles)", "GB/s", "against eager"),
+    "rotary",
+    ("kind", "way", "us (quartiles)", "GB/s", "against eager"),
     lambda r: [r["kind"], r["way"], _microseconds(r), _bandwidth(r), or_dash(r["speedup_over_eager"], ".2f", "x")],
-)  # fmt: skip
+)
 attention = _op(
-    "attention", ("documents", "kind", "implementation", "us (quartiles)", "GFLOP/s", "over the direct call"),
-    lambda r: ["kept apart" if r["documents"] else "-", r["kind"], r["name"], _microseconds(r),
-               f"{r['flops'] / r['median_us'] / 1e3:,.1f}", or_dash(r.get("over_direct"), ".3f", "x")],
-)  # fmt: skip
+    "attention",
+    ("documents", "kind", "implementation", "us (quartiles)", "GFLOP/s", "over the direct call"),
+    lambda r: [
+        "kept apart" if r["documents"] else "-",
+        r["kind"],
+        r["name"],
+        _microseconds(r),
+        f"{r['flops'] / r['median_us'] / 1e3:,.1f}",
+        or_dash(r.get("over_direct"), ".3f", "x"),
+    ],
+)
 
 
 def block(results: Path) -> str:
@@ -271,8 +320,15 @@ def block(results: Path) -> str:
     for device, record in records(results, "block"):
         s = record["settings"]
         for name, r in record["results"].items():
-            rows.append([device, f"{s['batch']} x {s['length']} x {s['dim']}", name,
-                         f"{r['ms']:,.2f} ({r['low']:,.2f} to {r['high']:,.2f})", f"{r['ratio']:.2f}x"])  # fmt: skip
+            rows.append(
+                [
+                    device,
+                    f"{s['batch']} x {s['length']} x {s['dim']}",
+                    name,
+                    f"{r['ms']:,.2f} ({r['low']:,.2f} to {r['high']:,.2f})",
+                    f"{r['ratio']:.2f}x",
+                ]
+            )
     return markdown(("device", "shape", "variant", "ms (quartiles)", "against plain MDLM"), rows)
 
 
@@ -306,10 +362,7 @@ def projected_six(results: Path) -> str:
     return "\n".join([markdown(heads, rows), "", f"In a sentence: {record['verdict']}."])
 
 
-DISTRIBUTED: dict[str, Callable[[Path], str]] = {
-    "scaling-measured": scaling_measured,
-    "projected-six": projected_six,
-}
+DISTRIBUTED: dict[str, Callable[[Path], str]] = {"scaling-measured": scaling_measured, "projected-six": projected_six}
 """Tables of docs/distributed.md by their names there."""
 
 DOCUMENT: dict[str, Callable[[Path], str]] = {

@@ -37,17 +37,7 @@ import devices
 from mdlm import mdlm_network
 from power import EnergyMeter, figures
 from timing import RESULTS, peak_resident_bytes, results_folder, spread, synchronize
-from variants import (
-    ADAPTIVE,
-    COMPILED,
-    OURS,
-    PARTS,
-    PLAIN,
-    VARIANTS,
-    Setting,
-    Variant,
-    check_agreement,
-)
+from variants import ADAPTIVE, COMPILED, OURS, PARTS, PLAIN, VARIANTS, Setting, Variant, check_agreement
 
 from atat_fast.config import DataConfig, TrainConfig, load_preset
 from atat_fast.data import SequenceLoader, prepare
@@ -363,9 +353,14 @@ def compare(names: list[str], args: argparse.Namespace, setting: Setting, ranks:
 
 
 def timed(
-    variants: dict[str, Variant], reasons: dict[str, str], worst: float, args: argparse.Namespace, setting: Setting, ranks: Ranks,
+    variants: dict[str, Variant],
+    reasons: dict[str, str],
+    worst: float,
+    args: argparse.Namespace,
+    setting: Setting,
+    ranks: Ranks,
     budget: Budget,
-) -> dict[str, Any]:  # fmt: skip
+) -> dict[str, Any]:
     """The figures of interleaved rounds, and beside them those that others are ratios of."""
     compute = setting.compute
     seconds, joules = rounds(variants, args, ranks, EnergyMeter(compute.device), budget)
@@ -387,9 +382,7 @@ def timed(
     }  # fmt: skip
 
 
-def finish(
-    record: dict[str, Any], args: argparse.Namespace, ranks: Ranks, budget: Budget, folder: Path, stem: str
-) -> None:  # fmt: skip
+def finish(record: dict[str, Any], args: argparse.Namespace, ranks: Ranks, budget: Budget, folder: Path, stem: str) -> None:
     """Fill in the memory, print and write."""
     known = {name: r.pop("memory") for name, r in record["results"].items()}
     if ranks.count == 1:
@@ -400,9 +393,12 @@ def finish(
 
 
 def memory(
-    results: dict[str, Any], known: dict[str, dict[str, int] | None], args: argparse.Namespace, budget: Budget,
+    results: dict[str, Any],
+    known: dict[str, dict[str, int] | None],
+    args: argparse.Namespace,
+    budget: Budget,
     record: dict[str, Any],
-) -> None:  # fmt: skip
+) -> None:
     """Fill in the memory of a step where it is not known, and with --largest the largest micro-batch, each from a process of its
     own.
     """

@@ -111,9 +111,23 @@ def finish(tiles, gain, shift, Y, Mean, Rstd, o_row, m_row, eps, D: tl.constexpr
 
 @triton.jit(do_not_specialize=["L", "rows"])
 def _norm_forward_kernel(
-    Y, Mean, Rstd, X, Shift, Scale, Weight, shift_stride, scale_stride, L, rows, eps,
-    D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TILE_ROWS: tl.constexpr,
-):  # fmt: skip
+    Y,
+    Mean,
+    Rstd,
+    X,
+    Shift,
+    Scale,
+    Weight,
+    shift_stride,
+    scale_stride,
+    L,
+    rows,
+    eps,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
     b = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * rows
     end = tl.minimum(begin + rows, L)
@@ -131,11 +145,34 @@ def _norm_forward_kernel(
 
 @triton.jit(do_not_specialize=["L", "rows", "stream", "limit"])
 def _gated_forward_kernel(
-    Total, Y, Mean, Rstd, Residual, Branch, Gate, Shift, Scale, Weight, Seed, Step, SampleIds,
-    gate_stride, shift_stride, scale_stride, L, rows, stream, limit, inverse, eps,
-    D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TILE_ROWS: tl.constexpr,
+    Total,
+    Y,
+    Mean,
+    Rstd,
+    Residual,
+    Branch,
+    Gate,
+    Shift,
+    Scale,
+    Weight,
+    Seed,
+    Step,
+    SampleIds,
+    gate_stride,
+    shift_stride,
+    scale_stride,
+    L,
+    rows,
+    stream,
+    limit,
+    inverse,
+    eps,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     ROW_IDS: tl.constexpr,
-):  # fmt: skip
+):
     b = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * rows
     end = tl.minimum(begin + rows, L)
@@ -197,9 +234,22 @@ def store_partials(Partials, sums, k, D: tl.constexpr, CHUNK: tl.constexpr, CHUN
 
 @triton.jit(do_not_specialize=["L", "rows"])
 def _norm_backward_kernel(
-    Dx, Partials, Dy, X, Scale, Weight, Mean, Rstd, scale_stride, L, rows,
-    D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TILE_ROWS: tl.constexpr,
-):  # fmt: skip
+    Dx,
+    Partials,
+    Dy,
+    X,
+    Scale,
+    Weight,
+    Mean,
+    Rstd,
+    scale_stride,
+    L,
+    rows,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
     b = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * rows
     end = tl.minimum(begin + rows, L)
@@ -234,11 +284,34 @@ def _norm_backward_kernel(
 
 @triton.jit(do_not_specialize=["L", "rows", "stream", "limit"])
 def _gated_backward_kernel(
-    Dresidual, Dbranch, Partials, Dtotal, Dy, Total, Branch, Gate, Scale, Weight, Mean, Rstd, Seed, Step, SampleIds,
-    gate_stride, scale_stride, L, rows, stream, limit, inverse,
-    D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TILE_ROWS: tl.constexpr,
+    Dresidual,
+    Dbranch,
+    Partials,
+    Dtotal,
+    Dy,
+    Total,
+    Branch,
+    Gate,
+    Scale,
+    Weight,
+    Mean,
+    Rstd,
+    Seed,
+    Step,
+    SampleIds,
+    gate_stride,
+    scale_stride,
+    L,
+    rows,
+    stream,
+    limit,
+    inverse,
+    D: tl.constexpr,
+    CHUNK: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
     ROW_IDS: tl.constexpr,
-):  # fmt: skip
+):
     b = tl.program_id(0).to(tl.int64)
     begin = tl.program_id(1) * rows
     end = tl.minimum(begin + rows, L)
@@ -313,9 +386,22 @@ def sum_rows(Matrix, Scale, scale_stride, first, last, splits, o_d, D: tl.conste
 
 @triton.jit(do_not_specialize=["groups", "group_rows", "splits"])
 def _sums_kernel(
-    Dshift, Dscale, Dgate, Dweight, Partials, Scale, Weight, scale_stride, groups, group_rows, splits,
-    D: tl.constexpr, K: tl.constexpr, CHUNK: tl.constexpr, TILE_ROWS: tl.constexpr,
-):  # fmt: skip
+    Dshift,
+    Dscale,
+    Dgate,
+    Dweight,
+    Partials,
+    Scale,
+    Weight,
+    scale_stride,
+    groups,
+    group_rows,
+    splits,
+    D: tl.constexpr,
+    K: tl.constexpr,
+    CHUNK: tl.constexpr,
+    TILE_ROWS: tl.constexpr,
+):
     """A few megabytes, of which most are still in the L2 cache: latency bounds it, so it is cut small.
 
     One program owns CHUNK columns of one sum of one group: rows of a sample, or all rows where conditioning is one row. The
@@ -394,9 +480,24 @@ def norm_forward(x, shift, scale, weight, eps, y, mean, rstd):
     grid, rows, chunk, chunks, tile_rows, warps = plan(batch, length, width, BRIEF)
     if batch and length:
         _norm_forward_kernel[grid](
-            y, mean, rstd, x, shift, scale, weight, row_stride(shift), row_stride(scale), length, rows, eps,
-            width, chunk, chunks, tile_rows, num_warps=warps,
-        )  # fmt: skip
+            y,
+            mean,
+            rstd,
+            x,
+            shift,
+            scale,
+            weight,
+            row_stride(shift),
+            row_stride(scale),
+            length,
+            rows,
+            eps,
+            width,
+            chunk,
+            chunks,
+            tile_rows,
+            num_warps=warps,
+        )
 
 
 def as_one_sample(x, conditioning):
@@ -422,10 +523,35 @@ def gated_forward(
         limit, seed, step, sample_ids = 0, None, None, None
     if batch and length:
         _gated_forward_kernel[grid](
-            total, y, mean, rstd, residual, branch, gate, shift, scale, weight, seed, step, sample_ids,
-            row_stride(gate), row_stride(shift), row_stride(scale), length, rows, stream, limit, inverse, eps,
-            width, chunk, chunks, tile_rows, row_ids and seed is not None, num_warps=warps,
-        )  # fmt: skip
+            total,
+            y,
+            mean,
+            rstd,
+            residual,
+            branch,
+            gate,
+            shift,
+            scale,
+            weight,
+            seed,
+            step,
+            sample_ids,
+            row_stride(gate),
+            row_stride(shift),
+            row_stride(scale),
+            length,
+            rows,
+            stream,
+            limit,
+            inverse,
+            eps,
+            width,
+            chunk,
+            chunks,
+            tile_rows,
+            row_ids and seed is not None,
+            num_warps=warps,
+        )
 
 
 def norm_backward(dy, x, scale, weight, mean, rstd, dx, dshift, dscale, dweight):
@@ -435,16 +561,49 @@ def norm_backward(dy, x, scale, weight, mean, rstd, dx, dshift, dscale, dweight)
     partials = mean.new_empty((2, grid[0] * grid[1], width))
     if batch and length:
         _norm_backward_kernel[grid](
-            dx, partials, dy, x, scale, weight, mean, rstd, row_stride(scale), length, rows,
-            width, chunk, chunks, tile_rows, num_warps=warps, maxnreg=REGISTERS,
-        )  # fmt: skip
+            dx,
+            partials,
+            dy,
+            x,
+            scale,
+            weight,
+            mean,
+            rstd,
+            row_stride(scale),
+            length,
+            rows,
+            width,
+            chunk,
+            chunks,
+            tile_rows,
+            num_warps=warps,
+            maxnreg=REGISTERS,
+        )
     sums(partials, grid[1], scale, weight, dshift, dscale, None, dweight)
 
 
 def gated_backward(
-    dtotal, dy, total, branch, gate, scale, weight, mean, rstd, dropout, seed, step, sample_ids, stream,
-    dresidual, dbranch, dgate, dshift, dscale, dweight,
-):  # fmt: skip
+    dtotal,
+    dy,
+    total,
+    branch,
+    gate,
+    scale,
+    weight,
+    mean,
+    rstd,
+    dropout,
+    seed,
+    step,
+    sample_ids,
+    stream,
+    dresidual,
+    dbranch,
+    dgate,
+    dshift,
+    dscale,
+    dweight,
+):
     """Fill dresidual and dbranch [B, L, D], dgate, dshift and dscale as scale, and dweight [D] where there is a weight.
 
     One of dtotal and dy may be None, for zeros.
@@ -457,10 +616,36 @@ def gated_backward(
     partials = mean.new_empty((3, grid[0] * grid[1], width))
     if batch and length:
         _gated_backward_kernel[grid](
-            dresidual, dbranch, partials, dtotal, dy, total, branch, gate, scale, weight, mean, rstd, seed, step, sample_ids,
-            row_stride(gate), row_stride(scale), length, rows, stream, limit, inverse,
-            width, chunk, chunks, tile_rows, row_ids and seed is not None, num_warps=warps, maxnreg=REGISTERS,
-        )  # fmt: skip
+            dresidual,
+            dbranch,
+            partials,
+            dtotal,
+            dy,
+            total,
+            branch,
+            gate,
+            scale,
+            weight,
+            mean,
+            rstd,
+            seed,
+            step,
+            sample_ids,
+            row_stride(gate),
+            row_stride(scale),
+            length,
+            rows,
+            stream,
+            limit,
+            inverse,
+            width,
+            chunk,
+            chunks,
+            tile_rows,
+            row_ids and seed is not None,
+            num_warps=warps,
+            maxnreg=REGISTERS,
+        )
     sums(partials, grid[1], scale, weight, dshift, dscale, dgate, dweight)
 
 
@@ -475,6 +660,20 @@ def sums(partials, splits, scale, weight, dshift, dscale, dgate, dweight):
     wanted = groups * k + (weight is not None and groups != 1)
     if wanted:
         _sums_kernel[(wanted, -(-width // SUM_COLUMNS))](
-            dshift, dscale, dgate, dweight, partials, scale, weight, row_stride(scale), groups,
-            programs if groups == 1 else splits, splits, width, k, SUM_COLUMNS, SUM_ROWS, num_warps=4,
-        )  # fmt: skip
+            dshift,
+            dscale,
+            dgate,
+            dweight,
+            partials,
+            scale,
+            weight,
+            row_stride(scale),
+            groups,
+            programs if groups == 1 else splits,
+            splits,
+            width,
+            k,
+            SUM_COLUMNS,
+            SUM_ROWS,
+            num_warps=4,
+        )

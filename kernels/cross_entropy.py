@@ -135,9 +135,26 @@ def write_row(Nll, MaxProbability, Entropy, Velocity, i, nll, max_probability, e
 
 @triton.jit(do_not_specialize=["vocabulary"])
 def _cross_entropy_kernel(
-    Logits, Target, TokenWeight, Hidden, Weight, Bias, Nll, MaxProbability, Entropy, Rates, Elapsed, Velocity,
-    columns, stride, width, vocabulary, GRADIENT: tl.constexpr, BLOCK: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    Logits,
+    Target,
+    TokenWeight,
+    Hidden,
+    Weight,
+    Bias,
+    Nll,
+    MaxProbability,
+    Entropy,
+    Rates,
+    Elapsed,
+    Velocity,
+    columns,
+    stride,
+    width,
+    vocabulary,
+    GRADIENT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     i = tl.program_id(0).to(tl.int64)
     Logits += i * stride
     w = tl.full((), 1.0, tl.float32)
@@ -206,9 +223,21 @@ def _add_column_sums_kernel(BiasGradient, Sums, columns, splits, BLOCK: tl.const
 
 
 def cross_entropy_(
-    logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient, rates, elapsed,
+    logits,
+    target,
+    token_weight,
+    hidden,
+    weight,
+    bias,
+    gradient,
+    nll,
+    max_probability,
+    entropy,
+    bias_gradient,
+    rates,
+    elapsed,
     velocity,
-):  # fmt: skip
+):
     """cross_entropy_ of atat_fast/ops/linear_cross_entropy/row_pass.py. All but logits is contiguous, and logits' columns are."""
     rows, columns = logits.shape
     if rows == 0 or columns == 0:
@@ -216,9 +245,25 @@ def cross_entropy_(
     vocabulary = columns if weight is None else min(columns, weight.shape[0])
     width = 0 if hidden is None else hidden.shape[1]
     _cross_entropy_kernel[(rows,)](
-        logits, target, token_weight, hidden, weight, bias, nll, max_probability, entropy, rates, elapsed, velocity,
-        columns, logits.stride(0), width, vocabulary, GRADIENT=gradient, **configuration(columns, width),
-    )  # fmt: skip
+        logits,
+        target,
+        token_weight,
+        hidden,
+        weight,
+        bias,
+        nll,
+        max_probability,
+        entropy,
+        rates,
+        elapsed,
+        velocity,
+        columns,
+        logits.stride(0),
+        width,
+        vocabulary,
+        GRADIENT=gradient,
+        **configuration(columns, width),
+    )
     if gradient and bias_gradient is not None:
         sum_columns(logits, bias_gradient)
 

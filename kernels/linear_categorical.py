@@ -41,9 +41,24 @@ def compete(score, id, m_v, best, winner):
 
 @triton.jit(do_not_specialize=["forbidden", "parts_of_split"])
 def _linear_categorical_kernel(
-    Scores, Ids, Hidden, Weight, Bias, Index, Seed, Step, rows, width, vocabulary, forbidden, parts_of_split, inverse_temperature,
-    BLOCK_M: tl.constexpr, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr,
-):  # fmt: skip
+    Scores,
+    Ids,
+    Hidden,
+    Weight,
+    Bias,
+    Index,
+    Seed,
+    Step,
+    rows,
+    width,
+    vocabulary,
+    forbidden,
+    parts_of_split,
+    inverse_temperature,
+    BLOCK_M: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
     o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     m_m = o_m < rows
     split = tl.program_id(1)
@@ -58,9 +73,13 @@ def _linear_categorical_kernel(
         o_p = part + tl.arange(0, BLOCK_P)
         # What is the same for a whole row or tile stays a vector or a scalar until the rounds mix it.
         w0, w1, w2, w3 = philox4x32(
-            index.to(tl.uint32)[:, None], (index >> 32).to(tl.uint32)[:, None], step.to(tl.uint32),
-            (5 + (o_p.to(tl.uint32) << 8))[None, :], seed.to(tl.uint32), (seed >> 32).to(tl.uint32),
-        )  # fmt: skip
+            index.to(tl.uint32)[:, None],
+            (index >> 32).to(tl.uint32)[:, None],
+            step.to(tl.uint32),
+            (5 + (o_p.to(tl.uint32) << 8))[None, :],
+            seed.to(tl.uint32),
+            (seed >> 32).to(tl.uint32),
+        )
         even_noise, odd_noise = gumbel64(w0, w1), gumbel64(w2, w3)
         for odd in tl.static_range(2):
             o_v = 2 * o_p.to(tl.int64) + odd
@@ -118,8 +137,21 @@ def linear_categorical(hidden, weight, index, bias, forbidden, inverse_temperatu
     scores = torch.empty((splits, rows), dtype=torch.float32, device=hidden.device)
     ids = torch.empty((splits, rows), dtype=torch.int32, device=hidden.device)
     _linear_categorical_kernel[(blocks, splits)](
-        scores, ids, hidden, weight, bias, index, seed, step, rows, width, vocabulary, forbidden,
-        tiles_of_split * sizes["BLOCK_P"], inverse_temperature, **sizes,
-    )  # fmt: skip
+        scores,
+        ids,
+        hidden,
+        weight,
+        bias,
+        index,
+        seed,
+        step,
+        rows,
+        width,
+        vocabulary,
+        forbidden,
+        tiles_of_split * sizes["BLOCK_P"],
+        inverse_temperature,
+        **sizes,
+    )
     _best_of_splits_kernel[(triton.cdiv(rows, 128),)](out, scores, ids, rows, splits, BLOCK=128, num_warps=4)
     return out

@@ -87,11 +87,32 @@ def pad(Rows, Weights, begin, end, stride, o_t, TILE: tl.constexpr):
 
 @triton.jit(do_not_specialize=["num_rows", "mask_id", "stream"])
 def _mask_tokens_kernel(
-    Noisy, Rows, Weights, Tokens, NumMasked, SampleIds, Seed, Step, Scores, Eligible, Frozen,
-    num_rows, mask_id, tilt, focus, stream, B, L,
-    WEIGHTING: tl.constexpr, TILTED: tl.constexpr, ELIGIBLE: tl.constexpr, FROZEN: tl.constexpr,
-    TILES: tl.constexpr, TILE: tl.constexpr, BLOCK_B: tl.constexpr,
-):  # fmt: skip
+    Noisy,
+    Rows,
+    Weights,
+    Tokens,
+    NumMasked,
+    SampleIds,
+    Seed,
+    Step,
+    Scores,
+    Eligible,
+    Frozen,
+    num_rows,
+    mask_id,
+    tilt,
+    focus,
+    stream,
+    B,
+    L,
+    WEIGHTING: tl.constexpr,
+    TILTED: tl.constexpr,
+    ELIGIBLE: tl.constexpr,
+    FROZEN: tl.constexpr,
+    TILES: tl.constexpr,
+    TILE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+):
     b = tl.program_id(0)
     start = b.to(tl.int64) * L
     first = tl.load(SampleIds + b) * L
@@ -180,20 +201,55 @@ def _mask_tokens_kernel(
 
 
 def mask_tokens(
-    tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting, seed, step, sample_ids, stream,
-    noisy, rows, weights,
-):  # fmt: skip
+    tokens,
+    num_masked,
+    num_rows,
+    mask_id,
+    scores,
+    tilt,
+    focus,
+    eligible,
+    frozen,
+    weighting,
+    seed,
+    step,
+    sample_ids,
+    stream,
+    noisy,
+    rows,
+    weights,
+):
     """Fill noisy [B, L], rows and weights [num_rows]. Every tensor is contiguous; scores fp32, masks bool, counts int64."""
     batch, length = tokens.shape
     if batch == 0 or length == 0:
         rows.zero_(), weights.zero_()
         return
     _mask_tokens_kernel[(batch,)](
-        noisy, rows, weights, tokens, num_masked, sample_ids, seed, step, scores, eligible, frozen,
-        num_rows, mask_id, tilt, focus, stream, batch, length,
-        WEIGHTING=weighting, TILTED=scores is not None and tilt != 0, ELIGIBLE=eligible is not None, FROZEN=frozen is not None,
-        BLOCK_B=triton.next_power_of_2(batch), **configuration(length),
-    )  # fmt: skip
+        noisy,
+        rows,
+        weights,
+        tokens,
+        num_masked,
+        sample_ids,
+        seed,
+        step,
+        scores,
+        eligible,
+        frozen,
+        num_rows,
+        mask_id,
+        tilt,
+        focus,
+        stream,
+        batch,
+        length,
+        WEIGHTING=weighting,
+        TILTED=scores is not None and tilt != 0,
+        ELIGIBLE=eligible is not None,
+        FROZEN=frozen is not None,
+        BLOCK_B=triton.next_power_of_2(batch),
+        **configuration(length),
+    )
 
 
 def configuration(length):

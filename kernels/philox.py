@@ -25,9 +25,13 @@ def random_words(index, seed, step, stream):
     """Four words for every element of `index` (a block of int64) at a scalar seed and step (int64) and stream (int32)."""
     zero = index.to(tl.uint32) * 0
     return philox4x32(
-        index.to(tl.uint32), (index >> 32).to(tl.uint32), zero + step.to(tl.uint32), (zero + stream).to(tl.uint32),
-        zero + seed.to(tl.uint32), zero + (seed >> 32).to(tl.uint32),
-    )  # fmt: skip
+        index.to(tl.uint32),
+        (index >> 32).to(tl.uint32),
+        zero + step.to(tl.uint32),
+        (zero + stream).to(tl.uint32),
+        zero + seed.to(tl.uint32),
+        zero + (seed >> 32).to(tl.uint32),
+    )
 
 
 @triton.jit

@@ -29,10 +29,7 @@ def places(rows, L, HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.const
 
 
 @triton.jit
-def turn(
-    Out, In, Rstd, out, at, rstd, cos, sin, o_e, m, m_r, eps,
-    NORM: tl.constexpr, HALF: tl.constexpr,
-):  # fmt: skip
+def turn(Out, In, Rstd, out, at, rstd, cos, sin, o_e, m, m_r, eps, NORM: tl.constexpr, HALF: tl.constexpr):
     """Rotate the halves at In + at, scaled first where NORM, by the angle of (cos, sin) into Out + out."""
     a = tl.load(In + at + o_e, mask=m, other=0.0)
     b = tl.load(In + at + HALF + o_e, mask=m, other=0.0)
@@ -48,10 +45,31 @@ def turn(
 
 @triton.jit
 def _rotary_kernel(
-    OutQ, OutK, OutV, InQ, InK, InV, Rstd, Cos, Sin, rows, L, H, in_batch, in_row, out_batch, out_row, eps,
-    INVERSE: tl.constexpr, NORM: tl.constexpr, COPY: tl.constexpr, HALF: tl.constexpr, BLOCK_E: tl.constexpr,
-    BLOCK_R: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
+    OutQ,
+    OutK,
+    OutV,
+    InQ,
+    InK,
+    InV,
+    Rstd,
+    Cos,
+    Sin,
+    rows,
+    L,
+    H,
+    in_batch,
+    in_row,
+    out_batch,
+    out_row,
+    eps,
+    INVERSE: tl.constexpr,
+    NORM: tl.constexpr,
+    COPY: tl.constexpr,
+    HALF: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     o_r, o_e, m_r, m, b, position = places(rows, L, HALF, BLOCK_E, BLOCK_R)
     table = position * HALF + o_e
     cos = tl.load(Cos + table, mask=m, other=0.0)
@@ -73,10 +91,7 @@ def _rotary_kernel(
 
 
 @triton.jit
-def turn_back(
-    Dx, Grad, Out, Rstd, dx, grad, out, rstd, cos, sin, inverse, o_e, m, m_r,
-    HALF: tl.constexpr,
-):  # fmt: skip
+def turn_back(Dx, Grad, Out, Rstd, dx, grad, out, rstd, cos, sin, inverse, o_e, m, m_r, HALF: tl.constexpr):
     """The gradient of `turn` with NORM into Dx + dx, from its own output at Out + out and what comes from above, Grad + grad.
 
     With x the input, r its reciprocal root-mean-square, R the turn and <> the mean over a head: out = R r x and
@@ -97,9 +112,28 @@ def turn_back(
 
 @triton.jit
 def _rotary_backward_kernel(
-    DxQ, DxK, DxV, GradQ, GradK, GradV, OutQ, OutK, Rstd, Cos, Sin, rows, L, H, grad_batch, grad_row, out_row,
-    HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr, HEADS: tl.constexpr,
-):  # fmt: skip
+    DxQ,
+    DxK,
+    DxV,
+    GradQ,
+    GradK,
+    GradV,
+    OutQ,
+    OutK,
+    Rstd,
+    Cos,
+    Sin,
+    rows,
+    L,
+    H,
+    grad_batch,
+    grad_row,
+    out_row,
+    HALF: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HEADS: tl.constexpr,
+):
     o_r, o_e, m_r, m, b, position = places(rows, L, HALF, BLOCK_E, BLOCK_R)
     table = position * HALF + o_e
     cos = tl.load(Cos + table, mask=m, other=1.0)
@@ -144,10 +178,24 @@ def rotary(out, qkv, cos, sin, inverse, rstd=None, eps=None):
     sizes = configuration(heads, size)
     grid = (triton.cdiv(rows, sizes["BLOCK_R"]), heads // sizes["HEADS"])
     _rotary_kernel[grid](
-        *outs, *ins, rstd, cos, sin, rows, length, heads, *ins[0].stride()[:2], *outs[0].stride()[:2], eps,
-        INVERSE=inverse, NORM=eps is not None, COPY=out is not qkv, HALF=size // 2, **sizes,
+        *outs,
+        *ins,
+        rstd,
+        cos,
+        sin,
+        rows,
+        length,
+        heads,
+        *ins[0].stride()[:2],
+        *outs[0].stride()[:2],
+        eps,
+        INVERSE=inverse,
+        NORM=eps is not None,
+        COPY=out is not qkv,
+        HALF=size // 2,
+        **sizes,
         **(IN_PLACE if out is qkv else {}),
-    )  # fmt: skip
+    )
 
 
 def normed_backward(dqkv, grad, out, rstd, cos, sin):
@@ -164,9 +212,20 @@ def normed_backward(dqkv, grad, out, rstd, cos, sin):
     sizes = configuration(heads, size)
     grid = (triton.cdiv(rows, sizes["BLOCK_R"]), heads // sizes["HEADS"])
     _rotary_backward_kernel[grid](
-        *parts(dqkv), *grads, *outs[:2], rstd, cos, sin, rows, length, heads, *grads[0].stride()[:2], outs[0].stride(1),
-        HALF=size // 2, **sizes,
-    )  # fmt: skip
+        *parts(dqkv),
+        *grads,
+        *outs[:2],
+        rstd,
+        cos,
+        sin,
+        rows,
+        length,
+        heads,
+        *grads[0].stride()[:2],
+        outs[0].stride(1),
+        HALF=size // 2,
+        **sizes,
+    )
 
 
 def configuration(heads, size):

@@ -24,7 +24,7 @@ from atat_fast.audit.masks import (
     group_of,
     number,
     plackett_luce_law,
-)  # fmt: skip
+)
 from atat_fast.config import DiffusionConfig
 from atat_fast.diffusion.counts import bound_weights, count_chances
 

@@ -211,12 +211,7 @@ def settings_hash(settings: dict[str, Any]) -> str:
 
 
 def _write_split(
-    path: Path,
-    documents: Iterable[str],
-    tokenizer: Tokenizer,
-    dtype: str,
-    num_workers: int,
-    advance: Callable[[int, int], None],
+    path: Path, documents: Iterable[str], tokenizer: Tokenizer, dtype: str, num_workers: int, advance: Callable[[int, int], None]
 ) -> dict[str, Any]:
     """Writes the split's token file; returns its counts."""
     counts = {"documents": 0, "tokens": 0, "text_bytes": 0}

@@ -324,10 +324,7 @@ def _bytes() -> Tokenizer:
 def _train(size: int, documents: Iterable[str]) -> Tokenizer:
     tokenizer = _byte_level({})
     trainer: Any = trainers.BpeTrainer(
-        vocab_size=size - 2,
-        min_frequency=2,
-        show_progress=False,
-        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        vocab_size=size - 2, min_frequency=2, show_progress=False, initial_alphabet=pre_tokenizers.ByteLevel.alphabet()
     )
     words = tokenizer.pre_tokenizer
     cut = pre_tokenizers.Split(backend.Regex(_LONG_WORDS), "isolated")

@@ -98,9 +98,7 @@ def hide_by_importance(
         weighting=weighting,
         stream=STREAM_REVEAL,
     )
-    return MaskedBatch(
-        noisy, rows, tokens.flatten()[rows], weights, share, tokens.numel(), hidden=hidden, importance=scored
-    )  # fmt: skip
+    return MaskedBatch(noisy, rows, tokens.flatten()[rows], weights, share, tokens.numel(), hidden=hidden, importance=scored)
 
 
 def relative_weights(scores: Tensor, hidden: Tensor, exponent: float) -> Tensor:

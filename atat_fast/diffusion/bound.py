@@ -82,9 +82,19 @@ def evaluation_strata(sequences: int, draws: int, *, seed: int) -> Tensor:
 
 
 def estimate_nll(
-    nll: NllFunction, tokens: Callable[[int, int], Tensor], sequences: int, *, mask_id: int, draws: int, batch: int, seed: int,
-    document_end: int | None = None, spread: Spread = Spread(), process: Hide | None = None, control: bool = True,
-) -> Estimate:  # fmt: skip
+    nll: NllFunction,
+    tokens: Callable[[int, int], Tensor],
+    sequences: int,
+    *,
+    mask_id: int,
+    draws: int,
+    batch: int,
+    seed: int,
+    document_end: int | None = None,
+    spread: Spread = Spread(),
+    process: Hide | None = None,
+    control: bool = True,
+) -> Estimate:
     """The bound over `sequences` sequences; tokens(first, count) gives [count, L] on the model's device. With document_end, the
     id that closes a document, masked batches say where documents lie, and the bound is that of text whose ends are known.
     Spread over processes, batches and sums are those of one process, and so is the result.

@@ -54,9 +54,16 @@ def draw_counts(u: Tensor, chances: Tensor) -> Tensor:
 
 
 def mask_counts(
-    length: int, first: int, count: int, total: int, *, seed: int, step: int, pairing: str = "antithetic",
+    length: int,
+    first: int,
+    count: int,
+    total: int,
+    *,
+    seed: int,
+    step: int,
+    pairing: str = "antithetic",
     chances: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """k for slots first .. first + count - 1 of a global batch of `total` sequences: int64 [count], uniform on 0..length, or with
     the given chances [length + 1] at the same stratified points.
 

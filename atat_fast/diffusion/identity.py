@@ -155,6 +155,12 @@ class IdentitySchedule:
         stay = -torch.log(uniform(random_words(sample_ids, seed, step, STREAM_COUNT)[2]))
         share = (counts / max(1, length)).to(device, torch.float32, non_blocking=True)
         return MaskedBatch(
-            noisy, rows, tokens.flatten()[rows], per_row((length + 1) / total, counts, rows), share, tokens.numel(),
-            hidden=number, tilt=Tilt(self.rates, per_row(reached + stay / total, counts, rows)),
-        )  # fmt: skip
+            noisy,
+            rows,
+            tokens.flatten()[rows],
+            per_row((length + 1) / total, counts, rows),
+            share,
+            tokens.numel(),
+            hidden=number,
+            tilt=Tilt(self.rates, per_row(reached + stay / total, counts, rows)),
+        )

@@ -16,9 +16,18 @@ from atat_fast.ops.philox import STREAM_MASK, random_words
 
 
 def hide_for_training(
-    tokens: Tensor, config: DiffusionConfig, *, first: int, total: int, mask_id: int, sample_ids: Tensor, seed: int, step: int,
-    progress: float = 0.0, choose: Hide = hide,
-) -> MaskedBatch:  # fmt: skip
+    tokens: Tensor,
+    config: DiffusionConfig,
+    *,
+    first: int,
+    total: int,
+    mask_id: int,
+    sample_ids: Tensor,
+    seed: int,
+    step: int,
+    progress: float = 0.0,
+    choose: Hide = hide,
+) -> MaskedBatch:
     """Mask slots first .. first + B - 1 of a global batch of `total` sequences as `config` says at `progress`, the share of the
     run that is done. With config.mirror, slots 2j and 2j + 1 must hold the same sequence, and sample_ids be even for slot 2j.
 
@@ -62,9 +71,17 @@ def hidden_in_batch(config: DiffusionConfig, length: int, total: int, *, seed: i
 
 
 def _hide_bernoulli(
-    tokens: Tensor, config: DiffusionConfig, first: int, total: int, mask_id: int, sample_ids: Tensor, seed: int, step: int,
-    choose: Hide, weighting: str,
-) -> MaskedBatch:  # fmt: skip
+    tokens: Tensor,
+    config: DiffusionConfig,
+    first: int,
+    total: int,
+    mask_id: int,
+    sample_ids: Tensor,
+    seed: int,
+    step: int,
+    choose: Hide,
+    weighting: str,
+) -> MaskedBatch:
     """Each token hides when its word falls under the rate. The k smallest words are those k tokens, so mask_tokens with that
     count hides the same set; the count has to be read back, which is one reason why exact counts are the default.
     """

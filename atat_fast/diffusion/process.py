@@ -74,9 +74,16 @@ class Hide(Protocol):
     """
 
     def __call__(
-        self, tokens: Tensor, counts: Tensor, *, mask_id: int, sample_ids: Tensor, seed: int | Tensor, step: int | Tensor,
+        self,
+        tokens: Tensor,
+        counts: Tensor,
+        *,
+        mask_id: int,
+        sample_ids: Tensor,
+        seed: int | Tensor,
+        step: int | Tensor,
         weighting: str = "uniform",
-    ) -> MaskedBatch:  # fmt: skip
+    ) -> MaskedBatch:
         """The masked batch."""
 
 
@@ -109,9 +116,16 @@ class Process(Protocol):
         """The same on another device."""
 
     def hide(
-        self, tokens: Tensor, counts: Tensor, *, mask_id: int, sample_ids: Tensor, seed: int | Tensor, step: int | Tensor,
+        self,
+        tokens: Tensor,
+        counts: Tensor,
+        *,
+        mask_id: int,
+        sample_ids: Tensor,
+        seed: int | Tensor,
+        step: int | Tensor,
         weighting: str = "uniform",
-    ) -> MaskedBatch:  # fmt: skip
+    ) -> MaskedBatch:
         """See `Hide`."""
 
 

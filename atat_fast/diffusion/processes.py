@@ -8,10 +8,7 @@ from atat_fast.diffusion.process import Process
 from atat_fast.diffusion.uniform import Uniform
 from atat_fast.errors import UsageError, nearest
 
-PROCESSES: dict[str, type[Process]] = {
-    "log_linear": Uniform,
-    "token_identity": IdentitySchedule,
-}
+PROCESSES: dict[str, type[Process]] = {"log_linear": Uniform, "token_identity": IdentitySchedule}
 
 
 def process_named(name: str) -> type[Process]:

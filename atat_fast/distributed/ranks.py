@@ -116,9 +116,12 @@ class Ranks:
             dist.init_process_group(
                 "gloo" if card is None else "cpu:gloo,cuda:nccl",
                 # The launcher's store remembers the addresses of processes that it has started again since.
-                store=PrefixStore(f"atat_fast/{at.restarts}", store), rank=at.rank, world_size=at.size, timeout=limit,
+                store=PrefixStore(f"atat_fast/{at.restarts}", store),
+                rank=at.rank,
+                world_size=at.size,
+                timeout=limit,
                 device_id=card,
-            )  # fmt: skip
+            )
         except RuntimeError as error:
             raise UsageError(f"rank {at.rank} does not find the others at {place}: {first_line(error)}") from error
         ranks.control, ranks.disk = (dist.new_group(backend="gloo", timeout=PATIENCE) for _ in range(2))

@@ -51,10 +51,13 @@ class Watch:
             self._store = PrefixStore(
                 f"atat_fast/watch/{ranks.launch.restarts}",
                 TCPStore(
-                    os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, wait_for_workers=False,
+                    os.environ["MASTER_ADDR"],
+                    int(os.environ["MASTER_PORT"]),
+                    is_master=False,
+                    wait_for_workers=False,
                     timeout=datetime.timedelta(seconds=max(5.0, timeout)),
                 ),
-            )  # fmt: skip
+            )
             self._tell()
             ranks.barrier()  # every rank has told something
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)

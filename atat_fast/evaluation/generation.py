@@ -266,12 +266,15 @@ def mauve(model: CausalLM, texts: Sequence[str], references: Sequence[str], batc
 def describe(found: dict[str, Any]) -> list[str]:
     """The figures as lines."""
     lines = [
-        ("samples", f"{found['texts']:,} texts, {found['tokens']:,} {found['unit']}"
-         + (f", {found['texts_with_ids']:,} of them read as ids" if found["texts_with_ids"] else "")
-         + (f", {found['empty']} of them empty" if found["empty"] else "")),
+        (
+            "samples",
+            f"{found['texts']:,} texts, {found['tokens']:,} {found['unit']}"
+            + (f", {found['texts_with_ids']:,} of them read as ids" if found["texts_with_ids"] else "")
+            + (f", {found['empty']} of them empty" if found["empty"] else ""),
+        ),
         ("entropy", f"{found['entropy']:.4f} ± {found['entropy_se']:.4f} nats, of a token of one sample"),
         *((f"distinct-{n}", f"{found[f'distinct_{n}']:.4f}") for n in range(1, LONGEST_N + 1)),
-    ]  # fmt: skip
+    ]
     if "causal_lm" in found:
         perplexity = (
             f"{found['generative_perplexity']:.3f}  ({found['causal_nll']:.4f} ± {found['causal_nll_se']:.4f} nats a token)"

@@ -72,10 +72,17 @@ def uniform(model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast) -> Fi
         tokens, wanted = spread_sequences(split, model.config.length, settings.sequences, model.cos.device)
         with torch.no_grad(), autocast(), evaluating(model), _progress(f"{split.name}: drawing masks") as show:
             precise = estimate_to(
-                model_nll(model), tokens, wanted, mask_id=model.mask_id, se=plan.se, most_draws=plan.most_draws,
-                batch=settings.batch, seed=settings.seed, document_end=split.eos_id if model.config.document_mask else None,
+                model_nll(model),
+                tokens,
+                wanted,
+                mask_id=model.mask_id,
+                se=plan.se,
+                most_draws=plan.most_draws,
+                batch=settings.batch,
+                seed=settings.seed,
+                document_end=split.eos_id if model.config.document_mask else None,
                 on_pass=lambda done, error: show(done, plan.most_draws, f"{done} masks each, ± {error:.4f}"),
-            )  # fmt: skip
+            )
         estimate, draws, of, text = precise.estimate, precise.draws, "masks", precise.se_text
         if not precise.met:
             needed = math.ceil(draws * (estimate.se / plan.se) ** 2)
@@ -102,9 +109,16 @@ def beside_orders(model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast)
     tokens, wanted = spread_sequences(split, model.config.length, plan.order_sequences, model.cos.device)
     with torch.no_grad(), autocast(), evaluating(model):
         return estimate_to(
-            model_nll(model), tokens, wanted, mask_id=model.mask_id, se=1e-9, most_draws=MASKS_BESIDE, batch=plan.eval.batch,
-            seed=plan.eval.seed, document_end=split.eos_id if model.config.document_mask else None,
-        ).estimate  # fmt: skip
+            model_nll(model),
+            tokens,
+            wanted,
+            mask_id=model.mask_id,
+            se=1e-9,
+            most_draws=MASKS_BESIDE,
+            batch=plan.eval.batch,
+            seed=plan.eval.seed,
+            document_end=split.eos_id if model.config.document_mask else None,
+        ).estimate
 
 
 def in_order(
@@ -123,9 +137,18 @@ def in_order(
     """
     with _progress(f"{split.name}: {order}") as show:
         estimate = evaluate_order(
-            model, split, order, sequences=plan.order_sequences, batch=plan.eval.batch, seed=plan.eval.seed, autocast=autocast(),
-            per_pass=plan.per_pass, estimator=estimator, tilt=plan.tilt, on_batch=lambda done, total: show(done, total, ""),
-        )  # fmt: skip
+            model,
+            split,
+            order,
+            sequences=plan.order_sequences,
+            batch=plan.eval.batch,
+            seed=plan.eval.seed,
+            autocast=autocast(),
+            per_pass=plan.per_pass,
+            estimator=estimator,
+            tilt=plan.tilt,
+            on_batch=lambda done, total: show(done, total, ""),
+        )
     difference = estimate.values - bound.values
     figure = report(estimate, split) | {
         "measure": order,
@@ -143,9 +166,13 @@ def in_order(
 
 
 def measure(
-    model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast, estimator: ImportanceEstimator | None = None,
+    model: DiT,
+    split: TokenSplit,
+    plan: Plan,
+    autocast: Autocast,
+    estimator: ImportanceEstimator | None = None,
     process: Process | None = None,
-) -> list[Figure]:  # fmt: skip
+) -> list[Figure]:
     """Everything the plan asks for of one text: the uniform bound first, then each order. If the process has a
     bound of its own, the first figure has that too, as schedule_nll, from plan.eval's draws.
     """
@@ -163,9 +190,17 @@ def table(figures: list[Figure]) -> Table:
     """Figures as a table: one row each, with the hash of its tokens."""
     shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name, side in (
-        ("text", "left"), ("measure", "left"), ("nats a token", "right"), ("± error of", "left"), ("perplexity", "right"),
-        ("bits/byte", "right"), ("is", "left"), ("less the bound", "left"), ("sequences", "right"), ("tokens", "left"),
-    ):  # fmt: skip
+        ("text", "left"),
+        ("measure", "left"),
+        ("nats a token", "right"),
+        ("± error of", "left"),
+        ("perplexity", "right"),
+        ("bits/byte", "right"),
+        ("is", "left"),
+        ("less the bound", "left"),
+        ("sequences", "right"),
+        ("tokens", "left"),
+    ):
         if name == "less the bound" and not any("minus_bound" in f for f in figures):
             continue
         shown.add_column(name, justify=side, no_wrap=True)  # type: ignore[arg-type]

@@ -101,9 +101,17 @@ def evaluate_order(
             ids = torch.arange(first, first + len(x), device=x.device)
             hidden = torch.ones_like(x, dtype=torch.bool)
             nll, _ = order_nll(
-                model, x, hidden, order, per_pass=per_pass, sample_ids=ids, seed=seed, score=score, tilt=tilt or 0.0,
+                model,
+                x,
+                hidden,
+                order,
+                per_pass=per_pass,
+                sample_ids=ids,
+                seed=seed,
+                score=score,
+                tilt=tilt or 0.0,
                 documents=documents,
-            )  # fmt: skip
+            )
             found.append(nll.cpu() / x.shape[1])
             if on_batch is not None:
                 on_batch(first + len(x), wanted)

@@ -142,16 +142,28 @@ def antithetic_pair(x: Tensor, k: Tensor, *, mask_id: int, sample_ids: Tensor, s
     rows = torch.nonzero_static(hidden.flatten(), size=int(counts.sum()))[:, 0]
     share = (counts / x.shape[1]).to(x.device, torch.float32)
     second = MaskedBatch(
-        x.masked_fill(hidden, mask_id), rows, x.flatten()[rows], torch.ones_like(rows, dtype=torch.float32), share, x.numel(),
+        x.masked_fill(hidden, mask_id),
+        rows,
+        x.flatten()[rows],
+        torch.ones_like(rows, dtype=torch.float32),
+        share,
+        x.numel(),
         hidden=len(rows),
-    )  # fmt: skip
+    )
     return [first, second]
 
 
 def _pair(
-    nll: NllFunction, x: Tensor, k: Tensor, first: int, mask_id: int, seed: int, step: int, document_end: int | None,
+    nll: NllFunction,
+    x: Tensor,
+    k: Tensor,
+    first: int,
+    mask_id: int,
+    seed: int,
+    step: int,
+    document_end: int | None,
     c: Tensor | None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Each sequence's means over its two masks, fp64 [B, 1 + FEATURES]: nats a token, and how far hidden tokens' control variates
     c [B, L, FEATURES] lie from the sequence's; 0 without any.
     """

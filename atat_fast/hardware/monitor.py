@@ -64,9 +64,7 @@ class Card:
             found["clock_mhz"] = float(nvml.nvmlDeviceGetClockInfo(handle, nvml.NVML_CLOCK_SM))
         with contextlib.suppress(nvml.NVMLError):
             found["throttled"] = self._throttled()
-        for name, counter in (
-            ("pcie_sent_mb_s", "NVML_PCIE_UTIL_TX_BYTES"), ("pcie_received_mb_s", "NVML_PCIE_UTIL_RX_BYTES")
-        ):  # fmt: skip
+        for name, counter in (("pcie_sent_mb_s", "NVML_PCIE_UTIL_TX_BYTES"), ("pcie_received_mb_s", "NVML_PCIE_UTIL_RX_BYTES")):
             with contextlib.suppress(nvml.NVMLError):
                 found[name] = nvml.nvmlDeviceGetPcieThroughput(handle, getattr(nvml, counter)) / 1e3  # NVML says KB/s
         return found

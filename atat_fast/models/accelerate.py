@@ -55,11 +55,7 @@ class _Settings:
 
 
 def accelerate(
-    model: nn.Module,
-    *,
-    time_conditioning: bool | None = None,
-    autocast: torch.dtype | None = torch.bfloat16,
-    check: bool = True,
+    model: nn.Module, *, time_conditioning: bool | None = None, autocast: torch.dtype | None = torch.bfloat16, check: bool = True
 ) -> nn.Module:
     """Replace the forward of an MDLM network by one made of fused ops, in place.
 

@@ -23,16 +23,8 @@ from atat_fast.ops.attention import (
     explain_attention,
     self_attention,
 )
-from atat_fast.ops.linear_categorical import (
-    linear_categorical,
-    linear_categorical_cost,
-    linear_categorical_reference,
-)
-from atat_fast.ops.linear_cross_entropy import (
-    linear_cross_entropy,
-    linear_cross_entropy_cost,
-    linear_cross_entropy_reference,
-)
+from atat_fast.ops.linear_categorical import linear_categorical, linear_categorical_cost, linear_categorical_reference
+from atat_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_cost, linear_cross_entropy_reference
 from atat_fast.ops.masking import mask_tokens, mask_tokens_cost
 from atat_fast.ops.registry import Cost
 from atat_fast.ops.rotary import rotary, rotary_cost, rotary_reference, rotary_split, rotary_table

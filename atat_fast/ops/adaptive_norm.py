@@ -34,9 +34,15 @@ def adaptive_layer_norm_reference(
 
 
 def gated_residual_norm_reference(
-    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None = None,
-    keep: Tensor | None = None, eps: float = EPS,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None = None,
+    keep: Tensor | None = None,
+    eps: float = EPS,
+) -> tuple[Tensor, Tensor]:
     """The specification; keep [B, L, D] holds 0 or 1 / (1 - dropout) for each element."""
     residual = residual + gate[:, None] * (branch if keep is None else branch * keep)
     return residual, adaptive_layer_norm_reference(residual, shift, scale, weight, eps)
@@ -102,9 +108,7 @@ def gated_residual_norm(
     when it has no sample_ids to draw from.
     """
     out_dtype = autocast_dtype(residual)
-    tensors = (
-        ("residual", residual), ("branch", branch), ("gate", gate), ("shift", shift), ("scale", scale), ("weight", weight)
-    )  # fmt: skip
+    tensors = (("residual", residual), ("branch", branch), ("gate", gate), ("shift", shift), ("scale", scale), ("weight", weight))
     without = _check(residual, tensors, 2, out_dtype)
     if branch.shape != residual.shape:
         raise ValueError(f"branch must have residual's shape {tuple(residual.shape)}, got {tuple(branch.shape)}")
@@ -335,9 +339,20 @@ def _norm_pull(ctx: Any, dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | 
 
 
 def _gated(
-    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, dropout: float,
-    seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int, eps: float, out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample_ids: Tensor | None,
+    layer: int,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     wide = _statistics_dtype(residual)
     addend = branch.to(wide)
     if dropout:
@@ -355,10 +370,21 @@ def _keep(
 
 
 def _gated_plain(
-    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, dropout: float,
-    seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int, eps: float, out_dtype: torch.dtype,
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample_ids: Tensor | None,
+    layer: int,
+    eps: float,
+    out_dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor]:
     """The op in PyTorch's own steps."""
     wide = _statistics_dtype(residual)
     keep = _keep(branch, dropout, seed, step, sample_ids, layer) if dropout else None
@@ -372,24 +398,57 @@ def _addend(branch: Tensor, gate: Tensor, keep: Tensor | None, wide: torch.dtype
 
 
 def _gated_fake(
-    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, dropout: float,
-    seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int, eps: float, out_dtype: torch.dtype,
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample_ids: Tensor | None,
+    layer: int,
+    eps: float,
+    out_dtype: torch.dtype,
     backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     return residual.new_empty(residual.shape), *_norm_outputs(residual, out_dtype)
 
 
 def _gated_triton(
-    residual: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, dropout: float,
-    seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int, eps: float, out_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    residual: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    shift: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    dropout: float,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample_ids: Tensor | None,
+    layer: int,
+    eps: float,
+    out_dtype: torch.dtype,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     outputs = residual.new_empty(residual.shape), *_norm_outputs(residual, out_dtype)
     weight = None if weight is None else weight.contiguous()
     ids = None if sample_ids is None else sample_ids.contiguous()
     _kernels().gated_forward(
-        residual.contiguous(), branch.contiguous(), _rows(gate), _rows(shift), _rows(scale), weight, dropout, seed, step, ids,
-        STREAM_DROPOUT + (layer << 8), eps, *outputs,
-    )  # fmt: skip
+        residual.contiguous(),
+        branch.contiguous(),
+        _rows(gate),
+        _rows(shift),
+        _rows(scale),
+        weight,
+        dropout,
+        seed,
+        step,
+        ids,
+        STREAM_DROPOUT + (layer << 8),
+        eps,
+        *outputs,
+    )
     return outputs
 
 
@@ -401,10 +460,22 @@ def _gated_cpp(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
 
 
 def _gated_backward(
-    dtotal: Tensor | None, dy: Tensor | None, total: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, weight: Tensor | None,
-    mean: Tensor, rstd: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int,
+    dtotal: Tensor | None,
+    dy: Tensor | None,
+    total: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample_ids: Tensor | None,
+    layer: int,
     shift_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """dresidual, dbranch, dgate, dshift, dscale and dweight, each in the dtype of what it is the gradient of."""
     wide = _statistics_dtype(total)
     dy = torch.zeros_like(total) if dy is None else dy
@@ -425,30 +496,69 @@ def _gated_backward(
 
 
 def _gated_backward_fake(
-    dtotal: Tensor | None, dy: Tensor | None, total: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, weight: Tensor | None,
-    mean: Tensor, rstd: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int,
-    shift_dtype: torch.dtype, backend: str,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+    dtotal: Tensor | None,
+    dy: Tensor | None,
+    total: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample_ids: Tensor | None,
+    layer: int,
+    shift_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     streams = total.new_empty(total.shape), branch.new_empty(branch.shape)
     return *streams, gate.new_empty(gate.shape), *_conditioning_gradients(scale, weight, shift_dtype)
 
 
 def _gated_backward_triton(
-    dtotal: Tensor | None, dy: Tensor | None, total: Tensor, branch: Tensor, gate: Tensor, scale: Tensor, weight: Tensor | None,
-    mean: Tensor, rstd: Tensor, dropout: float, seed: Tensor | None, step: Tensor | None, sample_ids: Tensor | None, layer: int,
+    dtotal: Tensor | None,
+    dy: Tensor | None,
+    total: Tensor,
+    branch: Tensor,
+    gate: Tensor,
+    scale: Tensor,
+    weight: Tensor | None,
+    mean: Tensor,
+    rstd: Tensor,
+    dropout: float,
+    seed: Tensor | None,
+    step: Tensor | None,
+    sample_ids: Tensor | None,
+    layer: int,
     shift_dtype: torch.dtype,
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:  # fmt: skip
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     outputs = (
-        total.new_empty(total.shape), branch.new_empty(branch.shape), gate.new_empty(gate.shape),
+        total.new_empty(total.shape),
+        branch.new_empty(branch.shape),
+        gate.new_empty(gate.shape),
         *_conditioning_gradients(scale, weight, shift_dtype),
-    )  # fmt: skip
+    )
     upstream = (None if dtotal is None else dtotal.contiguous(), None if dy is None else dy.contiguous())
     weight = None if weight is None else weight.contiguous()
     ids = None if sample_ids is None else sample_ids.contiguous()
     _kernels().gated_backward(
-        *upstream, total, branch.contiguous(), _rows(gate), _rows(scale), weight, mean, rstd, dropout, seed, step, ids,
-        STREAM_DROPOUT + (layer << 8), *outputs,
-    )  # fmt: skip
+        *upstream,
+        total,
+        branch.contiguous(),
+        _rows(gate),
+        _rows(scale),
+        weight,
+        mean,
+        rstd,
+        dropout,
+        seed,
+        step,
+        ids,
+        STREAM_DROPOUT + (layer << 8),
+        *outputs,
+    )
     return outputs
 
 
@@ -482,9 +592,23 @@ def _gated_autograd(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, *_: Any)
         inputs = pull(lambda branch, gate: _addend(branch, gate, keep, wide), (branch, gate), dr.to(wide))
         return dr, *inputs, *conditioning, *(None,) * 8
     dr, db, dgate, dshift, dscale, dweight = _GATED_BACKWARD(
-        dtotal, dy, total, branch, gate, scale, weight, mean, rstd, ctx.dropout, seed, step, sample_ids, ctx.layer,
-        ctx.shift_dtype, ctx.backend,
-    )  # fmt: skip
+        dtotal,
+        dy,
+        total,
+        branch,
+        gate,
+        scale,
+        weight,
+        mean,
+        rstd,
+        ctx.dropout,
+        seed,
+        step,
+        sample_ids,
+        ctx.layer,
+        ctx.shift_dtype,
+        ctx.backend,
+    )
     return (dr, db, dgate, dshift, dscale, None if weight is None else dweight, *(None,) * 8)
 
 

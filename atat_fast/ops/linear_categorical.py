@@ -40,9 +40,16 @@ REFERENCE_BYTES = 16 << 20
 
 
 def linear_categorical_reference(
-    hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None = None, forbidden: int | None = None,
-    temperature: float = 1.0, *, seed: int | Tensor, step: int | Tensor = 0,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None = None,
+    forbidden: int | None = None,
+    temperature: float = 1.0,
+    *,
+    seed: int | Tensor,
+    step: int | Tensor = 0,
+) -> Tensor:
     """The specification, through the whole matrix of logits; sums in fp64."""
     logits = F.linear(hidden, weight, bias)
     return draw_rows(logits, index, -1 if forbidden is None else forbidden, temperature, seed, step)
@@ -112,9 +119,17 @@ def linear_categorical(
     if chunk_bytes is None:
         chunk_bytes = CHUNK_BYTES_GPU if hidden.device.type == "cuda" else CHUNK_BYTES_CPU
     return torch.ops.atat_fast.linear_categorical(  # type: ignore[no-any-return]
-        hidden, weight.detach(), index, None if bias is None else bias.detach(), forbidden, float(temperature),
-        scalar(seed, hidden), scalar(step, hidden), chunk_bytes, chosen,
-    )  # fmt: skip
+        hidden,
+        weight.detach(),
+        index,
+        None if bias is None else bias.detach(),
+        forbidden,
+        float(temperature),
+        scalar(seed, hidden),
+        scalar(step, hidden),
+        chunk_bytes,
+        chosen,
+    )
 
 
 _FP64_ONLY = tuple((name, "hidden is float64, which only PyTorch computes") for name in ("triton", "cpp"))
@@ -147,9 +162,16 @@ def _slabs(row_pass: Callable[..., Tensor], budget: int) -> Callable[..., Tensor
     """
 
     def run(
-        hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, forbidden: int | None, temperature: float,
-        seed: Tensor, step: Tensor, chunk_bytes: int,
-    ) -> Tensor:  # fmt: skip
+        hidden: Tensor,
+        weight: Tensor,
+        index: Tensor,
+        bias: Tensor | None,
+        forbidden: int | None,
+        temperature: float,
+        seed: Tensor,
+        step: Tensor,
+        chunk_bytes: int,
+    ) -> Tensor:
         if widens_bf16(hidden):
             with torch.autocast("cpu", enabled=False):
                 return run(hidden.float(), weight, index, bias, forbidden, temperature, seed, step, chunk_bytes)
@@ -179,9 +201,16 @@ def _compiled_rows(logits: Tensor, index: Tensor, forbidden: int, temperature: f
 
 
 def _triton(
-    hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, forbidden: int | None, temperature: float,
-    seed: Tensor, step: Tensor, chunk_bytes: int,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    index: Tensor,
+    bias: Tensor | None,
+    forbidden: int | None,
+    temperature: float,
+    seed: Tensor,
+    step: Tensor,
+    chunk_bytes: int,
+) -> Tensor:
     """kernels/linear_categorical.py."""
     from atat_fast.kernels import linear_categorical as kernel  # triton takes a second to import
 
@@ -214,6 +243,5 @@ def linear_categorical_cost(rows: int, width: int, vocabulary: int, *, element_s
     and two logarithms an id, is counted by neither.
     """
     return Cost(
-        flops=2 * rows * width * vocabulary,
-        bytes=(rows * width + vocabulary * width) * element_size + 4 * vocabulary + 16 * rows,
+        flops=2 * rows * width * vocabulary, bytes=(rows * width + vocabulary * width) * element_size + 4 * vocabulary + 16 * rows
     )

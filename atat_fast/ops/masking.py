@@ -27,9 +27,21 @@ LONGEST = 16_384
 
 
 def mask_tokens_reference(
-    tokens: Tensor, num_masked: Tensor, num_rows: int, mask_id: int, scores: Tensor | None, tilt: float, focus: float,
-    eligible: Tensor | None, frozen: Tensor | None, weighting: str, seed: Tensor, step: Tensor, sample_ids: Tensor, stream: int,
-) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    tokens: Tensor,
+    num_masked: Tensor,
+    num_rows: int,
+    mask_id: int,
+    scores: Tensor | None,
+    tilt: float,
+    focus: float,
+    eligible: Tensor | None,
+    frozen: Tensor | None,
+    weighting: str,
+    seed: Tensor,
+    step: Tensor,
+    sample_ids: Tensor,
+    stream: int,
+) -> tuple[Tensor, Tensor, Tensor]:
     """The specification of mask_tokens, in plain PyTorch. No step waits for the device."""
     length = tokens.shape[1]
     position = torch.arange(length, device=tokens.device)
@@ -59,9 +71,15 @@ def reveal_keys(word: Tensor, scores: Tensor | None, tilt: float) -> Tensor:
 
 
 def _weights(
-    rows: Tensor, num_masked: Tensor, hidden: Tensor, scores: Tensor | None, tilt: float, focus: float, frozen: Tensor | None,
+    rows: Tensor,
+    num_masked: Tensor,
+    hidden: Tensor,
+    scores: Tensor | None,
+    tilt: float,
+    focus: float,
+    frozen: Tensor | None,
     weighting: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     batch, length = hidden.shape
     free = torch.full_like(num_masked, length) if frozen is None else (~frozen).sum(1)
     total = num_masked.sum()
@@ -155,9 +173,22 @@ def mask_tokens(
             raise ValueError("scores hold NaN; the network that made them has diverged")
     without = _TOO_LARGE if length > LONGEST or batch * length >= 2**31 else ()
     return torch.ops.atat_fast.mask_tokens(  # type: ignore[no-any-return]
-        tokens, counts.to(tokens.device), num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting,
-        seed, step, sample_ids, stream, choose_backend("mask_tokens", tokens.device, backend, without),
-    )  # fmt: skip
+        tokens,
+        counts.to(tokens.device),
+        num_rows,
+        mask_id,
+        scores,
+        tilt,
+        focus,
+        eligible,
+        frozen,
+        weighting,
+        seed,
+        step,
+        sample_ids,
+        stream,
+        choose_backend("mask_tokens", tokens.device, backend, without),
+    )
 
 
 _TOO_LARGE = tuple(

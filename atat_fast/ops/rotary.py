@@ -23,17 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atat_fast.ops.registry import (
-    Cost,
-    again,
-    backends,
-    choose_backend,
-    dispatch,
-    intercepted,
-    library,
-    register,
-    transformed,
-)
+from atat_fast.ops.registry import Cost, again, backends, choose_backend, dispatch, intercepted, library, register, transformed
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
@@ -415,9 +405,16 @@ def _split_fake(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float | None, backen
 
 
 def _split_backward(
-    dq: Tensor, dk: Tensor, dv: Tensor, q: Tensor | None, k: Tensor | None, rstd: Tensor | None, cos: Tensor, sin: Tensor,
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor | None,
+    k: Tensor | None,
+    rstd: Tensor | None,
+    cos: Tensor,
+    sin: Tensor,
     backend: str,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     dqkv = _split_backward_fake(dq)
     if q is None or k is None or rstd is None:
         _rotate_into(dqkv, (dq, dk, dv), cos, sin, True, backend)

@@ -254,9 +254,18 @@ def _draw_loss(axes: Axes, curves: Curves, theme: Theme) -> None:
         # A halo of the page's colour keeps the words readable where dots lie behind them.
         halo: dict[str, Any] = {"boxstyle": "square,pad=0.15", "facecolor": theme.paper, "edgecolor": "none", "alpha": 0.75}
         axes.annotate(
-            label, (1, curves.unigram), (-2, 4), xycoords=("axes fraction", "data"), textcoords="offset points",
-            ha="right", va="bottom", color=theme.faint, fontsize="small", bbox=halo, zorder=5,
-        )  # fmt: skip
+            label,
+            (1, curves.unigram),
+            (-2, 4),
+            xycoords=("axes fraction", "data"),
+            textcoords="offset points",
+            ha="right",
+            va="bottom",
+            color=theme.faint,
+            fontsize="small",
+            bbox=halo,
+            zorder=5,
+        )
     outside = int(((loss > high + margin) | (loss < low - margin)).sum())
     if outside:
         words = f"{outside} point{'s lie' if outside > 1 else ' lies'} outside the frame"

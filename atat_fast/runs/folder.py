@@ -20,9 +20,21 @@ SETTINGS, FACTS, METRICS = "config.yaml", "run.json", "metrics.jsonl"
 IMPORTANCE = "importance.json"
 
 MAY_DIFFER = (
-    "run.", "sample.", "parallel.", "data.", "eval.batch", "eval.every", "train.log_every", "train.checkpoint_every",
-    "train.keep", "train.micro_batch", "train.device", "train.compile", "train.cuda_graphs", "preset",
-)  # fmt: skip
+    "run.",
+    "sample.",
+    "parallel.",
+    "data.",
+    "eval.batch",
+    "eval.every",
+    "train.log_every",
+    "train.checkpoint_every",
+    "train.keep",
+    "train.micro_batch",
+    "train.device",
+    "train.compile",
+    "train.cuda_graphs",
+    "preset",
+)
 """Settings a resumed run may change: they do not change what is learned, micro-batches and ranks only how sums are rounded.
 
 Its tokens and its tokenizer must be the same, wherever they are; the trainer compares those.

@@ -38,9 +38,14 @@ def open_run(run: Path, which: str = "best", *, average: bool = True, importance
 
 
 def open_model(
-    *, run: str | None, model: str | None, tokenizer: str | None = None, which: str = "best", average: bool = True,
+    *,
+    run: str | None,
+    model: str | None,
+    tokenizer: str | None = None,
+    which: str = "best",
+    average: bool = True,
     importance: bool = True,
-) -> Saved:  # fmt: skip
+) -> Saved:
     """The model that a command was given: --run, a run folder or one of its checkpoints, or --model, a saved model (a folder, or
     owner/name on the hub), whose text `tokenizer` reads if it has none. It has a tokenizer. Raises UsageError.
     """

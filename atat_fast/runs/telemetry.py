@@ -38,9 +38,16 @@ class Telemetry:
     """
 
     def __init__(
-        self, folder: Path, run: RunConfig, *, max_steps: int, first_step: int, resumed: bool, rank: int = 0,
+        self,
+        folder: Path,
+        run: RunConfig,
+        *,
+        max_steps: int,
+        first_step: int,
+        resumed: bool,
+        rank: int = 0,
         settings: Mapping[str, Any] | None = None,
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.console = Console(highlight=False, soft_wrap=True, quiet=rank != 0)
         self.trackers: list[Tracker] = []
         if rank == 0:

@@ -180,9 +180,14 @@ def check_steps(name: str, steps: int) -> None:
 
 
 def _fill(
-    model: Any, canvas: Canvas, lengths: Tensor | None, cut: Cut, settings: dict[str, Any], graphs: bool,
+    model: Any,
+    canvas: Canvas,
+    lengths: Tensor | None,
+    cut: Cut,
+    settings: dict[str, Any],
+    graphs: bool,
     tell: Callable[[int], None],
-) -> None:  # fmt: skip
+) -> None:
     """Run one canvas to its end."""
     told_the_time = bool(getattr(model, "time_conditioning", False))
     more: dict[str, Any] = {}
@@ -227,9 +232,16 @@ def _fill(
 
 
 def make_policy(
-    model: Any, canvas: Canvas, *, sampler: str, steps: int, importance: ImportanceScores | None = None, tilt: float = 2.0,
-    eta: float | None = None, inside: Tensor | None = None,
-) -> Policy:  # fmt: skip
+    model: Any,
+    canvas: Canvas,
+    *,
+    sampler: str,
+    steps: int,
+    importance: ImportanceScores | None = None,
+    tilt: float = 2.0,
+    eta: float | None = None,
+    inside: Tensor | None = None,
+) -> Policy:
     """The policy of a sampler's name."""
     fill, names, seed = canvas.host_fill, canvas.host_names, canvas.host_seed
     if sampler in ("ddpm_cache", "ancestral"):
@@ -255,9 +267,18 @@ def _longest(model: Any) -> int | None:
 
 
 def _check(
-    model: Any, tokens: Tensor, steps: int, sampler: str, cut: Cut, block: int, importance: ImportanceScores | None,
-    eta: float | None, lengths: Tensor | None, stop_at: int | None, seed: int,
-) -> None:  # fmt: skip
+    model: Any,
+    tokens: Tensor,
+    steps: int,
+    sampler: str,
+    cut: Cut,
+    block: int,
+    importance: ImportanceScores | None,
+    eta: float | None,
+    lengths: Tensor | None,
+    stop_at: int | None,
+    seed: int,
+) -> None:
     if sampler not in SAMPLERS:
         raise UsageError(f"there is no sampler {sampler!r}{nearest(sampler, SAMPLERS)}; choose one of {', '.join(SAMPLERS)}")
     check_steps("steps", steps)

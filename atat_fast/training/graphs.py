@@ -82,7 +82,7 @@ class Graphs:
 
     def __init__(
         self, objective: Objective, capture: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] | None = None
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.objective = objective
         self.parameters: list[nn.Parameter] = list(objective.parameters())
         self.shapes: dict[tuple[object, ...], Shape] = {}

@@ -52,9 +52,17 @@ class Objective:
     """
 
     def __init__(
-        self, model: DiT, config: Config, compute: Compute, *, seed: int, total: int,
-        estimator: ImportanceEstimator | None = None, process: Process = UNIFORM, by_block: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        model: DiT,
+        config: Config,
+        compute: Compute,
+        *,
+        seed: int,
+        total: int,
+        estimator: ImportanceEstimator | None = None,
+        process: Process = UNIFORM,
+        by_block: bool = False,
+    ) -> None:
         if (estimator is None) != (config.importance.source == "none"):
             have = "there is none" if estimator is None else "one is given"
             raise ValueError(f"importance.source is {config.importance.source}, and of estimators {have}")
@@ -126,9 +134,15 @@ class Objective:
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
         with self.compute.autocast():
             loss, nll = self.forward(
-                batch.noisy, batch.rows, batch.target, batch.weights, batch.hidden_share,
-                Randomness(self.seed, step, sample_ids), batch.documents, *(batch.tilt or ()),
-            )  # fmt: skip
+                batch.noisy,
+                batch.rows,
+                batch.target,
+                batch.weights,
+                batch.hidden_share,
+                Randomness(self.seed, step, sample_ids),
+                batch.documents,
+                *(batch.tilt or ()),
+            )
         return loss / (self.total * batch.noisy.shape[1]), nll
 
     def hide(
@@ -144,9 +158,13 @@ class Objective:
         """What the model is asked: masks, rows and weights of slots first .. first + B - 1."""
         config, importance = self.config.diffusion, self.config.importance
         place: dict[str, Any] = {
-            "first": first, "total": self.total, "mask_id": self.model.mask_id, "sample_ids": sample_ids, "seed": self.seed,
+            "first": first,
+            "total": self.total,
+            "mask_id": self.model.mask_id,
+            "sample_ids": sample_ids,
+            "seed": self.seed,
             "step": step,
-        }  # fmt: skip
+        }
         if self.estimator is None:
             batch = hide_for_training(tokens, config, progress=progress, choose=self.process.hide, **place)
             batch.documents = documents
@@ -163,9 +181,12 @@ class Objective:
 
         learned = importance.differentiable_weights and weighting_at(config, progress) != "ce"
         batch = hide_for_training(
-            tokens, dataclasses.replace(config, weighting="uniform") if learned else config, progress=progress, choose=choose,
+            tokens,
+            dataclasses.replace(config, weighting="uniform") if learned else config,
+            progress=progress,
+            choose=choose,
             **place,
-        )  # fmt: skip
+        )
         if learned and batch.importance is not None:
             exponent = focus if config.weighting == "importance" else -tilt
             relative = relative_weights(batch.importance.scores, batch.noisy == self.model.mask_id, exponent)

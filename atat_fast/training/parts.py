@@ -123,17 +123,35 @@ def build_parts(
         graphed = wanted(config, compute, layout.mode)
     recompute_blocks(model, config.parallel.activation_checkpointing)
     objective = Objective(
-        model, config, compute, seed=config.train.seed, total=plan.global_batch, estimator=estimator, process=process,
+        model,
+        config,
+        compute,
+        seed=config.train.seed,
+        total=plan.global_batch,
+        estimator=estimator,
+        process=process,
         by_block=ranks.size > 1 or config.parallel.activation_checkpointing > 0,
-    )  # fmt: skip
+    )
     parallel = Parallel(model, estimator, layout, config.parallel, ranks.size, compute.device.type)
     return Parts(
-        config, ranks, plan, compute, data, loader, model, estimator, process, layout, objective, parallel,
+        config,
+        ranks,
+        plan,
+        compute,
+        data,
+        loader,
+        model,
+        estimator,
+        process,
+        layout,
+        objective,
+        parallel,
         Graphs(objective) if graphed else None,
         Optimizers(objective.named_parameters(), config.optim),
         Average(objective.named_parameters(), config.optim.ema),
-        notes, parameters,
-    )  # fmt: skip
+        notes,
+        parameters,
+    )
 
 
 def open_data(config: Config, saved: checkpoint.Checkpoint | None, origin: Saved | None, progress: bool) -> Dataset:

@@ -247,8 +247,8 @@ def rotary() -> Iterator[Triton]:
 TRITON = (adaptive_norm, cross_entropy, linear_categorical, masking, philox, rotary)
 
 CUDA = (
-    # row_bytes of 50,304 bf16 columns with rates, in csrc/cross_entropy/kernel.cuh. A longer row is kept only if a device has more
-    # shared memory.
+    # row_bytes of 50,304 bf16 columns with rates, in csrc/cross_entropy/kernel.cuh. A longer row is kept only if a device has
+    # more shared memory.
     Cuda("cross_entropy/launch.cu", {"cross_entropy_kernel": 101_248, "column_sum_kernel": 8_192}),
     Cuda("masking/launch.cu", {"mask_tokens_kernel": 70_924}),  # shared_bytes(16384) in csrc/masking/kernel.cuh
     Cuda("philox/launch.cu"),

@@ -195,10 +195,7 @@ def shared():
 
 @pytest.mark.parametrize(
     ("name", "fingerprint", "vocab", "model_vocab", "mask", "eos"),
-    [
-        ("gpt2", "dd84a4fc109e9f0c", 50257, 50258, 50257, 50256),
-        ("bert-base-uncased", "71ebdce3a8bd45b1", 30522, 30522, 103, 102),
-    ],
+    [("gpt2", "dd84a4fc109e9f0c", 50257, 50258, 50257, 50256), ("bert-base-uncased", "71ebdce3a8bd45b1", 30522, 30522, 103, 102)],
 )
 def test_published_tokenizers_are_what_they_were_to_saved_runs(
     shared, name, fingerprint, vocab, model_vocab, mask, eos, tmp_path

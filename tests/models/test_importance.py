@@ -11,13 +11,7 @@ from atat_fast.config import Config, ImportanceConfig, load_preset
 from atat_fast.hardware.compute import Compute
 from atat_fast.models import DiT
 from atat_fast.models.dit import step_cost
-from atat_fast.models.importance import (
-    ImportanceEstimator,
-    error_chance,
-    importance_cost,
-    importance_loss,
-    log_rank,
-)
+from atat_fast.models.importance import ImportanceEstimator, error_chance, importance_cost, importance_loss, log_rank
 from atat_fast.ops import documents_of
 from atat_fast.training.loss import Objective, baseline
 

@@ -6,15 +6,7 @@ import pytest
 import torch
 
 import atat_fast.ops.__main__ as table
-from atat_fast.ops import (
-    gated_residual_norm,
-    library,
-    linear_categorical,
-    mask_tokens,
-    registry,
-    rotary_table,
-    self_attention,
-)
+from atat_fast.ops import gated_residual_norm, library, linear_categorical, mask_tokens, registry, rotary_table, self_attention
 from atat_fast.ops.attention.op import _choose, choose_attention
 from atat_fast.ops.linear_cross_entropy import row_pass
 

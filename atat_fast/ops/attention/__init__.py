@@ -16,6 +16,16 @@ from atat_fast.ops.attention.op import (
 )
 
 __all__ = [
-    "IMPLEMENTATIONS", "MODULES", "Documents", "adaptive_attention", "attention", "attention_cost", "attention_reference",
-    "choose_attention", "document_layout", "documents_of", "explain_attention", "self_attention",
-]  # fmt: skip
+    "IMPLEMENTATIONS",
+    "MODULES",
+    "Documents",
+    "adaptive_attention",
+    "attention",
+    "attention_cost",
+    "attention_reference",
+    "choose_attention",
+    "document_layout",
+    "documents_of",
+    "explain_attention",
+    "self_attention",
+]

@@ -133,12 +133,7 @@ def document_layout(documents: Documents, implementation: str) -> Tensor:
 
 
 def explain_attention(
-    device: torch.device,
-    dtype: torch.dtype,
-    head_dim: int,
-    *,
-    documents: bool = False,
-    capability: tuple[int, int] | None = None,
+    device: torch.device, dtype: torch.dtype, head_dim: int, *, documents: bool = False, capability: tuple[int, int] | None = None
 ) -> dict[str, str | None]:
     """For each implementation, fastest first on this device: why it cannot run, or None where it can.
 
@@ -295,9 +290,17 @@ def adaptive_attention(
     """
     normed = adaptive_layer_norm(x, shift, scale, norm_weight, eps=eps)
     return self_attention(
-        normed, qkv_weight, out_weight, cos, sin, heads=heads, qk_norm=qk_norm, rows=rows, documents=documents,
+        normed,
+        qkv_weight,
+        out_weight,
+        cos,
+        sin,
+        heads=heads,
+        qk_norm=qk_norm,
+        rows=rows,
+        documents=documents,
         implementation=implementation,
-    )  # fmt: skip
+    )
 
 
 def _attention(qkv: Tensor, documents: Tensor | None, implementation: str) -> Tensor:
@@ -395,9 +398,17 @@ def _only(implementation: str) -> Iterator[None]:
 
 
 def _self_attention(
-    x: Tensor, qkv_weight: Tensor, out_weight: Tensor, cos: Tensor, sin: Tensor, heads: int, qk_norm: bool, rows: Tensor | None,
-    documents: Tensor | None, implementation: str,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    qkv_weight: Tensor,
+    out_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    heads: int,
+    qk_norm: bool,
+    rows: Tensor | None,
+    documents: Tensor | None,
+    implementation: str,
+) -> Tensor:
     batch, length, width = x.shape
     qkv = F.linear(x, qkv_weight).view(batch, length, 3, heads, width // heads)
     tracked = transformed() or (torch.is_grad_enabled() and qkv.requires_grad)

@@ -98,11 +98,6 @@ backward = register(
     lambda grad, qkv, documents: torch.empty_like(qkv, memory_format=torch.contiguous_format),
 )
 attend = register(
-    "attention_products(Tensor qkv, Tensor? documents) -> Tensor",
-    _forward,
-    _fake,
-    backward=_gradient,
-    setup=_setup,
-    plain=_plain,
+    "attention_products(Tensor qkv, Tensor? documents) -> Tensor", _forward, _fake, backward=_gradient, setup=_setup, plain=_plain
 )
 """qkv [B, L, 3, H, E] and bool [B, 1, L, L], true where a position may look, or None: [B, L, H * E]."""

@@ -34,15 +34,23 @@ def check_arguments(given: LossArguments, reduction: str, label_smoothing: float
     if elapsed is not None and rates is None:
         raise ValueError("elapsed is given without rates, which it multiplies; pass rates, or leave elapsed out")
     for name, tensor, length in (
-        ("target", target, count), ("token_weight", token_weight, count), ("bias", bias, vocabulary),
-        ("rates", rates, vocabulary), ("elapsed", elapsed, count),
-    ):  # fmt: skip
+        ("target", target, count),
+        ("token_weight", token_weight, count),
+        ("bias", bias, vocabulary),
+        ("rates", rates, vocabulary),
+        ("elapsed", elapsed, count),
+    ):
         if tensor is not None and tuple(tensor.shape) != (length,):
             raise ValueError(f"{name} must have shape ({length},), got {tuple(tensor.shape)}")
     for name, tensor in (
-        ("weight", weight), ("target", target), ("bias", bias), ("token_weight", token_weight), ("rows", rows), ("rates", rates),
+        ("weight", weight),
+        ("target", target),
+        ("bias", bias),
+        ("token_weight", token_weight),
+        ("rows", rows),
+        ("rates", rates),
         ("elapsed", elapsed),
-    ):  # fmt: skip
+    ):
         if tensor is not None and tensor.device != hidden.device:
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; move one of them")
     for name, tensor in (("rates", rates), ("elapsed", elapsed)):

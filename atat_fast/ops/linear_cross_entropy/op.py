@@ -133,10 +133,14 @@ def linear_cross_entropy(
     else:
         track = torch.is_grad_enabled()
         result, nll, *known = _SUM(
-            *given, chunk_bytes,
-            track and hidden.requires_grad, track and weight.requires_grad, track and bias is not None and bias.requires_grad,
-            return_statistics, chosen,
-        )[:4]  # fmt: skip
+            *given,
+            chunk_bytes,
+            track and hidden.requires_grad,
+            track and weight.requires_grad,
+            track and bias is not None and bias.requires_grad,
+            return_statistics,
+            chosen,
+        )[:4]
     if label_smoothing:
         lift = label_smoothing * _lift(given)
         lift = lift if token_weight is None else token_weight * lift

@@ -14,9 +14,16 @@ from atat_fast.ops.registry import without_autocast
 
 
 def linear_cross_entropy_reference(
-    hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None = None, token_weight: Tensor | None = None,
-    rows: Tensor | None = None, forbidden: int | None = None, rates: Tensor | None = None, elapsed: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    bias: Tensor | None = None,
+    token_weight: Tensor | None = None,
+    rows: Tensor | None = None,
+    forbidden: int | None = None,
+    rates: Tensor | None = None,
+    elapsed: Tensor | None = None,
+) -> Tensor:
     """w_i loss_i of each row, [R]. Arguments are those of linear_cross_entropy."""
     logits = F.linear(hidden if rows is None else hidden[rows], weight, bias)
     loss = losses_of(logits, target, forbidden, rates, elapsed)[0]

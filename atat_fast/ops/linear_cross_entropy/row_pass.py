@@ -23,10 +23,22 @@ from atat_fast.ops.registry import on_device
 
 
 def cross_entropy_(
-    logits: Tensor, target: Tensor, token_weight: Tensor | None, hidden: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, gradient: bool, nll: Tensor, max_probability: Tensor | None, entropy: Tensor | None,
-    bias_gradient: Tensor | None, rates: Tensor | None, elapsed: Tensor | None, velocity: Tensor | None, backend: str,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    target: Tensor,
+    token_weight: Tensor | None,
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gradient: bool,
+    nll: Tensor,
+    max_probability: Tensor | None,
+    entropy: Tensor | None,
+    bias_gradient: Tensor | None,
+    rates: Tensor | None,
+    elapsed: Tensor | None,
+    velocity: Tensor | None,
+    backend: str,
+) -> None:
     """Losses of a slab of logits and, in its place, the gradient of sum_i token_weight[i] nll[i].
 
     logits:           [C, columns] bf16 or fp32, fp64 for "torch"; unit stride within a row. Overwritten where `gradient`, and
@@ -49,16 +61,39 @@ def cross_entropy_(
     A row that holds NaN or +inf has a nll of NaN. With fp64 logits every fp32 above is fp64.
     """
     ROW_PASS[backend](
-        logits, target, token_weight, hidden, weight, bias, gradient, nll, max_probability, entropy, bias_gradient, rates,
-        elapsed, velocity,
-    )  # fmt: skip
+        logits,
+        target,
+        token_weight,
+        hidden,
+        weight,
+        bias,
+        gradient,
+        nll,
+        max_probability,
+        entropy,
+        bias_gradient,
+        rates,
+        elapsed,
+        velocity,
+    )
 
 
 def cross_entropy_reference(
-    logits: Tensor, target: Tensor, token_weight: Tensor | None, hidden: Tensor | None, weight: Tensor | None,
-    bias: Tensor | None, gradient: bool, nll: Tensor, max_probability: Tensor | None, entropy: Tensor | None,
-    bias_gradient: Tensor | None, rates: Tensor | None = None, elapsed: Tensor | None = None, velocity: Tensor | None = None,
-) -> None:  # fmt: skip
+    logits: Tensor,
+    target: Tensor,
+    token_weight: Tensor | None,
+    hidden: Tensor | None,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    gradient: bool,
+    nll: Tensor,
+    max_probability: Tensor | None,
+    entropy: Tensor | None,
+    bias_gradient: Tensor | None,
+    rates: Tensor | None = None,
+    elapsed: Tensor | None = None,
+    velocity: Tensor | None = None,
+) -> None:
     """The specification, in fp32, or fp64 for fp64 logits.
 
     The target is kept apart from the others throughout. Where it is nearly certain, their sum alone says how far it is from

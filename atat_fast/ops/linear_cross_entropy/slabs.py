@@ -189,11 +189,22 @@ def run_slabs(given: LossArguments, chunk_bytes: int, wanted: Wanted, backend: s
         else:
             torch.addmm(b, x, w.t(), out=z)
         cross_entropy_(
-            z, target[part].contiguous(), scale, None if exact is None else x, exact, b, wanted.gradient, out.nll[part],
+            z,
+            target[part].contiguous(),
+            scale,
+            None if exact is None else x,
+            exact,
+            b,
+            wanted.gradient,
+            out.nll[part],
             out.max_probability[part] if wanted.statistics else None,
-            out.entropy[part] if wanted.statistics else None, out.bias if wanted.bias else None, rates,
-            None if rates is None or elapsed is None else elapsed[part], None if rates is None else out.velocity[part], backend,
-        )  # fmt: skip
+            out.entropy[part] if wanted.statistics else None,
+            out.bias if wanted.bias else None,
+            rates,
+            None if rates is None or elapsed is None else elapsed[part],
+            None if rates is None else out.velocity[part],
+            backend,
+        )
         if wanted.hidden:
             torch.mm(z, w, out=out.hidden[part])
         if wanted.weight:

@@ -104,9 +104,17 @@ def chance(count: int, first: Tensor, seed: Tensor, step: Tensor, stream: int) -
 
 
 def update(
-    p: Tensor, grad: Tensor, first_moment: Tensor, second_moment: Tensor, facts: Tensor, place: Tensor,
-    betas: tuple[float, float], eps: float, decay: float, stream: int,
-) -> None:  # fmt: skip
+    p: Tensor,
+    grad: Tensor,
+    first_moment: Tensor,
+    second_moment: Tensor,
+    facts: Tensor,
+    place: Tensor,
+    betas: tuple[float, float],
+    eps: float,
+    decay: float,
+    stream: int,
+) -> None:
     """One AdamW step of flat tensors, in place. facts: fp64 (learning rate, step); place: int64 (first element, seed)."""
     lr, step = facts[0], facts[1]
     beta1, beta2 = betas
@@ -131,9 +139,14 @@ class AdamWBf16(torch.optim.Optimizer):
     """torch.optim.AdamW with bf16 moments, rounded by chance. `seed` is that of the rounding."""
 
     def __init__(
-        self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8, weight_decay: float = 0.0,
+        self,
+        params: Any,
+        lr: float,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 0.0,
         seed: int = 0,
-    ) -> None:  # fmt: skip
+    ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
         self.seed = seed
         self._places: dict[Tensor, Tensor] = {}
@@ -157,9 +170,17 @@ class AdamWBf16(torch.optim.Optimizer):
                 run = _compiled() if own.device.type == "cuda" else update
                 flat = [local(t).view(-1) for t in (p, p.grad, state["exp_avg"], state["exp_avg_sq"])]
                 run(
-                    flat[0], flat[1], flat[2], flat[3], facts[now], self._places[p], group["betas"], group["eps"],
-                    group["weight_decay"], STREAM_MOMENTS + (number << 8),
-                )  # fmt: skip
+                    flat[0],
+                    flat[1],
+                    flat[2],
+                    flat[3],
+                    facts[now],
+                    self._places[p],
+                    group["betas"],
+                    group["eps"],
+                    group["weight_decay"],
+                    STREAM_MOMENTS + (number << 8),
+                )
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
         """The parameter's state, made where there is none; its step is counted on the host."""
