@@ -12,9 +12,8 @@ from __future__ import annotations
 
 import importlib
 import itertools
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,10 +23,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
-from timing import results_folder
+from op_table import OpTable, op_table
 
 from atat_fast.config import TrainConfig
-from atat_fast.hardware.compute import environment, resolve
+from atat_fast.hardware.compute import resolve
 from atat_fast.ops import (
     adaptive_layer_norm,
     adaptive_layer_norm_cost,
@@ -163,48 +162,15 @@ class Case:
         return (total if direction == "forward" else total + cost(self.rows, WIDTH, backward=True, **sizes)).bytes
 
 
-def waiting(call: Callable[[], Any]) -> Callable[[], None]:
-    """The call, and on a GPU the wait for its end."""
-
-    def timed() -> None:
-        call()
-        if GPU:
-            torch.cuda.synchronize(DEVICE)
-
-    return timed
-
-
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[dict[str, Any]]]:
-    """Rows gathered by the tests; printed and written when the last is done."""
-    rows: list[dict[str, Any]] = []
-    yield rows
-    if not rows:
-        return
-    for row in rows:
-        same = {r["way"]: r["median_us"] for r in rows if all(r[k] == row[k] for k in ("op", "shape", "direction", "cache"))}
-        for peer in ("eager", "copy"):
-            row[f"speedup_over_{peer}"] = round(same[peer] / row["median_us"], 2) if peer in same else None
-    kinds = f"stream {STREAM}, branch {BRANCH}, D = {WIDTH}".replace("torch.", "")
-    print(f"\n\n{kinds}, on {COMPUTE.device}, {torch.get_num_threads()} threads; x: times the speed of eager, of a copy")
-    print(
-        f"{'op':<20}{'B x L':>10}  {'pass':<9}{'cache':<6}{'way':<15}{'median us':>10}{'25 %':>9}{'75 %':>9}"
-        f"{'GB/s':>8}{'x eager':>8}{'x copy':>8}"
-    )
-    for row in rows:
-        print(
-            f"{row['op']:<20}{row['shape'][0]:>4} x {row['shape'][1]:<4} {row['direction']:<9}{row['cache']:<6}{row['way']:<15}"
-            f"{row['median_us']:>10.1f}{row['low_us']:>9.1f}{row['high_us']:>9.1f}{row['bytes'] / row['median_us'] / 1e3:>8.1f}"
-            f"{row['speedup_over_eager'] or 0:>8.2f}{row['speedup_over_copy'] or 0:>8.2f}"
-        )
-    report = {
-        "benchmark": "adaptive_norm",
-        "rounds": ROUNDS,
-        "settings": {"tensors": kinds},
-        "results": rows,
-        "environment": environment(COMPUTE),
-    }
-    (results_folder(DEVICE) / "adaptive_norm.json").write_text(json.dumps(report, indent=1) + "\n")
+KINDS = f"stream {STREAM}, branch {BRANCH}, D = {WIDTH}".replace("torch.", "")
+table = op_table(
+    "adaptive_norm",
+    COMPUTE,
+    ROUNDS,
+    same=("op", "shape", "direction", "cache"),
+    peers={"eager": "eager", "copy": "copy"},
+    settings={"tensors": KINDS},
+)
 
 
 @pytest.mark.parametrize("way", ["copy", *WAYS])
@@ -213,7 +179,7 @@ def table() -> Iterator[list[dict[str, Any]]]:
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
 @pytest.mark.parametrize("op", OPS)
 def test_adaptive_norm(
-    benchmark: Any, table: list[dict[str, Any]], op: str, shape: tuple[int, int], direction: str, cache: str, way: str
+    benchmark: Any, table: OpTable, op: str, shape: tuple[int, int], direction: str, cache: str, way: str
 ) -> None:
     if way in NEEDS:
         if not GPU:
@@ -229,18 +195,4 @@ def test_adaptive_norm(
         made = WAYS[way]()
         case.check(made)
         call = case.call(made, direction)
-    benchmark.pedantic(waiting(call), rounds=ROUNDS, warmup_rounds=5)
-    stats = benchmark.stats.stats
-    table.append(
-        {
-            "op": op,
-            "shape": shape,
-            "direction": direction,
-            "cache": cache,
-            "way": way,
-            "median_us": round(stats.median * 1e6, 1),
-            "low_us": round(stats.q1 * 1e6, 1),
-            "high_us": round(stats.q3 * 1e6, 1),
-            "bytes": moved,
-        }
-    )
+    table.time(benchmark, call, op=op, shape=shape, direction=direction, cache=cache, way=way, bytes=moved)

@@ -10,7 +10,6 @@ it: the choice may cost 3 %.
 from __future__ import annotations
 
 import importlib
-import json
 import statistics
 import sys
 import time
@@ -25,10 +24,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
-from timing import results_folder
+from op_table import OpTable, op_table
 
 from atat_fast.config import TrainConfig
-from atat_fast.hardware.compute import environment, resolve, short
+from atat_fast.hardware.compute import resolve
 from atat_fast.ops import Documents, attention, attention_cost, attention_reference, document_layout, explain_attention
 from atat_fast.ops.attention import MODULES
 
@@ -101,26 +100,7 @@ class Case:
         return call
 
 
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[dict[str, Any]]]:
-    """Rows gathered by the tests; printed and written when the last is done."""
-    rows: list[dict[str, Any]] = []
-    yield rows
-    if not rows:
-        return
-    print(f"\n\nattention, {short(COMPUTE.dtype)}, on {DEVICE}, {torch.get_num_threads()} threads")
-    print(
-        f"{'B x L x H x E':>18}  {'documents':<10}{'kind':<8}{'implementation':<16}{'median us':>10}{'25 %':>10}{'75 %':>10}"
-        f"{'direct us':>11}{'/direct':>9}{'TFLOP/s':>9}"
-    )
-    for row in rows:
-        print(
-            f"{' x '.join(map(str, row['shape'])):>18}  {row['documents']!s:<10}{row['kind']:<8}{row['name']:<16}"
-            f"{row['median_us']:>10.1f}{row['low_us']:>10.1f}{row['high_us']:>10.1f}{row['direct_us']:>11.1f}"
-            f"{row['over_direct']:>9.3f}{row['flops'] / row['median_us'] / 1e6:>9.3f}"
-        )
-    report = {"benchmark": "attention", "rounds": ROUNDS, "results": rows, "environment": environment(COMPUTE)}
-    (results_folder(DEVICE) / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
+table = op_table("attention", COMPUTE, ROUNDS, peers={})
 
 
 def cases() -> Iterator[Any]:
@@ -134,9 +114,7 @@ def cases() -> Iterator[Any]:
 
 
 @pytest.mark.parametrize(("shape", "documents", "name", "kind"), list(cases()))
-def test_attention(
-    benchmark: Any, table: list[dict[str, Any]], shape: tuple[int, ...], documents: bool, name: str, kind: str
-) -> None:
+def test_attention(benchmark: Any, table: OpTable, shape: tuple[int, ...], documents: bool, name: str, kind: str) -> None:
     case = Case(shape, documents)
     direct, ours = case.direct(name), case.ours(name)
     with torch.no_grad():
@@ -151,24 +129,21 @@ def test_attention(
         direct_call()
         spent.append(time.perf_counter() - begin)
 
-    benchmark.pedantic(case.timed(ours, kind), setup=before, rounds=ROUNDS, warmup_rounds=3)
-    stats = benchmark.stats.stats
     batch, length, heads, size = shape
     cost = attention_cost(batch, length, heads * size)
     if kind == "train":
         cost = cost + attention_cost(batch, length, heads * size, backward=True)
-    ratios = [op / peer for op, peer in zip(stats.data, spent[-ROUNDS:], strict=True)]
-    table.append(
-        {
-            "shape": shape,
-            "documents": documents,
-            "kind": kind,
-            "name": name,
-            "median_us": round(stats.median * 1e6, 1),
-            "low_us": round(stats.q1 * 1e6, 1),
-            "high_us": round(stats.q3 * 1e6, 1),
-            "direct_us": round(statistics.median(spent[-ROUNDS:]) * 1e6, 1),
-            "over_direct": round(statistics.median(ratios), 3),
-            "flops": cost.flops,
-        }
+    row = table.time(
+        benchmark,
+        case.timed(ours, kind),
+        warmup=3,
+        setup=before,
+        shape=shape,
+        documents=documents,
+        kind=kind,
+        name=name,
+        flops=cost.flops,
     )
+    ratios = [op / peer for op, peer in zip(benchmark.stats.stats.data, spent[-ROUNDS:], strict=True)]
+    row["direct_us"] = round(statistics.median(spent[-ROUNDS:]) * 1e6, 1)
+    row["over_direct"] = round(statistics.median(ratios), 3)

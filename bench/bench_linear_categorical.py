@@ -8,9 +8,8 @@ specification before it is timed. `product` is the bare matrix product.
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +19,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
-from timing import results_folder
+from op_table import OpTable, op_table
 
 from atat_fast.config import TrainConfig
-from atat_fast.hardware.compute import environment, resolve, short
+from atat_fast.hardware.compute import resolve
 from atat_fast.ops import linear_categorical, linear_categorical_cost, linear_categorical_reference, registry
 
 COMPUTE = resolve(TrainConfig())
@@ -79,54 +78,12 @@ class Case:
         return run
 
 
-def waiting(call: Callable[[], object]) -> Callable[[], None]:
-    """The call, and on a GPU the wait for its end."""
-
-    def timed() -> None:
-        with torch.no_grad():
-            call()
-        if GPU:
-            torch.cuda.synchronize(DEVICE)
-
-    return timed
-
-
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[dict[str, Any]]]:
-    """Rows gathered by the tests; printed and written when the last is done."""
-    rows: list[dict[str, Any]] = []
-    yield rows
-    if not rows:
-        return
-    for row in rows:
-        base = [r["median_us"] for r in rows if (r["shape"], r["way"]) == (row["shape"], "gumbel fp64")]
-        row["speedup_over_eager"] = round(base[0] / row["median_us"], 2) if base else None
-    print(f"\n\nlinear_categorical, {short(COMPUTE.dtype)}, on {DEVICE}, {torch.get_num_threads()} threads")
-    print(f"{'R x D x V':>20}  {'way':<13}{'median us':>11}{'25 %':>11}{'75 %':>11}{'GFLOP/s':>9}{'x gumbel':>9}")
-    for row in rows:
-        print(
-            f"{' x '.join(map(str, row['shape'])):>20}  {row['way']:<13}{row['median_us']:>11,.1f}{row['low_us']:>11,.1f}"
-            f"{row['high_us']:>11,.1f}{row['flops'] / row['median_us'] / 1e3:>9,.1f}{row['speedup_over_eager'] or 0:>9.2f}"
-        )
-    report = {"benchmark": "linear_categorical", "rounds": ROUNDS, "results": rows, "environment": environment(COMPUTE)}
-    (results_folder(DEVICE) / "linear_categorical.json").write_text(json.dumps(report, indent=1) + "\n")
+table = op_table("linear_categorical", COMPUTE, ROUNDS, peers={"eager": "gumbel fp64"})
 
 
 @pytest.mark.parametrize("way", [*PEERS, *BACKENDS])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_linear_categorical(benchmark: Any, table: list[dict[str, Any]], shape: tuple[int, ...], way: str) -> None:
+def test_linear_categorical(benchmark: Any, table: OpTable, shape: tuple[int, ...], way: str) -> None:
     call = Case(*shape).way(way)
-    benchmark.pedantic(waiting(call), rounds=ROUNDS, warmup_rounds=2)
-    stats = benchmark.stats.stats
     cost = linear_categorical_cost(*shape, element_size=COMPUTE.dtype.itemsize)
-    table.append(
-        {
-            "shape": shape,
-            "way": way,
-            "median_us": round(stats.median * 1e6, 1),
-            "low_us": round(stats.q1 * 1e6, 1),
-            "high_us": round(stats.q3 * 1e6, 1),
-            "bytes": cost.bytes,
-            "flops": cost.flops,
-        }
-    )
+    table.time(benchmark, torch.no_grad()(call), warmup=2, shape=shape, way=way, bytes=cost.bytes, flops=cost.flops)

@@ -8,9 +8,8 @@ tokens a sequence. Bytes are the op's own model, `mask_tokens_cost`: what any im
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +18,10 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
-from timing import results_folder
+from op_table import OpTable, op_table
 
 from atat_fast.config import TrainConfig
-from atat_fast.hardware.compute import environment, resolve
+from atat_fast.hardware.compute import resolve
 from atat_fast.ops import mask_tokens, mask_tokens_cost, registry
 
 SHAPES = ((8, 1024), (32, 1024), (32, 4096))
@@ -80,53 +79,12 @@ class Case:
         return call
 
 
-def waiting(call: Call) -> Callable[[], None]:
-    """The call, and on a GPU the wait for its end."""
-
-    def timed() -> None:
-        call()
-        if DEVICE.type == "cuda":
-            torch.cuda.synchronize(DEVICE)
-
-    return timed
-
-
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[dict[str, Any]]]:
-    """Rows gathered by the tests; printed and written when the last is done."""
-    rows: list[dict[str, Any]] = []
-    yield rows
-    if not rows:
-        return
-    for row in rows:
-        peers = {r["way"]: r["median_us"] for r in rows if r["shape"] == row["shape"]}
-        row["speedup_over_eager"] = round(peers["eager"] / row["median_us"], 2) if "eager" in peers else None
-        row["speedup_over_torch"] = round(peers["torch"] / row["median_us"], 2) if "torch" in peers else None
-    print(f"\n\nmask_tokens, int64 ids, uniform weights, on {COMPUTE.device}, {torch.get_num_threads()} threads")
-    print(f"{'B x L':>10}  {'way':<15}{'median us':>10}{'25 %':>9}{'75 %':>9}{'MB':>8}{'GB/s':>8}{'x eager':>9}{'x torch':>9}")
-    for row in rows:
-        print(
-            f"{row['shape'][0]:>4} x {row['shape'][1]:<5} {row['way']:<15}{row['median_us']:>10.1f}{row['low_us']:>9.1f}"
-            f"{row['high_us']:>9.1f}{row['bytes'] / 1e6:>8.2f}{row['bytes'] / row['median_us'] / 1e3:>8.2f}"
-            f"{row['speedup_over_eager'] or 0:>9.2f}{row['speedup_over_torch'] or 0:>9.2f}"
-        )
-    report = {"benchmark": "masking", "rounds": ROUNDS, "results": rows, "environment": environment(COMPUTE)}
-    (results_folder(DEVICE) / "masking.json").write_text(json.dumps(report, indent=1) + "\n")
+table = op_table("masking", COMPUTE, ROUNDS, peers={"eager": "eager", "torch": "torch"})
 
 
 @pytest.mark.parametrize("way", ["eager", "eager compiled", *BACKENDS])
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: f"{shape[0]}x{shape[1]}")
-def test_masking(benchmark: Any, table: list[dict[str, Any]], shape: tuple[int, int], way: str) -> None:
+def test_masking(benchmark: Any, table: OpTable, shape: tuple[int, int], way: str) -> None:
     case = Case(*shape)
-    benchmark.pedantic(waiting(case.call(way)), rounds=ROUNDS, warmup_rounds=10)
-    stats = benchmark.stats.stats
-    table.append(
-        {
-            "shape": shape,
-            "way": way,
-            "median_us": round(stats.median * 1e6, 1),
-            "low_us": round(stats.q1 * 1e6, 1),
-            "high_us": round(stats.q3 * 1e6, 1),
-            "bytes": mask_tokens_cost(*shape, case.rows).bytes,
-        }
-    )
+    moved = mask_tokens_cost(*shape, case.rows).bytes
+    table.time(benchmark, case.call(way), warmup=10, shape=shape, way=way, bytes=moved)

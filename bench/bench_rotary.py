@@ -11,9 +11,8 @@ write. A result is compared with the specification before it is timed. Bytes are
 from __future__ import annotations
 
 import importlib.util
-import json
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +23,10 @@ import torch.nn.functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
-from timing import results_folder
+from op_table import OpTable, op_table
 
 from atat_fast.config import TrainConfig
-from atat_fast.hardware.compute import environment, resolve, short
+from atat_fast.hardware.compute import resolve
 from atat_fast.ops import registry, rotary, rotary_cost, rotary_reference, rotary_table
 
 COMPUTE = resolve(TrainConfig())
@@ -110,39 +109,7 @@ class Case:
         return call
 
 
-def waiting(call: Callable[[], object]) -> Callable[[], None]:
-    """The call, and on a GPU the wait for its end."""
-
-    def timed() -> None:
-        call()
-        if GPU:
-            torch.cuda.synchronize(DEVICE)
-
-    return timed
-
-
-@pytest.fixture(scope="module")
-def table() -> Iterator[list[dict[str, Any]]]:
-    """Rows gathered by the tests; printed and written when the last is done."""
-    rows: list[dict[str, Any]] = []
-    yield rows
-    if not rows:
-        return
-    for row in rows:
-        base = [r["median_us"] for r in rows if (r["shape"], r["kind"], r["way"]) == (row["shape"], row["kind"], "eager")]
-        row["speedup_over_eager"] = round(base[0] / row["median_us"], 2) if base else None
-    print(f"\n\nrotary, {short(COMPUTE.dtype)}, on {DEVICE}, {torch.get_num_threads()} threads")
-    print(
-        f"{'B x L x H x E':>18}  {'kind':<14}{'way':<11}{'median us':>10}{'25 %':>9}{'75 %':>9}{'MB':>8}{'GB/s':>8}{'x eager':>9}"
-    )
-    for row in rows:
-        print(
-            f"{' x '.join(map(str, row['shape'])):>18}  {row['kind']:<14}{row['way']:<11}{row['median_us']:>10.1f}"
-            f"{row['low_us']:>9.1f}{row['high_us']:>9.1f}{row['bytes'] / 1e6:>8.2f}{row['bytes'] / row['median_us'] / 1e3:>8.2f}"
-            f"{row['speedup_over_eager'] or 0:>9.2f}"
-        )
-    report = {"benchmark": "rotary", "rounds": ROUNDS, "results": rows, "environment": environment(COMPUTE)}
-    (results_folder(DEVICE) / "rotary.json").write_text(json.dumps(report, indent=1) + "\n")
+table = op_table("rotary", COMPUTE, ROUNDS, same=("shape", "kind"))
 
 
 @pytest.mark.parametrize(
@@ -150,10 +117,8 @@ def table() -> Iterator[list[dict[str, Any]]]:
     [(kind, way) for kind in KINDS for way in (*PEERS, *BACKENDS) if not (kind.startswith(NORM) and way == "flash-attn")],
 )
 @pytest.mark.parametrize("shape", SHAPES, ids=lambda shape: "x".join(map(str, shape)))
-def test_rotary(benchmark: Any, table: list[dict[str, Any]], shape: tuple[int, ...], kind: str, way: str) -> None:
+def test_rotary(benchmark: Any, table: OpTable, shape: tuple[int, ...], kind: str, way: str) -> None:
     call = Case(*shape).call(way, kind)
-    benchmark.pedantic(waiting(call), rounds=ROUNDS, warmup_rounds=5)
-    stats = benchmark.stats.stats
     batch, length, heads, size = shape
     cost_of = partial(
         rotary_cost,
@@ -165,14 +130,4 @@ def test_rotary(benchmark: Any, table: list[dict[str, Any]], shape: tuple[int, .
         norm=kind.startswith(NORM),
     )
     moved = cost_of().bytes + (cost_of(backward=True).bytes if kind.endswith("train") else 0)
-    table.append(
-        {
-            "shape": shape,
-            "kind": kind,
-            "way": way,
-            "median_us": round(stats.median * 1e6, 1),
-            "low_us": round(stats.q1 * 1e6, 1),
-            "high_us": round(stats.q3 * 1e6, 1),
-            "bytes": moved,
-        }
-    )
+    table.time(benchmark, call, shape=shape, kind=kind, way=way, bytes=moved)
