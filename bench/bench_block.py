@@ -29,7 +29,8 @@ from atat_fast.config import TrainConfig, load_preset
 from atat_fast.errors import UsageError
 from atat_fast.hardware.compute import Compute, environment, resolve
 from atat_fast.models import DiT
-from atat_fast.ops import adaptive_layer_norm, attention_cost, gated_residual_norm
+from atat_fast.models.trunk import BlockContext, Norm, add_and_norm
+from atat_fast.ops import attention_cost
 
 Outputs = tuple[torch.Tensor, torch.Tensor]
 
@@ -50,10 +51,9 @@ def our_block(model: DiT, x: torch.Tensor, c: torch.Tensor) -> Outputs:
     length, block = x.shape[1], model.blocks[0]
     packed = model.modulation(c).unflatten(-1, (-1, model.config.dim))
     shift1, scale1, gate1, shift2, scale2, gate2, shift, scale = packed.unbind(1)
-    y = adaptive_layer_norm(x, shift1, scale1, block.norm1)
-    branch = block.attend(y, model.cos[:length], model.sin[:length], None, None, None)
-    x, y = gated_residual_norm(x, branch, gate1, shift2, scale2, block.norm2)
-    return gated_residual_norm(x, block.mlp(y), gate2, shift, scale, model.final_norm)
+    context = BlockContext(model.cos[:length], model.sin[:length])
+    x, branch = block(x, None, (gate1, shift1, scale1, gate1, shift2, scale2), context)  # the first gate is not read
+    return add_and_norm(x, branch, gate2, None, Norm(model.final_norm), shift, scale)
 
 
 class Variant:

@@ -55,7 +55,7 @@ def evaluate(
 def model_nll(model: DiT) -> NllFunction:
     """The model as the bound wants it."""
     return lambda masked: model.nll(
-        masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents, *(masked.tilt or ())
+        masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents, masked.tilt
     )
 
 

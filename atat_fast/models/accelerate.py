@@ -3,13 +3,13 @@
     model = atat_fast.accelerate(model)            # in place; restore(model) takes it back
     loss = masked_diffusion_loss(model, tokens, mask_id=50_257, seed=1, step=step)
 
-A model is recognised by what it has (`TRUNK`, `BLOCK` below), not by where it comes from, and is then run once as it was and
-once as it is now to see that both give the same logits. Only `forward` is replaced, on that one object: parameters are the same
-objects under the same names, so optimizers, averages and checkpoints do not notice. Between the matrix products there is one op
-where there were several; the loss forms no logits of visible tokens, and those of hidden ones a slab at a time.
+A model is recognised by its parts (`NETWORK`, `BLOCK` below), not by where it comes from. It is then run once as it was and once
+as it is now, and both must give the same logits. Only `forward` is replaced, on that one object: parameters are the same objects
+under the same names, so optimizers, averages and checkpoints do not notice. DiT's trunk runs over the model's own weights, with
+one op between two matrix products. The loss forms no logits of visible tokens, and those of hidden tokens a slab at a time.
 
-Embeddings and linear layers are still called as modules (their hooks and adapters work); blocks and norms are not, so hooks on
-those would be lost, and are refused.
+Embeddings and linear layers are still called as modules, so their hooks and adapters work. Blocks and norms are not called, so
+hooks on those would be lost, and are refused.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ import contextlib
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any, cast
 
@@ -27,12 +28,13 @@ from torch import Tensor, nn
 
 from atat_fast.config import DiffusionConfig
 from atat_fast.diffusion.masking import hide_for_training
-from atat_fast.ops.adaptive_norm import EPS, adaptive_layer_norm, gated_residual_norm
+from atat_fast.models.trunk import BlockContext, BlockParts, Norm, Randomness, run_block, run_trunk
+from atat_fast.ops.adaptive_norm import EPS
 from atat_fast.ops.attention import attention
 from atat_fast.ops.linear_cross_entropy import linear_cross_entropy
 from atat_fast.ops.rotary import rotary
 
-TRUNK = (
+NETWORK = (
     "vocab_embed.embedding", "sigma_map", "rotary_emb.inv_freq", "blocks", "output_layer.norm_final.weight",
     "output_layer.linear", "output_layer.adaLN_modulation",
 )  # fmt: skip
@@ -66,28 +68,28 @@ def accelerate(
     autocast: on a GPU the blocks and the head run under autocast to this dtype, as MDLM's own forward does; None leaves the
         precision to the caller. On a CPU it is always the caller's.
     check: run the network as it was and as it is now on two short sequences, without dropout, with small random numbers in
-        place of parameters that are all zero, and refuse where logits differ. Needs a model that can run where it is.
+        place of parameters that are all zero, and refuse if logits differ. The model must be able to run on its device.
 
-    forward(indices [B, L], sigma [B]) gives logits [B, L, V] as before. Dropout is the block's own rate where the block is in
-    training mode: the mask is drawn anew in each forward from a seed that torch's generator gives, so torch.manual_seed repeats
-    it, but the elements dropped are others than torch's dropout would. Under activation checkpointing it is the same mask twice.
+    forward(indices [B, L], sigma [B]) gives logits [B, L, V] as before. A block in training mode drops at its own rate. Each
+    forward takes a new seed from torch's generator, so torch.manual_seed repeats its masks, but they are not those that torch's
+    dropout would draw. Under activation checkpointing the same mask is used twice.
 
-    Returns model. Raises ValueError, and changes nothing, where the model is not one of MDLM's, saying what is missing.
+    Returns model. Raises ValueError, and changes nothing, if the model is not one of MDLM's, saying what is missing.
     """
-    outer, trunk = model, _trunk(model)
-    if _SETTINGS in trunk.__dict__:
+    outer, network = model, _network(model)
+    if _SETTINGS in network.__dict__:
         restore(model)
-    _recognise(trunk)
-    extra = _extra_arguments(trunk)
+    _recognise(network)
+    extra = _extra_arguments(network)
     if time_conditioning is None:
-        told = getattr(outer, "time_conditioning", None) if outer is not trunk else None
+        told = getattr(outer, "time_conditioning", None) if outer is not network else None
         if told is None and STATES in extra:
-            told = getattr(getattr(trunk, "config", None), "time_conditioning", None)
+            told = getattr(getattr(network, "config", None), "time_conditioning", None)
         time_conditioning = told if isinstance(told, bool) else True
     settings = _Settings(time_conditioning, autocast, STATES in extra)
-    probe = _Probe(trunk, settings) if check else None
-    trunk.__dict__[_SETTINGS] = settings
-    trunk.__dict__["forward"] = MethodType(forward, trunk)
+    probe = _Probe(network, settings) if check else None
+    network.__dict__[_SETTINGS] = settings
+    network.__dict__["forward"] = MethodType(forward, network)
     if probe is not None:
         try:
             probe.compare()
@@ -99,8 +101,8 @@ def accelerate(
 
 def restore(model: nn.Module) -> nn.Module:
     """Give an accelerated model its own forward back. Returns model. Raises ValueError for one that is not accelerated."""
-    trunk = _accelerated(model)
-    del trunk.__dict__["forward"], trunk.__dict__[_SETTINGS]
+    network = _accelerated(model)
+    del network.__dict__["forward"], network.__dict__[_SETTINGS]
     return model
 
 
@@ -118,42 +120,58 @@ def forward(self: nn.Module, indices: Tensor, sigma: Tensor, output_hidden_state
 
 
 def features(model: nn.Module, indices: Tensor, sigma: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-    """Rows the head reads: [B * L, D], or with `rows` ([R] flat indices) those rows, [R, D].
+    """Rows the head reads: [B * L, D], or [R, D] for `rows` ([R] flat indices).
 
-    indices [B, L]; sigma [B], or None for zeros. Where everyone has the same conditioning, the last block's projection, MLP and
-    norms are computed for `rows` alone. Raises ValueError for a model that is not accelerated.
+    indices [B, L]; sigma [B], or None for zeros. After the last attention only `rows` are computed. Raises ValueError for a model
+    that is not accelerated.
     """
-    trunk: Any = _accelerated(model)
-    settings = _settings(trunk)
-    batch, length = indices.shape
-    x = trunk.vocab_embed(indices)
+    network: Any = _accelerated(model)
+    settings = _settings(network)
+    x = network.vocab_embed(indices)
     if sigma is None or not settings.time_conditioning:
         sigma = torch.zeros(1, device=indices.device)
-    c = F.silu(trunk.sigma_map(sigma))
-    frequency = trunk.rotary_emb.inv_freq
-    angle = torch.outer(torch.arange(length, device=indices.device).type_as(frequency), frequency)
-    cos, sin = angle.cos(), angle.sin()
-    blocks = list(trunk.blocks)
-    seed = _dropout_seed(blocks, x)
-
+    c = F.silu(network.sigma_map(sigma))
+    frequency = network.rotary_emb.inv_freq
+    angle = torch.outer(torch.arange(indices.shape[1], device=indices.device).type_as(frequency), frequency)
+    blocks, last = list(network.blocks), network.output_layer
+    rates = [_rate(block) for block in blocks]
     with _precision(settings, x):
-        tables = [block.adaLN_modulation(c).chunk(6, dim=-1) for block in blocks]
-        shift, scale = trunk.output_layer.adaLN_modulation(c).chunk(2, dim=-1)
-        # Each branch is followed by the next one's norm: the attention norms of blocks 1, 2, ... and the last norm of all.
-        following: list[Any] = [(block.norm1, *table[:2]) for block, table in zip(blocks[1:], tables[1:], strict=True)]
-        following.append((trunk.output_layer.norm_final, shift, scale))
-        y = _norm(x, blocks[0].norm1, *tables[0][:2])
-        for i, (block, table, after) in enumerate(zip(blocks, tables, following, strict=True)):
-            _, _, gate1, shift2, scale2, gate2 = table
-            qkv = block.attn_qkv(y).view(batch, length, 3, block.n_heads, -1)
-            a = attention(rotary(qkv, cos, sin))
-            if i + 1 == len(blocks) and rows is not None and c.shape[0] == 1:
-                a, x, rows = _pick(a, rows), _pick(x, rows), None
-            x, y = _join(x, block.attn_out(a), gate1, block.norm2, shift2, scale2, _rate(block), seed, 2 * i)
-            norm, shift, scale = after
-            x, y = _join(x, block.mlp(y), gate2, norm, shift, scale, _rate(block), seed, 2 * i + 1)
-    y = y.flatten(0, 1)
-    return y if rows is None else y.index_select(0, rows)
+        modulation = [part for block in blocks for part in block.adaLN_modulation(c).chunk(6, dim=-1)]
+        modulation += last.adaLN_modulation(c).chunk(2, dim=-1)
+        return run_trunk(
+            x, [partial(_run, block) for block in blocks], modulation, _norm(last.norm_final),
+            BlockContext(angle.cos(), angle.sin()), rates=rates, randomness=_randomness(x) if any(rates) else None, rows=rows,
+        )  # fmt: skip
+
+
+def _run(
+    block: Any, x: Tensor, branch: Tensor | None, modulation: tuple[Tensor, ...], context: BlockContext
+) -> tuple[Tensor, Tensor]:
+    """A block of MDLM's as `run_trunk` calls it. Its linear layers are called as modules, so that hooks and adapters work."""
+
+    def attend(y: Tensor, context: BlockContext) -> Tensor:
+        qkv = block.attn_qkv(y).view(*y.shape[:2], 3, block.n_heads, -1)
+        a = attention(rotary(qkv, context.cos, context.sin))
+        return block.attn_out(a if context.rows is None else a.flatten(0, 1).index_select(0, context.rows))  # type: ignore[no-any-return]
+
+    return run_block(BlockParts(_norm(block.norm1), attend, _norm(block.norm2), block.mlp), x, branch, modulation, context)
+
+
+def _norm(norm: Any) -> Norm:
+    return Norm(norm.weight, getattr(norm, "eps", EPS))
+
+
+def _rate(block: Any) -> float:
+    """The block's dropout now: a number (MDLM's), or a Dropout module under that name or dropout1."""
+    rate: Any = getattr(block, "dropout", None)
+    if rate is None:
+        rate = getattr(block, "dropout1", 0.0)
+    return float(rate.p if isinstance(rate, nn.Dropout) else rate) if block.training else 0.0
+
+
+def _randomness(x: Tensor) -> Randomness:
+    """Of one forward: the seed is drawn from the generator of x's device, on that device."""
+    return Randomness(torch.randint(2**62, (), device=x.device), 0, torch.arange(len(x), device=x.device))
 
 
 def weighted_loss(
@@ -166,7 +184,7 @@ def weighted_loss(
     torch.compile.
     """
     y = features(model, noisy, sigma, rows)
-    linear = cast(nn.Linear, cast(Any, _trunk(model)).output_layer.linear)
+    linear = cast(nn.Linear, cast(Any, _network(model)).output_layer.linear)
     return linear_cross_entropy(  # type: ignore[no-any-return]
         y, linear.weight, target, bias=linear.bias, token_weight=weights, forbidden=mask_id
     )
@@ -193,15 +211,15 @@ def masked_diffusion_loss(
     masking:     "exact" hides exactly k tokens, k stratified over the global batch; "bernoulli" is MDLM's process.
     first, total: this call's sequences are first .. first + B - 1 of a global batch of `total`, B by default.
 
-    A model that is told the time gets -log(1 - share hidden), at most that of a share of 0.999 as in MDLM's own schedule.
+    A model that is told the time gets -log(1 - share hidden), with a share of at most 0.999 as in MDLM's own schedule.
     Returns a scalar to call backward on. Under DDP, call it inside the wrapped module's forward.
     Raises ValueError for a model that is not accelerated, an unknown masking or weighting, and bad ids.
     """
-    trunk = _accelerated(model)
+    network = _accelerated(model)
     for name, value, known in (("masking", masking, ("exact", "bernoulli")), ("weighting", weighting, ("uniform", "ce"))):
         if value not in known:
             raise ValueError(f"{name} {value!r} is unknown; choose {' or '.join(known)}")
-    batch, vocabulary = tokens.shape[0], cast(Any, trunk).vocab_embed.embedding.shape[0]
+    batch, vocabulary = tokens.shape[0], cast(Any, network).vocab_embed.embedding.shape[0]
     if not 0 <= mask_id < vocabulary:
         raise ValueError(f"mask_id {mask_id} is outside the vocabulary of {vocabulary}")
     if sample_ids is None:
@@ -211,44 +229,9 @@ def masked_diffusion_loss(
         tokens, config, first=first, total=batch if total is None else total, mask_id=mask_id, sample_ids=sample_ids, seed=seed,
         step=step,
     )  # fmt: skip
-    sigma = -torch.log1p(-masked.hidden_share.clamp(max=MOST_HIDDEN)) if _settings(trunk).time_conditioning else None
-    return weighted_loss(trunk, masked.noisy, masked.rows, masked.target, masked.weights, sigma, mask_id=mask_id) / masked.tokens
-
-
-def _norm(x: Tensor, norm: Any, shift: Tensor, scale: Tensor) -> Tensor:
-    return adaptive_layer_norm(x, shift, scale, norm.weight, eps=getattr(norm, "eps", EPS))
-
-
-def _join(
-    x: Tensor, branch: Tensor, gate: Tensor, norm: Any, shift: Tensor, scale: Tensor, rate: float, seed: Tensor | None, layer: int
-) -> tuple[Tensor, Tensor]:
-    eps = getattr(norm, "eps", EPS)
-    if seed is None or rate == 0:
-        return gated_residual_norm(x, branch, gate, shift, scale, norm.weight, eps=eps)
-    ids = torch.arange(x.shape[0], device=x.device)
-    return gated_residual_norm(
-        x, branch, gate, shift, scale, norm.weight, dropout=rate, seed=seed, sample_ids=ids, layer=layer, eps=eps
-    )
-
-
-def _pick(x: Tensor, rows: Tensor) -> Tensor:
-    """[B, L, D] to its rows, [1, R, D]."""
-    return x.flatten(0, 1).index_select(0, rows)[None]
-
-
-def _rate(block: Any) -> float:
-    """The block's dropout now: a number (MDLM's), or a Dropout module under that name or dropout1."""
-    rate: Any = getattr(block, "dropout", None)
-    if rate is None:
-        rate = getattr(block, "dropout1", 0.0)
-    return float(rate.p if isinstance(rate, nn.Dropout) else rate) if block.training else 0.0
-
-
-def _dropout_seed(blocks: list[Any], x: Tensor) -> Tensor | None:
-    """A seed from torch's generator of x's device, on that device; None, and nothing drawn, where no block drops anything."""
-    if all(_rate(block) == 0 for block in blocks):
-        return None
-    return torch.randint(2**62, (), device=x.device)
+    sigma = -torch.log1p(-masked.hidden_share.clamp(max=MOST_HIDDEN)) if _settings(network).time_conditioning else None
+    loss = weighted_loss(network, masked.noisy, masked.rows, masked.target, masked.weights, sigma, mask_id=mask_id)
+    return loss / masked.tokens
 
 
 def _precision(settings: _Settings, x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -257,57 +240,57 @@ def _precision(settings: _Settings, x: Tensor) -> contextlib.AbstractContextMana
     return torch.autocast("cuda", dtype=settings.autocast)
 
 
-def _settings(trunk: nn.Module) -> _Settings:
-    return cast(_Settings, trunk.__dict__[_SETTINGS])
+def _settings(network: nn.Module) -> _Settings:
+    return cast(_Settings, network.__dict__[_SETTINGS])
 
 
-def _trunk(model: nn.Module) -> nn.Module:
+def _network(model: nn.Module) -> nn.Module:
     """The network itself: model, or what it holds as backbone."""
     inner = getattr(model, "backbone", None)
     return inner if isinstance(inner, nn.Module) and not hasattr(model, "vocab_embed") else model
 
 
 def _accelerated(model: nn.Module) -> nn.Module:
-    trunk = _trunk(model)
-    if _SETTINGS not in trunk.__dict__:
+    network = _network(model)
+    if _SETTINGS not in network.__dict__:
         raise ValueError(f"this {type(model).__name__} is not accelerated; call accelerate(model) first")
-    return trunk
+    return network
 
 
-def _recognise(trunk: nn.Module) -> None:
-    """Raise ValueError where the network is not MDLM's, naming all that is missing or otherwise."""
-    name = type(trunk).__name__
-    if "_orig_mod" in trunk._modules:
+def _recognise(network: nn.Module) -> None:
+    """Raise ValueError if the network is not MDLM's, naming everything that is missing or different."""
+    name = type(network).__name__
+    if "_orig_mod" in network._modules:
         raise ValueError("this model is already compiled; accelerate it first, then call torch.compile on it")
-    if "forward" in trunk.__dict__:
+    if "forward" in network.__dict__:
         raise ValueError(f"the forward of this {name} has been replaced by something else; undo that first")
-    missing = [path for path in TRUNK if not _has(trunk, path)]
-    blocks = list(trunk.blocks) if isinstance(getattr(trunk, "blocks", None), nn.ModuleList) else []  # type: ignore[arg-type]
+    missing = [path for path in NETWORK if not _has(network, path)]
+    blocks = list(network.blocks) if isinstance(getattr(network, "blocks", None), nn.ModuleList) else []  # type: ignore[arg-type]
     if not blocks and "blocks" not in missing:
         missing.append("blocks[0]")
     missing += [f"blocks[{i}].{path}" for i, block in enumerate(blocks) for path in BLOCK if not _has(block, path)]
     if missing:
         more = f" and {len(missing) - 6} more" if len(missing) > 6 else ""
         raise ValueError(f"{name} is not built as MDLM's network: it has no {', '.join(missing[:6])}{more}")
-    faults = _faults(trunk, blocks)
+    faults = _faults(network, blocks)
     if faults:
         raise ValueError(f"{name} is not built as MDLM's network: {'; '.join(faults)}")
 
 
-def _faults(trunk: Any, blocks: list[Any]) -> list[str]:
+def _faults(network: Any, blocks: list[Any]) -> list[str]:
     faults = []
-    arguments = [p.name for p in inspect.signature(type(trunk).forward).parameters.values()][1:]
+    arguments = [p.name for p in inspect.signature(type(network).forward).parameters.values()][1:]
     if tuple(arguments[:2]) != ARGUMENTS or set(arguments[2:]) - {STATES}:
         faults.append(f"its forward takes ({', '.join(arguments)}), not ({', '.join(ARGUMENTS)})")
-    width = trunk.vocab_embed.embedding.shape[-1]
-    size = 2 * trunk.rotary_emb.inv_freq.numel()
+    width = network.vocab_embed.embedding.shape[-1]
+    size = 2 * network.rotary_emb.inv_freq.numel()
     heads = {block.n_heads for block in blocks}
     if any(head * size != width for head in heads):
         faults.append(f"its width {width} is not n_heads {sorted(heads)} times twice the {size // 2} rotary frequencies")
     norms = {f"blocks[{i}].{name}": getattr(block, name) for i, block in enumerate(blocks) for name in ("norm1", "norm2")}
-    norms["output_layer.norm_final"] = trunk.output_layer.norm_final
+    norms["output_layer.norm_final"] = network.output_layer.norm_final
     faults += [f"{name} has a bias" for name, norm in norms.items() if getattr(norm, "bias", None) is not None]
-    skipped = norms | {f"blocks[{i}]": block for i, block in enumerate(blocks)} | {"output_layer": trunk.output_layer}
+    skipped = norms | {f"blocks[{i}]": block for i, block in enumerate(blocks)} | {"output_layer": network.output_layer}
     faults += [f"{name} has hooks, which would not be called" for name, module in skipped.items() if _hooked(module)]
     return faults
 
@@ -325,17 +308,17 @@ def _has(module: Any, path: str) -> bool:
     return True
 
 
-def _extra_arguments(trunk: nn.Module) -> list[str]:
-    return list(inspect.signature(type(trunk).forward).parameters)[3:]
+def _extra_arguments(network: nn.Module) -> list[str]:
+    return list(inspect.signature(type(network).forward).parameters)[3:]
 
 
 class _Probe:
     """A network's own logits on two short sequences, taken before its forward is replaced, to compare with those after."""
 
-    def __init__(self, trunk: nn.Module, settings: _Settings) -> None:
-        self.trunk, self.settings = trunk, settings
+    def __init__(self, network: nn.Module, settings: _Settings) -> None:
+        self.network, self.settings = network, settings
         generator = torch.Generator().manual_seed(0)
-        embedding = cast(Tensor, cast(Any, trunk).vocab_embed.embedding)
+        embedding = cast(Tensor, cast(Any, network).vocab_embed.embedding)
         device = embedding.device
         if embedding.is_meta:
             raise ValueError("a network on the meta device has no logits to compare with those of the ops; pass check=False")
@@ -343,7 +326,7 @@ class _Probe:
         self.sigma = torch.tensor([0.3, 1.7] if settings.time_conditioning else [0.0, 0.0], device=device)
         self.stand_ins = {
             name: (0.1 * torch.randn(p.shape, generator=generator)).to(p)
-            for name, p in trunk.named_parameters()
+            for name, p in network.named_parameters()
             if not p.is_meta and not bool(p.detach().any())
         }
         try:
@@ -356,21 +339,21 @@ class _Probe:
             ) from error
 
     def compare(self) -> None:
-        """Raise ValueError where the forward that is there now gives other logits."""
+        """Raise ValueError if the forward that is there now gives other logits."""
         got = self._logits()
         exact = got.dtype is self.want.dtype and got.dtype in (torch.float32, torch.float64)
         allowed = 0.01 if exact else 0.1  # of the logits' norm: another network is off by the whole of it
         error = float((got.double() - self.want.double()).norm() / self.want.double().norm().clamp(min=1e-30))
         if not error <= allowed:
             raise ValueError(
-                f"{type(self.trunk).__name__} has the parts of MDLM's network but computes something else: its logits differ by "
-                f"{error:.3g} of their norm from those of the ops; it keeps its own forward"
+                f"{type(self.network).__name__} has the parts of MDLM's network but computes something else: its logits differ "
+                f"by {error:.3g} of their norm from those of the ops; it keeps its own forward"
             )
 
     @torch.no_grad()  # not inference mode: the network may keep its rotary tables, which training then reads
     def _logits(self) -> Tensor:
-        with _evaluating(self.trunk):
-            out = torch.func.functional_call(self.trunk, self.stand_ins, (self.indices, self.sigma))
+        with _evaluating(self.network):
+            out = torch.func.functional_call(self.network, self.stand_ins, (self.indices, self.sigma))
         return cast(Tensor, out[0] if self.settings.pair else out)
 
 

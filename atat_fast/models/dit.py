@@ -1,14 +1,13 @@
-"""DiT: the transformer of MDLM, an encoder that is told (or not) how much of its input is hidden.
+"""DiT: the transformer of MDLM. It sees a text with tokens hidden, and says which tokens they were.
 
 Notable features, all of MDLM's so that its published weights fit:
 - pre-norm blocks whose LayerNorms have a weight and no bias; shift, scale and gate of every branch come from the time
   embedding (adaLN), zero at the start, so each block begins as the identity;
-- without time conditioning (the default) that embedding is one row for everyone, and modulation is free;
+- without time conditioning (the default) that embedding is one row for all samples, and modulation is free;
 - rotary positions, halves paired, base 10,000; qkv and output projections without bias; MLP 4 x D, tanh-GELU, with bias;
 - embeddings untied by default; the head has a bias and starts at zero.
-The residual stream is carried from one gated sum to the next norm by one op, so a block's forward is: attend, add-and-norm,
-MLP, add-and-norm. Shifts, scales and gates of all blocks are one matrix product. After the last attention only the rows that
-the head reads go on. Options beyond MDLM: tied embeddings, QK-norm, ReLU squared, attention within documents.
+Options beyond MDLM: tied embeddings, QK-norm, ReLU squared, attention within documents, blocks computed again to save memory.
+Shifts, scales and gates of all blocks are one matrix product. How the blocks are joined is in `trunk.py`.
 """
 
 from __future__ import annotations
@@ -16,7 +15,8 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Any, NamedTuple, cast
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +25,16 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from atat_fast.config import ModelConfig
+from atat_fast.diffusion.process import Tilt
 from atat_fast.errors import UsageError
+from atat_fast.models.mdlm import TIME_FREQUENCIES, read_mdlm
 from atat_fast.models.tables import RotaryTables
-from atat_fast.ops.adaptive_norm import adaptive_layer_norm, gated_residual_norm
-from atat_fast.ops.attention import Documents, choose_attention, document_layout, self_attention
+from atat_fast.models.trunk import BlockContext, BlockParts, Norm, Randomness, block_context, run_block, run_trunk
+from atat_fast.ops.attention import Documents, self_attention
 from atat_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_cost
-from atat_fast.ops.registry import Cost, as_ids, autocast_dtype, transformed
+from atat_fast.ops.registry import Cost, transformed
 
-TIME_FREQUENCIES = 256
 LEAST_VISIBLE = 2e-9  # the hidden share a model is told stays below 1 - e^-20, the log-linear schedule's last rate
-
-
-class Randomness:
-    """Where a forward pass draws dropout from: seed and step (integers or 0-d int64 tensors), and each sequence's number."""
-
-    def __init__(self, seed: int | Tensor, step: int | Tensor, sample_ids: Tensor) -> None:
-        self.seed, self.step, self.sample_ids = seed, step, sample_ids
 
 
 class TimeEmbedding(nn.Module):
@@ -60,33 +54,8 @@ class TimeEmbedding(nn.Module):
         return F.silu(self.outer(F.silu(self.inner(waves))))
 
 
-class Place(NamedTuple):
-    """What a block is told besides tensors that are trained.
-
-    cos, sin: the rotary tables. layer: the block's number. dropout: chance of dropping; before, after: the randomness of what
-    comes before and after the block's attention, or None where nothing is dropped. rows: flat indices [R] of the rows that go on
-    after attention, or None for all; apart: whether each of them is a sequence of its own. layout, implementation: attention's.
-    """
-
-    cos: Tensor
-    sin: Tensor
-    layer: int
-    dropout: float
-    before: Randomness | None = None
-    after: Randomness | None = None
-    rows: Tensor | None = None
-    apart: bool = False
-    layout: Tensor | None = None
-    implementation: str | None = None
-
-
 class Block(nn.Module):
-    """One block, from the sum with what the block before it computed to its own MLP.
-
-    The gated sum and the norm before it are one op, so a block begins with the other's branch and leaves its own to the next one:
-    whatever it reads of its own parameters, it reads inside `forward`. That is where FSDP has them gathered, what is computed
-    again where `recompute` is set, and what is compiled where blocks are compiled one by one.
-    """
+    """One block: its weights, and how they are called. `run_block` is its arithmetic."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -100,38 +69,29 @@ class Block(nn.Module):
         self.up = nn.Linear(width, inner)
         self.down = nn.Linear(inner, width)
 
-    def forward(self, x: Tensor, branch: Tensor | None, modulation: tuple[Tensor, ...], place: Place) -> tuple[Tensor, Tensor]:
-        """x [B, L, D] residual; branch [B, L, D], what is added to it first, or None; modulation: its gate, this block's shift
-        and scale, and behind the attention its gate, shift and scale. Returns the residual before the MLP, and the MLP's branch.
-        """
-        # Dropout is a function of its place, so nothing random is kept. Functorch and tangents know no checkpoints.
+    def forward(
+        self, x: Tensor, branch: Tensor | None, modulation: tuple[Tensor, ...], context: BlockContext
+    ) -> tuple[Tensor, Tensor]:
+        """`run_block`; computed again in the backward pass if `recompute` is set."""
+        # Dropout is a function of what it is told, so no random state is kept. Functorch and tangents know no checkpoints.
         if self.recompute and torch.is_grad_enabled() and not transformed():
             return checkpoint(  # type: ignore[no-any-return]
-                self.run, x, branch, modulation, place, use_reentrant=False, preserve_rng_state=False
+                self.run, x, branch, modulation, context, use_reentrant=False, preserve_rng_state=False
             )
-        return self.run(x, branch, modulation, place)
+        return self.run(x, branch, modulation, context)
 
-    def run(self, x: Tensor, branch: Tensor | None, modulation: tuple[Tensor, ...], place: Place) -> tuple[Tensor, Tensor]:
-        """`forward` itself."""
-        gate, shift1, scale1, gate1, shift2, scale2 = modulation
-        if branch is None:
-            y = adaptive_layer_norm(x, shift1, scale1, self.norm1)
-        else:
-            x, y = join(x, branch, gate, shift1, scale1, self.norm1, place.dropout, place.before, 2 * place.layer - 1)
-        branch = self.attend(y, place.cos, place.sin, place.rows, place.layout, place.implementation)
-        if place.rows is not None:
-            x = x.flatten(0, 1).index_select(0, place.rows)
-            x, branch = (x[:, None], branch[:, None]) if place.apart else (x[None], branch[None])
-        x, y = join(x, branch, gate1, shift2, scale2, self.norm2, place.dropout, place.after, 2 * place.layer)
-        return x, self.mlp(y)
+    def run(
+        self, x: Tensor, branch: Tensor | None, modulation: tuple[Tensor, ...], context: BlockContext
+    ) -> tuple[Tensor, Tensor]:
+        """`forward` without the choice; this is what is compiled when blocks are compiled one by one."""
+        parts = BlockParts(Norm(self.norm1), self.attend, Norm(self.norm2), self.mlp)
+        return run_block(parts, x, branch, modulation, context)
 
-    def attend(
-        self, x: Tensor, cos: Tensor, sin: Tensor, rows: Tensor | None, documents: Tensor | None, implementation: str | None
-    ) -> Tensor:
-        """The attention branch of a normalised x [B, L, D]: [B, L, D], or [R, D] for the rows that are named."""
+    def attend(self, x: Tensor, context: BlockContext) -> Tensor:
+        """The attention branch of a normalised x [B, L, D]: [B, L, D], or [R, D] for the context's rows."""
         return self_attention(
-            x, self.qkv.weight, self.out.weight, cos, sin, heads=self.heads, qk_norm=self.qk_norm, rows=rows,
-            documents=documents, implementation=implementation,
+            x, self.qkv.weight, self.out.weight, context.cos, context.sin, heads=self.heads, qk_norm=self.qk_norm,
+            rows=context.rows, documents=context.layout, implementation=context.implementation,
         )  # fmt: skip
 
     def mlp(self, x: Tensor) -> Tensor:
@@ -141,23 +101,10 @@ class Block(nn.Module):
         return cast(Tensor, self.down(inner))
 
 
-def join(
-    x: Tensor, branch: Tensor, gate: Tensor, shift: Tensor, scale: Tensor, weight: Tensor, dropout: float,
-    randomness: Randomness | None, layer: int,
-) -> tuple[Tensor, Tensor]:  # fmt: skip
-    """x + gate * dropout(branch), and its adaptive norm; nothing is dropped without randomness."""
-    if randomness is None or dropout == 0:
-        return gated_residual_norm(x, branch, gate, shift, scale, weight)
-    return gated_residual_norm(
-        x, branch, gate, shift, scale, weight, dropout=dropout, layer=layer,
-        seed=randomness.seed, step=randomness.step, sample_ids=randomness.sample_ids,
-    )  # fmt: skip
-
-
 class Head(nn.Linear):
     """The vocabulary head: logits, or the loss without them.
 
-    The loss is computed inside `forward`, where FSDP has put the whole weight together: the fused op takes plain tensors.
+    The loss is computed inside `forward`, because FSDP gathers the whole weight there and the fused op takes plain tensors.
     """
 
     def forward(self, input: Tensor, target: Tensor | None = None, **options: Any) -> Any:
@@ -228,11 +175,12 @@ class DiT(
             nn.init.zeros_(self.head.weight)
 
     @classmethod
-    def from_mdlm(cls, source: Any, **overrides: Any) -> DiT:
-        """The model of an MDLM checkpoint: a path, a hub id or a state dict. See `atat_fast.models.mdlm.load_mdlm`."""
-        from atat_fast.models.mdlm import load_mdlm
-
-        return load_mdlm(source, kind=cls, **overrides)
+    def from_mdlm(cls, source: str | Path | Mapping[str, Any], *, ema: bool = True, **overrides: Any) -> DiT:
+        """The model of an MDLM checkpoint, in fp32 on the CPU: a path, a hub id or a state dict. See `read_mdlm`."""
+        settings, weights = read_mdlm(source, ema=ema, **overrides)
+        model = cls(**settings)
+        model.load_state_dict(weights)
+        return model
 
     def conditioning(self, hidden_share: Tensor | None) -> Tensor:
         """The time embedding, [B, C], or [1, C] for a model that is not told the time (sigma is 0 for everyone then)."""
@@ -255,56 +203,19 @@ class DiT(
 
         tokens [B, L] ids; hidden_share [B] in [0, 1], read only with time conditioning; randomness turns dropout on.
         rows [R] integers, flat indices b * L + i, or None for all: what only other rows would need is not computed.
-        documents: attention stays inside them where they are given.
+        documents: if given, attention stays inside them.
         Returns [R, D], or [B * L, D], in the compute dtype. Raises ValueError for sequences longer than the model's length.
         """
         length = tokens.shape[1]
         if length > self.config.length:
             raise ValueError(f"the sequence has {length} tokens, but this model takes at most {self.config.length}")
-        rows = None if rows is None else as_ids("rows", rows)
-        blocks = cast("list[Block]", list(self.blocks))
-        packed = self.modulation(self.conditioning(hidden_share)).unflatten(-1, (-1, self.config.dim))
-        table = packed.unbind(1)
-
+        modulation = self.modulation(self.conditioning(hidden_share)).unflatten(-1, (-1, self.config.dim)).unbind(1)
         x = self.embedding(tokens)
-        layout = implementation = None
-        if documents is not None:
-            head_dim = self.config.dim // self.config.heads
-            implementation = choose_attention(x.device, autocast_dtype(x), head_dim, True)
-            layout = document_layout(documents, implementation)
-        dropped = self.config.dropout
-        place = Place(*self.tables(length), 0, dropped, randomness, randomness, layout=layout, implementation=implementation)
-        branch, tail = None, table[-6:]  # of what follows the last attention: gate, shift, scale, gate, shift, scale
-        for i, block in enumerate(blocks):
-            before, after = (table[0], *table[:2]) if i == 0 else table[6 * i - 1 : 6 * i + 2], table[6 * i + 2 : 6 * i + 5]
-            place = place._replace(layer=i)
-            if i + 1 == len(blocks) and rows is not None:
-                tail, apart, after_rows = self._pick(packed[:, -6:], rows, length, randomness)
-                place, after = place._replace(rows=rows, apart=apart, after=after_rows), tail[:3]
-            x, branch = block(x, branch, (*before, *after), place)
-        assert branch is not None
-        gate, shift, scale = tail[3:]
-        _, y = join(x, branch, gate, shift, scale, self.final_norm, dropped, place.after, 2 * len(blocks) - 1)
-        return y.flatten(0, 1)
-
-    def _pick(
-        self, modulation: Tensor, rows: Tensor, length: int, randomness: Randomness | None
-    ) -> tuple[tuple[Tensor, ...], bool, Randomness | None]:
-        """How rows that are picked from [B, L, D] are modulated: as one sequence of R where the conditioning is one row and
-        nothing is dropped, and as R sequences of one token otherwise (apart): each with its sample's modulation [B, 6, D], and
-        named so that its dropout is what it would have been. Padding names row 0 again; its gradient is 0.
-        """
-        dropped = randomness is not None and self.config.dropout > 0
-        if modulation.shape[0] == 1 and not dropped:
-            return modulation.unbind(1), False, None
-        owner = torch.div(rows, length, rounding_mode="floor")
-        if randomness is not None:
-            names = randomness.sample_ids[owner] * length + (rows - owner * length)
-            randomness = Randomness(randomness.seed, randomness.step, names)
-        if modulation.shape[0] > 1:  # an embedding's backward adds up in a fixed order, in fp32
-            table = modulation.flatten(1).to(torch.promote_types(modulation.dtype, torch.float32))
-            modulation = F.embedding(owner, table).unflatten(1, (6, self.config.dim))
-        return modulation.unbind(1), True, randomness
+        blocks = cast("list[Block]", list(self.blocks))
+        return run_trunk(
+            x, blocks, modulation, Norm(self.final_norm), block_context(x, *self.tables(length), documents),
+            rates=[self.config.dropout] * len(blocks), randomness=randomness, rows=rows,
+        )  # fmt: skip
 
     def logits(self, features: Tensor) -> Tensor:
         """[R, D] rows of `features` to [R, V] logits with -inf at the mask token (SUBS)."""
@@ -323,12 +234,12 @@ class DiT(
         target: Tensor,
         hidden_share: Tensor | None = None,
         documents: Documents | None = None,
-        rates: Tensor | None = None,
-        elapsed: Tensor | None = None,
+        tilt: Tilt | None = None,
     ) -> Tensor:
-        """-log p of the hidden tokens, [R] fp32 in nats: what the likelihood bound is made of. With rates and elapsed as in
-        `MaskedBatch`, the loss of each under the token-identity schedule.
+        """-log p of the hidden tokens, [R] fp32 in nats, which the likelihood bound sums up; with a tilt the loss that it makes of
+        each.
         """
+        rates, elapsed = tilt or (None, None)
         features = self.features(noisy, hidden_share, rows=rows, documents=documents)
         nll = self.head(features, target, forbidden=self.mask_id, reduction="none", rates=rates, elapsed=elapsed)
         return cast(Tensor, nll)
@@ -342,16 +253,15 @@ class DiT(
         hidden_share: Tensor | None = None,
         randomness: Randomness | None = None,
         documents: Documents | None = None,
-        rates: Tensor | None = None,
-        elapsed: Tensor | None = None,
+        tilt: Tilt | None = None,
     ) -> tuple[Tensor, Tensor]:
         """The weighted loss of the hidden tokens.
 
-        noisy [B, L] ids; rows [R], target [R], weights [R], rates [V] and elapsed [R] as in `MaskedBatch`; randomness turns
-        dropout on; documents keep attention inside them.
-        Returns the fp32 scalar sum of weights * loss, where a loss is nll or with rates the schedule's own, and nll [R]
-        detached, both in nats.
+        noisy [B, L] ids; rows [R], target [R], weights [R] and tilt as in `MaskedBatch`; randomness turns dropout on; documents
+        keep attention inside them.
+        Returns the fp32 scalar sum(weights * loss) and nll [R] detached, in nats. loss is nll, or what the tilt makes of it.
         """
+        rates, elapsed = tilt or (None, None)
         features = self.features(noisy, hidden_share, randomness, rows=rows, documents=documents)
         loss, nll = self.head(
             features, target, token_weight=weights, forbidden=self.mask_id, rates=rates, elapsed=elapsed, return_nll=True
@@ -372,9 +282,7 @@ class DiT(
 
 
 def misfit(theirs: Mapping[str, Tensor], ours: Mapping[str, Tensor]) -> str | None:
-    """The first tensor, in the order of theirs, that is not of one name and shape in both, as 'NAME is SHAPE there, and here
-    SHAPE'; None where all are.
-    """
+    """The first tensor, in theirs' order, whose name or shape differs, as 'NAME is SHAPE there, and here SHAPE'; or None."""
     for name in [*theirs, *(name for name in ours if name not in theirs)]:
         have = tuple(theirs[name].shape) if name in theirs else "missing"
         need = tuple(ours[name].shape) if name in ours else "not part of this model"
@@ -401,7 +309,7 @@ def merge_modulation(state: dict[str, Any], prefix: str = "") -> None:
 
 
 def check_model(config: ModelConfig) -> None:
-    """Raise UsageError where sizes do not fit together."""
+    """Raise UsageError if sizes do not fit together."""
     for name in ("dim", "layers", "heads", "length", "mlp_ratio", "conditioning_dim"):
         if getattr(config, name) < 1:
             raise UsageError(f"model.{name} must be at least 1, got {getattr(config, name)}")
@@ -422,8 +330,8 @@ def _heads_for(dim: int) -> int:
 def step_cost(config: ModelConfig, vocab_size: int, batch: int, hidden_rows: int, *, backward: bool = True) -> Cost:
     """Floating-point operations and bytes of one pass over `batch` sequences whose head sees `hidden_rows` rows.
 
-    Matrix products and attention only: what a model-FLOPs utilisation counts. Behind the last attention only hidden rows are
-    worked on. Bytes are those of the head.
+    Matrix products and attention only, as a model-FLOPs utilisation counts them. After the last attention only hidden rows are
+    computed. Bytes are those of the head.
     """
     rows, width = batch * config.length, config.dim
     after = 1 + 2 * config.mlp_ratio  # out, MLP up and down; qkv is 3 more

@@ -23,8 +23,9 @@ from atat_fast.diffusion.process import Scored
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT, TimeEmbedding
 from atat_fast.models.tables import RotaryTables
-from atat_fast.ops.attention import Documents, choose_attention, document_layout, self_attention
-from atat_fast.ops.registry import Cost, autocast_dtype
+from atat_fast.models.trunk import BlockContext, block_context
+from atat_fast.ops.attention import Documents, self_attention
+from atat_fast.ops.registry import Cost
 
 LEARNED_SHARE = 0.7  # of `full`
 TIME_SCALE = 1_000.0  # k / L times this is what the cosines see, whose slowest has a wavelength of about 60,000
@@ -44,11 +45,11 @@ class Layer(nn.Module):
         self.up = nn.Linear(width, MLP_RATIO * width)
         self.down = nn.Linear(MLP_RATIO * width, width)
 
-    def forward(self, x: Tensor, cos: Tensor, sin: Tensor, documents: Tensor | None, implementation: str | None) -> Tensor:
+    def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         """[B, L, W] to [B, L, W]."""
         x = x + self_attention(
-            self.norm1(x), self.qkv.weight, self.out.weight, cos, sin, heads=self.heads, documents=documents,
-            implementation=implementation,
+            self.norm1(x), self.qkv.weight, self.out.weight, context.cos, context.sin, heads=self.heads,
+            documents=context.layout, implementation=context.implementation,
         )  # fmt: skip
         return cast(Tensor, x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")))
 
@@ -70,17 +71,10 @@ class Network(RotaryTables):
 
     def forward(self, embedded: Tensor, hidden_share: Tensor, documents: Documents | None = None) -> Tensor:
         """embedded [B, L, D], hidden_share [B] in [0, 1]; documents keep attention inside them. Returns logits [B, L] fp32."""
-        length = embedded.shape[1]
         x = self.project(self.norm(embedded)) + self.time(TIME_SCALE * hidden_share)[:, None]
-        layers = cast("list[Layer]", list(self.layers))
-        layout = implementation = None
-        if documents is not None:
-            head_dim = x.shape[-1] // layers[0].heads
-            implementation = choose_attention(x.device, autocast_dtype(x), head_dim, True)
-            layout = document_layout(documents, implementation)
-        cos, sin = self.tables(length)
-        for layer in layers:
-            x = layer(x, cos, sin, layout, implementation)
+        context = block_context(x, *self.tables(x.shape[1]), documents)
+        for layer in self.layers:
+            x = layer(x, context)
         return cast(Tensor, self.head(self.final_norm(x))[..., 0].float())
 
 

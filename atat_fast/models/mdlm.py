@@ -1,21 +1,22 @@
 """MDLM's checkpoints, in and out: the published names of parameters beside ours.
 
-MDLM (Sahoo et al., Simple and effective masked diffusion language models, 2024) publishes a DIT whose network is the one `DiT`
-computes, under other names. `NAMES` is the whole translation; it is also the order of that model's parameters, which is the order
-its moving average is stored in. Sizes are read from shapes, and nothing is guessed that the file could contradict.
+MDLM (Sahoo et al., Simple and effective masked diffusion language models, 2024) publishes the network that `DiT` computes, under
+other names. `NAMES` is the whole translation, in the order of MDLM's parameters, in which its moving average is stored. Sizes are
+read from shapes, and nothing is guessed that the file could contradict.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from atat_fast.config import ModelConfig
 from atat_fast.errors import UsageError, nearest
-from atat_fast.models.dit import TIME_FREQUENCIES, DiT
+from atat_fast.models.mdlm_files import read_checkpoint
 
 NAMES = (
     ("vocab_embed.embedding", "embedding.weight", "V D"),
@@ -41,22 +42,25 @@ NAMES = (
 )
 """Published name, our name, shape; i is the block's number. V vocabulary, D width, C conditioning, M MLP, F time frequencies."""
 
+TIME_FREQUENCIES = 256
 ROTARY = "rotary_emb.inv_freq"
 ROTARY_BASE = 10_000.0
 PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.")
 OVERRIDES = ("heads", "length", "mask_id", "time_conditioning", "dropout")
 HEAD_SIZE = 64
 LENGTH = 1024
-BERT = (30_522, 103)  # the vocabulary that brings its own mask, and where
+BERT = (30_522, 103)  # the size of the vocabulary that has a mask token of its own, and that token
 LISTED = 4
 
 
-def load_mdlm(source: str | Path | Mapping[str, Any], *, ema: bool = True, kind: type[DiT] = DiT, **overrides: Any) -> DiT:
-    """The model of an MDLM checkpoint, in fp32 on the CPU.
+def read_mdlm(
+    source: str | Path | Mapping[str, Any], *, ema: bool = True, **overrides: Any
+) -> tuple[dict[str, Any], dict[str, Tensor]]:
+    """An MDLM checkpoint as the arguments of a DiT and its state dict, on the CPU.
 
     source: a .safetensors file, a Lightning .ckpt or another file of torch.save, a folder or hub id that holds model.safetensors
             or pytorch_model.bin, or the loaded dictionary itself. Names may stand behind backbone., model., module. or _orig_mod.
-    ema:    take the moving average where the checkpoint has one (a Lightning file's ema.shadow_params); False takes the weights.
+    ema:    take the moving average if the checkpoint has one (a Lightning file's ema.shadow_params); False takes the weights.
     heads:  attention heads. By default what rotary_emb.inv_freq says, else config.json, else one for each 64 of the width.
     length: longest sequence the model takes. By default config.json's, else 1024; the weights do not depend on it.
     mask_id: the mask token. By default the one row of the head that training never touched, else BERT's own in a vocabulary of
@@ -64,7 +68,7 @@ def load_mdlm(source: str | Path | Mapping[str, Any], *, ema: bool = True, kind:
     time_conditioning: whether the model is told the time. By default config.json's, else no, as MDLM's published ones.
     dropout: for further training; 0.1 by default.
 
-    Raises UsageError where the file cannot be read or is not MDLM's, listing what is missing, unexpected or of another shape.
+    Raises UsageError if the file cannot be read or is not MDLM's, listing what is missing, unexpected or of another shape.
     """
     for name in overrides:
         if name not in OVERRIDES:
@@ -73,26 +77,21 @@ def load_mdlm(source: str | Path | Mapping[str, Any], *, ema: bool = True, kind:
                 f"what can be given is {', '.join(OVERRIDES)} and ema"
             )
     if isinstance(source, Mapping):
-        where, content = "the state dict", source
-        facts: dict[str, Any] = {}
+        where, content, facts = "the state dict", source, dict[str, Any]()
     else:
-        from atat_fast.models.mdlm_files import read_checkpoint
-
         where, (content, facts) = str(source), read_checkpoint(source)
     tensors = published_tensors(content, where, ema=ema)
     given = {name: value for name, value in overrides.items() if value is not None}
-    model = kind(**_settings(tensors, {**facts, **given}, given, where))
-    layers = model.config.layers
-    model.load_state_dict({ours: tensors[published] for published, ours in names(layers).items()})
-    return model
+    settings = _settings(tensors, {**facts, **given}, given, where)
+    return settings, {ours: tensors[published] for published, ours in names(settings["layers"]).items()}
 
 
-def to_mdlm_state_dict(model: DiT) -> dict[str, Tensor]:
-    """The model's weights under MDLM's names, in its order, with the rotary buffer that its own loading expects. Copies.
+def to_mdlm_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A DiT's weights under MDLM's names, in its order, with the rotary buffer that its own loading expects. Copies.
 
     Raises UsageError for what MDLM's network does not have: QK-norm and ReLU squared.
     """
-    config = model.config
+    config = cast(ModelConfig, model.config)
     for option, value, plain in (("qk_norm", config.qk_norm, False), ("activation", config.activation, "gelu")):
         if value != plain:
             raise UsageError(
@@ -110,9 +109,9 @@ def names(layers: int) -> dict[str, str]:
 
 
 def by_block(state: Mapping[str, Tensor], layers: int, width: int) -> dict[str, Tensor]:
-    """A state dict with one modulation table for each block and one for the final norm, as NAMES has it.
+    """A state dict with one modulation table for each block and one for the final norm, as in NAMES.
 
-    Where they are kept as one, `modulation`, its rows are those of the blocks in order and then the final norm's.
+    If it has one table for all, `modulation`, the rows are those of the blocks in order and then the final norm's.
     """
     named = dict(state)
     for what in ("weight", "bias"):
@@ -130,7 +129,7 @@ def rotary_frequencies(head_size: int) -> Tensor:
 
 
 def published_tensors(content: Mapping[str, Any], where: str, *, ema: bool = True) -> dict[str, Tensor]:
-    """MDLM's parameters by bare published names, and the rotary buffer where there is one, each of the right shape.
+    """MDLM's parameters by bare published names, and the rotary buffer if there is one, each of the right shape.
 
     content: a state dict, or a Lightning checkpoint with state_dict and perhaps ema. Raises UsageError, naming `where`.
     """
@@ -181,7 +180,7 @@ def _check(tensors: dict[str, Tensor], layers: int, where: str) -> None:
 
 
 def _wrong_shapes(tensors: Mapping[str, Tensor], needed: Mapping[str, str]) -> list[str]:
-    """What does not fit the sizes that the embedding, the time layers and the first MLP state."""
+    """Tensors that do not fit the sizes of the embedding, the time layers and the first MLP."""
     stated = {"vocab_embed.embedding": 2, "sigma_map.mlp.2.weight": 2, "blocks.0.mlp.0.weight": 2}
     flat = [f"{name} {tuple(tensors[name].shape)}, not a matrix" for name, rank in stated.items() if tensors[name].dim() != rank]
     if flat:
@@ -227,7 +226,7 @@ def _average(average: Any, tensors: Mapping[str, Tensor], layers: int, where: st
 
 
 def _settings(tensors: Mapping[str, Tensor], asked: Mapping[str, Any], given: Mapping[str, Any], where: str) -> dict[str, Any]:
-    """Arguments of DiT: sizes from shapes, and the rest from `asked`, of which `given` is what the caller said himself."""
+    """Arguments of DiT: sizes from shapes, the rest from `asked`. `given` is the part of `asked` that the caller chose."""
     sizes = _sizes(tensors)
     width, vocabulary = sizes["D"], sizes["V"]
     settings = {
@@ -254,7 +253,7 @@ def _mask_id(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _heads(width: int, asked: int | None, given: int | None, frequencies: Tensor | None, where: str) -> int:
-    """The number of heads, which no weight's shape tells; the rotary buffer does where it was saved."""
+    """The number of heads. No weight's shape tells it; the rotary buffer does, if it was saved."""
     told = None
     if frequencies is not None:
         size = 2 * frequencies.numel()

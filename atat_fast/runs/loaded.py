@@ -11,8 +11,8 @@ from atat_fast.config import to_dict
 from atat_fast.errors import UsageError
 from atat_fast.files import expanded
 from atat_fast.models import hub
+from atat_fast.models.dit import DiT
 from atat_fast.models.hub import Saved
-from atat_fast.models.mdlm import load_mdlm
 from atat_fast.runs import checkpoint
 
 
@@ -78,7 +78,7 @@ def open_any(source: str, overrides: dict[str, Any] | None = None, *, average: b
     place = str(path) if path.exists() else source
     weights = "its average if it has one" if average else "last step's weights"
     what = f"an MDLM checkpoint, {weights}"
-    return Saved(load_mdlm(place, ema=average, **overrides), place=source, what=what)
+    return Saved(DiT.from_mdlm(place, ema=average, **overrides), place=source, what=what)
 
 
 def _is_ours(path: Path) -> bool:

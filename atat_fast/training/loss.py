@@ -27,8 +27,9 @@ from atat_fast.diffusion.process import MaskedBatch, Process, Scored
 from atat_fast.diffusion.uniform import UNIFORM
 from atat_fast.distributed.wrap import compile_blocks
 from atat_fast.hardware.compute import Compute
-from atat_fast.models.dit import DiT, Randomness
+from atat_fast.models.dit import DiT
 from atat_fast.models.importance import ImportanceEstimator, error_chance, importance_loss
+from atat_fast.models.trunk import Randomness
 from atat_fast.ops.attention import Documents
 
 PREFIX = "importance."
@@ -141,7 +142,7 @@ class Objective:
                 batch.hidden_share,
                 Randomness(self.seed, step, sample_ids),
                 batch.documents,
-                *(batch.tilt or ()),
+                batch.tilt,
             )
         return loss / (self.total * batch.noisy.shape[1]), nll
 

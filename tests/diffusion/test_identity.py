@@ -232,7 +232,7 @@ def test_the_schedules_own_bound_with_equal_rates_is_the_uniform_one():
 
     def nll(masked):
         with torch.no_grad():
-            return model.nll(masked.noisy, masked.rows, masked.target, **(masked.tilt._asdict() if masked.tilt else {}))
+            return model.nll(masked.noisy, masked.rows, masked.target, tilt=masked.tilt)
 
     def estimate(**options):
         return estimate_nll(nll, lambda f, c: x[f : f + c], 30, mask_id=10, draws=2, batch=7, seed=4, **options)

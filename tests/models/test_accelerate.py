@@ -13,8 +13,8 @@ import torch.nn.functional as F
 from torch import nn
 
 import atat_fast
+from atat_fast.models import DiT
 from atat_fast.models.accelerate import accelerate, features, masked_diffusion_loss, restore, weighted_loss
-from atat_fast.models.mdlm import load_mdlm
 from atat_fast.ops.masking import mask_tokens
 
 
@@ -258,7 +258,7 @@ def test_masked_diffusion_loss_is_our_own_trainers(told, masking, weighting):
 
     d, fast = pair()
     accelerate(fast, time_conditioning=told)
-    ours = load_mdlm(d.state_dict(), time_conditioning=told, dropout=0.0)
+    ours = DiT.from_mdlm(d.state_dict(), time_conditioning=told, dropout=0.0)
     tokens, samples = torch.randint(0, plain.MASK, (4, 9)), torch.tensor([10, 3, 5, 8])
     slots = {"first": 4, "total": 8, "seed": 11, "step": 6}
     masked = hide_for_training(
