@@ -16,8 +16,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "ops"))
 
+from adaptive_norm.test_op import check, example
 from linear_cross_entropy.slab import Slab, run
-from op_checks import BF16, dtypes, on_gpu, same
+from op_checks import BF16, F32, dtypes, on_gpu, same
 
 from atat_fast.ops import gated_residual_norm, linear_cross_entropy, mask_tokens, registry, rotary, rotary_table
 
@@ -146,12 +147,7 @@ def test_a_projection_of_more_than_two_to_the_31():
 @needs_gpu
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
 def test_tensors_on_another_device_than_the_current_one():
-    stream, row = torch.randn(2, 33, 768, device="cuda:0"), torch.randn(2, 768, device="cuda:0")
-    here, there = (
-        gated_residual_norm(*(t.to(device) for t in (stream, stream, row, row, row)), backend="triton")
-        for device in ("cuda:0", "cuda:1")
-    )
-    assert all(t.device.index == 1 for t in there) and same(here, [t.to("cuda:0") for t in there])
+    check("triton", "cuda:1", example(2, 33, 768), F32)
 
 
 @gpu

@@ -44,7 +44,7 @@ def interprets(backend: str, device: str) -> bool:
 
 def for_gpu(*values: Any, id: str | None = None, slow: bool = False) -> Any:
     """A parameter that only a GPU takes: too large for a CPU, or not known to it. With `slow` it is one of a grid."""
-    return pytest.param(*values, id=id or str(values[0]), marks=[*on_gpu, *[pytest.mark.slow] * slow])
+    return pytest.param(*values, id=f"large-{id or values[0]}", marks=[*on_gpu, *[pytest.mark.slow] * slow])
 
 
 def same(ours: Iterable[Tensor], theirs: Iterable[Tensor]) -> bool:

@@ -107,7 +107,7 @@ def check(backend, device, inputs, out, *, dropout=0.0, unused=()):
     upstream = [None if i in unused else torch.randn(shape).to(kind) for i, kind in enumerate(kinds)]
     ours, peer, truth = leaves(inputs, device), leaves(inputs), leaves(inputs, dtype=F64)
     op = gated_residual_norm if gated else adaptive_layer_norm
-    with torch.autocast(device, BF16, enabled=out is BF16):
+    with torch.autocast(torch.device(device).type, BF16, enabled=out is BF16):
         got = op(**ours, **({"dropout": dropout, "sample_ids": ids.to(device), **RANDOM} if gated else {}), backend=backend)
     assert tuple(o.dtype for o in (got if gated else (got,))) == kinds
     total = peer[names[0]]
@@ -273,13 +273,18 @@ def test_the_number_of_threads_changes_no_bit(backend, device, shared, shape):
     assert all(same(one, other) for other in others)
 
 
-@quick
+@on_cpu
 @pytest.mark.parametrize("weight", [False, True])
 def test_opcheck(backend, device, weight):
     t, ops = inputs_of(2, 3, 8, weight=weight), torch.ops.atat_fast
+    random = (0.2, torch.tensor(1), torch.tensor(2), torch.arange(2))
+    if interprets(backend, device):
+        quick_ones = ("test_schema", "test_autograd_registration", "test_faketensor")
+        arguments = (*t.values(), *random, 3, 1e-5, BF16, backend)
+        torch.library.opcheck(ops.gated_residual_norm.default, arguments, test_utils=quick_ones)
+        return
     norm = (t["residual"], t["shift"], t["scale"], t["weight"], 1e-5, F32, backend)
     torch.library.opcheck(ops.adaptive_layer_norm.default, norm)
-    random = (0.2, torch.tensor(1), torch.tensor(2), torch.arange(2))
     if not weight:  # and one row of conditioning, without dropout
         t, random = inputs_of(2, 3, 8, shared=True), (0.0, None, None, None)
     torch.library.opcheck(ops.gated_residual_norm.default, (*t.values(), *random, 3, 1e-5, BF16, backend))
@@ -302,14 +307,14 @@ def test_gradients_have_the_dtypes_of_their_inputs(backend, device):
     assert [g.dtype for g in gradients(total.sum() + y.sum(), inputs)] == list(kinds.values())
 
 
-@on_cpu
+@every
 @pytest.mark.parametrize("dropout", [0.0, 0.2])
 def test_compiles_whole(backend, device, dropout):
     def f(inputs, ids, step):
         total, y = gated_residual_norm(**inputs, dropout=dropout, seed=1, step=step, sample_ids=ids, backend=backend)
         return total + adaptive_layer_norm(y, inputs["shift"], inputs["scale"], backend=backend)
 
-    arguments = (inputs_of(2, 5, 8), torch.arange(2), torch.tensor(4))
+    arguments = (leaves(example(2, 5, 8), device), torch.arange(2, device=device), torch.tensor(4, device=device))
     upstream = [torch.randn(2, 5, 8)]
     want, got = (results(g(*arguments), arguments[0], upstream) for g in (f, compiled_whole(f)))
     assert same(want.values(), got.values())
