@@ -96,7 +96,7 @@ def _likelihoods(args: Any) -> int:
     check_orders(list(orders), saved.estimator)
     seed = saved.config.eval.seed if args.seed is None else args.seed
     settings = dataclasses.replace(saved.config.eval, sequences=args.sequences, draws=args.draws, batch=args.batch, seed=seed)
-    plan = figures_of.Plan(settings, args.se, args.max_draws, orders, args.order_sequences, args.tokens_per_pass, args.tilt)
+    plan = figures_of.Measures(settings, args.se, args.max_draws, orders, args.order_sequences, args.tokens_per_pass, args.tilt)
     model = saved.model.to(compute.device)
     if saved.estimator is not None:
         saved.estimator.to(compute.device)

@@ -101,7 +101,7 @@ def tokens_per_step(config: Config) -> int:
     return batches(config).global_batch * config.model.length
 
 
-def _identity(plan: Plan) -> dict[str, Any]:
+def _what_it_compares(plan: Plan) -> dict[str, Any]:
     """What has to stay for a folder to be added to; seeds and recipes may be added."""
     shared = {group: values for group, values in to_dict(plan.base).items() if group not in ("run", "sample", "preset")}
     return {"budget": vars(plan.budget), "points": plan.points, "settings": shared}
@@ -121,7 +121,7 @@ def _check_folder(plan: Plan) -> None:
         recipes = {name: yaml.safe_load(_recipe_file(plan, name).read_text(encoding="utf-8")) for name in kept["steps"]}
     except (OSError, ValueError, KeyError, TypeError, yaml.YAMLError) as error:
         raise UsageError(f"{plan.folder / IDENTITY} cannot be read ({error}); choose another --out") from None
-    differing = _difference(before, _identity(plan))
+    differing = _difference(before, _what_it_compares(plan))
     for name, config in plan.recipes.items():
         if name in recipes:
             differing = differing or _difference(
@@ -173,11 +173,11 @@ def _steps(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
     missing = [name for name in plan.recipes if name not in kept]
     with disk_errors(plan.folder):
         (plan.folder / "recipes").mkdir(parents=True, exist_ok=True)
-        write_text(path, json.dumps(_identity(plan) | {"steps": kept}, indent=1) + "\n")
+        write_text(path, json.dumps(_what_it_compares(plan) | {"steps": kept}, indent=1) + "\n")
         for name, found in _calibrate(plan, missing, say).items():
             write_text(_recipe_file(plan, name), yaml.safe_dump(to_dict(plan.recipes[name]), sort_keys=False))
             kept[name] = found
-        write_text(path, json.dumps(_identity(plan) | {"steps": kept}, indent=1) + "\n")
+        write_text(path, json.dumps(_what_it_compares(plan) | {"steps": kept}, indent=1) + "\n")
     return kept
 
 

@@ -20,7 +20,7 @@ from atat_fast.data import packing
 from atat_fast.data.corpora import open_corpus
 from atat_fast.data.loader import SequenceLoader
 from atat_fast.data.packing import TokenSplit, open_split
-from atat_fast.data.tokenizers import Tokenizer, check_setting, make_tokenizer, setting_identity
+from atat_fast.data.tokenizers import Tokenizer, check_setting, make_tokenizer, setting_fingerprint
 from atat_fast.errors import UsageError
 from atat_fast.files import expanded
 
@@ -83,13 +83,13 @@ def prepare(
         if hashes:
             raise UsageError(f"{error} (and {cache} does not hold the tokens that were made of it)") from error
         raise
-    base = {"corpus": config.corpus, "source": corpus.identity, "max_documents": config.max_documents}
+    base = {"corpus": config.corpus, "source": corpus.fingerprint, "max_documents": config.max_documents}
     named = tokenizer is None or tokenizer.name == config.tokenizer
     if tokenizer is None:
         check_setting(config.tokenizer)
     candidates = []
     if named:
-        candidates.append(base | {"tokenizer": setting_identity(config.tokenizer)})
+        candidates.append(base | {"tokenizer": setting_fingerprint(config.tokenizer)})
     if tokenizer is not None:
         candidates.append(base | {"tokenizer": tokenizer.fingerprint})
     for settings in candidates:

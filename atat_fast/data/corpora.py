@@ -56,12 +56,12 @@ class Corpus:
 
     Attributes:
         name: As in DataConfig.corpus.
-        identity: Plain values that change when the text does, known without reading it.
+        fingerprint: Plain values that change when the text does, known without reading it.
         provenance: Called once the text was read: where it came from, in plain values.
     """
 
     name: str
-    identity: dict[str, Any]
+    fingerprint: dict[str, Any]
     read: Callable[[Split], Iterable[str]]
     provenance: Callable[[], dict[str, Any]]
     max_documents: int = 0
@@ -134,7 +134,7 @@ def open_corpus(config: DataConfig) -> Corpus:
         raise UsageError(f"data.valid goes with a corpus that is a path; {name} has its own held-out text, so leave it out")
     if name == "python-docs":
         held_out = HeldOut(python_docs.documents, config.valid_fraction, name, "this Python has no documentation; use a path")
-        known = python_docs.identity() | {"valid_fraction": config.valid_fraction}
+        known = python_docs.fingerprint() | {"valid_fraction": config.valid_fraction}
         return Corpus(name, known, held_out.documents, python_docs.provenance, config.max_documents)
     if name in KNOWN or name.startswith(HUB):
         return _HubCorpus(config).corpus()
@@ -155,7 +155,7 @@ def _local_corpus(config: DataConfig) -> Corpus:
             f"there is no corpus {name!r}{nearest(name, NAMES)}; corpora are {', '.join(NAMES)}, hub:owner/name, or the path of "
             f"{local.FORMATS} or of a folder of them"
         ) from None
-    train = text.identity()
+    train = text.fingerprint()
     known: dict[str, Any] = {"train": train, "text_column": column}
     source: dict[str, Any] = {"source": "local", "path": name, "bytes": sum(size for _, size, _ in train["files"])}
     if config.valid is None:
@@ -163,7 +163,7 @@ def _local_corpus(config: DataConfig) -> Corpus:
         known["valid_fraction"] = source["valid_fraction"] = config.valid_fraction
         return Corpus(name, known, held_out.documents, lambda: source | held_out.provenance(), config.max_documents)
     held = local.TextFiles(config.valid, column)
-    valid = held.identity()
+    valid = held.fingerprint()
     if valid["path"] == train["path"]:
         raise UsageError(f"data.valid and data.corpus are both {name}: a model must be measured on text it did not see")
     known["valid"], source["valid"] = valid, config.valid
@@ -174,7 +174,7 @@ def _local_corpus(config: DataConfig) -> Corpus:
 class _HubCorpus:
     """A corpus that `datasets` loads, at the first document asked for.
 
-    Its identity is its name and revision: prepared tokens open without a network, and a data set that changed on the hub
+    Its fingerprint is its name and revision: prepared tokens open without a network, and a data set that changed on the hub
     is not noticed. The manifest records the fingerprint of what was read.
     """
 

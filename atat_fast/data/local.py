@@ -116,7 +116,7 @@ class TextFiles:
         self._without: list[Path] = []
         self._noted = False
 
-    def identity(self) -> dict[str, Any]:
+    def fingerprint(self) -> dict[str, Any]:
         """Path, size and modification time of every file: what tells one state of the text from another."""
         stats = [(file, file.stat()) for file in self.files]
         return {

@@ -48,7 +48,7 @@ def documents() -> tuple[str, ...]:
     return tuple(text for text in texts if len(text) >= MIN_CHARACTERS)
 
 
-def identity() -> dict[str, str]:
+def fingerprint() -> dict[str, str]:
     """What the documents depend on, without reading them."""
     return {
         "python": f"{platform.python_implementation()} {platform.python_version()}",
@@ -63,7 +63,7 @@ def provenance() -> dict[str, str]:
         digest.update(text.encode() + b"\0")
     return {
         "source": "pydoc topics and standard-library docstrings",
-        "python": identity()["python"],
+        "python": fingerprint()["python"],
         "sha256": digest.hexdigest(),
     }
 

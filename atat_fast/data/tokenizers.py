@@ -301,7 +301,7 @@ def _is_bpe(setting: str) -> bool:
     return setting.startswith("bpe-") and not setting.endswith(".json")
 
 
-def setting_identity(setting: str) -> str:
+def setting_fingerprint(setting: str) -> str:
     """What tells one tokenizer setting from another: its name, and for a file its content."""
     path = expanded(setting)
     path = path / TOKENIZER_FILE if path.is_dir() else path

@@ -23,7 +23,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from atat_fast.distributed.ranks import Ranks
 
 
-class State(NamedTuple):
+class RankState(NamedTuple):
     """How far a rank is. patient: whether it may take as long as it likes."""
 
     marks: int
@@ -40,7 +40,7 @@ class Watch:
 
     def __init__(self, ranks: Ranks, timeout: float) -> None:
         self.ranks, self.timeout = ranks, timeout
-        self.state = State(0, 0, "starting", False)
+        self.state = RankState(0, 0, "starting", False)
         self._moved = time.monotonic()
         self._news = 0  # grows while the thread lives
         self._done = threading.Event()
@@ -90,9 +90,9 @@ class Watch:
         self._news += 1
         self._store.set(str(self.ranks.rank), json.dumps([self._news, *self.state]))
 
-    def _read(self) -> tuple[list[int], list[State]]:
+    def _read(self) -> tuple[list[int], list[RankState]]:
         told = [json.loads(self._store.get(str(rank))) for rank in range(self.ranks.size)]
-        return [news for news, *_ in told], [State(*state) for _, *state in told]
+        return [news for news, *_ in told], [RankState(*state) for _, *state in told]
 
     def _run(self) -> None:
         with contextlib.suppress(RuntimeError):  # the store went away with the launcher, which ends this process too
@@ -123,7 +123,7 @@ class Watch:
         os._exit(1)
 
 
-def verdict(states: list[State], behind: list[int], silent: list[int], seconds: float) -> str:
+def verdict(states: list[RankState], behind: list[int], silent: list[int], seconds: float) -> str:
     """The sentence a run ends with."""
     waited = f"for {seconds:g} seconds (parallel.timeout)"
     if len(behind) == len(states):

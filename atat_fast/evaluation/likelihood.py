@@ -54,9 +54,7 @@ def evaluate(
 
 def model_nll(model: DiT) -> NllFunction:
     """The model as the bound wants it."""
-    return lambda masked: model.nll(
-        masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents, masked.tilt
-    )
+    return lambda masked: model.nll(masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents, masked.tilt)
 
 
 def spread_sequences(

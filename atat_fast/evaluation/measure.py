@@ -36,7 +36,7 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 
 @dataclass(frozen=True)
-class Plan:
+class Measures:
     """What is measured on each text.
 
     eval: sequences, draws, batch and seed of the uniform bound. se: draw masks until their error is this small; None makes
@@ -53,7 +53,7 @@ class Plan:
     tilt: float | None = None
 
 
-def uniform(model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast) -> Figure:
+def uniform(model: DiT, split: TokenSplit, plan: Measures, autocast: Autocast) -> Figure:
     """The uniform bound of a split as a figure.
 
     nll_se is what masks leave where plan.se asks for it (error_of says "masks"); otherwise masks and the choice of text together,
@@ -102,7 +102,7 @@ def uniform(model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast) -> Fi
     }
 
 
-def beside_orders(model: DiT, split: TokenSplit, plan: Plan, autocast: Autocast) -> Estimate:
+def beside_orders(model: DiT, split: TokenSplit, plan: Measures, autocast: Autocast) -> Estimate:
     """The uniform bound on the sequences that orders are measured on, 32 masks each: what they are compared with pair by pair."""
     if plan.order_sequences < 0:
         raise UsageError(f"--order_sequences must be at least 0, which reads all, got {plan.order_sequences}")
@@ -125,7 +125,7 @@ def in_order(
     model: DiT,
     split: TokenSplit,
     order: str,
-    plan: Plan,
+    plan: Measures,
     autocast: Autocast,
     estimator: ImportanceEstimator | None,
     bound: Estimate,
@@ -168,7 +168,7 @@ def in_order(
 def measure(
     model: DiT,
     split: TokenSplit,
-    plan: Plan,
+    plan: Measures,
     autocast: Autocast,
     estimator: ImportanceEstimator | None = None,
     process: Process | None = None,

@@ -35,9 +35,14 @@ from atat_fast.ops.linear_cross_entropy import linear_cross_entropy
 from atat_fast.ops.rotary import rotary
 
 NETWORK = (
-    "vocab_embed.embedding", "sigma_map", "rotary_emb.inv_freq", "blocks", "output_layer.norm_final.weight",
-    "output_layer.linear", "output_layer.adaLN_modulation",
-)  # fmt: skip
+    "vocab_embed.embedding",
+    "sigma_map",
+    "rotary_emb.inv_freq",
+    "blocks",
+    "output_layer.norm_final.weight",
+    "output_layer.linear",
+    "output_layer.adaLN_modulation",
+)
 BLOCK = ("n_heads", "norm1.weight", "attn_qkv", "attn_out", "norm2.weight", "mlp", "adaLN_modulation")
 ARGUMENTS = ("indices", "sigma")
 STATES = "output_hidden_states"  # the hub's classes have this argument too, and return a pair
@@ -139,9 +144,15 @@ def features(model: nn.Module, indices: Tensor, sigma: Tensor | None = None, row
         modulation = [part for block in blocks for part in block.adaLN_modulation(c).chunk(6, dim=-1)]
         modulation += last.adaLN_modulation(c).chunk(2, dim=-1)
         return run_trunk(
-            x, [partial(_run, block) for block in blocks], modulation, _norm(last.norm_final),
-            BlockContext(angle.cos(), angle.sin()), rates=rates, randomness=_randomness(x) if any(rates) else None, rows=rows,
-        )  # fmt: skip
+            x,
+            [partial(_run, block) for block in blocks],
+            modulation,
+            _norm(last.norm_final),
+            BlockContext(angle.cos(), angle.sin()),
+            rates=rates,
+            randomness=_randomness(x) if any(rates) else None,
+            rows=rows,
+        )
 
 
 def _run(
@@ -226,9 +237,15 @@ def masked_diffusion_loss(
         sample_ids = torch.arange(first, first + batch, device=tokens.device)
     config = DiffusionConfig(masking=masking, weighting=weighting)  # type: ignore[arg-type]
     masked = hide_for_training(
-        tokens, config, first=first, total=batch if total is None else total, mask_id=mask_id, sample_ids=sample_ids, seed=seed,
+        tokens,
+        config,
+        first=first,
+        total=batch if total is None else total,
+        mask_id=mask_id,
+        sample_ids=sample_ids,
+        seed=seed,
         step=step,
-    )  # fmt: skip
+    )
     sigma = -torch.log1p(-masked.hidden_share.clamp(max=MOST_HIDDEN)) if _settings(network).time_conditioning else None
     loss = weighted_loss(network, masked.noisy, masked.rows, masked.target, masked.weights, sigma, mask_id=mask_id)
     return loss / masked.tokens

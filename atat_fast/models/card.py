@@ -128,8 +128,10 @@ def _data_rows(facts: dict[str, Any], corpus: str | None) -> list[tuple[str, str
 def _evaluation_rows(evaluation: dict[str, Any]) -> list[tuple[str, str]]:
     rows = [("negative log-likelihood", f"{evaluation['nll']:.4f} ± {evaluation.get('nll_se', float('nan')):.4f} nats a token")]
     for key, title in (
-        ("perplexity", "perplexity"), ("bits_per_byte", "bits per byte"), ("unigram_entropy", "unigram entropy, nats a token")
-    ):  # fmt: skip
+        ("perplexity", "perplexity"),
+        ("bits_per_byte", "bits per byte"),
+        ("unigram_entropy", "unigram entropy, nats a token"),
+    ):
         if evaluation.get(key) is not None:
             rows.append((title, f"{evaluation[key]:.4g}"))
     if "sequences" in evaluation:

@@ -90,9 +90,17 @@ class Block(nn.Module):
     def attend(self, x: Tensor, context: BlockContext) -> Tensor:
         """The attention branch of a normalised x [B, L, D]: [B, L, D], or [R, D] for the context's rows."""
         return self_attention(
-            x, self.qkv.weight, self.out.weight, context.cos, context.sin, heads=self.heads, qk_norm=self.qk_norm,
-            rows=context.rows, documents=context.layout, implementation=context.implementation,
-        )  # fmt: skip
+            x,
+            self.qkv.weight,
+            self.out.weight,
+            context.cos,
+            context.sin,
+            heads=self.heads,
+            qk_norm=self.qk_norm,
+            rows=context.rows,
+            documents=context.layout,
+            implementation=context.implementation,
+        )
 
     def mlp(self, x: Tensor) -> Tensor:
         """The MLP branch of a normalised x [..., D]."""
@@ -213,9 +221,15 @@ class DiT(
         x = self.embedding(tokens)
         blocks = cast("list[Block]", list(self.blocks))
         return run_trunk(
-            x, blocks, modulation, Norm(self.final_norm), block_context(x, *self.tables(length), documents),
-            rates=[self.config.dropout] * len(blocks), randomness=randomness, rows=rows,
-        )  # fmt: skip
+            x,
+            blocks,
+            modulation,
+            Norm(self.final_norm),
+            block_context(x, *self.tables(length), documents),
+            rates=[self.config.dropout] * len(blocks),
+            randomness=randomness,
+            rows=rows,
+        )
 
     def logits(self, features: Tensor) -> Tensor:
         """[R, D] rows of `features` to [R, V] logits with -inf at the mask token (SUBS)."""
@@ -236,9 +250,7 @@ class DiT(
         documents: Documents | None = None,
         tilt: Tilt | None = None,
     ) -> Tensor:
-        """-log p of the hidden tokens, [R] fp32 in nats, which the likelihood bound sums up; with a tilt the loss that it makes of
-        each.
-        """
+        """-log p of the hidden tokens, [R] fp32 in nats, which the likelihood bound sums up; or what the tilt makes of it."""
         rates, elapsed = tilt or (None, None)
         features = self.features(noisy, hidden_share, rows=rows, documents=documents)
         nll = self.head(features, target, forbidden=self.mask_id, reduction="none", rates=rates, elapsed=elapsed)

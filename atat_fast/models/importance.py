@@ -48,9 +48,15 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, context: BlockContext) -> Tensor:
         """[B, L, W] to [B, L, W]."""
         x = x + self_attention(
-            self.norm1(x), self.qkv.weight, self.out.weight, context.cos, context.sin, heads=self.heads,
-            documents=context.layout, implementation=context.implementation,
-        )  # fmt: skip
+            self.norm1(x),
+            self.qkv.weight,
+            self.out.weight,
+            context.cos,
+            context.sin,
+            heads=self.heads,
+            documents=context.layout,
+            implementation=context.implementation,
+        )
         return cast(Tensor, x + self.down(F.gelu(self.up(self.norm2(x)), approximate="tanh")))
 
 

@@ -147,9 +147,19 @@ def add_and_norm(
     if dropout is None:
         return gated_residual_norm(x, branch, gate, shift, scale, norm.weight, eps=norm.eps)
     return gated_residual_norm(
-        x, branch, gate, shift, scale, norm.weight, eps=norm.eps, dropout=dropout.rate, layer=dropout.number,
-        seed=dropout.seed, step=dropout.step, sample_ids=dropout.sample_ids,
-    )  # fmt: skip
+        x,
+        branch,
+        gate,
+        shift,
+        scale,
+        norm.weight,
+        eps=norm.eps,
+        dropout=dropout.rate,
+        layer=dropout.number,
+        seed=dropout.seed,
+        step=dropout.step,
+        sample_ids=dropout.sample_ids,
+    )
 
 
 def block_context(x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None) -> BlockContext:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 import torch
 
-from atat_fast.sampling.reveal import Sizes
+from atat_fast.sampling.reveal import StepRows
 
 
 def rounded_up(count: int) -> int:
@@ -24,13 +24,13 @@ class Replay:
     which executes nothing, and replayed. What changes from step to step has to lie in device memory.
     """
 
-    def __init__(self, advance: Callable[[Sizes], None]) -> None:
+    def __init__(self, advance: Callable[[StepRows], None]) -> None:
         self.advance = advance
-        self.met: set[Sizes] = set()
-        self.graphs: dict[Sizes, torch.cuda.CUDAGraph] = {}
+        self.met: set[StepRows] = set()
+        self.graphs: dict[StepRows, torch.cuda.CUDAGraph] = {}
         self.pool = torch.cuda.graph_pool_handle()
 
-    def __call__(self, sizes: Sizes) -> None:
+    def __call__(self, sizes: StepRows) -> None:
         """One step."""
         if sizes not in self.met:
             self.met.add(sizes)

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from atat_fast.ops.philox import STREAM_ORDER, STREAM_REMASK, gumbel64, random_words, uniform
 from atat_fast.sampling.categorical import log_chance
-from atat_fast.sampling.reveal import POSITIONS, Basic, Canvas, Sizes, Table, largest
+from atat_fast.sampling.reveal import POSITIONS, Basic, Canvas, StepRows, Table, largest
 
 REMASKING = {"remdm_cap": 0.02, "remdm_rescale": 0.02, "remdm_confidence": 1.0}
 """Each with the eta it has where the caller does not say."""
@@ -66,13 +66,13 @@ class Remasked(Basic):
             again.append((step, rows[hide]))
             hidden = (hidden & ~reveal) | hide
         self.shown, self.hiding = (_table(events, steps, canvas) for events in (shown, again))
-        self.sizes = [Sizes(0, *both) for both in zip(self.shown.counts, self.hiding.counts, strict=True)]
+        self.sizes = [StepRows(0, *both) for both in zip(self.shown.counts, self.hiding.counts, strict=True)]
 
-    def before(self, canvas: Canvas, sizes: Sizes) -> Tensor:
+    def before(self, canvas: Canvas, sizes: StepRows) -> Tensor:
         """See Policy."""
         return self.shown.at(canvas.step, sizes.revealed)
 
-    def again(self, canvas: Canvas, sizes: Sizes) -> Tensor:
+    def again(self, canvas: Canvas, sizes: StepRows) -> Tensor:
         """See Policy."""
         return self.hiding.at(canvas.step, sizes.hidden_again)
 
@@ -106,16 +106,16 @@ class RemaskedByConfidence(Basic):
             shown[step], again[step] = reveal, hide
             hidden = hidden - reveal + hide
         self.shown, self.hiding = shown.to(canvas.device), again.to(canvas.device)
-        self.sizes = [Sizes(0, r, h) for r, h in zip(shown.sum(1).tolist(), again.sum(1).tolist(), strict=True)]
+        self.sizes = [StepRows(0, r, h) for r, h in zip(shown.sum(1).tolist(), again.sum(1).tolist(), strict=True)]
         self.chance = torch.zeros(canvas.bin + 1, dtype=torch.float64, device=canvas.device)
 
-    def before(self, canvas: Canvas, sizes: Sizes) -> Tensor:
+    def before(self, canvas: Canvas, sizes: StepRows) -> Tensor:
         """Any of the hidden positions, with equal chances."""
         hidden = canvas.hidden()
         keys = torch.where(hidden, self._noise(canvas, 0), -torch.inf)
         return canvas.rows_of(largest(keys, self._now(self.shown, canvas)) & hidden, sizes.revealed)
 
-    def again(self, canvas: Canvas, sizes: Sizes) -> Tensor:
+    def again(self, canvas: Canvas, sizes: StepRows) -> Tensor:
         """One of the visible positions with odds exp(-p), by Gumbel keys."""
         visible = canvas.fill & ~canvas.hidden()
         keys = self._noise(canvas, 2) - self.chance[: canvas.bin].view(canvas.shape)

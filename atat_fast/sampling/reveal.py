@@ -33,7 +33,7 @@ ImportanceScores = Callable[[Tensor, Tensor], Tensor]
 """(noised tokens [B, L], share of each sequence that is hidden [B] fp32) -> importance [B, L] in [0, 1]."""
 
 
-class Sizes(NamedTuple):
+class StepRows(NamedTuple):
     """What the host knows of a step: rows whose features are looked at before the choice (0 where the choice needs none), rows
     revealed, rows hidden again. On a GPU they are rounded up, and what is too many is padding.
     """
@@ -83,16 +83,16 @@ class Canvas:
 class Policy(Protocol):
     """Chooses rows. Its methods run on the device and take the step from canvas.step, so that a captured graph may hold them."""
 
-    sizes: list[Sizes]
+    sizes: list[StepRows]
     """One entry a step."""
 
-    def before(self, canvas: Canvas, sizes: Sizes) -> Tensor | None:
+    def before(self, canvas: Canvas, sizes: StepRows) -> Tensor | None:
         """Flat rows to reveal, [sizes.revealed]; or None where features have to be looked at first."""
 
-    def after(self, canvas: Canvas, features: Tensor, rows: Tensor, sizes: Sizes) -> Tensor:
+    def after(self, canvas: Canvas, features: Tensor, rows: Tensor, sizes: StepRows) -> Tensor:
         """Flat rows to reveal, chosen by the features [H, D] of all hidden rows [H]."""
 
-    def again(self, canvas: Canvas, sizes: Sizes) -> Tensor:
+    def again(self, canvas: Canvas, sizes: StepRows) -> Tensor:
         """Flat rows to hide again, [sizes.hidden_again], chosen before this step's tokens are written."""
 
     def wrote(self, canvas: Canvas, rows: Tensor, features: Tensor, ids: Tensor) -> None:
@@ -107,18 +107,18 @@ class Basic:
 
     def __init__(self, canvas: Canvas, inside: Tensor | None = None) -> None:
         """inside: [B] tokens of each sequence that are not padding, on the device; None where all are."""
-        self.sizes: list[Sizes] = []
+        self.sizes: list[StepRows] = []
         self.inside = inside
 
-    def before(self, canvas: Canvas, sizes: Sizes) -> Tensor | None:
+    def before(self, canvas: Canvas, sizes: StepRows) -> Tensor | None:
         """See Policy."""
         return None
 
-    def after(self, canvas: Canvas, features: Tensor, rows: Tensor, sizes: Sizes) -> Tensor:
+    def after(self, canvas: Canvas, features: Tensor, rows: Tensor, sizes: StepRows) -> Tensor:
         """See Policy."""
         raise NotImplementedError
 
-    def again(self, canvas: Canvas, sizes: Sizes) -> Tensor:
+    def again(self, canvas: Canvas, sizes: StepRows) -> Tensor:
         """See Policy."""
         raise NotImplementedError
 
@@ -163,10 +163,10 @@ class Planned(Basic):
         super().__init__(canvas, inside)
         rows = (times.flatten() >= 0).nonzero()[:, 0]
         self.table = Table(times.flatten()[rows], rows, steps, canvas)
-        self.sizes = [Sizes(0, count) for count in self.table.counts]
+        self.sizes = [StepRows(0, count) for count in self.table.counts]
         self.clocks = None if clocks is None else clocks.to(canvas.device, torch.float32)
 
-    def before(self, canvas: Canvas, sizes: Sizes) -> Tensor:
+    def before(self, canvas: Canvas, sizes: StepRows) -> Tensor:
         """The step's own rows."""
         return self.table.at(canvas.step, sizes.revealed)
 
@@ -246,7 +246,7 @@ class Ordered(Basic):
         left = hidden.sum() - torch.cat((torch.zeros(1, dtype=torch.int64), counts.sum(1).cumsum(0)[:-1]))
         self.counts = counts.to(canvas.device)
         self.totals: Sequence[tuple[int, int]] = list(zip(left.tolist(), counts.sum(1).tolist(), strict=True))
-        self.sizes = [Sizes(0, revealed) for _, revealed in self.totals]
+        self.sizes = [StepRows(0, revealed) for _, revealed in self.totals]
 
     def now(self, canvas: Canvas) -> Tensor:
         """[B] how many this step reveals."""
@@ -264,9 +264,9 @@ class ByCertainty(Ordered):
         super().__init__(canvas, steps, inside)
         self.model, self.order = model, order
         self.head = output_head(model, canvas.flat)
-        self.sizes = [Sizes(left if revealed else 0, revealed) for left, revealed in self.totals]
+        self.sizes = [StepRows(left if revealed else 0, revealed) for left, revealed in self.totals]
 
-    def after(self, canvas: Canvas, features: Tensor, rows: Tensor, sizes: Sizes) -> Tensor:
+    def after(self, canvas: Canvas, features: Tensor, rows: Tensor, sizes: StepRows) -> Tensor:
         """See Policy."""
         known = torch.zeros(canvas.bin + 1, device=canvas.device)
         known.index_copy_(0, rows, certainty(self.model, features, self.order, self.head))
@@ -286,7 +286,7 @@ class ByImportance(Ordered):
         super().__init__(canvas, steps, inside)
         self.scores, self.tilt = scores, tilt
 
-    def before(self, canvas: Canvas, sizes: Sizes) -> Tensor:
+    def before(self, canvas: Canvas, sizes: StepRows) -> Tensor:
         """See Policy."""
         words = random_words(canvas.names[: canvas.bin].view(canvas.shape), canvas.seed, canvas.step, STREAM_ORDER)
         keys = gumbel64(words[0], words[1]) - self.tilt * self.scores(canvas.tokens, self.clock(canvas)).double()

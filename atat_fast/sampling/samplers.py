@@ -27,7 +27,7 @@ from atat_fast.sampling.reveal import (
     ImportanceScores,
     Planned,
     Policy,
-    Sizes,
+    StepRows,
     ancestral_times,
     first_hitting_times,
 )
@@ -200,7 +200,7 @@ def _fill(
     draw = make_drawer(model, cut, canvas.seed)
     last = canvas.bin - 1
 
-    def advance(sizes: Sizes) -> None:
+    def advance(sizes: StepRows) -> None:
         again = policy.again(canvas, sizes) if sizes.hidden_again else None
         if sizes.revealed:
             share = policy.clock(canvas) if told_the_time else None
@@ -227,7 +227,7 @@ def _fill(
         if not (sizes.revealed or sizes.hidden_again):
             continue
         canvas.step.fill_(step)
-        run(Sizes(*map(rounded_up, sizes)) if graphs else sizes)
+        run(StepRows(*map(rounded_up, sizes)) if graphs else sizes)
         tell(step)
 
 

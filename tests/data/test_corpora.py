@@ -323,7 +323,7 @@ def test_known_data_sets_of_the_hub_have_their_own_sides(online):
     assert both(corpus) == ([" = A = \n\n a \n = B = "], [" = V = \n\n v "])
     assert asked == [("Salesforce/wikitext", "wikitext-103-raw-v1", None, part) for part in ("train", "validation")]
     assert corpus.provenance()["repository"] == "Salesforce/wikitext"
-    assert json.dumps([corpus.identity, corpus.provenance()])
+    assert json.dumps([corpus.fingerprint, corpus.provenance()])
     online(**{"train[:-100000]": {"text": ["t1", "t2"]}, "train[-100000:]": {"text": ["v"]}})
     assert both(local("openwebtext")) == (["t1", "t2"], ["v"])
     asked = online(train={"text": ["t"]}, test={"text": ["v"]})

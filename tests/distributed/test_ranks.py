@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from atat_fast.distributed.ranks import Launch
-from atat_fast.distributed.watch import State, verdict
+from atat_fast.distributed.watch import RankState, verdict
 from atat_fast.errors import UsageError
 
 TORCHRUN = {"WORLD_SIZE": "4", "RANK": "3", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "a", "MASTER_PORT": "1"}
@@ -32,7 +32,7 @@ def test_a_missing_meeting_point_is_a_sentence(change, message):
 
 
 def test_the_watch_names_the_ranks_that_do_not_move():
-    ahead, behind = State(9, 3, "evaluating", False), State(8, 3, "reading a batch", False)
+    ahead, behind = RankState(9, 3, "evaluating", False), RankState(8, 3, "reading a batch", False)
     text = verdict([ahead, behind, ahead], [1], [], 30.0)
     assert text.startswith("rank 1 has not moved for 30 seconds (parallel.timeout): last seen reading a batch, step 4,")
     assert verdict([ahead, behind, behind], [1, 2], [1, 2], 5.0).startswith("ranks 1, 2 have said nothing for 5 seconds")

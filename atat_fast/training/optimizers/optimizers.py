@@ -16,7 +16,6 @@ from atat_fast.errors import UsageError
 from atat_fast.training.optimizers.low_precision import AdamWBf16, adamw_8bit, check_state, joined, parts_of
 from atat_fast.training.optimizers.muon import Muon
 
-State = dict[str, Tensor]
 Trained = nn.Module | Mapping[str, nn.Parameter]
 """What is trained: a module, or its parameters by name."""
 
@@ -83,7 +82,7 @@ class Optimizers:
             part.step()
             part.zero_grad(set_to_none=True)
 
-    def state(self) -> State:
+    def state(self) -> dict[str, Tensor]:
         """Every state tensor as '<parameter>/<kind>'."""
         return {
             f"{self.names[p]}/{kind}": value
@@ -92,7 +91,7 @@ class Optimizers:
             for kind, value in parts_of(kinds).items()
         }
 
-    def load(self, state: State) -> None:
+    def load(self, state: dict[str, Tensor]) -> None:
         """Take back what `state` gave."""
         by_name = {name: p for p, name in self.names.items()}
         owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
@@ -101,12 +100,12 @@ class Optimizers:
             p = by_name[name]
             owner[p].state[p][kind] = value.to(p.device)  # fused AdamW keeps its step count on the parameter's device too
 
-    def room(self, layout: Mapping[str, Tensor]) -> State:
+    def room(self, layout: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Empty tensors for a saved state, of which shapes and dtypes are given: spread like their parameter where they have its
         shape.
         """
         by_name = {name: p for p, name in self.names.items()}
-        room: State = {}
+        room: dict[str, Tensor] = {}
         for key, kind in layout.items():
             p = by_name.get(key.rsplit("/", 1)[0])
             if p is None:
@@ -140,7 +139,7 @@ class Average:
     def __init__(self, model: Trained, decay: float) -> None:
         self.parameters = _named(model)
         self.decay = decay
-        self.values: State = {name: p.detach().clone() for name, p in self.parameters.items()}
+        self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
         self._pairs = [(local(self.values[name]), local(p)) for name, p in self.parameters.items()]
 
     @torch.no_grad()
@@ -151,7 +150,7 @@ class Average:
         torch._foreach_lerp_(list(averages), list(parameters), 1 - decay)
 
     @torch.no_grad()
-    def load(self, values: State) -> None:
+    def load(self, values: dict[str, Tensor]) -> None:
         """Take back saved values."""
         for name, value in values.items():
             self.values[name].copy_(value)
