@@ -57,12 +57,13 @@ inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>
 // Reads the tensors of one call of `op`. They lie on the device of the first; copies that are made live as long as the reader.
 class Reader {
  public:
-  Reader(const char* op, const Tensor& first) : op_(op), device_(first.get_device_index()), on_cpu_(first.is_cpu()) {}
+  Reader(const char* op, const Tensor& first)
+      : op_(op), on_cpu_(first.is_cpu()), device_(on_cpu_ ? 0 : first.get_device_index()) {}
 
   void check(const Tensor& given, const char* name, ScalarType type, int64_t elements) const {
     STD_TORCH_CHECK(given.scalar_type() == type && given.numel() == elements, op_, ": ", name, " has ", given.numel(),
                     " elements of ", name_of(given.scalar_type()), "; it must have ", elements, " of ", name_of(type));
-    STD_TORCH_CHECK(given.is_cpu() == on_cpu_ && given.get_device_index() == device_, op_, ": ", name,
+    STD_TORCH_CHECK(given.is_cpu() == on_cpu_ && (on_cpu_ || given.get_device_index() == device_), op_, ": ", name,
                     " lies on another device than the first tensor");
   }
 
@@ -102,8 +103,8 @@ class Reader {
 
  private:
   const char* op_;
-  int32_t device_;
   bool on_cpu_;
+  int32_t device_;  // of a GPU
   std::vector<Tensor> copies_;
 };
 
