@@ -126,19 +126,19 @@ def check(backend, device, inputs, out, *, dropout=0.0, unused=()):
 
 LOW = {"stream": BF16, "branch": BF16}
 CHAINS = [
-    ((3, 7, 256), {}, 0.0),
+    ((2, 7, 256), {}, 0.0),
     ((1, 5, 768), {"branch": BF16, "shared": True}, 0.0),
-    ((2, 7, 768), LOW, 0.1),
-    ((3, 5, 1000), {"branch": BF16, "conditioning": BF16, "weight": False}, 0.0),
+    ((2, 3, 768), LOW, 0.1),
+    ((2, 3, 1000), {"branch": BF16, "conditioning": BF16, "weight": False}, 0.0),
     ((2, 3, 1003), {"shared": True}, 0.1),
     ((1, 2, 4096), LOW | {"conditioning": BF16}, 0.0),
     ((1, 1, 4096), {"branch": BF16}, 0.1),
-    ((2, 17, 67), {"stream": BF16}, 0.5),
+    ((2, 11, 67), {"stream": BF16}, 0.5),
     ((3, 2, 1), {"shared": True, "weight": False}, 0.0),
     ((37, 1, 256), {"shared": True, "branch": BF16}, 0.3),
     ((19, 1, 96), {"shared": True}, 0.0),
-    pytest.param((3, 40, 64), LOW | {"shared": True}, 0.2, id="tiny"),
-    pytest.param((3, 40, 64), {}, 0.2, id="tiny-fp32"),
+    pytest.param((3, 11, 64), LOW | {"shared": True}, 0.2, id="tiny"),
+    pytest.param((2, 11, 64), {}, 0.2, id="tiny-fp32"),
     *(((3, 65, 131), options | {"branch": BF16, "shared": shared}, 0.0) for shared in (False, True)
       for options in ({}, {"stream": BF16}, {"conditioning": BF16}, {"stream": BF16, "conditioning": BF16})),
     *(for_gpu(shape, options | {"shared": shared}, 0.1) for shape in ((4, 1024, 768), (3, 509, 328))
@@ -153,7 +153,7 @@ CHAINS = [
 @pytest.mark.parametrize(("shape", "options", "dropout"), CHAINS, ids=str)
 def test_chain_and_gradients_against_fp64(poisoned, backend, device, shape, options, dropout):
     if interprets(backend, device) and shape[1] == 65:
-        shape = (2, 9, 131)
+        pytest.skip("the interpreter takes long for so many rows; the other shapes have these dtypes too")
     inputs = example(*shape, **options)
     check(backend, device, inputs, BF16 if inputs["branch"].dtype is BF16 else inputs["residual"].dtype, dropout=dropout)
 
@@ -162,9 +162,9 @@ def test_chain_and_gradients_against_fp64(poisoned, backend, device, shape, opti
 @pytest.mark.parametrize(
     ("shape", "shared", "stream", "out"),
     [
-        ((1, 13, 384), False, F32, F32), ((3, 13, 384), False, F32, BF16), ((3, 13, 384), True, BF16, BF16),
-        ((1, 13, 384), True, F32, BF16), ((3, 13, 384), True, F32, F32), ((3, 13, 384), False, BF16, BF16),
-        pytest.param((3, 40, 64), True, BF16, BF16, id="tiny"),
+        ((1, 7, 384), False, F32, F32), ((3, 7, 384), False, F32, BF16), ((3, 7, 384), True, BF16, BF16),
+        ((1, 7, 384), True, F32, BF16), ((3, 7, 384), True, F32, F32), ((3, 7, 384), False, BF16, BF16),
+        pytest.param((3, 11, 64), True, BF16, BF16, id="tiny"),
         *(for_gpu(shape, shared, dtype, dtype) for shape in ((4, 1024, 768), (3, 509, 328))
           for shared in (False, True) for dtype in (F32, BF16)),
     ], ids=str,
@@ -177,7 +177,7 @@ def test_norm_and_gradients_against_fp64(poisoned, backend, device, shape, share
 @pytest.mark.parametrize("unused", [0, 1])
 @shares
 def test_one_output_unused(poisoned, backend, device, unused, shared):
-    for dtype in (WIDE[backend], BF16):
+    for dtype in (BF16,) if interprets(backend, device) else (WIDE[backend], BF16):
         inputs = example(2, 5, 200, stream=dtype, branch=dtype, shared=shared, conditioning=F64 if dtype is F64 else F32)
         check(backend, device, inputs, dtype, dropout=0.2, unused=(unused,))
 
