@@ -1,4 +1,4 @@
-"""Text for training: corpora, tokenizers, packed token files, and batches that depend on the step alone.
+"""Text for training: corpora, tokenizers, packed token files, and batches that depend only on the step.
 
 Example:
     dataset = prepare(config.data)
@@ -34,9 +34,9 @@ class Dataset:
     Attributes:
         train: Tokens to learn from.
         valid: Held-out tokens.
-        tokenizer: What made them.
+        tokenizer: The tokenizer that made them.
         manifest: Source, tokenizer, counts and hashes, as in manifest.json.
-        folder: Where it lies.
+        folder: The prepared folder.
     """
 
     train: TokenSplit
@@ -60,16 +60,16 @@ class Dataset:
 def prepare(
     config: DataConfig, progress: bool = True, tokenizer: Tokenizer | None = None, hashes: dict[str, str] | None = None
 ) -> Dataset:
-    """The corpus as tokens: packed at the first call, opened at later ones.
+    """The corpus as tokens: packed at the first call, opened at later ones. Several processes may call this at once.
 
     Args:
         config: What to read and where to keep it.
-        progress: Whether a terminal shows a bar while text is tokenised.
-        tokenizer: Used instead of config.tokenizer: the one that a run carries, to evaluate that run.
-        hashes: SHA-256 of each split's tokens, as a manifest has them: tokens that were prepared before and have these are taken,
-            whatever has become of the text since. Without such tokens the text is read.
+        progress: Show a bar on a terminal while text is tokenised.
+        tokenizer: Use this instead of config.tokenizer; an evaluation passes the one its run carries.
+        hashes: SHA-256 of each split's tokens, from a manifest. Prepared tokens with these hashes are used even if the text has
+            changed since; if there are none, the text is read.
 
-    Raises UsageError, one sentence each, for whatever the user can put right. Processes may call this at the same time.
+    Raises UsageError, one sentence each, for what the user can put right.
     """
     if config.num_workers < 0:
         raise UsageError(f"data.num_workers is {config.num_workers}; give a positive number, or 0 for one per core")
@@ -110,17 +110,17 @@ def prepare(
 
 
 def cache_folder(config: DataConfig) -> Path:
-    """Where prepared corpora lie: config.cache_dir, else $ATAT_FAST_CACHE, else ~/.cache/atat_fast."""
+    """The folder of prepared corpora: config.cache_dir, else $ATAT_FAST_CACHE, else ~/.cache/atat_fast."""
     return expanded(config.cache_dir or os.environ.get("ATAT_FAST_CACHE") or "~/.cache/atat_fast")
 
 
 def _with_hashes(cache: Path, hashes: dict[str, str], tokenizer: Tokenizer | None) -> Dataset | None:
-    """The prepared folder whose splits have these SHA-256, made with this tokenizer; None where there is none."""
+    """The prepared folder whose splits have these SHA-256 and this tokenizer, or None."""
     for file in sorted(cache.glob(f"*/{packing.MANIFEST_FILE}")):
         try:
             splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
             same = all(splits[name]["sha256"] == value for name, value in hashes.items())
-        except (OSError, ValueError, KeyError, TypeError):  # what is damaged is not what is looked for
+        except (OSError, ValueError, KeyError, TypeError):  # a damaged folder is no match
             continue
         dataset = _open(file.parent, tokenizer) if same else None
         if dataset is not None:
@@ -134,7 +134,7 @@ def _folder(cache: Path, settings: dict[str, Any]) -> Path:
 
 
 def _open(folder: Path, tokenizer: Tokenizer | None) -> Dataset | None:
-    """The prepared folder, or None where it is missing, damaged, or made with another tokenizer than the one given."""
+    """The prepared folder, or None if it is missing, damaged, or made with a tokenizer other than the one given."""
     if not folder.is_dir():
         return None
     manifest, problem = packing.read_manifest(folder)

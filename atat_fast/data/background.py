@@ -1,4 +1,4 @@
-"""Long calls of a library on threads of their own, so that Ctrl-C is heard while they run."""
+"""Long library calls on threads of their own, so that Ctrl-C works while they run."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _in_background: set[Future[Any]] = set()
 
 
 def in_background(function: Callable[..., Any], *arguments: Any) -> Future[Any]:
-    """Calls `function` on a thread of its own. Waiting for the result hears Ctrl-C, which a long call of a library does not.
+    """Call `function` on a thread of its own. Ctrl-C interrupts waiting for the result; it could not interrupt the call itself.
 
-    A caller that was interrupted may leave the call running: a process that ends does not wait for it.
+    An interrupted caller may leave the call running: the process does not wait for it at exit.
     """
     future: Future[Any] = Future()
     _in_background.add(future)
@@ -43,7 +43,7 @@ os.register_at_fork(after_in_child=_in_background.clear)  # a fork has none of t
 
 @atexit.register
 def _end_with_calls_running() -> None:
-    """Ends the process at once if a call left by Ctrl-C still runs: one that returns while Python ends would crash it."""
+    """End the process at once if a call left by Ctrl-C still runs: it would crash Python by returning during exit."""
     if wait(set(_in_background), timeout=0.5).not_done:
         with contextlib.suppress(OSError, ValueError):
             logging.shutdown()

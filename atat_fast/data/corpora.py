@@ -1,8 +1,8 @@
 """A corpus by name or path: the documents of its two splits, and where they came from.
 
-`python-docs` needs nothing, known names and hub:owner/name come through `datasets`, anything else is a local path. Where
-a corpus brings no held-out split, each document is held out or not by a hash of its text: the choice depends neither on
-the order of the documents nor on the machine, and a text that occurs twice is never on both sides.
+`python-docs` needs no download, known names and hub:owner/name come through `datasets`, anything else is a local path. If a
+corpus has no held-out split, a hash of each document's text decides its side. The choice depends neither on the order of the
+documents nor on the machine, and a repeated text is never on both sides.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ VALID_NAMES = ("validation", "valid", "val", "dev")
 
 @dataclass(frozen=True)
 class HubSource:
-    """Where a known corpus lies on the hub. `valid` None holds documents out of `train`; `regroup` joins WikiText's lines."""
+    """A known corpus on the hub. `valid` None holds documents out of `train`; `regroup` joins WikiText's lines into articles."""
 
     repository: str
     configuration: str | None = None
@@ -43,7 +43,7 @@ KNOWN = {
     "wikitext103": HubSource("Salesforce/wikitext", "wikitext-103-raw-v1", regroup=True),
     # It has no validation split; MDLM and its successors hold out the last 100,000 documents.
     "openwebtext": HubSource("Skylion007/openwebtext", train="train[:-100000]", valid="train[-100000:]"),
-    # The repository itself is a loading script, which `datasets` no longer runs: this is the hub's own conversion of it.
+    # The repository is a loading script, which `datasets` no longer runs: this is the hub's own conversion.
     "lm1b": HubSource("billion-word-benchmark/lm1b", revision="refs/convert/parquet", valid="test"),
     "text8": HubSource("afmck/text8"),
 }
@@ -57,7 +57,7 @@ class Corpus:
     Attributes:
         name: As in DataConfig.corpus.
         fingerprint: Plain values that change when the text does, known without reading it.
-        provenance: Called once the text was read: where it came from, in plain values.
+        provenance: Called after the text was read: where it came from, in plain values.
     """
 
     name: str
@@ -73,12 +73,12 @@ class Corpus:
 
 
 class HeldOut:
-    """Splits documents by a seeded hash of their text. Where there is only one, its end is held out.
+    """Splits documents by a seeded hash of their text. A single document has its end held out.
 
     Args:
         read: Starts reading all documents anew.
-        fraction: Expected share that is held out. However few documents there are, each side gets at least one.
-        remedy: What the user can do when all documents are the same.
+        fraction: Expected share that is held out. Each side gets at least one document.
+        remedy: What the user can do if all documents are the same.
     """
 
     def __init__(self, read: Callable[[], Iterable[str]], fraction: float, name: str, remedy: str) -> None:
@@ -89,7 +89,7 @@ class HeldOut:
         self._cut: int | None = None
 
     def provenance(self) -> dict[str, Any]:
-        """What a manifest says of the split where it is not one of whole documents, once documents were read."""
+        """What the manifest says if the split cut a single document; call it after documents were read."""
         return {} if self._cut is None else {"held_out": "the end of its one document"}
 
     def documents(self, split: Split) -> Iterator[str]:
@@ -119,7 +119,7 @@ class HeldOut:
             return threshold
         if lowest == highest:
             raise UsageError(
-                f"corpus {self._name} is {count:,} times the same document, so none can be held out that is not learned too: "
+                f"corpus {self._name} is {count:,} times the same document, so what is held out would be learned too: "
                 f"{self._remedy}"
             )
         return highest if highest < threshold else lowest + 1
@@ -172,10 +172,10 @@ def _local_corpus(config: DataConfig) -> Corpus:
 
 
 class _HubCorpus:
-    """A corpus that `datasets` loads, at the first document asked for.
+    """A corpus that `datasets` loads when the first document is asked for.
 
-    Its fingerprint is its name and revision: prepared tokens open without a network, and a data set that changed on the hub
-    is not noticed. The manifest records the fingerprint of what was read.
+    Its fingerprint is its name and revision, so prepared tokens open without a network, and a change of the data set on the hub
+    goes unnoticed. The manifest records the fingerprint of what was read.
     """
 
     def __init__(self, config: DataConfig) -> None:
@@ -255,8 +255,8 @@ _HEADING = re.compile(r" = (?!= ).+(?<! =) = ")
 def articles(rows: Iterable[str]) -> Iterator[str]:
     """WikiText's lines joined into articles.
 
-    An article starts at a line ` = Title = ` between two blank lines; ` = = Section = = ` does not start one, and neither
-    does a formula that happens to look like a title, since text stands around it.
+    An article starts at a line ` = Title = ` between two blank lines. ` = = Section = = ` does not start one; nor does a formula
+    that looks like a title, because text stands around it.
     """
     kept: list[str] = []
     lines = itertools.chain((row.rstrip("\r\n") for row in rows), [""])
@@ -271,7 +271,7 @@ def articles(rows: Iterable[str]) -> Iterator[str]:
 
 
 def _end_of_text(text: str, fraction: float) -> int:
-    """Where the last `fraction` of a text begins: behind the next blank line, line end or blank, whichever comes soon."""
+    """Where the last `fraction` of a text begins: after the next blank line, else line end, else space, if one comes soon."""
     end = len(text.rstrip())
     target = min(max(1, round(end * (1 - fraction))), max(1, end - 1))
     most = target + (end - target) // 2  # the end keeps at least half of its share

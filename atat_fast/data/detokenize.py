@@ -1,8 +1,8 @@
-"""Text as people write it from text that a benchmark cut into words: " , " back to ", ", " 's" back to "'s".
+"""Undo a benchmark's word splitting: " , " back to ", ", " 's" back to "'s".
 
-Zero-shot perplexities move by a tenth with what is undone here, so these are the replacements of MDLM's evaluation (which go back
-to Megatron-LM's), in its order, quirks included: a model is compared on the same characters. They are part of a frozen protocol;
-a set's hash, printed beside its figure, changes with any of them.
+These are the replacements of MDLM's evaluation (from Megatron-LM), in its order, quirks included, because zero-shot perplexities
+move by a tenth with them and models must be compared on the same characters. They are part of a frozen protocol: any change
+changes a set's hash, which is printed beside its figure.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ _PTB: list[Step] = [
     (" n't", "n't"),
     (" \n ", "\n"),
     ("\\/", "/"),
-    *[(" N ", " 1 ")] * 10,  # neighbours share a space, so one pass leaves every other
+    *[(" N ", " 1 ")] * 10,  # neighbours share a space, so one pass misses every other one
     ("$ 1", "$1"),
     ("# 1", "#1"),
     ("<unk>", "?"),

@@ -1,8 +1,8 @@
 """Batches as a function of the step: no state to save, nothing to restore.
 
-Sample s of a run (a running number: step · global_batch + its place in the batch) is sequence `permutation(epoch)[s mod n]`
-of epoch `s div n`; with c copies of each, s div c stands for s. Every epoch has its own seeded permutation, so any process can
-produce any sample of any step.
+Sample s of a run (its running number: step · global_batch + its place in the batch) is sequence `permutation(epoch)[s mod n]` of
+epoch `s div n`. With c copies of each, use s div c for s. Every epoch has its own seeded permutation, so any process can produce
+any sample of any step.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ EPOCHS_KEPT = 2
 def mix(words: np.ndarray) -> np.ndarray:
     """SplitMix64's output function, a bijection of 64-bit words. words: uint64 of any shape; returns the same shape.
 
-    Written out because the order of the data must not change with a version of NumPy. Source: Steele, Lea and Flood,
-    "Fast splittable pseudorandom number generators", 2014.
+    Written out because the order of the data must not change with NumPy's version. Source: Steele, Lea and Flood, "Fast
+    splittable pseudorandom number generators", 2014.
     """
     z = words + np.uint64(_GOLDEN)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(_MIX1)
@@ -32,7 +32,7 @@ def mix(words: np.ndarray) -> np.ndarray:
 
 
 def permutation(n: int, seed: int, epoch: int) -> np.ndarray:
-    """[n] int64: the order in which epoch `epoch` visits n sequences. The same on every machine, for ever."""
+    """[n] int64: the order in which epoch `epoch` visits n sequences, the same on every machine and for ever."""
     key = np.array([seed & _WORD], dtype=np.uint64)
     key = mix(mix(key) ^ np.uint64(epoch & _WORD))
     # Index times an odd constant, added to the key, through a bijection: no two words are equal, so no ties.
@@ -47,9 +47,9 @@ class SequenceLoader:
         split: Where they come from.
         length: Tokens L of each.
         seed: Seed of the order.
-        copies: How many samples in a row are the same sequence.
+        copies: How many consecutive samples are the same sequence.
 
-    Raises UsageError when the split is shorter than one sequence.
+    Raises UsageError if the split is shorter than one sequence.
     """
 
     def __init__(self, split: TokenSplit, length: int, seed: int, copies: int = 1) -> None:
@@ -64,7 +64,7 @@ class SequenceLoader:
     def batch(self, first_sample: int, count: int) -> tuple[torch.Tensor, torch.Tensor]:
         """Samples first_sample .. first_sample + count - 1.
 
-        Returns (tokens [count, L] int64, sample_ids [count] int64), the ids being the running numbers.
+        Returns (tokens [count, L] int64, sample_ids [count] int64); sample_ids are the running numbers.
         """
         sample_ids = np.arange(first_sample, first_sample + count, dtype=np.int64)
         tokens = np.empty((count, self.length), dtype=np.int64)

@@ -1,14 +1,13 @@
 """Documents of local files, read as a stream.
 
-- `.txt`: one document, or several where a line holds nothing but <|endoftext|> or where there is a form feed. Blank lines
-  separate nothing: they are part of most texts.
+- `.txt`: one document. A line that holds only <|endoftext|>, or a form feed, starts another; a blank line does not.
 - `.jsonl`, `.ndjson`: one document per line, in the text column of an object. `.json`: such lines, or one array of objects.
-- `.csv`, `.tsv`: one document per row, in the text column; the first row has the columns' names.
+- `.csv`, `.tsv`: one document per row, in the text column; the first row names the columns.
 - `.parquet`: one document per row, in the text column.
 - A folder: all such files under it, in the order of their paths; links are followed, hidden files are left out.
 
-All but parquet may be packed (`.gz`, `.zst`). Text is UTF-8, or UTF-16 with a byte order mark; CR LF becomes LF. The text column
-is one for all files that `path` stands for; a row that has no text there is left out.
+All but parquet may be packed (`.gz`, `.zst`). Text is UTF-8, or UTF-16 with a byte order mark; CR LF becomes LF. All files of one
+`path` share one text column; a row without text in it is left out.
 """
 
 from __future__ import annotations
@@ -38,17 +37,17 @@ SUFFIXES = (*KINDS, *(kind + packed for kind in KINDS[:-1] for packed in PACKED)
 SEPARATOR = "<|endoftext|>"
 ROWS_AT_ONCE = 256
 ROWS_LOOKED_AT = 20_000
-"""Rows of all files together that are looked at to choose the text column; of each file at least 20 and at most 1,000."""
+"""Rows of all files together that are read to choose the text column: of each file at least 20 and at most 1,000."""
 MARKS = {b"\xff\xfe": "utf-16", b"\xfe\xff": "utf-16"}
 FORMATS = "a .txt, .jsonl, .json, .csv or .parquet file"
 
 TEXT, NOTHING, OTHER = "text", "nothing", "other"
-"""What has been seen in a column."""
+"""What was seen in a column."""
 Columns = dict[str, set[str]]
 
 
 def find_files(path: str) -> list[Path]:
-    """The files that `path` stands for. Raises UsageError when there is nothing to read."""
+    """The files that `path` stands for. Raises UsageError if there is nothing to read."""
     root = expanded(path)
     if not root.exists():
         raise UsageError(f"there is no file or folder {path}")
@@ -63,7 +62,7 @@ def find_files(path: str) -> list[Path]:
 
 
 def _walk(root: Path) -> list[Path]:
-    """Every file under a folder that is not hidden, in the order of their paths; through links, each folder and file once."""
+    """Every visible file under a folder, in path order. Links are followed; each folder and file comes once."""
     seen: set[str] = set()
     files: list[Path] = []
     for folder, inside, names in os.walk(root, followlinks=True):
@@ -82,7 +81,7 @@ def _walk(root: Path) -> list[Path]:
 
 
 def _kind(file: Path) -> str | None:
-    """What a file is by its name, such as .jsonl for DATA.JSONL.GZ; None where it is nothing that is read."""
+    """A file's kind by its name, such as .jsonl for DATA.JSONL.GZ; None if that kind is not read."""
     name = file.name.lower()
     return next((suffix.removesuffix(_packing(file)) for suffix in SUFFIXES if name.endswith(suffix)), None)
 
@@ -92,7 +91,7 @@ def _packing(file: Path) -> str:
 
 
 def without_folders(setting: str) -> str:
-    """A corpus or tokenizer setting that may be shown to others: a path's last part, and any other setting as it is."""
+    """A corpus or tokenizer setting to show to others: a path's last part, any other setting as it is."""
     looks_local = setting.startswith(("/", ".", "~")) or setting.lower().endswith(SUFFIXES) or exists(setting)
     return Path(setting).name or setting if looks_local else setting
 
@@ -106,7 +105,7 @@ class TextFiles:
     """The documents under a path.
 
     path: a file, or a folder of them.   column: the text column; None finds it.
-    Raises UsageError where there is nothing to read.
+    Raises UsageError if there is nothing to read.
     """
 
     def __init__(self, path: str, column: str | None = None) -> None:
@@ -117,7 +116,7 @@ class TextFiles:
         self._noted = False
 
     def fingerprint(self) -> dict[str, Any]:
-        """Path, size and modification time of every file: what tells one state of the text from another."""
+        """Path, size and modification time of every file: these change when the text does."""
         stats = [(file, file.stat()) for file in self.files]
         return {
             "path": str(expanded(self.path).resolve()),
@@ -125,7 +124,7 @@ class TextFiles:
         }
 
     def documents(self) -> Iterator[str]:
-        """Every document. Raises UsageError with the file, and the line or byte, where one cannot be read."""
+        """Every document. Raises UsageError with the file, and the line or byte, if one cannot be read."""
         column = self._choose()
         empty: dict[Path, int] = defaultdict(int)
         for file in self.files:
@@ -152,7 +151,7 @@ class TextFiles:
         self._note(column, empty)
 
     def _choose(self) -> str:
-        """The text column of all files; '' where no file has columns. Files that turn out not to have it are left out."""
+        """The text column of all files; '' if no file has columns. Sets aside files that have columns but not this one."""
         if self._column is None:
             tables = [file for file in self.files if _kind(file) != ".txt"]
             most = max(20, min(1_000, ROWS_LOOKED_AT // max(1, len(tables))))
@@ -170,7 +169,7 @@ class TextFiles:
         return self._column
 
     def _note(self, column: str, empty: Mapping[Path, int]) -> None:
-        """Say, once, what was left out."""
+        """Log once what was left out."""
         if self._noted:
             return
         self._noted = True
@@ -191,7 +190,7 @@ def documents(path: str, text_column: str | None) -> Iterator[str]:
 
 
 def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, object) for every line of a .jsonl, packed or not; nothing for another kind of file, or none."""
+    """(its place in the file, object) for every line of a .jsonl, packed or not; nothing if it is missing or another kind."""
     if file.is_file() and _kind(file) == ".jsonl":
         with _readable(file):
             yield from _rows(file)
@@ -200,7 +199,7 @@ def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
 def choose_column(columns: Mapping[str, set[str]], asked: str | None, where: str) -> str:
     """The text column: `asked`, else "text", else the only one that holds text. Raises UsageError naming the columns.
 
-    columns: what has been seen in each. One with NOTHING in it so far may turn out to be text; one with no kind at all will not.
+    columns: what was seen in each. A column with NOTHING so far may turn out to be text; one with no kind at all will not.
     """
     names = ", ".join(columns) or "none"
     if asked is not None:
@@ -220,7 +219,7 @@ def choose_column(columns: Mapping[str, set[str]], asked: str | None, where: str
 
 
 def _look(file: Path, most: int) -> Columns:
-    """What the first rows of a file hold by column, as `choose_column` takes it."""
+    """What the first rows of a file hold, by column, for `choose_column`."""
     if _kind(file) == ".parquet":
         return _parquet_columns(file)
     columns: Columns = defaultdict(set)
@@ -258,7 +257,7 @@ def _open(file: Path) -> BinaryIO:
 
 
 def _lines(file: Path) -> Iterator[str]:
-    """Lines with their ends. Raises UsageError where the file is not UTF-8, or UTF-16 with a mark."""
+    """Lines with their ends. Raises UsageError if the file is neither UTF-8 nor UTF-16 with a mark."""
     with _open(file) as stream:
         start = stream.read(2)
         encoding = MARKS.get(start)
@@ -288,7 +287,7 @@ def _utf16_lines(file: Path, stream: BinaryIO) -> Iterator[str]:
         for line in io.TextIOWrapper(stream, encoding="utf-16", newline="\n"):
             yield line[:-2] + "\n" if line.endswith("\r\n") else line
     except UnicodeDecodeError as error:
-        raise UsageError(f"{file} begins as UTF-16 but is none ({error.reason}); convert it to UTF-8") from error
+        raise UsageError(f"{file} begins as UTF-16 but is not valid ({error.reason}); convert it to UTF-8") from error
 
 
 def _text(file: Path) -> Iterator[str]:
@@ -303,7 +302,7 @@ def _text(file: Path) -> Iterator[str]:
 
 
 def _rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(where it stands, row) of a file of JSON or a table."""
+    """(its place in the file, row) for each row of a JSON file or a table."""
     kind = _kind(file) or ""
     if kind in TABLES:
         yield from _table(file, TABLES[kind])

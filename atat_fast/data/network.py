@@ -1,7 +1,7 @@
-"""Everything that may touch the network: data sets and tokenizers of the hub, with one sentence when it is out of reach.
+"""Everything that may touch the network: the hub's data sets and tokenizers, with a one-sentence error if it cannot be reached.
 
-The hub's clients retry for most of a minute without a network. Here the local cache is asked first; if the answer is not
-there, the hub gets one short knock, and where nobody opens the clients are put into offline mode for the call.
+Without a network the hub's clients retry for most of a minute. Here the local cache is asked first. If the answer is not there,
+the hub gets one short request; if it does not answer, the clients are put into offline mode for the call.
 """
 
 from __future__ import annotations
@@ -39,12 +39,12 @@ def load_dataset(
     what: str = "corpus",
     remedy: str = NO_NETWORK,
 ) -> Any:
-    """`datasets.load_dataset` for `corpus`, each failure a UsageError that names it (`what` it is) and the ways out."""
+    """`datasets.load_dataset` for `corpus`. Every failure is a UsageError that names it (`what`: its kind) and the remedy."""
     import datasets
 
     offline = False
     try:
-        # datasets checks its local cache only after the hub did not answer, so the knock comes first here.
+        # datasets looks into its local cache only after the hub failed to answer, so ask whether it answers first.
         offline = not reachable()
         with offline_mode() if offline else contextlib.nullcontext():
             return datasets.load_dataset(repository, configuration, revision=revision, split=split)
@@ -58,7 +58,7 @@ def load_dataset(
 
 
 def tokenizer_file(repository: str) -> Path:
-    """Path of the repository's tokenizer.json, downloaded where it is not cached yet. Raises UsageError."""
+    """Path of the repository's tokenizer.json, downloaded if it is not cached. Raises UsageError."""
     import huggingface_hub
 
     name = "tokenizer.json"
@@ -76,7 +76,7 @@ def tokenizer_file(repository: str) -> Path:
 
 
 def reachable() -> bool:
-    """Whether the hub answers at all; asked once in a process. Never takes longer than KNOCK_SECONDS."""
+    """Whether the hub answers; asked once per process, for at most KNOCK_SECONDS."""
     import huggingface_hub
 
     if huggingface_hub.constants.HF_HUB_OFFLINE or os.environ.get("HF_HUB_OFFLINE", "").upper() in {"1", "ON", "YES", "TRUE"}:
@@ -93,12 +93,12 @@ def _answers(address: str) -> bool:
             # urllib follows the proxy settings of the environment, as the hub's client does.
             urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=KNOCK_SECONDS).close()
         except urllib.error.HTTPError:
-            pass  # an answer, though not a welcome
+            pass  # refused, but it answered
         except (OSError, ValueError):
             return
         heard.set()
 
-    # In a thread, because looking up a name can take long and knows no timeout.
+    # In a thread, because looking up a name can take long and has no timeout.
     thread = threading.Thread(target=knock, daemon=True)
     thread.start()
     thread.join(KNOCK_SECONDS)
@@ -107,7 +107,7 @@ def _answers(address: str) -> bool:
 
 @contextlib.contextmanager
 def offline_mode() -> Iterator[None]:
-    """The hub's clients answer from the local cache alone, inside the block."""
+    """Inside the block the hub's clients answer from the local cache alone."""
     import datasets
     import huggingface_hub
 

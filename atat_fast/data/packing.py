@@ -1,8 +1,8 @@
-"""Text to tokens once: a flat memory map for each split, and a manifest that says what it holds.
+"""Text to tokens once: a flat memory map for each split, and a manifest that describes them.
 
-A prepared folder holds train.bin and valid.bin (ids as little-endian uint16, or uint32 where the vocabulary needs it: each
-document followed by one end-of-document token), manifest.json and the tokenizer. It is written aside and renamed, so a
-folder is whole or not there; processes that prepare the same one at once wait for the first.
+A prepared folder holds train.bin and valid.bin, manifest.json and the tokenizer. A .bin file is ids as little-endian uint16, or
+uint32 if the vocabulary needs it; one end-of-document token follows each document. The folder is written aside and renamed, so it
+is whole or absent. Processes that prepare the same folder at once wait for the first.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ class TokenSplit:
         num_tokens: Tokens, document ends included.
         num_bytes: UTF-8 bytes of the text.
         num_documents: Documents.
-        unknown_share: Share of the text's characters that the vocabulary lacks, 0 to 1; 0 where the manifest does not say.
+        unknown_share: Share of the text's characters that the vocabulary lacks, 0 to 1; 0 if the manifest does not say.
         vocab_size: Ids a model of these tokens needs, the mask included.
         eos_id: The token that ends a document.
     """
@@ -68,7 +68,7 @@ class TokenSplit:
         self.tokens: np.ndarray = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r", shape=(self.num_tokens,))
 
     def num_sequences(self, length: int) -> int:
-        """How many whole windows of `length` tokens there are; a partial last one does not count."""
+        """Number of whole windows of `length` tokens; a partial last one does not count."""
         return self.num_tokens // length
 
     def sequence(self, i: int, length: int) -> np.ndarray:
@@ -78,7 +78,7 @@ class TokenSplit:
         return self.tokens[i * length : (i + 1) * length]
 
     def require_sequences(self, length: int) -> None:
-        """Raises UsageError when the split is shorter than one sequence."""
+        """Raises UsageError if the split is shorter than one sequence."""
         if self.num_sequences(length) < 1:
             part = "training" if self.name == "train" else "held-out"
             raise UsageError(
@@ -94,14 +94,14 @@ class TokenSplit:
         return counts
 
     def unigram_entropy(self) -> float:
-        """Empirical entropy of a token drawn from the split, in nats: what guessing by frequency alone would score."""
+        """Empirical entropy of a token of the split, in nats: the score of guessing by frequency alone."""
         counts = self.token_counts()
         share = counts[counts > 0] / self.num_tokens
         return float(-(share * np.log(share)).sum())
 
 
 def open_split(folder: str | Path, name: Split) -> TokenSplit:
-    """A split of a prepared folder. Raises UsageError when the folder is damaged or not one."""
+    """A split of a prepared folder. Raises UsageError if the folder is damaged or no prepared corpus."""
     folder = Path(folder)
     manifest, problem = read_manifest(folder)
     if problem:
@@ -110,7 +110,7 @@ def open_split(folder: str | Path, name: Split) -> TokenSplit:
 
 
 def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
-    """The folder's manifest, and what is wrong with the folder: '' when its files are what the manifest says."""
+    """The folder's manifest, and what is wrong with the folder: '' if its files match the manifest."""
     path = folder / MANIFEST_FILE
     try:
         manifest = json.loads(path.read_text(encoding="utf-8"))
@@ -124,7 +124,7 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
                 return manifest, f"{file.name} has {found:,} bytes instead of {counts['tokens'] * size:,}"
             if found <= HASHED_ON_OPEN and _sha256(file) != counts["sha256"]:
                 return manifest, f"{file.name} is not what was written"
-        fingerprint = manifest["tokenizer"]["fingerprint"]  # of the tokenizer's content, which is what its file holds
+        fingerprint = manifest["tokenizer"]["fingerprint"]  # SHA-256 of the tokenizer's file
         if _sha256(folder / TOKENIZER_FILE) != fingerprint:
             return manifest, f"{TOKENIZER_FILE} is not what was written"
         if json.loads((folder / SETTINGS_FILE).read_text(encoding="utf-8"))["fingerprint"] != fingerprint:
@@ -145,9 +145,9 @@ def pack(
     num_workers: int,
     progress: bool,
 ) -> None:
-    """Makes the prepared folder, unless another process made it in the meantime. A damaged one is replaced, with a notice.
+    """Make the prepared folder, unless another process made it meanwhile. Replace a damaged one, with a notice.
 
-    Raises UsageError when the corpus has no text for a split, or the folder cannot be written.
+    Raises UsageError if the corpus has no text for a split, or the folder cannot be written.
     """
     parent = folder.parent
     with _write_errors(parent):
@@ -160,7 +160,7 @@ def pack(
             if not problem:
                 return
             log.warning("preparing %s anew: %s", folder, problem)
-        for left_over in parent.glob(f".{folder.name}.part-*"):  # of a process that was killed: nobody else holds the lock
+        for left_over in parent.glob(f".{folder.name}.part-*"):  # of a killed process: this one holds the lock
             shutil.rmtree(left_over, ignore_errors=True)
         with _write_errors(parent):
             aside = Path(tempfile.mkdtemp(prefix=f".{folder.name}.part-", dir=parent))
@@ -206,7 +206,7 @@ def _fill(folder: Path, corpus: Corpus, tokenizer: Tokenizer, settings: dict[str
 
 
 def settings_hash(settings: dict[str, Any]) -> str:
-    """Twelve hexadecimal digits that differ when any of the settings, or the format, does."""
+    """Twelve hexadecimal digits of a hash of the settings and the format."""
     return hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode()).hexdigest()[:12]
 
 
@@ -249,8 +249,8 @@ def _write_split(
     share = unknown / max(characters, 1)
     if share > MUCH_UNKNOWN:
         log.warning(
-            "tokenizer %s lacks %.1f %% of the characters of the %s split, %r for one: all are one unknown token, or none; "
-            "use a tokenizer made for this text, or bytes or bpe-N, which lose nothing",
+            "tokenizer %s lacks %.1f %% of the characters of the %s split, %r for one: they become an unknown "
+            "token or nothing; use a tokenizer made for this text, or bytes or bpe-N, which lose nothing",
             *(tokenizer.name, 100 * share, path.stem, example[:20]),
         )
     return counts | {"unknown_share": share, "sha256": digest.hexdigest()}
@@ -275,11 +275,11 @@ def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tu
 
 
 def _ordered_map(function: Callable[[Any], Any], items: Iterable[Any], num_workers: int) -> Iterator[Any]:
-    """map(function, items) on threads, results in order, never more than two items ahead for each thread.
+    """map(function, items) on threads, results in order, at most two items ahead for each thread.
 
-    Threads suffice: the tokenizers library works without Python's lock, and what is left under the lock (turning ids into
-    an array) is a sixtieth of the work. Its own threads are switched off, so that num_workers is the number that runs.
-    An exception waits for what the threads are doing, Ctrl-C for half a second.
+    Threads suffice: the tokenizers library works without Python's lock, and the rest (turning ids into an array) is a sixtieth of
+    the work. Its own threads are switched off, so num_workers is the number that runs. An exception waits for the threads; Ctrl-C
+    waits half a second.
     """
     before = os.environ.get("TOKENIZERS_PARALLELISM")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
@@ -333,7 +333,7 @@ def _progress_bar(wanted: bool, title: str) -> Iterator[Callable[[int, int], Non
 
 @contextlib.contextmanager
 def _write_errors(folder: Path) -> Iterator[None]:
-    """Turns what the file system refuses into a sentence."""
+    """Turn errors of the file system into a sentence."""
     try:
         yield
     except OSError as error:

@@ -1,9 +1,9 @@
-"""The embedded corpus: the prose that every Python carries, so that a first run needs no download.
+"""The embedded corpus: the prose that comes with every Python, so that a first run needs no download.
 
-Two sources: the topics of `help()` (pydoc_data.topics), and the docstrings of the standard library's modules, classes and
-functions. Docstrings are read out of the sources with `ast`; no module is imported for them. A Python that lacks a part
-gives fewer documents, never an error. Another version of Python carries other text, so numbers measured on this corpus
-compare only between runs of one Python; the digest in the provenance tells.
+It has two sources: the topics of `help()` (pydoc_data.topics), and the docstrings of the standard library's modules, classes and
+functions, read from the sources with `ast` without importing them. A Python that lacks a part gives fewer documents, never an
+error. Each Python version has other text, so compare numbers on this corpus only between runs of one Python; the provenance
+holds a digest to tell.
 """
 
 from __future__ import annotations
@@ -31,11 +31,11 @@ SKIPPED_FOLDERS = {
 
 @functools.lru_cache(maxsize=1)
 def documents() -> tuple[str, ...]:
-    """Every document, each text once, in an order that depends on the Python installation alone. Takes a few seconds."""
+    """Every document, each text once, in an order that depends only on the Python installation. Takes a few seconds."""
     texts: dict[str, None] = {}
     for text in _topics():
         texts[text] = None
-    # Syntax trees are many small objects without cycles that outlive them: collecting halfway costs as much as parsing.
+    # Syntax trees are many small objects and leave no cycles behind: garbage collection would cost as much as parsing.
     collecting = gc.isenabled()
     gc.disable()
     try:
@@ -57,7 +57,7 @@ def fingerprint() -> dict[str, str]:
 
 
 def provenance() -> dict[str, str]:
-    """Where the documents came from, and the SHA-256 of them all."""
+    """Where the documents came from, and the SHA-256 of all of them."""
     digest = hashlib.sha256()
     for text in documents():
         digest.update(text.encode() + b"\0")
@@ -105,5 +105,5 @@ def _docstrings(path: Path) -> Iterator[str]:
 
 
 def _printable(text: str) -> str:
-    """Without lone surrogates, which a few docstrings show as examples and UTF-8 cannot hold."""
+    """`text` without lone surrogates: a few docstrings show them as examples, and UTF-8 cannot hold them."""
     return text.encode("utf-8", "replace").decode("utf-8").strip()

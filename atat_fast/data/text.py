@@ -1,4 +1,4 @@
-"""Two small things done to text on its way to tokens: made valid, and cut where cutting changes no token."""
+"""Two steps of text on its way to tokens: make it valid, and cut it where a cut changes no token."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ _BETWEEN_WORDS = re.compile(r"(?<=\S) (?=\S)")
 
 
 def valid_unicode(text: str) -> str:
-    """`text` with lone surrogates, which no UTF-8 holds, turned into U+FFFD."""
+    """`text` with each lone surrogate, which UTF-8 cannot hold, replaced by U+FFFD."""
     try:
         text.encode("utf-8")
     except UnicodeEncodeError:
@@ -19,9 +19,9 @@ def valid_unicode(text: str) -> str:
 
 
 def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
-    """Consecutive parts of `text` of about `size` characters, each but the first starting with a single space and a word.
+    """Consecutive parts of `text` of about `size` characters. Every part but the first starts with a single space and a word.
 
-    There every pre-tokenizer that splits at spaces splits anyway, so the parts' tokens are the whole text's.
+    Any pre-tokenizer that splits at spaces splits there, so the parts' tokens are those of the whole text.
     """
     start = 0
     while len(text) - start > size:

@@ -1,8 +1,8 @@
 """Tokenizers behind one small interface: bytes, a byte-level BPE trained here, or any tokenizer.json.
 
-Every Tokenizer has one mask id and one end-of-document id. Where the vocabulary brings its own ([MASK] of BERT,
-<|endoftext|> of GPT-2) those are used, otherwise new ids are appended. Plain text never becomes a special token: the
-letters "[MASK]" in a corpus are encoded as letters (`encode`), and only a prompt (`encode_prompt`) means the mask by them.
+Every Tokenizer has one mask id and one end-of-document id: the vocabulary's own ([MASK] of BERT, <|endoftext|> of GPT-2) if it
+has them, else new ids at the end. Plain text never becomes a special token: `encode` turns the letters "[MASK]" of a corpus into
+letters, and only `encode_prompt` turns them into the mask.
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ SMALLEST_BPE = NUM_BYTES + 3  # the bytes, both specials and at least one merge
 TOKENIZER_FILE = "tokenizer.json"
 SETTINGS_FILE = "tokenizer_config.json"
 KNOWN_VOCABULARIES = {"gpt2": (50_258, 50_257), "bert-base-uncased": (30_522, 103)}
-OURS = "atat_fast"  # in a tokenizer_config.json that transformers reads too, the part that is ours
+OURS = "atat_fast"  # the key of our settings in a tokenizer_config.json that transformers reads too
 SAVED = ("vocab_size", "model_vocab_size", "mask_id", "eos_id", "fingerprint")
 LARGEST_ID = (1 << 24) - 1  # a model needs a row for every id up to the largest
-# Training takes time that grows with the square of a word's length. Words longer than this are cut, for training alone.
+# Training time grows with the square of a word's length, so longer words are cut, in training only.
 LONGEST_WORD = 1_000
 _LONG_WORDS = "|".join(f"{kind}{{{LONGEST_WORD}}}" for kind in (r"\p{L}", r"\p{N}", r"\s", r"[^\s\p{L}\p{N}]"))
 log = logging.getLogger("atat_fast.data")
@@ -51,13 +51,13 @@ class Tokenizer:
     """A `tokenizers.Tokenizer` with a mask and an end of document.
 
     Args:
-        backend_tokenizer: The tokenizer; the mask and the end-of-document token are appended to it where it has none.
-        name: What it is called in manifests: bytes, bpe-N, a path or a hub id.
-        saved: What `save` wrote, when this is such a tokenizer.
+        backend_tokenizer: The tokenizer. A missing mask or end-of-document token is appended to it.
+        name: Its name in manifests: bytes, bpe-N, a path or a hub id.
+        saved: What `save` wrote, if the tokenizer was saved.
 
     Attributes:
         name: As given.
-        vocab_size: Ids of the vocabulary, [MASK] included only where the vocabulary brings its own.
+        vocab_size: Ids of the vocabulary; [MASK] counts only if the vocabulary has its own.
         model_vocab_size: Ids a model needs: the vocabulary and the mask.
         mask_id: The mask's id; the vocabulary's own, else appended last.
         eos_id: The id that ends each document; the vocabulary's own, else appended.
@@ -74,7 +74,7 @@ class Tokenizer:
             own_size = self._size()
             self.mask_id = self._special(MASK_NAMES)
             self.vocab_size = own_size if self.mask_id >= own_size else self._size()
-        else:  # an appended mask looks like the vocabulary's own in the file: what was saved is what holds
+        else:  # in the file an appended mask looks like the vocabulary's own, so trust what was saved
             self.eos_id, self.mask_id, self.vocab_size = saved["eos_id"], saved["mask_id"], saved["vocab_size"]
         self.model_vocab_size = self._size()
         self._backend.encode_special_tokens = True  # not part of tokenizer.json: set on every load
@@ -83,7 +83,7 @@ class Tokenizer:
         self._content = json.dumps(content, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
         self.fingerprint = hashlib.sha256(self._content.encode()).hexdigest()
         self._unknown_text, self._unknown_id = _unknown(content["model"])
-        # A BPE without bytes and without an unknown token leaves out what its vocabulary lacks.
+        # A BPE without bytes or an unknown token drops what its vocabulary lacks.
         self._leaves_out = (
             content["model"]["type"] == "BPE"
             and self._unknown_id is None
@@ -94,13 +94,13 @@ class Tokenizer:
         return f"Tokenizer({self.name}, vocab_size={self.vocab_size}, mask_id={self.mask_id}, eos_id={self.eos_id})"
 
     def encode(self, text: str) -> list[int]:
-        """Ids of `text`, nothing added at either end. Lone surrogates become U+FFFD, being no Unicode text."""
+        """Ids of `text`, with nothing added at either end. Lone surrogates, which are not valid Unicode, become U+FFFD."""
         return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Ids of each text. Runs on as many threads as the tokenizers library takes, without Python's lock."""
+        """Ids of each text. Runs on the tokenizers library's threads, without Python's lock."""
         clean = [valid_unicode(text) for text in texts]
-        if self.name == "bytes":  # the same ids, without the library's string and offsets for every byte: 20 times faster
+        if self.name == "bytes":  # the same ids; the library makes a string and offsets for every byte: 20 times slower
             return [list(text.encode("utf-8")) for text in clean]
         try:
             return [encoding.ids for encoding in self._backend.encode_batch_fast(clean, add_special_tokens=False)]
@@ -108,13 +108,13 @@ class Tokenizer:
             raise UsageError(f"tokenizer {self.name} cannot encode this text ({error}); choose another tokenizer") from error
 
     def lost(self, texts: Sequence[str], ids: Sequence[Sequence[int]]) -> tuple[int, str]:
-        """(how many characters of `texts` became the unknown token or no token at all, one such piece of text or '').
+        """(number of characters of `texts` that became the unknown token or no token, one such piece of text or '').
 
         Args:
-            texts: What `encode_batch` was given.
-            ids: What it returned.
+            texts: The argument of `encode_batch`.
+            ids: Its result.
 
-        White space counts only inside an unknown token. Texts that hold one are tokenised a second time.
+        White space counts only inside an unknown token. Texts with an unknown token are tokenised a second time.
         """
         lost: list[str] = []
         if self._leaves_out:
@@ -129,10 +129,10 @@ class Tokenizer:
         return sum(map(len, lost)), lost[0] if lost else ""
 
     def encode_prompt(self, text: str) -> list[int]:
-        """Ids of `text`, each literal [MASK] being the mask.
+        """Ids of `text`, with the mask for each literal [MASK].
 
-        Where a word and the space before it are one token (GPT-2, bpe-N), one space before a [MASK] is taken to belong to
-        the hidden token, so that "the capital [MASK] France" hides the token " of".
+        If a word and the space before it are one token (GPT-2, bpe-N), one space before a [MASK] belongs to the hidden token:
+        "the capital [MASK] France" hides the token " of".
         """
         parts = text.split(MASK)
         if self._words_hold_spaces:
@@ -153,10 +153,10 @@ class Tokenizer:
         return text if self._mask_text == MASK else text.replace(self._mask_text, MASK)
 
     def save(self, folder: str | Path, *, longest: int | None = None) -> None:
-        """Writes tokenizer.json and tokenizer_config.json into `folder`, making it where needed.
+        """Write tokenizer.json and tokenizer_config.json into `folder`, and make the folder if needed.
 
-        With `longest`, a model's length, the settings are those that transformers' AutoTokenizer reads, ours among them, and a
-        path the tokenizer came from is left out but for its last part: a folder to give away.
+        longest: a model's length, for a folder to give away. The settings are then those that transformers' AutoTokenizer reads,
+        ours among them, and a path the tokenizer came from is cut to its last part.
         """
         folder = Path(folder)
         settings: dict[str, Any] = {"name": self.name, **{key: getattr(self, key) for key in SAVED}}
@@ -180,7 +180,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: str | Path) -> Tokenizer:
-        """The tokenizer that `save` wrote. Raises UsageError when a file is missing, damaged or not the one saved."""
+        """The tokenizer that `save` wrote. Raises UsageError if a file is missing, damaged or not the one saved."""
         folder = Path(folder)
         path = folder / SETTINGS_FILE
         try:
@@ -212,7 +212,7 @@ class Tokenizer:
 
     @functools.cached_property
     def _words_hold_spaces(self) -> bool:
-        """Whether the vocabulary has words that begin with a space, written as byte-level BPE or SentencePiece write it."""
+        """Whether the vocabulary has words that begin with a space, as byte-level BPE or SentencePiece write it."""
         return any(len(token) > 1 and token[0] in "\u0120\u2581" for token in self._backend.get_vocab())
 
     def _own(self, names: Sequence[str], default: int) -> int:
@@ -221,11 +221,11 @@ class Tokenizer:
         return next((added[name] for name in names if name in added), default)
 
     def _special(self, names: Sequence[str]) -> int:
-        """Id of the first of `names` that is a special token of the vocabulary; without any, the first name is appended."""
+        """Id of the first of `names` that is a special token of the vocabulary; if there is none, append one."""
         found = self._own(names, -1)
         if found >= 0:
             return found
-        # A vocabulary may hold the name as an ordinary word, which text could produce: then the mask needs another name.
+        # If the name is an ordinary word of the vocabulary, text could produce it: take another name.
         free = next(name for name in (*names, *(f"<|{names[0]}-{i}|>" for i in range(99))) if not self._has(name))
         self._backend.add_special_tokens([backend.AddedToken(free, special=True, normalized=False)])
         return self._backend.get_vocab(with_added_tokens=True)[free]
@@ -244,7 +244,7 @@ def make_tokenizer(setting: str, documents: Iterable[str] | None = None) -> Toke
         setting: bytes, bpe-N, a path to a tokenizer.json (or the folder that holds it), or a hub id.
         documents: Text that bpe-N is trained on.
 
-    Raises UsageError when there is no such tokenizer, N does not do, or the hub cannot be reached.
+    Raises UsageError if there is no such tokenizer, N is unusable, or the hub cannot be reached.
     """
     check_setting(setting)
     if setting == "bytes":
@@ -262,7 +262,7 @@ def make_tokenizer(setting: str, documents: Iterable[str] | None = None) -> Toke
 def vocabulary(setting: str) -> tuple[int, int]:
     """(model_vocab_size, mask_id) of the tokenizer that DataConfig.tokenizer names, without training or fetching it.
 
-    Raises UsageError as `make_tokenizer` does; a hub id that is not one of the two usual ones has to be fetched.
+    A hub id outside KNOWN_VOCABULARIES is fetched all the same. Raises UsageError as `make_tokenizer` does.
     """
     if setting in KNOWN_VOCABULARIES and not Path(setting).exists():
         return KNOWN_VOCABULARIES[setting]
@@ -302,7 +302,7 @@ def _is_bpe(setting: str) -> bool:
 
 
 def setting_fingerprint(setting: str) -> str:
-    """What tells one tokenizer setting from another: its name, and for a file its content."""
+    """A string that differs between tokenizer settings: a file's SHA-256, else the setting itself."""
     path = expanded(setting)
     path = path / TOKENIZER_FILE if path.is_dir() else path
     if setting == "bytes" or _is_bpe(setting) or not path.is_file():
@@ -357,14 +357,14 @@ def _with_specials(tokenizer: backend.Tokenizer) -> backend.Tokenizer:
 
 
 def _byte_letters() -> list[str]:
-    """The letter by which byte-level BPE writes each byte: itself where it prints, else the next code point from 256 on."""
+    """The letter by which byte-level BPE writes each byte: its own if it prints, else the next code point from 256 on."""
     printing = {*range(33, 127), *range(161, 173), *range(174, 256)}
     rest = iter(range(256, 512))
     return [chr(byte) if byte in printing else chr(next(rest)) for byte in range(NUM_BYTES)]
 
 
 def _unknown(model: dict[str, Any]) -> tuple[str | None, int | None]:
-    """Text and id of the token for what the vocabulary lacks, from a tokenizer.json's model; None where it has none."""
+    """Text and id of the unknown token, from a tokenizer.json's model; None if there is none."""
     if model.get("unk_id") is not None:  # Unigram, whose vocabulary is a list
         return model["vocab"][model["unk_id"]][0], model["unk_id"]
     text = model.get("unk_token")
@@ -372,7 +372,7 @@ def _unknown(model: dict[str, Any]) -> tuple[str | None, int | None]:
 
 
 def _from_file(path: Path, *, fill: bool = False) -> backend.Tokenizer:
-    """The tokenizer in `path`; with `fill`, holes between its ids are filled where a special token could get a word's id."""
+    """The tokenizer in `path`. `fill`: fill holes between its ids, if a special token could get a word's id."""
     try:
         content = path.read_text(encoding="utf-8")
         tokenizer = backend.Tokenizer.from_str(content)
@@ -382,15 +382,15 @@ def _from_file(path: Path, *, fill: bool = False) -> backend.Tokenizer:
         raise UsageError(f"cannot read tokenizer {path}: {error.strerror}") from error
     except UsageError:
         raise
-    except Exception as error:  # the library raises bare Exception for a file that is no tokenizer
+    except Exception as error:  # the library raises bare Exception for an invalid file
         raise UsageError(f"{path} is not a tokenizer.json that the tokenizers library can read") from error
 
 
 def _without_holes(content: str, path: Path) -> str:
-    """A tokenizer.json whose ids have no holes, if tokens are added to it; else `content` as it is.
+    """A tokenizer.json whose ids have no holes, if tokens will be added to it; else `content` as it is.
 
-    The library gives an added token the number of words as its id, whatever the file says. In a vocabulary with holes that
-    is the id of a word. So each hole gets a word that no text has, or the added token to which the file gives that id.
+    The library gives an added token the number of words as its id, whatever the file says. If the ids have holes, that may be a
+    word's id. So each hole is filled: by the added token to which the file gives that id, else by a word that no text has.
     """
     data = json.loads(content)
     words: dict[str, int] = data["model"]["vocab"]

@@ -1,10 +1,10 @@
 """The zero-shot sets of MDLM's table, tokenised by its protocol, each with a hash of the tokens.
 
-The protocol, frozen: rows are read in their order, blank ones included, and detokenised (data/detokenize.py); each is tokenised
-by itself and closed by the end-of-document token; every 1,000 rows are joined and cut into blocks of L - 2 tokens, whose last
-part is dropped; a block gets the start token before it and the end token after it (for GPT-2 both are <|endoftext|>). All L
-tokens of a block count in a likelihood. MDLM's own result depends on how many processes tokenise, for each cuts its share by
-itself; this is what one process makes.
+The protocol is frozen. Rows are read in order, blank ones included, and detokenised (data/detokenize.py). Each row is tokenised
+by itself and closed by the end-of-document token. Every 1,000 rows are joined and cut into blocks of L - 2 tokens; the last part
+is dropped. A block gets the start token before it and the end token after it (for GPT-2 both are <|endoftext|>), and all its L
+tokens count in a likelihood. MDLM's own result depends on the number of tokenising processes, because each cuts its share by
+itself; this is the result of one process.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ CONVERTED = "refs/convert/parquet"  # the hub's own conversion of a repository t
 
 @dataclass(frozen=True)
 class ZeroShotSet:
-    """Where a set lies on the hub, which split and column MDLM reads, and how its text is put together again."""
+    """Where a set lies on the hub, the split and column MDLM reads, and the detokenizer of its text."""
 
     repository: str
     split: str
@@ -62,8 +62,8 @@ MDLM_TABLE = ("ptb", "wikitext103", "lm1b", "lambada", "ag_news", "pubmed", "arx
 class TokenBlocks(TokenSplit):
     """Blocks of L tokens as a split that can be evaluated.
 
-    blocks: [n, L] ids. text_bytes: UTF-8 bytes of the detokenised text that these blocks hold. source: where the rows came from,
-    how many rows, bytes and tokens they are, and tokens_kept, the share of the tokens that is in a block.
+    blocks: [n, L] ids. text_bytes: UTF-8 bytes of the detokenised text in these blocks. source: where the rows came from; the
+    numbers of rows, bytes and tokens in all of them; and tokens_kept, the share of the tokens that is in a block.
     """
 
     def __init__(self, name: str, blocks: np.ndarray, text_bytes: float, tokenizer: Tokenizer, source: dict[str, Any]) -> None:
@@ -76,7 +76,7 @@ class TokenBlocks(TokenSplit):
         self.vocab_size, self.eos_id = tokenizer.model_vocab_size, tokenizer.eos_id
 
     def describe(self, length: int) -> str:
-        """One line: what there is of the set, and how much of it blocks of `length` hold."""
+        """One line: the size of the set, and how much of it blocks of `length` hold."""
         kept = self.source["tokens_kept"]
         line = (
             f"set {self.name}: {self.source['rows']:,} rows, {self.source['tokens']:,} tokens; {kept:.1%} of them are in "
@@ -91,7 +91,7 @@ class TokenBlocks(TokenSplit):
 
 
 def parse_sets(text: str) -> dict[str, str | None]:
-    """What --zero_shot says: names, or name=path where the rows are in a local file. `all` is MDLM's seven. Raises UsageError."""
+    """The value of --zero_shot: names, or name=path for rows in a local file; `all` is MDLM's seven. Raises UsageError."""
     asked: dict[str, str | None] = {}
     for part in filter(None, (part.strip() for part in text.split(","))):
         name, _, path = part.partition("=")
@@ -105,9 +105,9 @@ def parse_sets(text: str) -> dict[str, str | None]:
 
 
 def open_set(name: str, tokenizer: Tokenizer, length: int, path: str | None = None) -> TokenBlocks:
-    """The set in blocks of `length` tokens. With `path`, rows are read from a local .txt (a line is a row), .jsonl or .parquet.
+    """The set in blocks of `length` tokens. With `path`, rows come from a local .txt (a line is a row), .jsonl or .parquet.
 
-    Raises UsageError for an unknown set, one out of reach, and one that does not fill a block.
+    Raises UsageError if the set is unknown, out of reach, or does not fill a block.
     """
     if name not in SETS:
         raise UsageError(f"there is no zero-shot set {name!r}{nearest(name, SETS)}; sets are {', '.join(SETS)}")
@@ -135,7 +135,7 @@ def open_set(name: str, tokenizer: Tokenizer, length: int, path: str | None = No
 
 
 def tokens_hash(split: TokenSplit, length: int, sequences: int = 0) -> str:
-    """SHA-256 of the tokens that an evaluation of `sequences` sequences (0: all) reads: L, then ids as little-endian uint32."""
+    """SHA-256 of the tokens an evaluation of `sequences` sequences (0: all) reads: L, then ids as little-endian uint32."""
     available = split.num_sequences(length)
     wanted = min(sequences or available, available)
     digest = hashlib.sha256(f"{length}\n".encode())
@@ -145,7 +145,7 @@ def tokens_hash(split: TokenSplit, length: int, sequences: int = 0) -> str:
 
 
 def _blocks(rows: Iterable[str], tokenizer: Tokenizer, length: int, counts: dict[str, int]) -> Iterator[np.ndarray]:
-    """[n, length] for each group of rows that fills a block; counts are added to as rows are read."""
+    """[n, length] for each group of rows that fills a block. Adds to `counts` as rows are read."""
     for group in _groups(rows, ROWS_JOINED):
         encoded = tokenizer.encode_batch(group)
         ids = [i for row in encoded for i in (*row, tokenizer.eos_id)]
