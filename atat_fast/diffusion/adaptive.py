@@ -1,13 +1,13 @@
-"""Which tokens are hidden, by importance: a tilt of their odds, from scores that may only look at what stays visible.
+"""Hide tokens by importance: scores tilt the odds of each token, and may look only at tokens that stay visible.
 
 `hide_by_importance` chooses exactly k tokens of each sequence in two steps, each one launch of mask_tokens:
 
-1. k0 = k + ceil(rho * (L - k)) tokens are hidden uniformly (stream STREAM_MASK), and the rest is what scores are made from;
-2. of those k0, exactly k stay hidden: tokens are revealed one by one with odds exp(-tilt * score) (stream STREAM_REVEAL).
+1. Hide k0 = k + ceil(rho * (L - k)) tokens uniformly (stream STREAM_MASK). Scores are made from the rest.
+2. Reveal tokens of those k0 one by one with odds exp(-tilt * score) (stream STREAM_REVEAL), until k are hidden.
 
-Whatever is visible to the scores is visible in the end, so the pattern of masks says nothing of what it hides beyond what can
-be read anyway, and the posterior a model learns is p(x_i | visible tokens). Scores of the clean text (`sees: clean`, and
-frequencies) break that: audit/masks.py says by how much. With tilt 0 both steps are uniform, and what they hide is too.
+The scores see only tokens that are visible in the end. So the pattern of masks adds nothing to what the visible tokens say, and
+the posterior a model learns is p(x_i | visible tokens). Scores of the clean text (`sees: clean`, and frequencies) break that;
+audit/masks.py measures by how much. With tilt 0 both steps, and their result, are uniform.
 """
 
 from __future__ import annotations
@@ -25,20 +25,20 @@ from atat_fast.ops.masking import mask_tokens
 from atat_fast.ops.philox import STREAM_MASK, STREAM_REVEAL
 
 MOST_TILT = 40.0
-"""Largest |tilt * level|. Keys are a Gumbel, which 32 random bits put into (-3.2, 22.9), less tilt * score: up to 40 they stay
-within 64 of 0, where fp32 numbers are at most 2^-18 apart, and of 1,024 tokens of equal score two share the k-th key in fewer
-than one sequence of 600 (1,024 * 2^-18 / e). Position, not chance, would decide there. Odds of e^40 are certainty anyway."""
+"""Largest |tilt * level|. Keys are a Gumbel of 32 random bits, in (-3.2, 22.9), less tilt * score. Up to 40 they stay within 64
+of 0, where fp32 numbers are at most 2^-18 apart. Among 1,024 tokens of equal score two then share the k-th key in fewer than
+one sequence of 600 (1,024 * 2^-18 / e); position, not chance, decides between those. Odds of e^40 are certainty anyway."""
 
 Scorer = Callable[[Tensor, Tensor, Tensor], Scored]
 """(ids that may be seen [B, L], clean ids [B, L], share that will be hidden [B] fp32) -> scores."""
 
 
 class BadScores(ValueError):
-    """Scores that are no numbers in [0, 1]: the network that made them has diverged."""
+    """Scores outside [0, 1] or NaN: the network that made them has diverged."""
 
 
 def context_counts(counts: Tensor, length: int, rho: float) -> Tensor:
-    """k0 of each sequence: what is hidden while scores are made, k + ceil(rho * (L - k))."""
+    """k0 of each sequence, the number hidden while scores are made: k + ceil(rho * (L - k))."""
     return counts + torch.ceil(rho * (length - counts).double()).long()
 
 
@@ -60,8 +60,8 @@ def hide_by_importance(
     """Hide exactly counts[b] (CPU int64) tokens of sequence b, chosen by importance. tokens [B, L] without mask_id.
 
     sees, rho, tilt, focus: as in ImportanceConfig, the last two times the curriculum's level. weighting: see mask_tokens.
-    Which tokens are hidden depends on (seed, step, sample, position), the scores, and nothing else; nothing waits for a device.
-    The batch has the scores, with their gradient. Raises BadScores, on a CPU, for scores outside [0, 1].
+    The hidden tokens depend only on (seed, step, sample, position) and the scores; nothing waits for a device. The batch keeps
+    the scores, with their gradient. Raises BadScores, on a CPU, for scores outside [0, 1].
     """
     device, length, hidden = tokens.device, tokens.shape[1], int(counts.sum())
     share = (counts / max(1, length)).to(device, torch.float32, non_blocking=True)
@@ -104,8 +104,8 @@ def hide_by_importance(
 def relative_weights(scores: Tensor, hidden: Tensor, exponent: float) -> Tensor:
     """exp(exponent * score) normalised to mean 1 over the hidden tokens of each sequence, and 0 elsewhere: [B, L] fp32.
 
-    scores [B, L] in [0, 1]; hidden [B, L] bool. exponent is focus for `importance` weights and -tilt for `order`. This is what
-    mask_tokens multiplies (L + 1) / k by, and differentiable in scores; a sequence that hides nothing gives zeros.
+    scores [B, L] in [0, 1]; hidden [B, L] bool. exponent is focus for `importance` weights and -tilt for `order`. mask_tokens
+    multiplies (L + 1) / k by this; here it is differentiable in scores. A sequence that hides nothing gives zeros.
     """
     odds = torch.exp(exponent * scores.float()) * hidden
     total = odds.sum(1, keepdim=True)
@@ -113,7 +113,7 @@ def relative_weights(scores: Tensor, hidden: Tensor, exponent: float) -> Tensor:
 
 
 def check_scores(scores: Tensor) -> None:
-    """Raise BadScores where scores on a CPU are not all in [0, 1]. A GPU is not asked."""
+    """Raise BadScores if scores on a CPU are not all in [0, 1]. Scores on a GPU are not checked."""
     if scores.device.type != "cpu" or scores.numel() == 0:
         return
     low, high = (float(v) for v in torch.aminmax(scores.detach()))
@@ -123,7 +123,7 @@ def check_scores(scores: Tensor) -> None:
 
 
 def check_importance(importance: ImportanceConfig, diffusion: DiffusionConfig, curriculum: CurriculumConfig) -> None:
-    """Raise UsageError for importance that cannot be trained with."""
+    """Raise UsageError for importance settings that cannot be trained with."""
     if importance.source == "none":
         if diffusion.weighting in ("order", "importance"):
             raise UsageError(
@@ -169,7 +169,7 @@ def check_importance(importance: ImportanceConfig, diffusion: DiffusionConfig, c
 
 
 def bias(importance: ImportanceConfig) -> str | None:
-    """A sentence where training with these settings learns something else than p(x_i | visible), or None."""
+    """A sentence if these settings train something other than p(x_i | visible), else None."""
     if importance.source == "none":
         return None
     if importance.source == "learned" and importance.sees == "visible":

@@ -1,11 +1,11 @@
-"""What the loss weighs, and the likelihood bound that is reported.
+"""The likelihood bound that is reported.
 
 For a fixed count k the bound of a sequence x of L tokens is
 
     NELBO(x) = E_{k ~ U{0..L}}  (L + 1) / k  *  sum over the k hidden tokens of -log p(x_i | visible)        (0 at k = 0)
-             = E_{k ~ U{1..L}}  L / k        *  the same sum,
+             = E_{k ~ U{1..L}}  L / k        *  the same sum.
 
-which integrates the time of MDLM's continuous bound out exactly (the integral of t^(k-1) (1-t)^(L-k) C(L, k) is 1 / k).
+This is MDLM's continuous bound with time integrated out exactly: the integral of t^(k-1) (1-t)^(L-k) C(L, k) is 1 / k.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ from atat_fast.ops.attention import documents_of
 from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
 
 NllFunction = Callable[[MaskedBatch], Tensor]
-"""A model for the bound: gives -log p of each hidden token, [R] fp32, in nats."""
+"""A model for the bound: -log p of each hidden token, [R] fp32, in nats."""
 
 
 @dataclass(frozen=True)
 class Spread:
-    """How an evaluation is spread over processes: batch i of all is done by process i mod ranks, and nobody sits one out.
+    """How processes share an evaluation: process i mod ranks does batch i, and every process takes every turn.
 
-    total: the sum of a tensor on the CPU over the processes. run: calls the model where its weights are whole.
+    total: sums a CPU tensor over the processes. run: calls the model where its weights are whole.
     """
 
     rank: int = 0
@@ -45,7 +45,7 @@ class Spread:
 class Estimate:
     """A mean in nats a token with its standard error, over `sequences` sequences of `length` tokens.
 
-    values [sequences] fp64 are the sequences' own means, whose differences compare two models on the same masks.
+    values: [sequences] fp64, each sequence's own mean. Their differences compare two models on the same masks.
     """
 
     nll: float
@@ -56,7 +56,7 @@ class Estimate:
 
     @property
     def perplexity(self) -> float:
-        """exp(nll), or inf where that is beyond a float."""
+        """exp(nll), or inf if a float cannot hold it."""
         return math.exp(self.nll) if self.nll < 700 else math.inf
 
     def bits_per_token(self) -> float:
@@ -64,15 +64,15 @@ class Estimate:
         return self.nll / math.log(2)
 
     def bits_per_byte(self, bytes_per_token: float) -> float:
-        """nll in bits over the bytes a token stands for."""
+        """nll in bits per byte, given the bytes a token stands for."""
         return self.bits_per_token() / bytes_per_token
 
 
 def evaluation_strata(sequences: int, draws: int, *, seed: int) -> Tensor:
-    """Which of the sequences * draws equal strata of 1..L each draw of each sequence falls in: int64 [sequences, draws].
+    """The stratum of each draw of each sequence, out of sequences * draws equal strata of 1..L: int64 [sequences, draws].
 
-    Every stratum is used once. A seeded permutation of the sequences decides; draw d is the same permutation turned by d
-    parts of a circle of `draws` parts, so that the draws of one sequence are spread over the whole range.
+    Every stratum is used once, in the order of a seeded permutation of the sequences. Draw d turns that permutation by d / draws
+    of a circle, so that one sequence's draws are spread over the whole range.
     """
     index = torch.arange(sequences, dtype=torch.int64)
     order = torch.argsort(random_words(index, seed, 0, STREAM_COUNT)[1], stable=True)
@@ -95,17 +95,20 @@ def estimate_nll(
     process: Hide | None = None,
     control: bool = True,
 ) -> Estimate:
-    """The bound over `sequences` sequences; tokens(first, count) gives [count, L] on the model's device. With document_end, the
-    id that closes a document, masked batches say where documents lie, and the bound is that of text whose ends are known.
-    Spread over processes, batches and sums are those of one process, and so is the result.
+    """The bound over `sequences` sequences.
 
-    Counts are stratified over 1..L; masks and counts depend on (seed, draw, sequence, position) alone, so two models are
-    compared on the same masks. The standard error covers the choice of sequences and of masks. With one draw it is that of
-    stratified sampling with neighbouring strata collapsed in pairs (each pair's difference is its own estimate of noise,
-    slightly generous); with several it is the spread of the sequences' own means.
+    tokens(first, count): [count, L] ids on the model's device.
+    document_end: the id that closes a document. With it masked batches say where documents lie, and the bound is that of text
+        whose ends are known.
+    spread: how processes share the work. Batches, sums and result are those of one process.
+    process: estimate this process's own bound, with its masks instead of uniform ones and without control.
+    control: subtract from each sequence's value the part of its mask's noise that counts of the text explain
+    (diffusion/control.py).
 
-    control: take out of each sequence's value what counts of the text explain of its mask's noise (diffusion/control.py).
-    process: a process whose own bound is estimated, with its masks instead of uniform ones and without control.
+    Counts are stratified over 1..L. Masks and counts depend only on (seed, draw, sequence, position), so two models are compared
+    on the same masks. The standard error covers the choice of sequences and of masks. With several draws it is the spread of the
+    sequences' own means. With one draw it is that of stratified sampling with neighbouring strata collapsed in pairs: each pair's
+    difference is its own estimate of noise, slightly generous.
     """
     strata = evaluation_strata(sequences, draws, seed=seed)
     values = torch.zeros(sequences, draws, dtype=torch.float64)
@@ -114,7 +117,7 @@ def estimate_nll(
     batches = [(first, draw) for first in range(0, sequences, batch) for draw in range(draws)]
     for turn in range(-(-len(batches) // spread.ranks)):
         mine = turn * spread.ranks + spread.rank
-        first, draw = batches[min(mine, len(batches) - 1)]  # one that is done twice counts once
+        first, draw = batches[min(mine, len(batches) - 1)]  # a rank without a batch repeats the last one, uncounted
         count = min(batch, sequences - first)
         x = tokens(first, count)
         length = x.shape[1]
@@ -130,7 +133,7 @@ def estimate_nll(
             continue
         if process is None:
             values[first : first + count, draw] = per_sequence(losses, k)
-        else:  # weights are (L + 1) / W, of counts from 0 to L; here they are from 1
+        else:  # weights are (L + 1) / W, for counts from 0 to L; counts here start at 1
             values[first : first + count, draw] = per_sequence(losses * masked.weights, k) * k / (length + 1)
         if controls is not None:
             controls.add(first, draw, known.of(first, x), masked.rows, losses, k)
@@ -154,8 +157,10 @@ def standard_error(values: Tensor, strata: Tensor) -> float:
 
 
 def collapsed_standard_error(values: Tensor, strata: Tensor) -> float:
-    """Standard error of the mean of one value a stratum: neighbours are paired (the last three together where the number is
-    odd) and each group's own variance counts (Cochran, Sampling Techniques, 5A.12). inf for a single value.
+    """Standard error of the mean of one value per stratum; inf for a single value.
+
+    Neighbours are paired (the last three form one group if the number is odd) and each group's own variance counts (Cochran,
+    Sampling Techniques, 5A.12).
     """
     n = len(values)
     if n < 2:

@@ -1,14 +1,14 @@
-"""Control variates for the held-out bound: less noise of the masks from the same forward passes, and no bias.
+"""Control variates for the held-out bound: less noise from the masks, from the same forward passes, without bias.
 
-A pass measures the mean loss of k tokens drawn from a sequence, and much of its noise is which tokens were drawn. How surprising
-every token is by mere counts of the text is known without a model, hidden or not. For any c that depends on the clean text alone
-the mean of c over the hidden tokens less its mean over all of them is 0 on average, so
+A pass measures the mean loss of k tokens drawn from a sequence; much of its noise is which tokens were drawn. Counts of the text
+say without a model how surprising every token is, hidden or not. For any c that depends only on the clean text, its mean over
+the hidden tokens minus its mean over all tokens is 0 on average. So
 
     mean over hidden of nll_i  -  gamma . (mean over hidden of c_i - mean over the sequence of c_i)
 
-estimates what its first term does, with less noise as far as c explains nll. gamma, one for all k, is fitted by least squares
-on half of the sequences and applied to the other half: given their counts, masks of the two halves are independent, so
-the estimate stays unbiased. (Cochran, Sampling Techniques, chapter 7, regression estimates; the halves are what makes it exact.)
+has the expectation of its first term, and less noise as far as c explains nll. One gamma for all k is fitted by least squares on
+half of the sequences and applied to the other half. Given their counts, the halves' masks are independent, so the estimate stays
+exactly unbiased. Source: regression estimates, Cochran, Sampling Techniques, chapter 7.
 """
 
 from __future__ import annotations
@@ -19,17 +19,17 @@ import torch
 from torch import Tensor
 
 BLOCK_TOKENS = 1 << 22
-"""Tokens whose counts are taken together, which bounds what is held at once: about 60 bytes a token."""
+"""Tokens that are counted together. It bounds memory: about 60 bytes a token."""
 PLACES = (0, -1, 1)
-"""Which neighbour a token is counted with: none, the one before, the one after. With both at once nothing more is explained."""
+"""The neighbour a token is counted with: none, the one before, the one after. Counting with both at once explains no more."""
 FEATURES = len(PLACES)
 RIDGE = 1e-3
 
 
 def surprisals(tokens: Tensor) -> Tensor:
-    """-log of each token's smoothed frequency, alone and beside its neighbours, counted over `tokens` without its own occurrence.
+    """-log of each token's smoothed frequency, alone and with each neighbour, counted over `tokens` without its own occurrence.
 
-    tokens: [n, L] int64.   Returns [n, L, FEATURES] fp32 in nats. A neighbour beyond the sequence is a token of its own.
+    tokens: [n, L] int64.   Returns [n, L, FEATURES] fp32 in nats. A neighbour beyond the sequence counts as a token of its own.
     """
     length = tokens.shape[1]
     base = int(tokens.max()) + 2 if tokens.numel() else 2
@@ -54,7 +54,7 @@ def _occurrences(codes: Tensor) -> Tensor:
 
 
 class Surprisals:
-    """`surprisals` of a text that is read in batches, counted over blocks of whole batches. tokens(first, count): [count, L]."""
+    """`surprisals` of a text read in batches, counted over blocks of whole batches. tokens(first, count): [count, L]."""
 
     def __init__(self, tokens: Callable[[int, int], Tensor], sequences: int, batch: int) -> None:
         self.tokens, self.sequences, self.batch = tokens, sequences, batch
@@ -70,8 +70,8 @@ class Surprisals:
 
 
 def imbalance(c: Tensor, rows: Tensor, k: Tensor) -> Tensor:
-    """How far a mask's tokens are from their sequence: the mean of c [B, L, F] over k[b] hidden rows [R] (flat indices, by
-    sequence) less its mean over all of the sequence. fp64 [B, F] on the CPU; its mean over masks is 0.
+    """How far a mask's tokens are from their sequence: the mean of c [B, L, F] over the k[b] hidden rows (rows [R]: flat indices,
+    by sequence) minus its mean over the whole sequence. fp64 [B, F] on the CPU; its mean over masks is 0.
     """
     counts = k.to(c.device)
     mean = _mean_of(c.flatten(0, 1)[rows].double(), _owners(counts, len(rows)), counts)
@@ -79,7 +79,7 @@ def imbalance(c: Tensor, rows: Tensor, k: Tensor) -> Tensor:
 
 
 def fit(gram: Tensor, moment: Tensor) -> Tensor:
-    """Least squares with a touch of ridge: gram [..., F, F] and moment [..., F] to the multiples [..., F]."""
+    """Least squares with a little ridge: gram [..., F, F] and moment [..., F] to coefficients [..., F]."""
     ridge = torch.diag_embed(RIDGE * torch.diagonal(gram, dim1=-2, dim2=-1) + 1e-12)
     solved: Tensor = torch.linalg.solve(gram + ridge, moment)
     return solved
@@ -96,7 +96,7 @@ def _mean_of(picked: Tensor, owner: Tensor, counts: Tensor) -> Tensor:
 
 
 class Control:
-    """Collects passes, then adjusts their values. fp64 throughout, on the CPU but for what a pass is reduced from."""
+    """Collects passes, then adjusts their values. All fp64, on the CPU except the tensors a pass is reduced from."""
 
     def __init__(self, sequences: int, draws: int) -> None:
         self.gram = torch.zeros(2, FEATURES, FEATURES, dtype=torch.float64)
@@ -117,7 +117,7 @@ class Control:
         around = picked - mean[owner]
         products = (around[:, :-1, None] * around[:, None, :]).flatten(1)
         scatter = _mean_of(products, owner, counts)
-        # A pass that hides everything has no noise. The others count alike, few tokens or many.
+        # A pass that hides everything has no noise. Apart from that, passes count alike, whatever their number of tokens.
         scatter = scatter.view(batch, FEATURES, FEATURES + 1).cpu() * (1 - k.double() / length)[:, None, None]
         half = torch.arange(first, first + batch) % 2
         self.gram.index_add_(0, half, scatter[..., :-1])
@@ -125,8 +125,9 @@ class Control:
         self.difference[first : first + batch, draw] = (mean[:, :-1] - c.double().mean(1)).cpu()
 
     def adjust(self, values: Tensor, total: Callable[[Tensor], Tensor] = lambda part: part) -> Tensor:
-        """values [sequences, draws] less what the other half's fit explains of their masks. total: the sum of a tensor over the
-        processes that each saw some of the passes.
+        """values [sequences, draws] minus what the other half's fit explains of their masks.
+
+        total: sums a tensor over the processes, each of which saw some of the passes.
         """
         gram, moment, difference = total(self.gram), total(self.moment), total(self.difference)
         gamma = fit(gram, moment)

@@ -1,11 +1,10 @@
-"""How many tokens are hidden: exact counts, the laws they are drawn from in training, and the weights that keep the bound.
+"""How many tokens are hidden: exact counts, the laws training draws them from, and the weights that keep the bound.
 
-Counts are drawn on the host from (seed, step), so the number of rows the vocabulary head will see is known before anything
-reaches a device.
+Counts are drawn on the host from (seed, step), so the number of rows of the vocabulary head is known before anything reaches a
+device. Evaluation always draws uniform counts.
 
-The bound is (L + 1) / k per hidden token where k is uniform on 0..L. Under another law q it is that times the ratio of the two
-laws, (1 / (L + 1)) / q(k), which makes 1 / (k q(k)): exact for every q that is above 0 on 1..L, and clipped nowhere. Evaluation
-always draws uniform counts.
+If k is uniform on 0..L, a hidden token weighs (L + 1) / k in the bound. Under another law q the weight is multiplied by the ratio
+of the laws, (1 / (L + 1)) / q(k), which gives 1 / (k q(k)): exact for every q that is above 0 on 1..L, and never clipped.
 """
 
 from __future__ import annotations
@@ -20,12 +19,12 @@ from atat_fast.diffusion.noise import stratified_uniforms
 from atat_fast.errors import UsageError
 
 RAREST = 2.0**-32
-"""The step of one random word: a count rarer than this is as good as never drawn."""
+"""The resolution of one random word: a rarer count is as good as never drawn."""
 
 
 @functools.lru_cache(maxsize=16)
 def bell(length: int, centre: float, width: float) -> Tensor:
-    """A Gaussian in k / L cut to the counts 1..L: chances [L + 1] fp64, 0 at k = 0, where there is nothing to learn from."""
+    """A Gaussian in k / L cut to the counts 1..L: chances [L + 1] fp64, 0 at k = 0, which has nothing to learn from."""
     k = torch.arange(length + 1, dtype=torch.float64)
     score = -0.5 * ((k / max(1, length) - centre) / width) ** 2
     score[0] = -torch.inf if length else 0.0
@@ -33,10 +32,10 @@ def bell(length: int, centre: float, width: float) -> Tensor:
 
 
 def count_chances(config: DiffusionConfig, length: int, progress: float) -> Tensor | None:
-    """Chances [L + 1] fp64 of the counts at `progress`, the share of the run that is done; None where they are uniform on 0..L.
+    """Chances [L + 1] fp64 of the counts at `progress`, the share of the run that is done; None if they are uniform on 0..L.
 
-    From `counts_anneal_from` on, the law is the mixture (1 - a) bell + a uniform with a rising from 0 there to 1 at the end: a
-    mixture is a law again, so weights stay exact all the way.
+    From `counts_anneal_from` on, the law is the mixture (1 - a) bell + a uniform; a rises from 0 there to 1 at the end. A mixture
+    is a law too, so weights stay exact.
     """
     if config.counts == "uniform":
         return None
@@ -48,7 +47,7 @@ def count_chances(config: DiffusionConfig, length: int, progress: float) -> Tens
 
 
 def draw_counts(u: Tensor, chances: Tensor) -> Tensor:
-    """The law's quantile of each u in (0, 1): int64, from the cumulated chances in fp64. Chance 0 is never drawn."""
+    """The law's quantile of each u in (0, 1): int64, from the cumulated fp64 chances. A count of chance 0 is never drawn."""
     cumulated = chances.cumsum(0)
     return torch.searchsorted(cumulated, u * cumulated[-1], right=True).clamp_(max=len(chances) - 1)
 
@@ -64,11 +63,11 @@ def mask_counts(
     pairing: str = "antithetic",
     chances: Tensor | None = None,
 ) -> Tensor:
-    """k for slots first .. first + count - 1 of a global batch of `total` sequences: int64 [count], uniform on 0..length, or with
-    the given chances [length + 1] at the same stratified points.
+    """k for slots first .. first + count - 1 of a global batch of `total` sequences, int64 [count].
 
-    With antithetic pairing slots 2j and 2j + 1 hide k and length - k tokens: an even slice of whole pairs hides exactly
-    count * length / 2, whatever the draw. Under other chances a pair is the law's quantiles of u and 1 - u.
+    k is uniform on 0..length or, with chances [length + 1], follows them at the same stratified points. With antithetic pairing
+    slots 2j and 2j + 1 hide k and length - k tokens, so a slice of whole pairs always hides exactly count * length / 2. With
+    chances a pair is the law's quantiles of u and 1 - u.
     """
     u = stratified_uniforms(first, count, total, seed=seed, step=step, pairing=pairing)
     if chances is not None:
@@ -81,13 +80,13 @@ def mask_counts(
 
 
 def bound_weights(chances: Tensor) -> Tensor:
-    """What a hidden token weighs for each count, [L + 1] fp64: 1 / (k q(k)), and 0 at k = 0 and where q(k) is 0."""
+    """The weight of a hidden token for each count, [L + 1] fp64: 1 / (k q(k)), and 0 if k or q(k) is 0."""
     k = torch.arange(len(chances), dtype=torch.float64)
     return torch.where(k * chances > 0, 1 / (k * chances), 0.0)
 
 
 def expected_share(config: DiffusionConfig, length: int, progress: float = 0.0) -> float:
-    """Share of the tokens that a step hides on average, which is what the vocabulary head sees."""
+    """Average share of tokens that a step hides, and so of rows that the vocabulary head sees."""
     chances = count_chances(config, length, progress)
     if chances is None:
         return 0.5
@@ -95,12 +94,12 @@ def expected_share(config: DiffusionConfig, length: int, progress: float = 0.0) 
 
 
 def weighting_at(config: DiffusionConfig, progress: float) -> str:
-    """The weighting at `progress`: `ce` for the first `ce_until` of the run, `weighting` after."""
+    """The weighting at `progress`: `ce` for the first `ce_until` of the run, then `weighting`."""
     return "ce" if progress < config.ce_until else config.weighting
 
 
 def check_counts(config: DiffusionConfig, length: int, global_batch: int) -> None:
-    """Raise UsageError for counts, pairs and schedules that make no sense together."""
+    """Raise UsageError for counts, pairs and schedules that do not go together."""
     if not 0 <= config.counts_centre <= 1 or not config.counts_width > 0:
         raise UsageError(
             "diffusion.counts_centre must be a share from 0 to 1 and diffusion.counts_width above 0, "

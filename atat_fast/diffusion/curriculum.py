@@ -1,9 +1,8 @@
-"""The curriculum: one level over training progress, by which the tilt of masks and the focus of weights are multiplied.
+"""The curriculum: one level over training progress, which multiplies the tilt of masks and the focus of weights.
 
-Levels are 1 for all that importance says, 0 for the uniform process and below 0 for its opposite. With the defaults easy tokens
-are stressed first, hard ones last, and over the last 5 % of the run the level goes back to 0: what is handed over has been
-trained on the bound that is reported. Every kind but `adaptive` is a function of progress; `adaptive` remembers its phase and
-the best loss seen in it, which checkpoints keep.
+Level 1 applies importance in full, 0 is the uniform process, below 0 is its opposite. The defaults stress easy tokens first and
+hard ones last. Over the last 5 % of the run the level returns to 0, so the final model was trained on the reported bound. Every
+kind but `adaptive` is a function of progress; `adaptive` also has its phase and that phase's best loss, which checkpoints keep.
 """
 
 from __future__ import annotations
@@ -28,14 +27,14 @@ class Stage:
 
 
 class Curriculum:
-    """A level for every share of the run that is over."""
+    """A level for each share of the run."""
 
     def __init__(self, config: CurriculumConfig) -> None:
         self.config = config
         self.phase, self.best, self.stale = 0, math.inf, 0
 
     def at(self, progress: float) -> Stage:
-        """The stage at `progress`, the share of the run that is over, in 0 to 1."""
+        """The stage at `progress`, the share of the run that is done, in 0 to 1."""
         config = self.config
         if config.kind == "none":
             return Stage("all", 1.0)
@@ -51,10 +50,10 @@ class Curriculum:
         return Stage(config.phases[index], level * left)
 
     def observe(self, loss: float) -> bool:
-        """Tell `adaptive` a new value of the loss it watches; whether that ended the phase. Other kinds take no notice.
+        """Give `adaptive` a new value of its watched loss. Returns whether that ended the phase; other kinds ignore it.
 
-        A phase ends after `patience` values in a row that are not below its best by more than `threshold`; the next one begins
-        with no best, for its loss is another quantity where the training loss is watched.
+        A phase ends after `patience` values in a row that are not below its best by more than `threshold`. The next phase starts
+        without a best: if training loss is watched, its loss is another quantity.
         """
         if self.config.kind != "adaptive":
             return False
@@ -68,7 +67,7 @@ class Curriculum:
         return True
 
     def state(self) -> dict[str, Any]:
-        """What a checkpoint keeps. An infinite best, which JSON has no name for, is None."""
+        """What a checkpoint keeps. An infinite best is None, because JSON cannot hold it."""
         return {"phase": self.phase, "best": self.best if math.isfinite(self.best) else None, "stale": self.stale}
 
     def load(self, state: dict[str, Any]) -> None:
@@ -77,7 +76,7 @@ class Curriculum:
         self.best = math.inf if state["best"] is None else float(state["best"])
 
     def describe(self) -> str:
-        """'linear: easy to 30 %, mixed to 70 %, hard to 95 %, then back to 0', for people."""
+        """One line for people: 'linear: easy to 30 %, mixed to 70 %, hard to 95 %, then back to 0'."""
         config = self.config
         if config.kind == "none":
             return "none: level 1 throughout"
@@ -98,7 +97,7 @@ def _signed(level: float) -> str:
 
 
 def check_curriculum(config: CurriculumConfig, *, max_steps: int, eval_every: int, log_every: int) -> None:
-    """Raise UsageError for a curriculum that is none."""
+    """Raise UsageError for invalid curriculum settings."""
     if config.kind == "none":
         return
     if not config.levels or len(config.phases) != len(config.levels) or len(config.boundaries) + 1 != len(config.levels):

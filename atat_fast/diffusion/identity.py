@@ -1,24 +1,13 @@
-"""The token-identity schedule: each token of the vocabulary is hidden at its own rate, and the bound that goes with it.
+"""The token-identity schedule: each token of the vocabulary is hidden at its own rate, with a bound that fits.
 
 At time t a token v is hidden with chance t^w_v (alpha_v(t) = 1 - t^w_v, GenMD4's form: Shi et al., "Simplified and Generalized
-Masked Diffusion for Discrete Data", 2024). Going back in s = -log t from 0, hidden tokens are revealed independently, token i at
-the constant rate w of what it is. A model of rates w_v mu_i(v), with mu_i a distribution over the vocabulary, has the bound
+Masked Diffusion for Discrete Data", 2024). Tokens are revealed one by one with odds w, a race, until a set M of k is left; W is
+the sum of w over M. The bound is
 
-    NELBO(x) = integral over s of E sum over hidden i of [-w_x_i log mu_i(x_i) + sum_v w_v mu_i(v) - w_x_i].
+    NELBO(x) = E over k uniform on 0..L, M from the race with |M| = k, of
+               (L + 1) / W * sum over hidden i of [-w_x_i log mu_i(x_i) + sum_v w_v mu_i(v) - w_x_i],
 
-Revealing at constant rates is a race: the order is Plackett-Luce with odds w, whatever the times, and a set M of hidden tokens is
-left after an exponential time of mean 1 / W, W the sum of w over M. So time is integrated out as for uniform masks, and counts
-stay exact and known on the host:
-
-    NELBO(x) = E over k uniform on 0..L, M from the race with |M| = k, of (L + 1) / W * the sum over M,
-
-with the s that mu may depend on drawn from its law given M: the time at which M was reached, which the visible tokens' clocks
-say, plus an exponential of mean 1 / W. All rates 1 give (L + 1) / k, a sum over v that cancels, and the uniform bound.
-
-The true posterior of hidden tokens is p(x_M | visible) times exp(-s w) for each, so it depends on s: who still hides late is
-slow. `linear_cross_entropy` therefore lowers logits by s w_v, which makes mu exact where hidden tokens are independent given
-the visible ones, leaves to the network what uniform masks would teach it, and is left out when uniform masks are evaluated or
-sampled. docs/atat.md has by how much the best such model misses the entropy.
+with mu = softmax(logits - s w) and s the time drawn from its law given M. docs/atat.md ("Rates of tokens") derives it.
 """
 
 from __future__ import annotations
@@ -41,7 +30,7 @@ where fp32 logits still have steps below 0.001."""
 
 
 def log_rank(counts: Tensor) -> Tensor:
-    """Importance of each id by frequency, [V] fp32: log(1 + rank) / log V, rank 0 being the commonest, ties going by id."""
+    """Importance of each id by frequency, [V] fp32: log(1 + rank) / log V. The commonest has rank 0; ties go by id."""
     counts = counts.flatten()
     order = torch.argsort(-counts.long(), stable=True)
     rank = torch.empty(len(counts), dtype=torch.float64, device=counts.device)
@@ -50,10 +39,10 @@ def log_rank(counts: Tensor) -> Tensor:
 
 
 def identity_rates(scores: Tensor, counts: Tensor, strength: float) -> Tensor:
-    """Rates [V] fp32: exp(-strength * score), scaled to mean 1 over the tokens of the text. Only their ratios matter to bounds.
+    """Rates [V] fp32: exp(-strength * score), scaled to mean 1 over the tokens of the text. Bounds depend only on their ratios.
 
     scores: [V] in [0, 1], 0 for the commonest token and 1 for the rarest.   counts: [V], how often each occurs in the text.
-    Raises ValueError where counts are all 0.
+    Raises ValueError if all counts are 0.
     """
     counts = counts.flatten().double()
     if float(counts.sum()) <= 0:
@@ -63,7 +52,7 @@ def identity_rates(scores: Tensor, counts: Tensor, strength: float) -> Tensor:
 
 
 class IdentitySchedule:
-    """The process with these rates.
+    """The process with given rates.
 
     Args:
         rates: [V] fp32 above 0.
@@ -132,8 +121,8 @@ class IdentitySchedule:
     ) -> MaskedBatch:
         """Hide exactly counts[b] (CPU int64) tokens of sequence b, as the race leaves them. tokens [B, L] without mask_id.
 
-        The batch has (L + 1) / W as weights, whatever `weighting`, the vocabulary's rates, and the time s of every hidden token.
-        Nothing waits for a device.
+        The batch has weights (L + 1) / W, whatever `weighting`, and as tilt the vocabulary's rates and the time s of every hidden
+        token. Nothing waits for a device.
         """
         device, length, number = tokens.device, tokens.shape[1], int(counts.sum())
         noisy, rows, _ = mask_tokens(
@@ -149,7 +138,7 @@ class IdentitySchedule:
             stream=STREAM_MASK,
         )
         own, hidden = self.rates[tokens].double(), noisy == mask_id
-        total = torch.where(hidden, own, 0.0).sum(1)  # W; 0 where nothing is hidden, of which no row speaks
+        total = torch.where(hidden, own, 0.0).sum(1)  # W; 0 if nothing is hidden, but then there is no row
         word = random_words(sample_ids[:, None] * length + torch.arange(length, device=device), seed, step, STREAM_MASK)[0]
         reached = torch.where(hidden, 0.0, -torch.log(uniform(word)) / own).amax(1)
         stay = -torch.log(uniform(random_words(sample_ids, seed, step, STREAM_COUNT)[2]))

@@ -1,5 +1,5 @@
-"""A training batch: how many tokens of each sequence are hidden, by exact counts or by MDLM's Bernoulli process, and what they
-weigh. Which ones are hidden is a process's choice.
+"""A training batch: how many tokens of each sequence are hidden, by exact counts or MDLM's Bernoulli process, and their weights.
+The process chooses which ones.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ def hide_for_training(
     """Mask slots first .. first + B - 1 of a global batch of `total` sequences as `config` says at `progress`, the share of the
     run that is done. With config.mirror, slots 2j and 2j + 1 must hold the same sequence, and sample_ids be even for slot 2j.
 
-    Weights are those of the global batch, however it is cut: `ce` divides by the tokens hidden in all of it (for bernoulli, by
-    their expected number, which is known without asking the other slots). `choose` says which tokens are hidden; by default any
-    set of k is as likely. Under a tilt every weight is multiplied by the process's own over (L + 1) / k: whatever else a weight
-    is, it then depends on the count alone and leaves the best model what it is.
+    `choose` says which tokens are hidden; by default every set of k is equally likely. Weights do not depend on how the global
+    batch is cut: `ce` divides by all tokens hidden in it (for bernoulli by their expected number, which needs no other slots).
+    With a tilt every weight is multiplied by the process's own weight over (L + 1) / k. The rest of the weight then depends only
+    on the count, which leaves the best model unchanged.
     """
     batch, length = tokens.shape
     weighting = weighting_at(config, progress)
@@ -61,7 +61,7 @@ def hide_for_training(
 
 
 def hidden_in_batch(config: DiffusionConfig, length: int, total: int, *, seed: int, step: int, progress: float = 0.0) -> float:
-    """Tokens hidden in a whole global batch of `total` sequences; for bernoulli, their expected number at its times."""
+    """Tokens hidden in a global batch of `total` sequences; for bernoulli, their expected number at its times."""
     if config.masking == "exact":
         chances = count_chances(config, length, progress)
         return int(mask_counts(length, 0, total, total, seed=seed, step=step, pairing=config.pairing, chances=chances).sum())
@@ -82,8 +82,8 @@ def _hide_bernoulli(
     choose: Hide,
     weighting: str,
 ) -> MaskedBatch:
-    """Each token hides when its word falls under the rate. The k smallest words are those k tokens, so mask_tokens with that
-    count hides the same set; the count has to be read back, which is one reason why exact counts are the default.
+    """Hide each token whose random word falls under the rate. Those are the k smallest words, so mask_tokens with that count
+    hides the same set. The count has to be read back from the device, one reason why exact counts are the default.
     """
     batch, length = tokens.shape
     schedule = LogLinear(config.sigma_min, config.sigma_max)
@@ -95,7 +95,7 @@ def _hide_bernoulli(
     masked = choose(tokens, counts, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step, weighting=weighting)
     if weighting == "uniform":
         masked.weights = per_row(schedule.weight(t), counts, masked.rows)
-    elif weighting in ("order", "importance"):  # rate'(t) / rate(t) in the place of (L + 1) / k
+    elif weighting in ("order", "importance"):  # rate'(t) / rate(t) instead of (L + 1) / k
         masked.weights = masked.weights * per_row(schedule.weight(t) * counts / (length + 1), counts, masked.rows)
     else:
         everywhere = stratified_uniforms(0, total, total, seed=seed, step=step, pairing=config.pairing)

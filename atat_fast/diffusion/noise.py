@@ -1,6 +1,6 @@
 """Noise levels: numbers in (0, 1) stratified over the global batch, and MDLM's log-linear schedule.
 
-All of it is computed on the host from (seed, step) alone, so every rank knows every slot's level without asking.
+All are computed on the host from (seed, step), so every rank knows every slot's level without communication.
 """
 
 from __future__ import annotations
@@ -17,9 +17,9 @@ from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
 def stratified_uniforms(first: int, count: int, total: int, *, seed: int, step: int, pairing: str = "antithetic") -> Tensor:
     """Numbers in (0, 1) for slots first .. first + count - 1 of a batch of `total`, fp64 [count].
 
-    antithetic: slots 2j and 2j + 1 get u and 1 - u with u in the j-th of total // 2 equal strata of (0, 1/2), so each number
-    is uniform, the batch covers (0, 1) evenly, and every pair adds up to 1. A last odd slot draws on its own.
-    stratified: slot s gets u in the s-th of `total` equal strata of (0, 1), which is how MDLM draws its times.
+    antithetic: slots 2j and 2j + 1 get u and 1 - u, with u in the j-th of total // 2 equal strata of (0, 1/2). Each number is
+    uniform, the batch covers (0, 1) evenly, and every pair adds up to 1. A last odd slot draws on its own.
+    stratified: slot s gets u in the s-th of `total` equal strata of (0, 1), as MDLM draws its times.
     independent: each slot draws on its own.
     """
     slot = torch.arange(first, first + count, dtype=torch.int64)
@@ -35,10 +35,10 @@ def stratified_uniforms(first: int, count: int, total: int, *, seed: int, step: 
 
 @dataclass(frozen=True)
 class LogLinear:
-    """MDLM's schedule with total noise sigma from sigma_min to sigma_max: the hide rate is linear in time.
+    """MDLM's schedule, with total noise sigma from sigma_min to sigma_max: the hide rate is linear in time.
 
-    rate(t) = 1 - exp(-sigma(t)) runs from 1 - exp(-sigma_min) to 1 - exp(-sigma_max). The loss weighs hidden tokens by
-    sigma'(t) / (exp(sigma(t)) - 1), which for rates running over the whole of 0..1 would be 1 / t.
+    rate(t) = 1 - exp(-sigma(t)) runs from 1 - exp(-sigma_min) to 1 - exp(-sigma_max). A hidden token weighs
+    sigma'(t) / (exp(sigma(t)) - 1) in the loss; for rates from 0 to 1 that would be 1 / t.
     """
 
     sigma_min: float = 1e-4
@@ -50,12 +50,12 @@ class LogLinear:
         return -math.expm1(-self.sigma_min), -math.expm1(-self.sigma_max)
 
     def rate(self, t: Tensor) -> Tensor:
-        """Chance of each token to be hidden at time t in [0, 1], fp64."""
+        """Chance that a token is hidden at time t in [0, 1], fp64."""
         low, high = self.rates
         return low + (high - low) * t.double()
 
     def sigma(self, t: Tensor) -> Tensor:
-        """Total noise at time t, fp64. Written so that sigma(1) keeps its digits: 1 - rate is e^-20 there."""
+        """Total noise at time t, fp64. This form keeps the digits of sigma(1), where 1 - rate is e^-20."""
         t = t.double()
         return -torch.log((1 - t) * math.exp(-self.sigma_min) + t * math.exp(-self.sigma_max))
 

@@ -1,6 +1,6 @@
-"""What a masking process is: it says which tokens are hidden, what else their loss needs, and what a checkpoint keeps of it.
+"""The interface of a masking process: which tokens are hidden, what else their loss needs, and what a checkpoint keeps.
 
-A new one is a file with a class like `identity.IdentitySchedule` and a line in the table of `processes.py`.
+To add one, write a file with a class like `identity.IdentitySchedule` and add a line to the table of `processes.py`.
 """
 
 from __future__ import annotations
@@ -17,15 +17,17 @@ from atat_fast.ops.attention import Documents
 
 
 class Scored(NamedTuple):
-    """Importance of a batch's tokens: scores [B, L] fp32 in [0, 1], and the estimator's logits [B, L] if it made them."""
+    """Importance of a batch's tokens: scores [B, L] fp32 in [0, 1], and the estimator's logits [B, L], if it made them."""
 
     scores: Tensor
     logits: Tensor | None = None
 
 
 class Tilt(NamedTuple):
-    """Logits of hidden row i are lowered by elapsed[i] * rates before the softmax: the vocabulary's rates [V] and the rows' times
-    [R], both fp32. A row's loss is then `linear_cross_entropy`'s with rates, not -log p.
+    """Lowers the logits of hidden row i by elapsed[i] * rates before the softmax; the loss is `linear_cross_entropy`'s with
+    rates.
+
+    rates: [V] fp32, of the vocabulary.   elapsed: [R] fp32, the rows' times.
     """
 
     rates: Tensor
@@ -37,9 +39,9 @@ class MaskedBatch:
     """What the model sees and what it must say.
 
     noisy: [B, L] ids.   rows: [R] flat indices of hidden tokens.   target: [R] their true ids.   weights: [R] fp32.
-    hidden_share: [B] fp32, the share of each sequence that is hidden, which a time-conditioned model is told.
-    tokens: B * L, what the loss divides by.   documents: boundaries that attention keeps, or None.
-    hidden: how many of the rows are no padding; they come first.   importance: scores that chose the masks, or None.
+    hidden_share: [B] fp32, the share of each sequence that is hidden; the time of a time-conditioned model.
+    tokens: B * L, by which the loss is divided.   documents: boundaries that attention keeps, or None.
+    hidden: number of rows that are not padding; they come first.   importance: scores that chose the masks, or None.
     tilt: what the process adds to the loss, or None.
     """
 
@@ -55,11 +57,11 @@ class MaskedBatch:
     tilt: Tilt | None = None
 
     def tensors(self) -> list[Tensor]:
-        """What the model's loss is computed from, in a fixed order."""
+        """The tensors of the loss, in a fixed order."""
         return [self.noisy, self.rows, self.target, self.weights, self.hidden_share, *(self.tilt or ())]
 
     def clone(self) -> MaskedBatch:
-        """With buffers of its own for these tensors."""
+        """A copy with its own buffers for these tensors."""
         noisy, rows, target, weights, share, *tilt = (tensor.clone() for tensor in self.tensors())
         return replace(
             self, noisy=noisy, rows=rows, target=target, weights=weights, hidden_share=share, tilt=Tilt(*tilt) if tilt else None
@@ -69,8 +71,8 @@ class MaskedBatch:
 class Hide(Protocol):
     """Hides exactly counts[b] (CPU int64) tokens of sequence b of tokens [B, L], which hold no mask_id.
 
-    What is hidden depends on (seed, step, sample id, position) and what the process looks at, and nothing waits for a device.
-    weighting: see ops.mask_tokens; `uniform` is (L + 1) / k, or what makes the process's own bound.
+    The choice depends on (seed, step, sample id, position) and what the process looks at; nothing waits for a device.
+    weighting: see ops.mask_tokens; `uniform` is (L + 1) / k, or the weight of the process's own bound.
     """
 
     def __call__(
@@ -88,10 +90,10 @@ class Hide(Protocol):
 
 
 class Process(Protocol):
-    """A way to choose what is hidden, given how many."""
+    """A way to choose which tokens are hidden, given how many."""
 
     own_bound: bool
-    """Whether its weights make a likelihood bound of its own, which is reported beside the uniform one."""
+    """Whether its weights make a likelihood bound of its own, to report beside the uniform one."""
 
     @classmethod
     def of(cls, config: DiffusionConfig, counts: Callable[[], Tensor]) -> Process:
@@ -99,18 +101,18 @@ class Process(Protocol):
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], vocabulary: int) -> Process:
-        """From what `tensors` gave. Raises ValueError or KeyError if they are not of this process and vocabulary."""
+        """The process whose `tensors` gave these. Raises ValueError or KeyError if they do not fit it or the vocabulary."""
 
     @staticmethod
     def check(config: DiffusionConfig) -> None:
-        """Raise UsageError for settings of this process that cannot be trained with."""
+        """Raise UsageError for invalid settings of this process."""
 
     @staticmethod
     def describe(config: DiffusionConfig) -> str:
         """One line for the plan of a run; empty if there is nothing to say."""
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint keeps, by name; {} if settings say all."""
+        """What a checkpoint keeps, by name; {} if the settings say everything."""
 
     def to(self, device: torch.device) -> Process:
         """The same on another device."""
@@ -130,6 +132,6 @@ class Process(Protocol):
 
 
 def per_row(per_sequence: Tensor, counts: Tensor, rows: Tensor) -> Tensor:
-    """One number a sequence as one a hidden token: fp32 on the device of rows."""
+    """Spread one number per sequence over its hidden tokens: fp32 on the device of rows."""
     values, device = per_sequence.to(rows.device, torch.float32, non_blocking=True), rows.device
     return values.repeat_interleave(counts.to(device, non_blocking=True), output_size=len(rows))

@@ -1,4 +1,4 @@
-"""The table of masking processes, by the name that diffusion.schedule gives them."""
+"""The table of masking processes, by their names in diffusion.schedule."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ PROCESSES: dict[str, type[Process]] = {"log_linear": Uniform, "token_identity": 
 
 
 def process_named(name: str) -> type[Process]:
-    """A process of the table. Raises UsageError for an unknown name."""
+    """The process of that name. Raises UsageError if it is unknown."""
     if name not in PROCESSES:
         known = ", ".join(PROCESSES)
         raise UsageError(f"there is no diffusion.schedule {name!r}{nearest(name, PROCESSES)}; choose one of {known}")
@@ -38,5 +38,5 @@ def check_process(config: DiffusionConfig, importance: ImportanceConfig) -> None
 
 
 def name_of(process: Process) -> str:
-    """The name that the table gives a process."""
+    """The name of a process in the table."""
     return next(name for name, kind in PROCESSES.items() if isinstance(process, kind))

@@ -1,4 +1,4 @@
-"""Uniform masks: every set of k tokens is as likely as any other. Also in mirrored pairs, whose halves cover a sequence."""
+"""Uniform masks: every set of k tokens is equally likely. Also mirrored pairs, whose halves cover a sequence."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def hide(
     step: int | Tensor,
     weighting: str = "uniform",
 ) -> MaskedBatch:
-    """Hide exactly counts[b] (CPU int64) tokens of sequence b. A loss is sum(weights * nll) / batch.tokens, nats a token."""
+    """Hide exactly counts[b] (CPU int64) tokens of sequence b. The loss is sum(weights * nll) / batch.tokens, nats a token."""
     device, hidden = tokens.device, int(counts.sum())
     noisy, rows, weights = mask_tokens(
         tokens,
@@ -41,10 +41,10 @@ def hide(
 def hide_mirrored(
     tokens: Tensor, counts: Tensor, *, first: int, mask_id: int, sample_ids: Tensor, seed: int, step: int
 ) -> MaskedBatch:
-    """Hide counts[b] tokens of sequence b, where an odd slot hides exactly what the even one before it leaves visible.
+    """Hide counts[b] tokens of sequence b. An odd slot hides exactly what the even slot before it leaves visible.
 
     Slots are first .. first + B - 1. An odd slot draws its partner's mask and takes the complement, so a pair may be cut apart.
-    Each slot alone hides a set of its size with equal chances, so each alone, and so their mean, is the bound's estimate.
+    Each slot alone hides every set of its size with equal chance, so each alone, and their mean, estimates the bound.
     """
     batch, length = tokens.shape
     second = torch.arange(first, first + batch) % 2 == 1
@@ -69,29 +69,29 @@ class Uniform:
 
     @classmethod
     def of(cls, config: DiffusionConfig, counts: Callable[[], Tensor]) -> Uniform:
-        """Nothing is asked."""
+        """Needs no counts."""
         return cls()
 
     @classmethod
     def restored(cls, tensors: Mapping[str, Tensor], vocabulary: int) -> Uniform:
-        """Nothing is kept."""
+        """Nothing is restored."""
         return cls()
 
     @staticmethod
     def check(config: DiffusionConfig) -> None:
-        """Every setting is right."""
+        """Every setting is valid."""
 
     @staticmethod
     def describe(config: DiffusionConfig) -> str:
-        """The plan need not say it."""
+        """Nothing to say."""
         return ""
 
     def tensors(self) -> dict[str, Tensor]:
-        """None."""
+        """No tensors."""
         return {}
 
     def to(self, device: torch.device) -> Uniform:
-        """The same."""
+        """Itself: it has no state."""
         return self
 
 
