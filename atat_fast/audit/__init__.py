@@ -1,1 +1,1 @@
-"""Everything of a small alphabet counted out: which maskings, weights and schedules give a bound."""
+"""Enumerate a small alphabet to show which maskings, weights and schedules give a bound."""

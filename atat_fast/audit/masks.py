@@ -1,9 +1,9 @@
-"""Is a way of hiding and weighing tokens a likelihood bound? Answered by enumeration, not by argument.
+"""Is a way of hiding and weighing tokens a likelihood bound? Enumeration answers.
 
-Over an alphabet small enough to list every sequence x and every mask M, the best any model can do from a masked sequence is
-the exact posterior p(x_i | x visible, M), and the objective's value there can be computed to rounding. A bound cannot be
-less than the entropy of the joint; the exact-count bound equals it. Where weights differ between tokens, the best model is the
-minimiser of the weighted loss, and how far it lies from p(x_i | x visible) is the harm that is done to what is learned.
+The alphabet is small enough to list every sequence x and every mask M. No model can do better on a masked sequence than the
+exact posterior p(x_i | x visible, M), so the objective's value there can be computed to rounding. A bound is never less than the
+entropy of the joint; the exact-count bound equals it. If weights differ between tokens, the best model is the minimiser of the
+weighted loss, and its distance from p(x_i | x visible) is the harm to what is learned.
 
 `python -m atat_fast.audit` prints the tables of docs/atat.md.
 """
@@ -25,13 +25,13 @@ TILT, FOCUS, RHO = 2.0, 1.0, 0.5  # of the table; tilts of both signs are tried
 ROUNDING = 1e-9  # nats a sequence
 
 HideLaw = Callable[[Tensor, int], dict[tuple[int, ...], Tensor]]
-"""(sequences [S, L], k) -> for each set of k hidden positions its chance given each sequence, [S] fp64."""
+"""(sequences [S, L], k) -> for each set of k hidden positions, its chance given each sequence, [S] fp64."""
 
 WeightedLaw = Callable[[Tensor, int], dict[tuple[int, ...], Tensor]]
-"""(sequences [S, L], k) -> for each set of k hidden positions, [S, k] fp64: its chance given each sequence, times the weight of
-each of the positions relative to the masking's own, (L + 1) / k or rate' / rate."""
+"""(sequences [S, L], k) -> for each set of k hidden positions, [S, k] fp64: its chance given each sequence, times each position's
+weight relative to the masking's own, (L + 1) / k or rate' / rate."""
 Scores = Callable[[Tensor, Tensor, int], Tensor]
-"""(what may be seen [S, L], with -1 where it is hidden; clean sequences [S, L]; k) -> importance [S, L] in [0, 1]."""
+"""(what may be seen [S, L], with -1 at hidden positions; clean sequences [S, L]; k) -> importance [S, L] in [0, 1]."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +43,7 @@ class Joint:
 
     @staticmethod
     def random(vocabulary: int, length: int, *, seed: int, sharpness: float = 2.0) -> Joint:
-        """A joint with no structure: the softmax of Gaussian noise."""
+        """A joint without structure: the softmax of Gaussian noise."""
         sequences = torch.tensor(list(itertools.product(range(vocabulary), repeat=length)))
         noise = torch.randn(len(sequences), generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
         return Joint(sequences, torch.softmax(sharpness * noise, 0))
@@ -64,7 +64,7 @@ def subsets(length: int, k: int) -> Iterator[tuple[int, ...]]:
 
 
 def uniform_law(sequences: Tensor, k: int) -> dict[tuple[int, ...], Tensor]:
-    """Every set of k positions equally likely, whatever the tokens."""
+    """Every set of k positions is equally likely, whatever the tokens."""
     length = sequences.shape[1]
     share = torch.full((len(sequences),), 1 / math.comb(length, k), dtype=torch.float64)
     return dict.fromkeys(subsets(length, k), share)
@@ -73,7 +73,7 @@ def uniform_law(sequences: Tensor, k: int) -> dict[tuple[int, ...], Tensor]:
 def plackett_luce_law(score: Callable[[Tensor], Tensor], tilt: float) -> HideLaw:
     """Tokens are revealed one by one with odds exp(-tilt * score(x)) until k are left; score gives [S, L] from clean tokens.
 
-    Scores that look at the clean tokens make the pattern of masks tell what is under them; see `clean` importance.
+    If scores look at clean tokens, the pattern of masks tells what is hidden; see `clean` importance.
     """
 
     def law(sequences: Tensor, k: int) -> dict[tuple[int, ...], Tensor]:
@@ -83,7 +83,7 @@ def plackett_luce_law(score: Callable[[Tensor], Tensor], tilt: float) -> HideLaw
 
 
 def _reveal(odds: Tensor, positions: tuple[int, ...], k: int) -> dict[tuple[int, ...], Tensor]:
-    """Positions are revealed one by one with these odds [S, L] until k are left: the chance [S] of each set that may be left."""
+    """Reveal positions one by one with these odds [S, L] until k are left: the chance [S] of each set that may be left."""
     total = {hidden: torch.zeros(len(odds), dtype=torch.float64) for hidden in itertools.combinations(positions, k)}
     for order in itertools.permutations(positions, len(positions) - k):
         chance, left = torch.ones(len(odds), dtype=torch.float64), list(positions)
@@ -97,7 +97,7 @@ def _reveal(odds: Tensor, positions: tuple[int, ...], k: int) -> dict[tuple[int,
 def importance_law(
     score: Scores, *, sees: str, tilt: float, rho: float = RHO, weighting: str = "uniform", focus: float = FOCUS
 ) -> WeightedLaw:
-    """The law of `hide_by_importance`: with sees `visible` a uniform context first, then tokens revealed by their scores."""
+    """The law of `hide_by_importance`. If sees is `visible`, a uniform context comes first; then scores say what is revealed."""
 
     def law(sequences: Tensor, k: int) -> dict[tuple[int, ...], Tensor]:
         length = sequences.shape[1]
@@ -126,15 +126,15 @@ def _relative(scores: Tensor, weighting: str, tilt: float, focus: float) -> Tens
 def masked_cross_entropy(joint: Joint, hidden: tuple[int, ...], chance: Tensor) -> float:
     """E over x and this mask of the summed -log p*(x_i | visible tokens, this mask), nats: sum_x p(x) q(M | x) sum_i CE_i.
 
-    p* is the exact posterior: it knows the mask's own law, chance [S] = q(M | x), as the best model would.
+    p* is the exact posterior. Like the best model it knows the mask's law, chance [S] = q(M | x).
     """
     return weighted_cross_entropy(joint, hidden, chance[:, None].expand(-1, len(hidden)))[0]
 
 
 def weighted_cross_entropy(joint: Joint, hidden: tuple[int, ...], weight: Tensor) -> tuple[float, float]:
-    """sum_x p(x) sum_i weight[x, i] * -log p~(x_i | visible tokens, this mask) at its minimiser p~, and how far p~ is off.
+    """The least sum_x p(x) sum_i weight[x, i] * -log p~(x_i | visible tokens, this mask), and how far its minimiser p~ is off.
 
-    weight [S, k] = q(M | x) * w_i. The second number is the largest |p~(v | visible) - p(v | visible)| there is.
+    weight: [S, k] = q(M | x) * w_i. The second number is the largest |p~(v | visible) - p(v | visible)|.
     """
     visible = [i for i in range(joint.length) if i not in hidden]
     value = off = 0.0
@@ -148,19 +148,19 @@ def weighted_cross_entropy(joint: Joint, hidden: tuple[int, ...], weight: Tensor
 
 
 def _share(weight: Tensor, part: Tensor, whole: Tensor) -> Tensor:
-    """For each sequence, the weight of those like it in `part` over the weight of those like it in `whole`."""
+    """For each sequence, the total weight of its group in `part` over that of its group in `whole`."""
     sums = [torch.zeros(len(weight), dtype=torch.float64).index_add_(0, g, weight)[g] for g in (part, whole)]
     return sums[0] / sums[1]
 
 
 def group_of(columns: Tensor) -> Tensor:
-    """A number below S for each of S sequences that is the same where these columns are: they are digits, and S = V^L."""
+    """A number below S for each of S sequences, the same if these columns are the same: columns are digits, and S = V^L."""
     base = int(columns.max()) + 1 if columns.numel() else 1
     return (columns * base ** torch.arange(columns.shape[1])).sum(1)
 
 
 def exact_count_value(joint: Joint, law: HideLaw = uniform_law) -> float:
-    """E_{k ~ U{0..L}} (L + 1) / k * E sum of CE over the k hidden tokens, at the best model, with the `uniform` weights."""
+    """E_{k ~ U{0..L}} (L + 1) / k * E sum of CE over the k hidden tokens, at the best model, with `uniform` weights."""
     return sum(
         masked_cross_entropy(joint, hidden, chance) / k
         for k in range(1, joint.length + 1)
@@ -178,7 +178,7 @@ def count_law_value(joint: Joint, chances: Tensor, weights: Tensor, law: HideLaw
 
 
 def bernoulli_value(joint: Joint, schedule: LogLinear) -> float:
-    """The integral over time of weight(t) * E sum of CE at the best model, each token hidden with chance rate(t)."""
+    """The integral over time of weight(t) * E sum of CE at the best model. Each token is hidden with chance rate(t)."""
     factors = count_factors(joint.length, "bernoulli", "uniform", schedule)
     return sum(
         factors[k] * masked_cross_entropy(joint, hidden, chance)
@@ -188,11 +188,11 @@ def bernoulli_value(joint: Joint, schedule: LogLinear) -> float:
 
 
 def count_factors(length: int, masking: str, weighting: str, schedule: LogLinear) -> list[float]:
-    """What E of the summed (relatively weighted) CE given k hidden tokens is multiplied by in the loss of a sequence, k = 0..L.
+    """The factor of E of the summed (relatively weighted) CE given k hidden tokens, in the loss of a sequence: k = 0..L.
 
-    exact: chance 1 / (L + 1) times weight (L + 1) / k. bernoulli: the integral over time of weight(t) times the binomial chance,
-    a polynomial in the rate of degree L - 1, so Gauss-Legendre quadrature with L + 1 nodes is exact. `ce`: L over the expected
-    number of hidden tokens, whatever k.
+    exact: chance 1 / (L + 1) times weight (L + 1) / k. bernoulli: the integral over time of weight(t) times the binomial chance.
+    It is a polynomial in the rate of degree L - 1, so Gauss-Legendre quadrature with L + 1 nodes is exact. `ce`: L over the
+    expected number of hidden tokens, whatever k.
     """
     if masking == "exact":
         flat = 2 / (length + 1)
@@ -209,7 +209,7 @@ def count_factors(length: int, masking: str, weighting: str, schedule: LogLinear
 
 
 def gauss_legendre(count: int) -> tuple[list[float], list[float]]:
-    """Nodes and weights on (-1, 1)."""
+    """`count` nodes and weights on (-1, 1)."""
     import numpy as np
 
     nodes, weights = np.polynomial.legendre.leggauss(count)
@@ -217,19 +217,19 @@ def gauss_legendre(count: int) -> tuple[list[float], list[float]]:
 
 
 def learned_example(seen: Tensor, clean: Tensor, k: int) -> Tensor:
-    """A stand-in for the estimator: an arbitrary function of what may be seen around a position, the position, and k."""
+    """A stand-in for the estimator: an arbitrary function of the visible neighbours, the position, and k."""
     left, right = seen.roll(1, 1), seen.roll(-1, 1)
     position = torch.arange(seen.shape[1])
     return torch.remainder(seen * 3 + left * 5 + right * 7 + 2 * position + k, 11).double() / 10
 
 
 def frequency_example(seen: Tensor, clean: Tensor, k: int) -> Tensor:
-    """Importance of a token by what it is."""
+    """Importance of a token by its id."""
     return clean.double() / clean.max()
 
 
 def full_example(seen: Tensor, clean: Tensor, k: int) -> Tensor:
-    """0.7 of the first and 0.3 of the second."""
+    """0.7 `learned_example` + 0.3 `frequency_example`."""
     return 0.7 * learned_example(seen, clean, k) + 0.3 * frequency_example(seen, clean, k)
 
 
@@ -248,7 +248,8 @@ class Finding:
     """What a combination of settings does, over the table's joints and tilts of both signs.
 
     low, high: by masking, the least and greatest value at the best model minus the entropy, nats a sequence. off: the largest
-    error of a probability the best model gives. clipping: how far bernoulli's clipped rates alone may put it below.
+    error of a probability of the best model. clipping: how far bernoulli's clipped rates alone may put the value below the
+    entropy.
     """
 
     source: str
@@ -260,7 +261,7 @@ class Finding:
     clipping: float
 
     def is_bound(self, masking: str) -> bool:
-        """Whether the value was never below the entropy, but for what clipped rates leave out."""
+        """Whether the value was never below the entropy, apart from what clipped rates explain."""
         return self.low[masking] >= -ROUNDING - (self.clipping if masking == "bernoulli" else 0.0)
 
     @property
@@ -292,7 +293,7 @@ def audit(source: str, sees: str, weighting: str) -> Finding:
 
 
 def findings() -> list[Finding]:
-    """Every combination that a run can have."""
+    """Every combination of settings that a run can have."""
     plain = [audit("none", "visible", weighting) for weighting in ("uniform", "ce")]
     weightings = ("uniform", "order", "importance", "ce")
     return plain + [audit(source, sees, weighting) for source, sees in SOURCES for weighting in weightings]
@@ -317,6 +318,6 @@ def table() -> str:
 
 
 def number(value: float) -> str:
-    """Signed, to three places, and 0 without a sign."""
+    """`value` to three places with its sign; 0 has none."""
     text = f"{value:+.3f}"
     return "0.000" if text in ("+0.000", "-0.000") else text

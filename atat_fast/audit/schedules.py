@@ -1,9 +1,9 @@
 """The audit of audit/masks.py for schedules: laws over counts, and rates of tokens. Two more tables of docs/atat.md.
 
 A token-identity schedule is enumerated over sequences and masks, and integrated over time, for three models: one that is told the
-time and may be anything, the posterior at that time; one whose logits are l(z) - s w, what `linear_cross_entropy` makes of a
-network that is not told; and one that is told nothing at all. The first meets the entropy, which shows the bound's form to be
-right; what the others miss is the price of not knowing the time.
+time and is otherwise free, the posterior at that time; one with logits l(z) - s w, which `linear_cross_entropy` makes of a
+network that is not told the time; and one that is told nothing. The first reaches the entropy, which shows the bound's form to be
+right. The others miss it by the price of not knowing the time.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ STRENGTHS = (1.0, -1.0)
 MODELS = ("told the time", "logits less s w", "told nothing")
 NODES = 40
 POWER = 8
-"""Time is t = y^POWER in the quadrature over y: powers t^w with w not whole are then smooth at 0."""
+"""The quadrature runs over y with time t = y^POWER, so that powers t^w with fractional w are smooth at 0."""
 
 
 def count_law_above(joint: Joint, law: str, weighting: str) -> float:
-    """The value of the best model less the entropy, nats a sequence, with counts from the law and its weights or those of ce."""
+    """The best model's value minus the entropy, nats a sequence, under the law's counts, with its weights or those of ce."""
     config, progress = LAWS[law]
     chances = count_chances(config, joint.length, progress)
     if chances is None:
@@ -69,11 +69,12 @@ def counts_table() -> str:
 
 @dataclass(frozen=True)
 class Enumerated:
-    """A joint under rates: for every (mask, visible tokens, hidden position) a group.
+    """A joint under rates: one group for every (mask, visible tokens, hidden position).
 
-    rates [V]; times [Q] and flow [G, V, Q]: chance of the group with token v there and time s_q, times the quadrature's weight of
-    ds; share [G, V]: the same by the race, over all times; posterior [G, V]: p(v | visible); uniform [G]: chance of the group
-    times (1 / k) under exact uniform counts.
+    rates: [V].   times: [Q].
+    flow: [G, V, Q], chance of the group with token v there and time s_q, times the quadrature's weight of ds.
+    share: [G, V], the same by the race, over all times.   posterior: [G, V], p(v | visible).
+    uniform: [G], chance of the group times (1 / k) under exact uniform counts.
     """
 
     rates: Tensor
@@ -117,7 +118,7 @@ def enumerate_joint(joint: Joint, strength: float) -> Enumerated:
 
 
 def schedule_loss(found: Enumerated, log_mu: Tensor) -> Tensor:
-    """The bound of a model, nats a sequence: log_mu [G, V, Q], or [G, V, 1] where it does not depend on time."""
+    """The bound of a model, nats a sequence: log_mu [G, V, Q], or [G, V, 1] if it does not depend on time."""
     rates = found.rates[:, None]
     speed = (rates * log_mu.exp()).sum(1, keepdim=True)
     loss: Tensor = (found.flow * (speed - rates - rates * log_mu)).sum()
@@ -142,8 +143,9 @@ def best_tilted(found: Enumerated, steps: int = 60) -> Tensor:
 
 
 def identity_above(joint: Joint, strength: float) -> dict[str, tuple[float, float, float]]:
-    """For each of MODELS at its best: its bound less the entropy; its bound under uniform masks, where logits are l alone, less
-    the entropy (nats a sequence); and how far its probabilities then are from p(v | visible). NaN where it says nothing there.
+    """For each of MODELS at its best, in nats a sequence: its bound minus the entropy; its bound under uniform masks, with logits
+    l alone, minus the entropy; and the largest error of its probabilities there against p(v | visible). NaN if a value does not
+    apply.
     """
     found, entropy = enumerate_joint(joint, strength), joint.entropy()
     told = torch.log(found.flow / found.flow.sum(1, keepdim=True))

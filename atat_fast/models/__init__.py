@@ -1,4 +1,4 @@
-"""The backbone."""
+"""The model."""
 
 from atat_fast.models.dit import DiT
 

@@ -1,15 +1,15 @@
-"""accelerate: an existing MDLM model, its own classes and parameters, with this package's ops under its forward.
+"""accelerate: run an existing MDLM model, with its own classes and parameters, on this package's ops.
 
-    model = atat_fast.accelerate(model)            # in place; restore(model) takes it back
+    model = atat_fast.accelerate(model)            # in place; restore(model) undoes it
     loss = masked_diffusion_loss(model, tokens, mask_id=50_257, seed=1, step=step)
 
-A model is recognised by its parts (`NETWORK`, `BLOCK` below), not by where it comes from. It is then run once as it was and once
-as it is now, and both must give the same logits. Only `forward` is replaced, on that one object: parameters are the same objects
-under the same names, so optimizers, averages and checkpoints do not notice. DiT's trunk runs over the model's own weights, with
-one op between two matrix products. The loss forms no logits of visible tokens, and those of hidden tokens a slab at a time.
+A model is recognised by its parts (`NETWORK`, `BLOCK` below), wherever it comes from. It is then run once before and once after,
+and both must give the same logits. Only `forward` of that one object is replaced. Parameters stay the same objects under the same
+names, so optimizers, averages and checkpoints do not notice. DiT's trunk runs over the model's weights, with one op between two
+matrix products. The loss forms no logits of visible tokens, and those of hidden tokens a slab at a time.
 
 Embeddings and linear layers are still called as modules, so their hooks and adapters work. Blocks and norms are not called, so
-hooks on those would be lost, and are refused.
+hooks on them are refused.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ NETWORK = (
 BLOCK = ("n_heads", "norm1.weight", "attn_qkv", "attn_out", "norm2.weight", "mlp", "adaLN_modulation")
 ARGUMENTS = ("indices", "sigma")
 STATES = "output_hidden_states"  # the hub's classes have this argument too, and return a pair
-MOST_HIDDEN = 0.999  # the greatest rate of MDLM's schedule: the largest time such a model was told is that of 1 - 0.001
+MOST_HIDDEN = 0.999  # the greatest rate of MDLM's schedule, so the largest that such a model was trained with
 
 _SETTINGS = "_atat_fast_accelerated"
 _PROBE_LENGTH = 7
@@ -66,20 +66,22 @@ def accelerate(
 ) -> nn.Module:
     """Replace the forward of an MDLM network by one made of fused ops, in place.
 
-    model: the network, or a module that holds it as `backbone` (MDLM's Lightning module, the hub's class). Not a compiled or
-        wrapped one: accelerate first, then compile or wrap.
-    time_conditioning: whether sigma is read. False takes every sigma as 0, and modulation then costs nothing. By default what
-        the module around the network says (MDLM's zeroes sigma itself when it has time_conditioning False), else True.
-    autocast: on a GPU the blocks and the head run under autocast to this dtype, as MDLM's own forward does; None leaves the
+    model: the network, or a module that holds it as `backbone` (MDLM's Lightning module, the hub's class). Not compiled or
+    wrapped:
+        accelerate first, then compile or wrap.
+    time_conditioning: whether sigma is read. False takes every sigma as 0, and modulation then costs nothing. The default is the
+        setting of the module around the network (MDLM zeroes sigma itself if its time_conditioning is False), else True.
+    autocast: on a GPU the blocks and the head run under autocast to this dtype, as in MDLM's own forward; None leaves the
         precision to the caller. On a CPU it is always the caller's.
-    check: run the network as it was and as it is now on two short sequences, without dropout, with small random numbers in
-        place of parameters that are all zero, and refuse if logits differ. The model must be able to run on its device.
+    check: run the network before and after on two short sequences, and refuse if logits differ. It runs without dropout, with
+    small
+        random numbers in place of parameters that are all zero. The model must be able to run on its device.
 
     forward(indices [B, L], sigma [B]) gives logits [B, L, V] as before. A block in training mode drops at its own rate. Each
-    forward takes a new seed from torch's generator, so torch.manual_seed repeats its masks, but they are not those that torch's
-    dropout would draw. Under activation checkpointing the same mask is used twice.
+    forward takes a new seed from torch's generator, so torch.manual_seed repeats its masks, but they are not the masks of torch's
+    dropout. Activation checkpointing uses the same mask twice.
 
-    Returns model. Raises ValueError, and changes nothing, if the model is not one of MDLM's, saying what is missing.
+    Returns model. Raises ValueError, and changes nothing, if the model is not one of MDLM's; the error says what is missing.
     """
     outer, network = model, _network(model)
     if _SETTINGS in network.__dict__:
@@ -105,14 +107,14 @@ def accelerate(
 
 
 def restore(model: nn.Module) -> nn.Module:
-    """Give an accelerated model its own forward back. Returns model. Raises ValueError for one that is not accelerated."""
+    """Give an accelerated model its own forward back. Returns model. Raises ValueError if it is not accelerated."""
     network = _accelerated(model)
     del network.__dict__["forward"], network.__dict__[_SETTINGS]
     return model
 
 
 def forward(self: nn.Module, indices: Tensor, sigma: Tensor, output_hidden_states: bool = False) -> Any:
-    """What an accelerated network runs: indices [B, L], sigma [B] to logits [B, L, V] in the compute dtype."""
+    """The forward of an accelerated network: indices [B, L], sigma [B] to logits [B, L, V] in the compute dtype."""
     settings = _settings(self)
     if output_hidden_states:
         if not settings.pair:
@@ -125,10 +127,10 @@ def forward(self: nn.Module, indices: Tensor, sigma: Tensor, output_hidden_state
 
 
 def features(model: nn.Module, indices: Tensor, sigma: Tensor | None = None, rows: Tensor | None = None) -> Tensor:
-    """Rows the head reads: [B * L, D], or [R, D] for `rows` ([R] flat indices).
+    """The rows that the head reads: [B * L, D], or [R, D] for `rows` ([R] flat indices).
 
-    indices [B, L]; sigma [B], or None for zeros. After the last attention only `rows` are computed. Raises ValueError for a model
-    that is not accelerated.
+    indices [B, L]; sigma [B], or None for zeros. After the last attention only `rows` are computed. Raises ValueError if the
+    model is not accelerated.
     """
     network: Any = _accelerated(model)
     settings = _settings(network)
@@ -158,7 +160,7 @@ def features(model: nn.Module, indices: Tensor, sigma: Tensor | None = None, row
 def _run(
     block: Any, x: Tensor, branch: Tensor | None, modulation: tuple[Tensor, ...], context: BlockContext
 ) -> tuple[Tensor, Tensor]:
-    """A block of MDLM's as `run_trunk` calls it. Its linear layers are called as modules, so that hooks and adapters work."""
+    """A block of MDLM's in the form `run_trunk` calls. Linear layers are called as modules, so hooks and adapters work."""
 
     def attend(y: Tensor, context: BlockContext) -> Tensor:
         qkv = block.attn_qkv(y).view(*y.shape[:2], 3, block.n_heads, -1)
@@ -173,7 +175,7 @@ def _norm(norm: Any) -> Norm:
 
 
 def _rate(block: Any) -> float:
-    """The block's dropout now: a number (MDLM's), or a Dropout module under that name or dropout1."""
+    """The block's dropout now. MDLM has a number `dropout`; others have a Dropout module, `dropout` or `dropout1`."""
     rate: Any = getattr(block, "dropout", None)
     if rate is None:
         rate = getattr(block, "dropout1", 0.0)
@@ -181,7 +183,7 @@ def _rate(block: Any) -> float:
 
 
 def _randomness(x: Tensor) -> Randomness:
-    """Of one forward: the seed is drawn from the generator of x's device, on that device."""
+    """One forward's randomness: the seed is drawn from the generator of x's device, on that device."""
     return Randomness(torch.randint(2**62, (), device=x.device), 0, torch.arange(len(x), device=x.device))
 
 
@@ -190,8 +192,8 @@ def weighted_loss(
 ) -> Tensor:
     """sum(weights * -log p(target)) over the hidden tokens, an fp32 scalar in nats.
 
-    noisy [B, L] ids; rows [R] flat indices of hidden tokens, target [R] their true ids, weights [R] fp32, as `mask_tokens` gives
-    them; sigma [B], or None for zeros; mask_id is never predicted. Differentiable in the parameters; one graph under
+    noisy [B, L] ids; rows [R] flat indices of hidden tokens, target [R] their true ids, weights [R] fp32, all as `mask_tokens`
+    gives them; sigma [B], or None for zeros; mask_id is never predicted. Differentiable in the parameters; one graph under
     torch.compile.
     """
     y = features(model, noisy, sigma, rows)
@@ -214,17 +216,17 @@ def masked_diffusion_loss(
     first: int = 0,
     total: int | None = None,
 ) -> Tensor:
-    """The training loss of an accelerated model on clean tokens, in nats a token: hide, run, and weigh what was hidden.
+    """The training loss of an accelerated model on clean tokens, in nats a token: hide, run, weigh.
 
     tokens:      [B, L] ids without mask_id.
-    seed, step:  what the masks depend on, with sample_ids [B] (int64, by default first + 0 .. B - 1) and the position.
+    seed, step:  fix the masks, together with sample_ids [B] (int64, by default first + 0 .. B - 1) and the position.
     weighting:   "uniform" is the likelihood bound's own weight; "ce" the plain mean over hidden tokens (docs/training.md).
     masking:     "exact" hides exactly k tokens, k stratified over the global batch; "bernoulli" is MDLM's process.
     first, total: this call's sequences are first .. first + B - 1 of a global batch of `total`, B by default.
 
-    A model that is told the time gets -log(1 - share hidden), with a share of at most 0.999 as in MDLM's own schedule.
+    A model with time conditioning gets -log(1 - share hidden), with a share of at most 0.999 as in MDLM's own schedule.
     Returns a scalar to call backward on. Under DDP, call it inside the wrapped module's forward.
-    Raises ValueError for a model that is not accelerated, an unknown masking or weighting, and bad ids.
+    Raises ValueError if the model is not accelerated, masking or weighting is unknown, or ids are bad.
     """
     network = _accelerated(model)
     for name, value, known in (("masking", masking, ("exact", "bernoulli")), ("weighting", weighting, ("uniform", "ce"))):
@@ -262,7 +264,7 @@ def _settings(network: nn.Module) -> _Settings:
 
 
 def _network(model: nn.Module) -> nn.Module:
-    """The network itself: model, or what it holds as backbone."""
+    """The network itself: model, or its `backbone`."""
     inner = getattr(model, "backbone", None)
     return inner if isinstance(inner, nn.Module) and not hasattr(model, "vocab_embed") else model
 
@@ -275,7 +277,7 @@ def _accelerated(model: nn.Module) -> nn.Module:
 
 
 def _recognise(network: nn.Module) -> None:
-    """Raise ValueError if the network is not MDLM's, naming everything that is missing or different."""
+    """Raise ValueError if the network is not MDLM's, with everything that is missing or different."""
     name = type(network).__name__
     if "_orig_mod" in network._modules:
         raise ValueError("this model is already compiled; accelerate it first, then call torch.compile on it")
@@ -356,10 +358,10 @@ class _Probe:
             ) from error
 
     def compare(self) -> None:
-        """Raise ValueError if the forward that is there now gives other logits."""
+        """Raise ValueError if the present forward gives other logits."""
         got = self._logits()
         exact = got.dtype is self.want.dtype and got.dtype in (torch.float32, torch.float64)
-        allowed = 0.01 if exact else 0.1  # of the logits' norm: another network is off by the whole of it
+        allowed = 0.01 if exact else 0.1  # of the logits' norm; another network is off by all of it
         error = float((got.double() - self.want.double()).norm() / self.want.double().norm().clamp(min=1e-30))
         if not error <= allowed:
             raise ValueError(
@@ -376,7 +378,7 @@ class _Probe:
 
 @contextlib.contextmanager
 def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Every module in evaluation mode inside, and as it was after."""
+    """Evaluation mode for every module inside; each one's own mode is restored after."""
     modes = [(module, module.training) for module in model.modules()]
     try:
         for module, _ in modes:

@@ -1,4 +1,4 @@
-"""The model card of a saved model: what it is, what it learned from, and how good it was, out of the run's own records."""
+"""The model card of a saved model: what it is, what it learned from, and how good it was, from the run's own records."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ BOUND = (
 
 
 def model_card(facts: dict[str, Any], *, name: str, licence: str | None = None) -> str:
-    """README.md of the model that `facts` describes (see `hub.facts_of_run`): metadata the hub reads, then what a person does.
+    """README.md of the model that `facts` describes (see `hub.facts_of_run`): the hub's metadata, then text for people.
 
-    name: what the model is called, owner/name where it is on the hub. licence: of the weights, an identifier the hub knows;
-    "unknown" where nobody said. Whatever `facts` lacks is left out.
+    name: of the model, owner/name if it is on the hub. licence: of the weights, an identifier the hub knows; None writes
+    "unknown". What `facts` lacks is left out.
     """
     corpus = str(facts.get("data", {}).get("corpus", "")) or None
     parts = [f"# {name.rsplit('/', 1)[-1]}", _summary(facts), _use(name)]
@@ -161,7 +161,7 @@ def _table(title: str, rows: list[tuple[str, str]]) -> str:
 
 
 def fenced(text: str) -> str:
-    """Text as a block that Markdown shows as it is, whatever it holds; control characters become U+FFFD."""
+    """Text as a Markdown block that shows it unchanged; control characters become U+FFFD."""
     text = re.sub(r"[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]", "\ufffd", text.replace("\r\n", "\n"))
     longest = max((len(run) for run in re.findall(r"`+", text)), default=0)
     fence = "`" * max(3, longest + 1)

@@ -1,4 +1,4 @@
-"""`python -m atat_fast.models.convert` is now `python -m atat_fast.convert`; this name goes with the next release."""
+"""`python -m atat_fast.models.convert` is now `python -m atat_fast.convert`; the next release drops this name."""
 
 import runpy
 

@@ -1,4 +1,4 @@
-"""DiT: the transformer of MDLM. It sees a text with tokens hidden, and says which tokens they were.
+"""DiT: the transformer of MDLM. It sees a text with hidden tokens and predicts them.
 
 Notable features, all of MDLM's so that its published weights fit:
 - pre-norm blocks whose LayerNorms have a weight and no bias; shift, scale and gate of every branch come from the time
@@ -6,8 +6,8 @@ Notable features, all of MDLM's so that its published weights fit:
 - without time conditioning (the default) that embedding is one row for all samples, and modulation is free;
 - rotary positions, halves paired, base 10,000; qkv and output projections without bias; MLP 4 x D, tanh-GELU, with bias;
 - embeddings untied by default; the head has a bias and starts at zero.
-Options beyond MDLM: tied embeddings, QK-norm, ReLU squared, attention within documents, blocks computed again to save memory.
-Shifts, scales and gates of all blocks are one matrix product. How the blocks are joined is in `trunk.py`.
+Options beyond MDLM: tied embeddings, QK-norm, ReLU squared, attention within documents, blocks recomputed to save memory.
+One matrix product makes the shifts, scales and gates of all blocks. `trunk.py` joins the blocks.
 """
 
 from __future__ import annotations
@@ -34,11 +34,11 @@ from atat_fast.ops.attention import Documents, self_attention
 from atat_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_cost
 from atat_fast.ops.registry import Cost, transformed
 
-LEAST_VISIBLE = 2e-9  # the hidden share a model is told stays below 1 - e^-20, the log-linear schedule's last rate
+LEAST_VISIBLE = 2e-9  # keeps the hidden share a model is told below 1 - e^-20, the log-linear schedule's last rate
 
 
 class TimeEmbedding(nn.Module):
-    """sigma [B] to [B, C]: cosines and sines of 256 frequencies, then two linear layers with SiLU after each."""
+    """sigma [B] to [B, C]: cosines and sines of 256 frequencies, then two linear layers, each followed by SiLU."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class TimeEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """One block: its weights, and how they are called. `run_block` is its arithmetic."""
+    """The weights of one block. `run_block` is its arithmetic."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -72,8 +72,8 @@ class Block(nn.Module):
     def forward(
         self, x: Tensor, branch: Tensor | None, modulation: tuple[Tensor, ...], context: BlockContext
     ) -> tuple[Tensor, Tensor]:
-        """`run_block`; computed again in the backward pass if `recompute` is set."""
-        # Dropout is a function of what it is told, so no random state is kept. Functorch and tangents know no checkpoints.
+        """`run_block`; recomputed in the backward pass if `recompute` is set."""
+        # Dropout depends only on its arguments, so keep no random state. Functorch and tangents do not support checkpoints.
         if self.recompute and torch.is_grad_enabled() and not transformed():
             return checkpoint(  # type: ignore[no-any-return]
                 self.run, x, branch, modulation, context, use_reentrant=False, preserve_rng_state=False
@@ -83,7 +83,7 @@ class Block(nn.Module):
     def run(
         self, x: Tensor, branch: Tensor | None, modulation: tuple[Tensor, ...], context: BlockContext
     ) -> tuple[Tensor, Tensor]:
-        """`forward` without the choice; this is what is compiled when blocks are compiled one by one."""
+        """`forward` without the choice of recomputing: the part that is compiled if blocks are compiled one by one."""
         parts = BlockParts(Norm(self.norm1), self.attend, Norm(self.norm2), self.mlp)
         return run_block(parts, x, branch, modulation, context)
 
@@ -116,7 +116,7 @@ class Head(nn.Linear):
     """
 
     def forward(self, input: Tensor, target: Tensor | None = None, **options: Any) -> Any:
-        """input [R, D] to logits [R, V]; with target [R], what `linear_cross_entropy` gives for its options."""
+        """input [R, D] to logits [R, V]; with target [R], the result of `linear_cross_entropy` with these options."""
         if target is None:
             return super().forward(input)
         return linear_cross_entropy(input, self.weight, target, bias=self.bias, **options)
@@ -132,16 +132,16 @@ class DiT(
     tags=["masked-diffusion", "text-generation"],
     license="apache-2.0",
 ):
-    """A masked-diffusion language model: which token was here?
+    """A masked-diffusion language model: it predicts hidden tokens.
 
     Args:
         vocab_size: Number of ids, the mask token's included.
         mask_id: The mask token, which the model never predicts.
-        model_type: What a saved config.json says the model is.
+        model_type: The type in a saved config.json.
         The rest: the fields of `ModelConfig`.
 
-    `forward` gives the training loss, so that one call is one compiled graph; `features` and `logits` are the two halves that
-    samplers use. `save_pretrained` and `from_pretrained` (safetensors) are the hub's own.
+    `forward` gives the training loss, so that one call is one compiled graph; samplers use its two halves, `features` and
+    `logits`. `save_pretrained` and `from_pretrained` (safetensors) are the hub's own.
     """
 
     graph_safe = True
@@ -184,14 +184,14 @@ class DiT(
 
     @classmethod
     def from_mdlm(cls, source: str | Path | Mapping[str, Any], *, ema: bool = True, **overrides: Any) -> DiT:
-        """The model of an MDLM checkpoint, in fp32 on the CPU: a path, a hub id or a state dict. See `read_mdlm`."""
+        """The model of an MDLM checkpoint (a path, a hub id or a state dict), in fp32 on the CPU. See `read_mdlm`."""
         settings, weights = read_mdlm(source, ema=ema, **overrides)
         model = cls(**settings)
         model.load_state_dict(weights)
         return model
 
     def conditioning(self, hidden_share: Tensor | None) -> Tensor:
-        """The time embedding, [B, C], or [1, C] for a model that is not told the time (sigma is 0 for everyone then)."""
+        """The time embedding [B, C]; without time conditioning [1, C], with sigma 0 for all sequences."""
         if not self.time_conditioning:
             return cast(Tensor, self.time(torch.zeros(1, device=self.time.inner.weight.device)))
         if hidden_share is None:
@@ -207,10 +207,10 @@ class DiT(
         rows: Tensor | None = None,
         documents: Documents | None = None,
     ) -> Tensor:
-        """Rows the head reads.
+        """The rows that the head reads.
 
         tokens [B, L] ids; hidden_share [B] in [0, 1], read only with time conditioning; randomness turns dropout on.
-        rows [R] integers, flat indices b * L + i, or None for all: what only other rows would need is not computed.
+        rows [R] integers, flat indices b * L + i, or None for all; what only other rows need is not computed.
         documents: if given, attention stays inside them.
         Returns [R, D], or [B * L, D], in the compute dtype. Raises ValueError for sequences longer than the model's length.
         """
@@ -238,7 +238,7 @@ class DiT(
         return logits
 
     def output_head(self) -> tuple[Tensor, Tensor]:
-        """Weight [V, D] and bias [V] of the map from `features` to `logits`, for ops that do without stored logits."""
+        """Weight [V, D] and bias [V] from `features` to `logits`, for ops that store no logits."""
         return self.head.weight, self.head.bias
 
     def nll(
@@ -250,7 +250,7 @@ class DiT(
         documents: Documents | None = None,
         tilt: Tilt | None = None,
     ) -> Tensor:
-        """-log p of the hidden tokens, [R] fp32 in nats, which the likelihood bound sums up; or what the tilt makes of it."""
+        """-log p of the hidden tokens, [R] fp32 in nats, the terms of the likelihood bound; with a tilt, its loss."""
         rates, elapsed = tilt or (None, None)
         features = self.features(noisy, hidden_share, rows=rows, documents=documents)
         nll = self.head(features, target, forbidden=self.mask_id, reduction="none", rates=rates, elapsed=elapsed)
@@ -271,7 +271,7 @@ class DiT(
 
         noisy [B, L] ids; rows [R], target [R], weights [R] and tilt as in `MaskedBatch`; randomness turns dropout on; documents
         keep attention inside them.
-        Returns the fp32 scalar sum(weights * loss) and nll [R] detached, in nats. loss is nll, or what the tilt makes of it.
+        Returns the fp32 scalar sum(weights * loss) and nll [R] detached, in nats. loss is nll or, with a tilt, the tilt's loss.
         """
         rates, elapsed = tilt or (None, None)
         features = self.features(noisy, hidden_share, randomness, rows=rows, documents=documents)
@@ -308,9 +308,9 @@ def _merge(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> No
 
 
 def merge_modulation(state: dict[str, Any], prefix: str = "") -> None:
-    """Put tables kept block by block (MDLM's layout, and earlier checkpoints') into the one that DiT has; in place.
+    """Join modulation tables kept block by block (MDLM's layout, and earlier checkpoints') into DiT's one table, in place.
 
-    Names are blocks.N.modulation.WHAT and final_modulation.WHAT; WHAT is weight or bias, and in an optimizer's state more.
+    Names are blocks.N.modulation.WHAT and final_modulation.WHAT; WHAT is weight or bias, and more in an optimizer's state.
     """
     final = f"{prefix}final_modulation."
     for name in [key for key in state if key.startswith(final)]:
@@ -342,8 +342,8 @@ def _heads_for(dim: int) -> int:
 def step_cost(config: ModelConfig, vocab_size: int, batch: int, hidden_rows: int, *, backward: bool = True) -> Cost:
     """Floating-point operations and bytes of one pass over `batch` sequences whose head sees `hidden_rows` rows.
 
-    Matrix products and attention only, as a model-FLOPs utilisation counts them. After the last attention only hidden rows are
-    computed. Bytes are those of the head.
+    Counts matrix products and attention only, as model-FLOPs utilisation does. After the last attention only hidden rows are
+    computed. Bytes are the head's.
     """
     rows, width = batch * config.length, config.dim
     after = 1 + 2 * config.mlp_ratio  # out, MLP up and down; qkv is 3 more

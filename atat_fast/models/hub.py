@@ -1,10 +1,10 @@
 """Models in folders and on the hub.
 
-A saved model is a folder of safetensors and JSON, nothing that has to be unpickled or run:
+A saved model is a folder of safetensors and JSON; reading it unpickles and runs nothing:
 
-    config.json  model.safetensors            what DiT.from_pretrained reads
-    tokenizer.json  tokenizer_config.json     what AutoTokenizer.from_pretrained reads, and Tokenizer.load
-    importance.json  importance.safetensors   the importance estimator, where there is one
+    config.json  model.safetensors            the model, for DiT.from_pretrained
+    tokenizer.json  tokenizer_config.json     the tokenizer, for AutoTokenizer.from_pretrained and Tokenizer.load
+    importance.json  importance.safetensors   the importance estimator, if there is one
     schedule.safetensors                      what its masking process keeps, such as the rates of a token-identity schedule
     atat_fast.json                            what it was trained on and how good it was
     README.md                                 the same as a model card
@@ -41,16 +41,16 @@ from atat_fast.version import __version__
 CONFIG, WEIGHTS, FACTS, CARD = "config.json", "model.safetensors", "atat_fast.json", "README.md"
 IMPORTANCE, IMPORTANCE_WEIGHTS, SCHEDULE = "importance.json", "importance.safetensors", "schedule.safetensors"
 FILES = (CONFIG, WEIGHTS, TOKENIZER_FILE, SETTINGS_FILE, IMPORTANCE, IMPORTANCE_WEIGHTS, SCHEDULE, FACTS, CARD)
-"""All that a saved model consists of: what is read, downloaded, uploaded, and may be replaced."""
+"""All files of a saved model: only these are read, downloaded, uploaded or replaced."""
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle")
 
 
 @dataclass(frozen=True)
 class Saved:
-    """A model on the CPU with what belongs to it, wherever it was read from.
+    """A model on the CPU with what belongs to it, wherever it came from.
 
-    tokenizer: None if the weights came without one.   facts: what is known of it, as atat_fast.json has it; {} for nothing.
-    process: how its training hid tokens.   place: the folder or hub id it was read from.   what: what was read there, in words.
+    tokenizer: None if the weights came without one.   facts: the content of atat_fast.json; {} if there is none.
+    process: how its training hid tokens.   place: the folder or hub id.   what: the kind of source, in words.
     """
 
     model: DiT
@@ -63,18 +63,18 @@ class Saved:
 
     @property
     def config(self) -> Config:
-        """The settings it was trained under; the defaults if nobody knows them."""
+        """The settings it was trained under; the defaults if they are unknown."""
         known = self.facts.get("config")
         return from_dict(known) if isinstance(known, dict) else Config()
 
     @property
     def trained_on(self) -> dict[str, str]:
-        """SHA-256 of the tokens of each split it was trained on, {} if nobody knows."""
+        """SHA-256 of the tokens of each split it was trained on; {} if they are unknown."""
         return dict(self.facts.get("data", {}).get("sha256", {}))
 
     @property
     def title(self) -> str:
-        """What it is called above a table."""
+        """Its name above a table."""
         step = f"  step {self.facts['step']:,}  {self.facts.get('weights', '')} weights" if "step" in self.facts else ""
         return f"{self.place}{step}"
 
@@ -93,8 +93,8 @@ def save_pretrained(
 ) -> Path:
     """Write a model's folder, aside and then renamed. Returns its path.
 
-    name: what the card calls it, by default the folder's name. licence: of the weights, for the card. overwrite replaces a
-    folder that holds a saved model and nothing else. Raises UsageError; what was there before is untouched then.
+    name: the card's name for it, by default the folder's. licence: of the weights, for the card. overwrite replaces a folder that
+    holds a saved model and nothing else. Raises UsageError, and then leaves what was there untouched.
     """
     folder = Path(folder)
     check_destination(folder, overwrite=overwrite)
@@ -119,13 +119,12 @@ def save_pretrained(
 
 
 def from_pretrained(source: str | Path, *, longest: int | None = None, tokenizer: str | None = None, bare: bool = False) -> Saved:
-    """The model in a folder, or on the hub as owner/name. Nothing is unpickled and no code that comes with it is run.
+    """The model in a folder, or on the hub as owner/name. Nothing is unpickled, and no code that comes with it is run.
 
-    longest: tokens the caller means to give it at once, refused if the model takes fewer. tokenizer: what reads text for a
-    model saved without its own (MDLM's, converted): a tokenizer.json, a hub id such as gpt2, or bytes. bare: accept weights
-    without a tokenizer.
-    Raises UsageError where files are missing, damaged or pickles, where weights and settings disagree, and where the tokenizer is
-    not one of this model: another vocabulary, mask or length.
+    longest: tokens the caller will give it at once; refused if the model takes fewer. tokenizer: for a model saved without one
+    (MDLM's, converted): a tokenizer.json, a hub id such as gpt2, or bytes. bare: accept weights without a tokenizer.
+    Raises UsageError if files are missing, damaged or pickles, if weights and settings disagree, or if the tokenizer has another
+    vocabulary, mask or length than the model.
     """
     folder = _folder(source)
     settings = _read(folder / CONFIG)
@@ -154,9 +153,9 @@ def from_pretrained(source: str | Path, *, longest: int | None = None, tokenizer
 
 
 def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, kept: bool = True) -> str:
-    """Upload a saved folder to the hub as owner/name, making the repository where needed. Returns its address.
+    """Upload a saved folder to the hub as owner/name, and make the repository if needed. Returns its address.
 
-    kept: whether the folder is still there for another try. Raises UsageError where the hub is out of reach or refuses.
+    kept: whether the folder stays for another try. Raises UsageError if the hub is out of reach or refuses.
     """
     import huggingface_hub
 
@@ -182,13 +181,13 @@ def push_to_hub(folder: str | Path, repository: str, *, private: bool = False, k
 
 
 def check_repository(repository: str) -> None:
-    """Raise UsageError where this is no owner/name."""
+    """Raise UsageError if this is not owner/name."""
     if repository.count("/") != 1 or not network.is_repository(repository):
         raise UsageError(f"--push takes a hub id such as owner/name, got {repository!r}")
 
 
 def check_vocabulary(model: DiT, tokenizer: Tokenizer, where: str) -> None:
-    """Raise UsageError where model and tokenizer do not belong together."""
+    """Raise UsageError if model and tokenizer do not belong together."""
     ours, theirs = (model.vocab_size, model.mask_id), (tokenizer.model_vocab_size, tokenizer.mask_id)
     if ours != theirs:
         raise UsageError(
@@ -198,7 +197,7 @@ def check_vocabulary(model: DiT, tokenizer: Tokenizer, where: str) -> None:
 
 
 def check_destination(folder: Path, *, overwrite: bool) -> None:
-    """Raise UsageError where the folder cannot be made, or holds what may not be replaced."""
+    """Raise UsageError if the folder cannot be made, or holds files that may not be replaced."""
     if not folder.absolute().parent.is_dir():
         raise UsageError(f"cannot write {folder}: its folder does not exist")
     if not (folder.exists() or folder.is_symlink()):
@@ -249,7 +248,7 @@ def _downloaded(repository: str) -> Path:
 
 
 def _tokenizer(folder: Path, source: str, length: int) -> Tokenizer | None:
-    """The folder's own, or None. Raises UsageError if it is another model's."""
+    """The folder's own tokenizer, or None. Raises UsageError if it belongs to another model."""
     if not (folder / TOKENIZER_FILE).is_file():
         return None
     tokenizer = Tokenizer.load(folder)
@@ -281,14 +280,14 @@ def _process(folder: Path, model: DiT) -> Process:
         return UNIFORM
     try:
         with safe_open(file, "pt") as opened:
-            name = (opened.metadata() or {}).get("schedule", "token_identity")  # which earlier versions did not say
+            name = (opened.metadata() or {}).get("schedule", "token_identity")  # earlier versions did not write it
         return process_named(name).restored(load_file(file), model.vocab_size)
     except (OSError, SafetensorError, KeyError, ValueError) as error:
         raise UsageError(f"{file} does not hold a schedule of this vocabulary: {first_line(error)}") from error
 
 
 def _tensors(module: nn.Module) -> dict[str, Tensor]:
-    """Parameters, each once however often it is used, and the buffers of the state."""
+    """Parameters, each once however often it is used, and the buffers of the state dict."""
     state = module.state_dict()
     named = dict(module.named_parameters()) | {name: b for name, b in module.named_buffers() if name in state}
     return {name: value.detach().cpu().contiguous() for name, value in named.items()}
@@ -324,7 +323,7 @@ def _write(path: Path, values: dict[str, Any]) -> None:
     path.write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-if __name__ == "__main__":  # the command's name of earlier versions; it goes with the next release
+if __name__ == "__main__":  # the command's earlier name; the next release drops it
     import runpy
 
     runpy.run_module("atat_fast.push", run_name="__main__", alter_sys=True)

@@ -1,9 +1,10 @@
-"""The importance estimator: how likely the backbone is to get each token wrong, from what it can see.
+"""The importance estimator: how likely the backbone is to get each token wrong, judged from the visible tokens.
 
-- input: the backbone's own token embeddings of the noised sequence, normalised and projected to 256, plus an embedding of k / L;
-- two pre-norm transformer layers of 4 heads with rotary positions, a last norm, one number a token, a sigmoid;
-- learns, at the tokens that end up hidden, 1 - p(x_i | z) of the backbone by binary cross-entropy. Its head starts at zero, so
-  the first masks are uniform.
+- Input: the backbone's own token embeddings of the noised sequence, normalised and projected to 256, plus an embedding of k / L.
+- Two pre-norm transformer layers of 4 heads with rotary positions, a last norm, one number a token, a sigmoid.
+- Target: 1 - p(x_i | z) of the backbone at the tokens that end up hidden, by binary cross-entropy. The head starts at zero, so
+the
+  first masks are uniform.
 `frequency` needs no network: a token's importance is the log-rank of its count in the training text, 0 for the commonest, 1 for
 the rarest. `full` is 0.7 learned + 0.3 frequency.
 """
@@ -28,12 +29,12 @@ from atat_fast.ops.attention import Documents, self_attention
 from atat_fast.ops.registry import Cost
 
 LEARNED_SHARE = 0.7  # of `full`
-TIME_SCALE = 1_000.0  # k / L times this is what the cosines see, whose slowest has a wavelength of about 60,000
+TIME_SCALE = 1_000.0  # multiplies k / L for the cosines, whose slowest has a wavelength of about 60,000
 MLP_RATIO = 4
 
 
 class Layer(nn.Module):
-    """A pre-norm transformer layer: norms with a weight, projections of attention without bias, a GELU MLP with bias."""
+    """A pre-norm transformer layer: norms have a weight only, attention's projections no bias, the GELU MLP a bias."""
 
     def __init__(self, width: int, heads: int) -> None:
         super().__init__()
@@ -61,7 +62,7 @@ class Layer(nn.Module):
 
 
 class Network(RotaryTables):
-    """The learned part: embeddings [B, L, D] to a logit a token."""
+    """The learned part: embeddings [B, L, D] to one logit a token."""
 
     def __init__(self, config: ImportanceConfig, dim: int, length: int) -> None:
         super().__init__()
@@ -89,11 +90,11 @@ class ImportanceEstimator(nn.Module):
 
     Args:
         config: source, width, layers and heads are read.
-        dim: Width D of the backbone, whose token embeddings come in.
+        dim: Width D of the backbone's token embeddings.
         length: Longest sequence L.
         counts: [V] how often each id occurs in the training text; needed for the sources frequency and full.
 
-    Raises ValueError for source none, or where counts are needed and missing.
+    Raises ValueError for source none, or if counts are needed and missing.
     """
 
     frequency: Tensor
@@ -111,13 +112,13 @@ class ImportanceEstimator(nn.Module):
 
     @classmethod
     def of(cls, config: Config, counts: Tensor | None = None) -> ImportanceEstimator | None:
-        """The estimator a run with these settings has, or None."""
+        """The estimator of a run with these settings, or None."""
         if config.importance.source == "none":
             return None
         return cls(config.importance, config.model.dim, config.model.length, counts)
 
     def combine(self, logits: Tensor | None, clean: Tensor) -> Scored:
-        """Scores from the network's logits [B, L] and clean ids [B, L], with the logits they came from."""
+        """Scores from the network's logits [B, L] and clean ids [B, L], together with those logits."""
         learned = None if logits is None else torch.sigmoid(logits)
         if self.config.source == "learned":
             assert learned is not None
@@ -128,10 +129,10 @@ class ImportanceEstimator(nn.Module):
         return Scored(LEARNED_SHARE * learned + (1 - LEARNED_SHARE) * known, logits)
 
     def scorer(self, model: DiT) -> Callable[[Tensor, Tensor], Tensor]:
-        """What a sampler asks: (noised tokens [B, L], hidden share [B]) to scores [B, L] in [0, 1], by the learned part alone.
+        """For a sampler: (noised tokens [B, L], hidden share [B]) to scores [B, L] in [0, 1], by the learned part alone.
 
-        A frequency is a property of the token that is hidden, which a sampler does not know: `full` samples by its learned share.
-        Raises UsageError for source frequency, which has nothing else.
+        A frequency belongs to the hidden token, which a sampler does not know, so `full` samples by its learned part. Raises
+        UsageError for source frequency, which has no learned part.
         """
         network = self.network
         if network is None:
@@ -143,7 +144,7 @@ class ImportanceEstimator(nn.Module):
         return scores
 
     def parameter_count(self) -> int:
-        """Parameters that are trained."""
+        """Number of trained parameters."""
         return sum(p.numel() for p in self.parameters())
 
 

@@ -1,8 +1,8 @@
-"""MDLM's checkpoints, in and out: the published names of parameters beside ours.
+"""MDLM's checkpoints, in and out: the published parameter names beside ours.
 
 MDLM (Sahoo et al., Simple and effective masked diffusion language models, 2024) publishes the network that `DiT` computes, under
-other names. `NAMES` is the whole translation, in the order of MDLM's parameters, in which its moving average is stored. Sizes are
-read from shapes, and nothing is guessed that the file could contradict.
+other names. `NAMES` is the whole translation, in the order of MDLM's parameters, which is also that of its moving average. Sizes
+are read from shapes; nothing is guessed that the file could contradict.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.")
 OVERRIDES = ("heads", "length", "mask_id", "time_conditioning", "dropout")
 HEAD_SIZE = 64
 LENGTH = 1024
-BERT = (30_522, 103)  # the size of the vocabulary that has a mask token of its own, and that token
+BERT = (30_522, 103)  # size of BERT's vocabulary, which has a mask token of its own, and that token
 LISTED = 4
 
 
@@ -59,16 +59,17 @@ def read_mdlm(
     """An MDLM checkpoint as the arguments of a DiT and its state dict, on the CPU.
 
     source: a .safetensors file, a Lightning .ckpt or another file of torch.save, a folder or hub id that holds model.safetensors
-            or pytorch_model.bin, or the loaded dictionary itself. Names may stand behind backbone., model., module. or _orig_mod.
+            or pytorch_model.bin, or the loaded dictionary. Names may have the prefixes backbone., model., module. or _orig_mod.
     ema:    take the moving average if the checkpoint has one (a Lightning file's ema.shadow_params); False takes the weights.
-    heads:  attention heads. By default what rotary_emb.inv_freq says, else config.json, else one for each 64 of the width.
+    heads:  attention heads. By default those of rotary_emb.inv_freq, else config.json's, else one for each 64 of the width.
     length: longest sequence the model takes. By default config.json's, else 1024; the weights do not depend on it.
     mask_id: the mask token. By default the one row of the head that training never touched, else BERT's own in a vocabulary of
             30,522, else the last id.
-    time_conditioning: whether the model is told the time. By default config.json's, else no, as MDLM's published ones.
+    time_conditioning: whether the model is told the time. By default config.json's, else no, as in MDLM's published ones.
     dropout: for further training; 0.1 by default.
 
-    Raises UsageError if the file cannot be read or is not MDLM's, listing what is missing, unexpected or of another shape.
+    Raises UsageError if the file cannot be read or is not MDLM's; the error lists what is missing, unexpected or of another
+    shape.
     """
     for name in overrides:
         if name not in OVERRIDES:
@@ -87,9 +88,9 @@ def read_mdlm(
 
 
 def to_mdlm_state_dict(model: nn.Module) -> dict[str, Tensor]:
-    """A DiT's weights under MDLM's names, in its order, with the rotary buffer that its own loading expects. Copies.
+    """A DiT's weights under MDLM's names, in its order, with the rotary buffer that MDLM's loading expects. Copies.
 
-    Raises UsageError for what MDLM's network does not have: QK-norm and ReLU squared.
+    Raises UsageError for QK-norm and ReLU squared, which MDLM's network does not have.
     """
     config = cast(ModelConfig, model.config)
     for option, value, plain in (("qk_norm", config.qk_norm, False), ("activation", config.activation, "gelu")):
@@ -111,7 +112,7 @@ def names(layers: int) -> dict[str, str]:
 def by_block(state: Mapping[str, Tensor], layers: int, width: int) -> dict[str, Tensor]:
     """A state dict with one modulation table for each block and one for the final norm, as in NAMES.
 
-    If it has one table for all, `modulation`, the rows are those of the blocks in order and then the final norm's.
+    The rows of a single table, `modulation`, are those of the blocks in order, then those of the final norm.
     """
     named = dict(state)
     for what in ("weight", "bias"):
@@ -129,7 +130,7 @@ def rotary_frequencies(head_size: int) -> Tensor:
 
 
 def published_tensors(content: Mapping[str, Any], where: str, *, ema: bool = True) -> dict[str, Tensor]:
-    """MDLM's parameters by bare published names, and the rotary buffer if there is one, each of the right shape.
+    """MDLM's parameters by published names without prefixes, and the rotary buffer if there is one, each of the right shape.
 
     content: a state dict, or a Lightning checkpoint with state_dict and perhaps ema. Raises UsageError, naming `where`.
     """
@@ -141,7 +142,7 @@ def published_tensors(content: Mapping[str, Any], where: str, *, ema: bool = Tru
         bare = _bare(str(name))
         if bare in tensors:
             raise UsageError(f"{where} has {bare} twice, under different prefixes; keep one of them")
-        if not bare.startswith("noise."):  # buffers of the noise schedule stand beside the network, not in it
+        if not bare.startswith("noise."):  # buffers of the noise schedule are not part of the network
             tensors[bare] = value
     layers = len({name.split(".")[1] for name in tensors if name.startswith("blocks.")})
     _check(tensors, layers, where)
@@ -152,7 +153,7 @@ def published_tensors(content: Mapping[str, Any], where: str, *, ema: bool = Tru
 
 
 def _rows(layers: int) -> list[tuple[str, str, str]]:
-    """NAMES with the rows of a block once for each block."""
+    """NAMES with the rows of a block repeated for each block."""
     block = [row for row in NAMES if row[0].startswith("blocks.i.")]
     first = NAMES.index(block[0])
     blocks = [(p.replace(".i.", f".{i}."), o.replace(".i.", f".{i}."), s) for i in range(layers) for p, o, s in block]
@@ -206,7 +207,7 @@ def _sizes(tensors: Mapping[str, Tensor]) -> dict[str, int]:
 
 
 def _average(average: Any, tensors: Mapping[str, Tensor], layers: int, where: str) -> dict[str, Tensor]:
-    """The shadow parameters by name; they are stored as a list in the order of the parameters."""
+    """The shadow parameters by name; the file has a list in the order of the parameters."""
     shadow = average.get("shadow_params") if isinstance(average, Mapping) else None
     raw = "; take the weights themselves with --no_ema (ema=False)"
     if not isinstance(shadow, list | tuple) or not all(isinstance(value, Tensor) for value in shadow):
@@ -244,7 +245,7 @@ def _settings(tensors: Mapping[str, Tensor], asked: Mapping[str, Any], given: Ma
 
 
 def _mask_id(tensors: Mapping[str, Tensor]) -> int:
-    """SUBS never lets the mask be predicted, so its row of a head that began at zero stays zero through training."""
+    """The mask's id. SUBS never predicts the mask, so its row of a head that began at zero stays zero through training."""
     untouched = ((tensors["output_layer.linear.weight"] == 0).all(1) & (tensors["output_layer.linear.bias"] == 0)).nonzero()
     if len(untouched) == 1:
         return int(untouched)
@@ -253,7 +254,7 @@ def _mask_id(tensors: Mapping[str, Tensor]) -> int:
 
 
 def _heads(width: int, asked: int | None, given: int | None, frequencies: Tensor | None, where: str) -> int:
-    """The number of heads. No weight's shape tells it; the rotary buffer does, if it was saved."""
+    """The number of heads. No weight's shape tells it, but the rotary buffer does, if it was saved."""
     told = None
     if frequencies is not None:
         size = 2 * frequencies.numel()

@@ -1,9 +1,9 @@
-"""Reading MDLM's checkpoints from disk or the hub without running anything that is in them.
+"""Read MDLM's checkpoints from disk or the hub without running anything in them.
 
-Files of torch.save are pickles, which could do anything when read the plain way. Here only torch's restricted reader
-(weights_only=True) ever sees one. MDLM's Lightning files carry a configuration and a tokenizer beside the weights; objects of
-such known packages are read as `Absent`, an empty stand-in: their classes are neither imported nor called. A file that refers to
-anything else is refused, with a sentence on how its owner can save the tensors alone.
+Files of torch.save are pickles, and plain unpickling may run any code. Here only torch's restricted reader (weights_only=True)
+sees one. MDLM's Lightning files carry a configuration and a tokenizer beside the weights. Objects of such known packages are read
+as `Absent`, an empty stand-in; their classes are neither imported nor called. A file that refers to anything else is refused,
+with a sentence on how its owner can save the tensors alone.
 """
 
 from __future__ import annotations
@@ -37,10 +37,10 @@ Facts = dict[str, Any]
 
 
 class Absent:
-    """Stands where a file has an object of a class that is not loaded; takes any arguments and keeps nothing."""
+    """Stands for an object whose class is not loaded; takes any arguments and keeps nothing."""
 
     def __new__(cls, *_: Any, **__: Any) -> Absent:
-        """Take whatever the class would have taken."""
+        """Take any arguments."""
         return object.__new__(cls)
 
     def __init__(self, *_: Any, **__: Any) -> None:
@@ -51,9 +51,9 @@ class Absent:
 
 
 def read_checkpoint(source: str | Path) -> tuple[Mapping[str, Any], Facts]:
-    """The dictionary in a file, folder or hub repository, and what its config.json or metadata states of the model.
+    """The dictionary in a file, folder or hub repository, and what its config.json or metadata says of the model.
 
-    Raises UsageError where there is nothing, it cannot be read, or reading it could run code.
+    Raises UsageError if there is nothing, it cannot be read, or reading it could run code.
     """
     path = Path(source)
     if path.is_dir():
@@ -115,7 +115,7 @@ def _parsed(value: str) -> Any:
 def _read_torch(file: Path) -> Mapping[str, Any]:
     foreign: set[str] = set()
     zipped = False
-    with contextlib.suppress(Exception):  # an older format, or no checkpoint at all: the reader below says so
+    with contextlib.suppress(Exception):  # an older format or no checkpoint: the reader below decides
         foreign = set(torch.serialization.get_unsafe_globals_in_checkpoint(str(file)))
         zipped = True
     refused = sorted(name for name in foreign if not _inert(name))
@@ -128,7 +128,7 @@ def _read_torch(file: Path) -> Mapping[str, Any]:
         if "global" in str(error).lower():
             raise UsageError(_refusal(file, [])) from error
         raise UsageError(f"{file} is no checkpoint that torch can read: {first_line(error)}") from error
-    except Exception as error:  # what a damaged file raises is nowhere written down
+    except Exception as error:  # torch does not document what a damaged file raises
         raise UsageError(f"{file} is no checkpoint that torch can read: {first_line(error)}") from error
     if not isinstance(content, Mapping):
         raise UsageError(f"{file} is no checkpoint: it holds a {type(content).__name__}, not a dictionary of tensors")
@@ -172,7 +172,7 @@ def _from_hub(repository: str) -> tuple[Mapping[str, Any], Facts]:
 
 
 def _hub_file(repository: str, name: str) -> Path | None:
-    """The file in the local cache, else downloaded; None where the repository has none or nobody answers."""
+    """The file in the local cache, else downloaded; None if the repository lacks it or the hub does not answer."""
     import huggingface_hub
     from huggingface_hub.errors import EntryNotFoundError, RepositoryNotFoundError
 

@@ -1,4 +1,4 @@
-"""Rotary tables of a module: made of its configuration, kept as buffers, and made again wherever they are lost."""
+"""Rotary tables of a module: made from its configuration, kept as buffers, and remade whenever they are lost."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from torch import Tensor, nn
 
 from atat_fast.ops.rotary import rotary_table
 
-CPU = torch.device("cpu")  # where tables are made wherever they go, so that they are the same bits everywhere
+CPU = torch.device("cpu")  # tables are always made here, so that they are the same bits everywhere
 
 
 class RotaryTables(nn.Module):
-    """A module with the buffers cos and sin, [length, head_dim / 2] fp32, which no state dict holds.
+    """A module with buffers cos and sin, [length, head_dim / 2] fp32, which no state dict holds.
 
-    They are what the configuration says whatever happens to the module: `to_empty` leaves memory that nobody fills,
-    `load_state_dict(assign=True)` leaves the meta device, and `bfloat16()` would round the angles of late positions.
+    They keep their values whatever happens to the module: `to_empty` would leave memory that nobody fills,
+    `load_state_dict(assign=True)` would leave them on the meta device, and `bfloat16()` would round the angles of late positions.
     """
 
     cos: Tensor
@@ -30,7 +30,7 @@ class RotaryTables(nn.Module):
         self.register_load_state_dict_post_hook(_remake)
 
     def tables(self, length: int) -> tuple[Tensor, Tensor]:
-        """cos and sin of the first `length` positions, where the parameters are."""
+        """cos and sin of the first `length` positions, on the parameters' device."""
         if self.cos.is_meta:  # parameters may have been put in one by one
             _remake(self)
         return self.cos[:length], self.sin[:length]
@@ -44,13 +44,13 @@ class RotaryTables(nn.Module):
 
 
 def _remake(module: RotaryTables, *_: Any) -> None:
-    """Write the tables where they are, or make them anew where the first parameter is."""
+    """Write the tables in place, or make new ones on the first parameter's device."""
     device = next(module.parameters()).device
     if device.type == "meta":
         return
     for name, table in zip(("cos", "sin"), rotary_table(*module._table, device=CPU), strict=True):
         now = getattr(module, name)
         if now.device == device and now.dtype is table.dtype:
-            now.copy_(table)  # a captured graph reads it where it is
+            now.copy_(table)  # in place: a captured graph reads this memory
         else:
             setattr(module, name, table.to(device))

@@ -2,10 +2,10 @@
 
     x = x + gate * dropout(attention(y)),   x = x + gate * dropout(mlp(y)),   y = LN(x) * weight * (1 + scale) + shift
 
-`DiT` runs it over its own blocks, `accelerate` over those of MDLM's classes; `BlockParts` says where a block's weights are.
-A gated sum and the norm after it are one op. So a block begins by adding the branch that the block before it left pending, and
-leaves its own MLP's branch pending. A block reads its own parameters in its own call and nowhere else: FSDP gathers them there,
-and there they are compiled or computed again. After the last attention only the rows that the head reads go on.
+`DiT` runs it over its own blocks, `accelerate` over those of MDLM's classes; `BlockParts` holds a block's weights. A gated sum
+and the norm after it are one op. So a block begins by adding the pending branch of the block before it, and leaves its own MLP
+branch pending. A block's parameters are read only inside its own call: there FSDP gathers them, and there they are compiled or
+recomputed. After the last attention only the rows that the head reads go on.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ class Randomness(NamedTuple):
 
 
 class Dropout(NamedTuple):
-    """How a branch is dropped: the chance, the branch's number in the network, and the fields of `Randomness`."""
+    """The dropout of a branch: its chance, the branch's number in the network, and the fields of `Randomness`."""
 
     rate: float
     number: int
@@ -41,19 +41,19 @@ class Dropout(NamedTuple):
 
 
 class Norm(NamedTuple):
-    """A LayerNorm's weight [D], and what is added to the variance. It has no bias."""
+    """A LayerNorm's weight [D], and the eps added to the variance. It has no bias."""
 
     weight: Tensor
     eps: float = EPS
 
 
 class BlockContext(NamedTuple):
-    """What a block is told beside the stream and its modulation.
+    """What a block needs beside the stream and its modulation.
 
-    cos, sin: rotary tables [L, head_dim / 2]. layout, implementation: what `document_layout` made, and for which attention; None
-    if attention sees whole sequences. before, after: dropout of the pending branch and of the attention branch, None for none.
-    rows: flat indices [R] of the rows that go on after attention, None for all; apart: whether they go on as R sequences of one
-    token, or as one sequence of R.
+    cos, sin: rotary tables [L, head_dim / 2]. layout, implementation: the result of `document_layout`, and the attention it is
+    for; None if attention sees whole sequences. before, after: dropout of the pending branch and of the attention branch, or
+    None. rows: flat indices [R] of the rows that go on after attention, None for all; apart: whether they go on as R sequences of
+    one token, or as one sequence of R.
     """
 
     cos: Tensor
@@ -67,9 +67,9 @@ class BlockContext(NamedTuple):
 
 
 class BlockParts(NamedTuple):
-    """Where a block's weights are.
+    """A block's weights.
 
-    attend: the attention branch of a normalised [B, L, D], of the context's rows alone ([R, D]) if it names some.
+    attend: the attention branch of a normalised [B, L, D]; if the context names rows, only of those ([R, D]).
     mlp: the MLP branch of a normalised [..., D].
     """
 
@@ -80,7 +80,7 @@ class BlockParts(NamedTuple):
 
 
 RunBlock = Callable[[Tensor, Tensor | None, tuple[Tensor, ...], BlockContext], tuple[Tensor, Tensor]]
-"""A block that can be called: `run_block` with its parts filled in."""
+"""A callable block: `run_block` with its parts filled in."""
 
 
 def run_trunk(
@@ -98,12 +98,12 @@ def run_trunk(
 
     modulation: [B or 1, D] each: every block's shift, scale, gate (attention), shift, scale, gate (MLP), then the last norm's
         shift and scale.
-    norm: the last one.   context: `block_context`.   rates: each block's chance of dropping; nothing is without randomness.
-    rows: [R] integers, flat indices b * L + i, or None for all. What only other rows would need is not computed.
+    norm: the last one.   context: `block_context`.   rates: each block's dropout chance, used only with randomness.
+    rows: [R] integers, flat indices b * L + i, or None for all. What only other rows need is not computed.
     """
     rows = None if rows is None else as_ids("rows", rows)
     length, last = x.shape[1], modulation[-2:]
-    branch, gate, before = None, modulation[2], None  # nothing is pending before the first block, which reads none of these
+    branch, gate, before = None, modulation[2], None  # nothing is pending yet: the first block reads none of these
     for i, block in enumerate(blocks):
         shift1, scale1, gate1, shift2, scale2, gate2 = modulation[6 * i : 6 * i + 6]
         drawn = randomness if rates[i] > 0 else None
@@ -126,7 +126,7 @@ def run_block(
 
     x: [B, L, D] residual stream.   branch: [B, L, D], not yet added to x; None before the first block.
     modulation: [B or 1, D] each: the gate of that branch, shift, scale and gate of the attention, shift and scale of the MLP.
-    Returns the stream before the MLP and the MLP's branch, of the context's rows alone if it names some.
+    Returns the stream before the MLP and the MLP's branch; if the context names rows, only of those.
     """
     gate, shift1, scale1, gate1, shift2, scale2 = modulation
     x, y = add_and_norm(x, branch, gate, context.before, parts.norm1, shift1, scale1)
@@ -141,7 +141,7 @@ def run_block(
 def add_and_norm(
     x: Tensor, branch: Tensor | None, gate: Tensor, dropout: Dropout | None, norm: Norm, shift: Tensor, scale: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """x + gate * dropout(branch), or x without a branch, and the adaptive norm of that."""
+    """x + gate * dropout(branch), or x without a branch; and its adaptive norm."""
     if branch is None:
         return x, adaptive_layer_norm(x, shift, scale, norm.weight, eps=norm.eps)
     if dropout is None:
@@ -163,7 +163,7 @@ def add_and_norm(
 
 
 def block_context(x: Tensor, cos: Tensor, sin: Tensor, documents: Documents | None) -> BlockContext:
-    """What the blocks are told that attend over x [B, L, D], inside its documents if there are any."""
+    """The context of blocks over x [B, L, D]; attention stays inside the documents, if there are any."""
     if documents is None:
         return BlockContext(cos, sin)
     implementation = choose_attention(x.device, autocast_dtype(x), 2 * cos.shape[-1], True)
@@ -175,8 +175,8 @@ def _pick(
 ) -> tuple[Sequence[Tensor], Randomness | None, bool]:
     """Modulation and randomness of rows that are picked from [B, L, D], and whether each is a sequence of its own.
 
-    With one modulation for all and no dropout they are one sequence. Otherwise each row brings its sample's modulation, and has a
-    number of its own, which drops what would have been dropped among all rows. Padding names row 0 again; its gradient is 0.
+    With one modulation for all and no dropout they are one sequence. Otherwise each row takes its sample's modulation, and a
+    number of its own that drops what would be dropped among all rows. Padding names row 0 again; its gradient is 0.
     """
     if modulation[0].shape[0] == 1 and randomness is None:
         return modulation, None, False
