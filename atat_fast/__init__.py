@@ -1,8 +1,8 @@
 """Masked-diffusion language models, trained, evaluated and sampled fast on the GPUs people own.
 
 ``atat_fast.ops`` holds the fused ops with plain PyTorch semantics; ``python -m atat_fast.train`` trains a model.
-Importing this package imports nothing else: torch comes with the module that needs it.
-``atat_fast.accelerate(model)`` puts the ops under the forward of an MDLM model that exists already.
+Importing this package does not import torch; the modules that need it do.
+``atat_fast.accelerate(model)`` runs an existing MDLM model on these ops.
 """
 
 from typing import Any

@@ -1,6 +1,6 @@
-"""What the command-line doors share: settings from presets, files and the command line, and errors in one sentence.
+"""What the commands share: settings from presets, files and the command line, and errors in one sentence.
 
-Presets are laid over the defaults, a --config file over the preset, and dotted options over both:
+A preset overrides the defaults, a --config file overrides the preset, and dotted options override both:
 
     --preset small --config my.yaml --model.length 512
 """
@@ -27,17 +27,16 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 
 
 def run_door(door: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
-    """Run a door and leave: status 0, or 2 after one sentence on standard error where the user can put it right, as where the
-    operating system refuses something. Ctrl-C leaves silently with 130, and a reader of our output that went away with 141.
+    """Run a command and exit with its status: 2 after one sentence on standard error if the user can fix the error or the
+    operating system refused something, 130 without a word after Ctrl-C, 141 if the reader of our output went away.
 
-    GNU OpenMP's threads spin only briefly while they wait, unless the user says otherwise: by default they spin so long that
-    training on a CPU gets several times slower as soon as another process wants a core (docs/notes/cpu.md). torch reads this
-    when it loads.
+    GNU OpenMP's waiting threads spin only briefly, unless the user says otherwise. By default they spin so long that training on
+    a CPU gets several times slower as soon as another process wants a core (docs/notes/cpu.md). torch reads this when it loads.
     """
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     keep_freed_memory()
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # what a terminal's encoding lacks is no reason to lose a run
+        if isinstance(stream, io.TextIOWrapper):  # a character the terminal lacks must not end a run
             stream.reconfigure(errors="replace")
     status = _status(door, sys.argv[1:] if arguments is None else arguments)
     try:
@@ -61,7 +60,7 @@ def _status(door: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> i
 
 
 def _refused(error: OSError) -> int:
-    """Say what the operating system refused; the status to leave with."""
+    """Print what the operating system refused. Returns the exit status."""
     if isinstance(error, BrokenPipeError):
         return 141
     where = error.filename if error.filename is not None else "standard output" if error.errno == errno.ENOSPC else None
@@ -70,10 +69,10 @@ def _refused(error: OSError) -> int:
 
 
 def keep_freed_memory() -> None:
-    """Tell glibc to keep what is freed for what is allocated next, unless the user has set its malloc up, or another is in use.
+    """Tell glibc to reuse freed memory, unless the user has configured malloc or another malloc is in use.
 
     By default every large tensor is mapped anew, and the kernel clears its pages one fault at a time: 13 to 30 % of a training
-    step of preset demo on a CPU (docs/notes/cpu.md). What a process holds does not grow past what it held at once before.
+    step of preset demo on a CPU (docs/notes/cpu.md). A process does not grow past its earlier peak.
     """
     chosen = ("MALLOC_", "GLIBC_TUNABLES", "LD_PRELOAD")
     if platform.libc_ver()[0] != "glibc" or any(name.startswith(chosen) for name in os.environ):
@@ -84,12 +83,12 @@ def keep_freed_memory() -> None:
 
 
 def path_text(text: str) -> str:
-    """The type of an option that names a file or folder: ~ is the home folder, however the option is written."""
+    """The type of an option that names a file or folder. Expands ~, also in --option=~/file."""
     return os.path.expanduser(text)
 
 
 def make_parser(**options: Any) -> Any:
-    """A jsonargparse parser whose complaints are one sentence, with the nearest known option."""
+    """A jsonargparse parser whose errors are one sentence, with the nearest known option."""
     import jsonargparse
 
     class Parser(jsonargparse.ArgumentParser):
@@ -119,9 +118,9 @@ def _sentence(message: str, known: list[str]) -> str:
 
 
 def parse_config(parser: Any, arguments: Sequence[str]) -> tuple[Config, Any]:
-    """Add every setting to `parser`, parse, and give the Config beside the parsed namespace.
+    """Add every setting to `parser` and parse. Returns the Config and the parsed namespace.
 
-    The preset is --preset's, or with --resume the settings of the run named by --run.name where there is one.
+    Settings begin as --preset's. With --resume and no --preset they begin as those of the run --run.name, if it exists.
     """
     preset = _early(arguments, "--preset")
     root, name = path_text(_early(arguments, "--run.root") or "runs"), _early(arguments, "--run.name")
@@ -130,8 +129,8 @@ def parse_config(parser: Any, arguments: Sequence[str]) -> tuple[Config, Any]:
         from atat_fast.runs.folder import read_settings
 
         base = read_settings(Path(root) / name)
-    parser.add_argument("--preset", type=str, default="demo", help=f"Settings to begin with: {', '.join(preset_names())}.")
-    parser.add_argument("--config", action="config", help="A YAML file of settings, laid over the preset.")
+    parser.add_argument("--preset", type=str, default="demo", help=f"Settings to start from: {', '.join(preset_names())}.")
+    parser.add_argument("--config", action="config", help="A YAML file of settings that override the preset.")
     groups = [group for group in to_dict(Config()) if group != "preset"]
     fields = {f.name: f.default_factory for f in Config.__dataclass_fields__.values() if f.name in groups}
     for group, kind in fields.items():
@@ -148,7 +147,7 @@ def _as(kind: Any, value: Any) -> Any:
 
 
 def _early(arguments: Sequence[str], option: str) -> str | None:
-    """The value of an option that decides the others' defaults, read before they exist."""
+    """The value of an option that decides other options' defaults, read before the parser has any."""
     for i, argument in enumerate(arguments):
         if argument == option and i + 1 < len(arguments):
             return arguments[i + 1]

@@ -1,8 +1,8 @@
 """Compare ways to train:  python -m atat_fast.compare --recipes uniform,fast --preset plain --seeds 3 --budget minutes=1.5
 
-Every recipe trains with the same data, seeds and budget and is evaluated on the same masks, so what is printed are paired
-differences with their standard errors. Minutes are training time, evaluation excluded: a few steps of each recipe are timed
-first, and it then gets the steps that fit, so that its schedules know their end. A folder that was begun goes on.
+Every recipe trains with the same data, seeds and budget and is evaluated on the same masks. The command prints paired differences
+with their standard errors. Minutes are training time without evaluation: a few steps of each recipe are timed first, and the
+recipe gets the steps that fit, so its schedules know their end. The same command continues an unfinished folder.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from atat_fast.errors import UsageError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The door. Status 0, 1 where a run diverged, 2 on bad input, 128 + N when signal N stopped it."""
+    """The command. Status 0, 1 if a run diverged, 2 on bad input, 128 + N if signal N stopped it."""
     parser = make_parser(prog="python -m atat_fast.compare", description="Compare recipes of training at equal cost.")
     parser.add_argument(
         "--recipes",
         type=str,
         default="uniform,fast",
-        help="Names or .yaml files with commas between: preset, mdlm, elbo, uniform, atat, fast. Differences are from the first.",
+        help="Names or .yaml files, comma-separated: preset, mdlm, elbo, uniform, atat, fast. Differences are from the first.",
     )
     parser.add_argument("--seeds", type=int, default=3, help="Runs of each recipe, with seeds from train.seed on.")
     parser.add_argument("--budget", type=str, default="minutes=1.5", help="Of each run: minutes=1.5 of training, or tokens=2M.")
-    parser.add_argument("--points", type=int, default=8, help="Evaluations of a run, about.")
+    parser.add_argument("--points", type=int, default=8, help="About how many evaluations a run has.")
     parser.add_argument("--out", type=path_text, default=None, help="Folder of results; by default compare/PRESET.")
     parser.add_argument(
         "--masks",
         type=int,
         default=0,
-        help="Also draw masks this often on the first recipe's first model, and print each way's standard error; 0 does not.",
+        help="Also draw masks this many times on the first recipe's first model, and print each way's standard error; 0 is off.",
     )
     parser.add_argument(
-        "--masks_of", type=path_text, default=None, help="Only that (--masks 16 by default), on the model of this run."
+        "--masks_of", type=path_text, default=None, help="Do only that, on the model of this run (--masks 16 by default)."
     )
     config, args = parse_config(parser, arguments)
     ranks = int(os.environ.get("WORLD_SIZE", "1"))
@@ -76,7 +76,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def mask_errors_of(run: Path, replicates: int, config: Any) -> list[dict[str, Any]]:
-    """Rows of `comparison_page.mask_rows` for the averaged weights of a run's last checkpoint, on its own held-out text."""
+    """`mask_rows` of comparison/page.py for the averaged weights of a run's last checkpoint, on its own held-out text."""
     from atat_fast.comparison.mask_variance import model_mask_errors
     from atat_fast.comparison.page import mask_rows
     from atat_fast.data import prepare

@@ -1,7 +1,7 @@
-"""One typed tree of settings. Presets are YAML files in `presets/` laid over these defaults.
+"""One typed tree of settings. Presets are YAML files in `presets/` that override these defaults.
 
-The defaults are the seed run's (WikiText-103, GPT-2 tokens, a 12-layer DiT), so a preset only says where it differs.
-Nothing here imports jsonargparse: the doors parse, the rest of the package takes these objects.
+The defaults are the seed run's (WikiText-103, GPT-2 tokens, a 12-layer DiT), so a preset says only where it differs.
+Nothing here imports jsonargparse: commands parse, and the rest of the package takes these objects.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ class ModelConfig:
         dim: Width D of the residual stream.
         layers: Number of blocks.
         heads: Attention heads; dim / heads must be an even number.
-        length: Sequence length L the model is trained at, and the longest it takes.
-        mlp_ratio: Width of the MLP over dim.
+        length: Sequence length L in training, and the longest the model takes.
+        mlp_ratio: Width of the MLP divided by dim.
         conditioning_dim: Width of the time embedding.
-        time_conditioning: Whether the model is told how much is hidden. Off, the conditioning is one row for all.
+        time_conditioning: Whether the model is told how much is hidden. If not, all sequences share one conditioning row.
         tie_embeddings: Whether the vocabulary head shares the token embedding's weight.
         qk_norm: Whether queries and keys are normalised before the rotation.
         activation: Nonlinearity of the MLP: tanh-GELU, or the square of ReLU.
         dropout: Chance of dropping an element of a branch before it joins the residual stream.
-        document_mask: Whether attention stays inside a document where a sequence holds several. Likelihoods are then those of
-            text whose document ends are known.
+        document_mask: Whether attention stays inside a document if a sequence holds several. Likelihoods are then those of text
+            with known document ends.
     """
 
     dim: int = 768
@@ -52,20 +52,20 @@ class ModelConfig:
 
 @dataclass
 class DataConfig:
-    """What is read.
+    """The text to read.
 
     Args:
         corpus: A known name (python-docs, wikitext2, wikitext103, openwebtext, lm1b, text8), a path to a .txt, .jsonl, .json,
             .csv or .parquet file (.gz and .zst too) or to a folder of them, or any data set on the hub as hub:owner/name or
             hub:owner/name:configuration.
         tokenizer: bytes, bpe-N (trained on the training split, N tokens in all), a path to a tokenizer.json, or a hub id.
-        valid: Path of the held-out text when corpus is a path; without it valid_fraction of the documents is held out, or of
-            one document its end.
-        valid_fraction: Share of documents held out where the corpus brings no validation split.
-        text_column: Column that holds the text in rows of files and in hub data sets; found by itself where there is one.
-        max_documents: Read no more than this many documents of each split; 0 reads all.
-        cache_dir: Folder for token files; by default $ATAT_FAST_CACHE, else ~/.cache/atat_fast.
-        num_workers: Threads that tokenise; 0 means one for each core.
+        valid: Path of the held-out text if corpus is a path. Without it valid_fraction of the documents is held out, or the end
+            of a single document.
+        valid_fraction: Share of documents held out if the corpus has no validation split.
+        text_column: Column of the text in rows of files and hub data sets; by default `text`, or the only column of text.
+        max_documents: Most documents read of each split; 0 reads all.
+        cache_dir: Folder of token files; by default $ATAT_FAST_CACHE, else ~/.cache/atat_fast.
+        num_workers: Threads that tokenise; 0 is one for each core.
     """
 
     corpus: str = "wikitext103"
@@ -80,31 +80,31 @@ class DataConfig:
 
 @dataclass
 class DiffusionConfig:
-    """What is hidden and how the training loss weighs it. Reported likelihoods never depend on `weighting`.
+    """What is hidden, and how the training loss weighs it. Reported likelihoods never depend on `weighting`.
 
     Args:
         masking: exact hides exactly k tokens, k uniform on 0..L; bernoulli hides each token with the log-linear schedule's
             rate, as MDLM does.
         pairing: antithetic draws counts in pairs (k, L-k), stratified over the whole global batch; stratified draws one in each
-            of global_batch equal parts, as MDLM does; independent draws each on its own.
-        mirror: Whether the two slots of an antithetic pair hold the same sequence with complementary masks, so that a step sees
+            of global_batch equal parts, as MDLM does; independent draws each alone.
+        mirror: Whether both slots of an antithetic pair hold the same sequence, with complementary masks. A step then sees
             global_batch / 2 sequences and hides each of their tokens exactly once. global_batch must be even.
         counts: Law of k in training: uniform on 0..L, or bell, a Gaussian in k/L cut to 1..L. Needs exact masking.
         counts_centre: Centre of the bell, a share of L.
         counts_width: Standard deviation of the bell before it is cut, a share of L.
-        counts_anneal_from: Share of the run after which the bell gives way to uniform counts, linearly until the end; 1 is never.
-        weighting: uniform is the bound's own weight, (L+1)/k, divided by the law's ratio to uniform counts where there is one;
-            ce is the plain mean over hidden tokens (no time weight); importance is uniform times exp(focus * score), normalised
-            to mean 1 over a sequence's hidden tokens; order is (L+1) times the chance that a hidden token is revealed next. The
-            last two need an importance.source.
-        ce_until: Share of the run that is weighted by ce before `weighting` takes over.
+        counts_anneal_from: Share of the run after which the bell turns into uniform counts, linearly until the end; 1 is never.
+        weighting: uniform is the bound's weight, (L+1)/k, divided by the ratio of the law of k to uniform counts; ce is the plain
+            mean over hidden tokens (no time weight); importance is uniform times exp(focus * score), normalised to mean 1 over a
+            sequence's hidden tokens; order is (L+1) times the chance that a hidden token is revealed next. importance and order
+            need an importance.source.
+        ce_until: Share of the run that uses ce before `weighting` takes over.
         sigma_min: Least total noise of the log-linear schedule (bernoulli only).
         sigma_max: Greatest total noise of the log-linear schedule (bernoulli only).
-        schedule: The masking process. log_linear hides every token at the same rate; token_identity at a rate of its own, by how
-            frequent it is in the training text, with the bound that goes with it (docs/atat.md). All but log_linear need exact
-            masking and importance.source none.
-        identity_strength: Rates exp(-identity_strength * log-rank) of being revealed (token_identity only). Above 0 rare tokens
-            stay hidden longer; 0 is the uniform process.
+        schedule: The masking process. log_linear hides every token at the same rate. token_identity gives each token a rate by
+            its frequency in the training text, and has its own bound (docs/atat.md); it needs exact masking and
+            importance.source none.
+        identity_strength: Tokens are revealed at rates exp(-identity_strength * log-rank) (token_identity only). Above 0 rare
+            tokens stay hidden longer; 0 is the uniform process.
     """
 
     masking: Literal["exact", "bernoulli"] = "exact"
@@ -124,21 +124,21 @@ class DiffusionConfig:
 
 @dataclass
 class ImportanceConfig:
-    """How hard each token is thought to be, and what follows from it (docs/atat.md). Reported likelihoods never depend on it.
+    """How hard each token is estimated to be, and its effect on training (docs/atat.md). Reported likelihoods never depend on it.
 
     Args:
-        source: learned scores come from a small network trained with the model; frequency is the log-rank of a token in the
-            training text; full is 0.7 learned + 0.3 frequency; none leaves masks and weights alone.
-        sees: visible scores tokens from what stays visible, so that masks tell nothing of what they hide; clean scores the
-            text itself, an ablation whose training is biased. A frequency is a clean token's in either case.
-        rho: Share of the tokens that would stay visible which are hidden too while scores are made (visible only).
+        source: learned scores come from a small network trained with the model; frequency is a token's log-rank in the training
+            text; full is 0.7 learned + 0.3 frequency; none leaves masks and weights alone.
+        sees: visible scores tokens from what stays visible, so masks tell nothing of what they hide; clean scores the text
+            itself, an ablation whose training is biased. frequency is the clean token's either way.
+        rho: Share of the visible tokens that are hidden too while scores are made (visible only).
         tilt: Odds exp(-tilt * score) of being revealed, at curriculum level 1. Above 0 hard tokens stay hidden longer.
         focus: Weight exp(focus * score) of a hidden token, at curriculum level 1 (diffusion.weighting importance only).
         loss_weight: Weight of the estimator's own loss.
         differentiable_weights: Whether the model's loss reaches the estimator through the weights it makes.
         width: Width of the estimator.
-        layers: Its transformer layers.
-        heads: Their attention heads; width / heads must be an even number.
+        layers: Transformer layers of the estimator.
+        heads: Attention heads of the estimator; width / heads must be an even number.
     """
 
     source: Literal["none", "learned", "frequency", "full"] = "none"
@@ -155,18 +155,18 @@ class ImportanceConfig:
 
 @dataclass
 class CurriculumConfig:
-    """The level by which importance.tilt and importance.focus are multiplied, over the run.
+    """The level over the run. It multiplies importance.tilt and importance.focus.
 
     Args:
-        kind: none is level 1 throughout; step keeps each phase's level; linear runs from each phase's level to the next one's,
-            exponential likewise but mostly at the phase's beginning; adaptive keeps a level until the watched loss stops falling.
+        kind: none is level 1 throughout; step keeps each phase's level; linear goes from each phase's level to the next one's;
+            exponential too, but mostly at the phase's start; adaptive keeps a level until the watched loss stops falling.
         phases: Names of the phases.
-        boundaries: Shares of the run at which phases end, one fewer than there are phases (adaptive finds its own).
+        boundaries: Shares of the run at which phases end, one fewer than phases (adaptive finds its own).
         levels: Level of each phase: below 0 easy tokens are stressed, above 0 hard ones.
-        cooldown: Share of the run over which the level goes back to 0 at the end, so that the uniform bound is what is left.
-        watch: What adaptive looks at: the held-out bound at evaluations, or the training loss at log lines.
-        patience: Values in a row without improvement after which adaptive goes to the next phase.
-        threshold: Nats a token by which a value must be below the phase's best to count as an improvement.
+        cooldown: Last share of the run, over which the level returns to 0, so that training ends on the uniform bound.
+        watch: What adaptive watches: the held-out bound at evaluations, or the training loss at log lines.
+        patience: Values in a row without improvement after which adaptive starts the next phase.
+        threshold: Nats a token by which a value must beat the phase's best to count as an improvement.
     """
 
     kind: Literal["none", "linear", "step", "exponential", "adaptive"] = "none"
@@ -185,17 +185,17 @@ class OptimConfig:
 
     Args:
         name: adamw (fused), or muon for the blocks' matrices with adamw for the rest.
-        lr: Peak learning rate; muon's updates are scaled to the size of adamw's, so one rate serves both.
+        lr: Peak learning rate. muon's updates are scaled to the size of adamw's, so one rate serves both.
         final_lr: Learning rate at the last step.
-        warmup: Share of the run spent warming up.
-        decay_from: Share of the run after which the cosine begins.
+        warmup: Share of the run that warms up.
+        decay_from: Share of the run after which the cosine starts.
         beta1: Decay of adamw's first moment.
         beta2: Decay of adamw's second moment.
         weight_decay: Decoupled weight decay, on matrices only.
-        clip: Greatest global gradient norm; 0 leaves gradients as they are.
-        ema: Decay of the weight average that is evaluated and sampled; early steps use (1 + step) / (10 + step) if less.
-        state: Precision of the moments. bf16 halves them, with stochastic rounding; 8bit (adamw only, needs torchao) quarters
-            them. Weights, gradients' sums and the average stay fp32.
+        clip: Greatest global gradient norm; 0 does not clip.
+        ema: Decay of the averaged weights, which are evaluated and sampled; early steps use (1 + step) / (10 + step) if less.
+        state: Precision of the moments. bf16 halves their memory, with stochastic rounding; 8bit (adamw only, needs torchao)
+            quarters it. Weights, summed gradients and the average stay fp32.
     """
 
     name: Literal["adamw", "muon"] = "adamw"
@@ -213,22 +213,22 @@ class OptimConfig:
 
 @dataclass
 class TrainConfig:
-    """The loop.
+    """The training loop.
 
     Args:
-        max_steps: Optimizer steps. A resumed run may be given more; whatever is a share of the run is then a share of the longer.
-        init_from: Weights to begin with: a run folder, a saved model or an MDLM checkpoint. The optimizer begins anew.
-        global_batch: Sequences an optimizer step sees, over all accumulation.
+        max_steps: Optimizer steps. A resumed run may be given more; shares of the run then mean shares of the longer run.
+        init_from: Weights to start from: a run folder, a saved model or an MDLM checkpoint. The optimizer starts anew.
+        global_batch: Sequences in one optimizer step, over all ranks and accumulation.
         micro_batch: Sequences in one forward pass; 0 chooses the largest divisor of global_batch up to 32.
         seed: Seed of initial weights, data order, masks and dropout.
-        device: cuda, cpu, or auto for cuda where there is one.
+        device: cuda, cpu, or auto: cuda if there is one.
         dtype: bf16 (autocast, fp32 master weights), fp32, or auto: bf16 on GPUs and on CPUs with AMX or AVX512-BF16.
-        compile: Whether torch.compile is used; auto means on a GPU only.
-        cuda_graphs: Whether forward and backward passes are replayed as CUDA graphs, which spares the host; auto means in one
+        compile: Whether torch.compile is used; auto is on a GPU only.
+        cuda_graphs: Whether forward and backward passes are replayed as CUDA graphs, which saves host time; auto is in one
             process on a GPU, without an importance estimator and document boundaries.
         log_every: Steps between lines of metrics.jsonl.
-        checkpoint_every: Steps between `last` checkpoints; 0 saves with each evaluation only.
-        keep: Newest checkpoints that stay; the best one stays besides.
+        checkpoint_every: Steps between `last` checkpoints; 0 saves only at evaluations.
+        keep: How many of the newest checkpoints to keep; the best one is always kept.
     """
 
     max_steps: int = 50_000
@@ -247,22 +247,22 @@ class TrainConfig:
 
 @dataclass
 class ParallelConfig:
-    """How the ranks of a run share it (docs/distributed.md). What is learned never depends on it, but for rounding.
+    """How ranks share a run (docs/distributed.md). It changes what is learned by rounding only.
 
     Args:
         mode: none is one process; ddp gives every rank a whole copy of the model; fsdp shards weights, gradients, moments and the
-            average over all ranks; hsdp shards them over shard_size ranks and copies the shards over the rest; auto chooses by
+            average over all ranks; hsdp shards them over shard_size ranks and copies the shards to the rest; auto chooses by
             memory and link, and says why.
-        world_size: Ranks that --dry_run plans for; 0 is the number started. A run takes what torchrun started.
+        world_size: Ranks that --dry_run plans for; 0 is the number started. A run uses what torchrun started.
         device: Card that --dry_run plans for, such as rtx4090 or h100; empty is this machine's.
-        shard_size: Ranks that hold one copy of the model between them under hsdp; 0 is the ranks of one host.
-        reshard_after_forward: Whether fsdp lets a block's gathered weights go between forward and backward; auto keeps them
-            where memory allows, which saves one gathering of every block a step.
-        param_dtype: Dtype that fsdp gathers the blocks' weights in. The masters that are stepped are fp32 either way.
-        reduce_dtype: Dtype gradients are summed over ranks in.
-        timeout: Seconds without progress after which a run gives up and names the rank that holds it back.
-        activation_checkpointing: Every n-th block is computed again in the backward pass instead of keeping what is inside; 0 is
-            none, 1 every block.
+        shard_size: Ranks that share one copy of the model under hsdp; 0 is the ranks of one host.
+        reshard_after_forward: Whether fsdp frees a block's gathered weights between forward and backward. auto keeps them if
+            memory allows, which gathers every block once less a step.
+        param_dtype: Dtype in which fsdp gathers the blocks' weights. The master weights are fp32 either way.
+        reduce_dtype: Dtype in which gradients are summed over ranks.
+        timeout: Seconds without progress after which a run stops and names the rank that holds it back.
+        activation_checkpointing: Recompute every n-th block in the backward pass instead of keeping its activations; 0 is none,
+            1 every block.
     """
 
     mode: Literal["auto", "none", "ddp", "fsdp", "hsdp"] = "auto"
@@ -278,14 +278,14 @@ class ParallelConfig:
 
 @dataclass
 class EvalConfig:
-    """The held-out likelihood: a seeded set of sequences and masks, the same at every evaluation.
+    """The held-out likelihood, on a seeded set of sequences and masks that every evaluation shares.
 
     Args:
         every: Steps between evaluations.
         sequences: Held-out sequences read; 0 reads all of them.
         draws: Masks drawn for each sequence.
         batch: Sequences in one forward pass.
-        seed: Seed of the masks, and of the choice of sequences.
+        seed: Seed of the masks and of the choice of sequences.
     """
 
     every: int = 5_000
@@ -317,12 +317,12 @@ class RunConfig:
     """Where results go.
 
     Args:
-        name: Folder under `root`. A folder that already holds a run is refused unless --resume is given. Without a name the
-            preset's is taken, or the next free one of NAME-2, NAME-3, ...
+        name: Folder under `root`. One that already holds a run needs --resume. Without a name the preset's is used, or the next
+            free one of NAME-2, NAME-3, ...
         root: Folder of all runs.
-        tensorboard: Whether TensorBoard events are written too.
-        wandb: Whether rows go to Weights & Biases too; needs the package wandb.
-        trackio: Whether rows go to Trackio too; needs the package trackio.
+        tensorboard: Whether to write TensorBoard events too.
+        wandb: Whether to send rows to Weights & Biases too; needs the package wandb.
+        trackio: Whether to send rows to Trackio too; needs the package trackio.
     """
 
     name: str | None = None
@@ -357,7 +357,7 @@ def preset_names() -> list[str]:
 
 
 def preset_settings(name: str) -> dict[str, Any]:
-    """The preset's own settings, a nested dictionary. Raises UsageError for a name that is none."""
+    """The preset's own settings, a nested dictionary. Raises UsageError for an unknown name."""
     if name not in preset_names():
         raise UsageError(f"there is no preset {name!r}{nearest(name, preset_names())}; presets are {', '.join(preset_names())}")
     text = (resources.files("atat_fast") / "presets" / f"{name}.yaml").read_text(encoding="utf-8")
@@ -365,7 +365,7 @@ def preset_settings(name: str) -> dict[str, Any]:
 
 
 def load_preset(name: str) -> Config:
-    """The preset as a Config, with nothing laid over it. Raises UsageError for a name that is none."""
+    """The preset as a Config. Raises UsageError for an unknown name."""
     return from_dict(preset_settings(name))
 
 

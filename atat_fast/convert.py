@@ -1,7 +1,7 @@
 """Convert a checkpoint:  python -m atat_fast.convert SOURCE DESTINATION [--to mdlm]
 
-MDLM's checkpoints become a folder that `DiT.from_pretrained` reads; with --to mdlm a model, or a run of ours, becomes one
-safetensors file under MDLM's names.
+An MDLM checkpoint becomes a folder that `DiT.from_pretrained` reads. With --to mdlm, our model or run becomes one safetensors
+file under MDLM's names.
 """
 
 from __future__ import annotations
@@ -20,11 +20,11 @@ from atat_fast.models.mdlm_files import STATED
 from atat_fast.runs.loaded import open_any
 
 SAVED = {"config.json", "model.safetensors", "README.md"}
-"""What save_pretrained writes, and so what --overwrite may replace."""
+"""What save_pretrained writes, and --overwrite may replace."""
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command. Writes the converted model and says what it is; status 0, or 2 on bad input."""
+    """The command. Writes the converted model and prints what it is. Status 0, or 2 on bad input."""
     parser = make_parser(prog="python -m atat_fast.convert", description="MDLM checkpoints in and out.")
     parser.add_argument(
         "source", type=path_text, help="An MDLM checkpoint (file, folder, hub id), a folder of ours, or a run folder."
@@ -39,7 +39,7 @@ def main(arguments: Sequence[str]) -> int:
     )
     parser.add_argument("--mask_id", type=int | None, default=None, help="The mask token; by default the head's untrained row.")
     parser.add_argument("--time_conditioning", type=bool | None, default=None, help="Whether the model is told the time.")
-    parser.add_argument("--dropout", type=float | None, default=None, help="Dropout of further training.")
+    parser.add_argument("--dropout", type=float | None, default=None, help="Dropout in further training.")
     parser.add_argument("--no_ema", action="store_true", help="Take the last step's weights, not their moving average.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a model that is already at the destination.")
     args = parser.parse_args(list(arguments))
@@ -62,13 +62,13 @@ def main(arguments: Sequence[str]) -> int:
 
 
 def write_folder(model: DiT, destination: Path) -> None:
-    """`save_pretrained` into another name beside `destination`, then put in its place."""
+    """`save_pretrained` to a temporary folder beside `destination`, then rename it."""
     with disk_errors(destination.parent), replacing_folder(destination) as aside:
         model.save_pretrained(aside)
 
 
 def write_mdlm(model: DiT, destination: Path) -> None:
-    """One safetensors file under MDLM's names, whose metadata states what weights cannot."""
+    """One safetensors file under MDLM's names; its metadata holds what weights cannot say."""
     from safetensors.torch import save
 
     known = {**vars(model.config), "mask_id": model.mask_id}
@@ -78,7 +78,7 @@ def write_mdlm(model: DiT, destination: Path) -> None:
 
 
 def check_destination(destination: Path, *, to_mdlm: bool, overwrite: bool) -> None:
-    """Raise UsageError where the destination has no folder to be in, or something is there that may not be replaced."""
+    """Raise UsageError if the destination's parent folder is missing, or something there may not be replaced."""
     if not destination.absolute().parent.is_dir():
         raise UsageError(f"cannot write {destination}: its folder does not exist")
     if to_mdlm and destination.suffix != ".safetensors":

@@ -1,4 +1,4 @@
-"""The one exception that stands for "you can fix this": a sentence with the value and the fix."""
+"""The one exception for errors that a user can fix: a sentence with the value and the fix."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ from collections.abc import Iterable
 
 
 class UsageError(ValueError):
-    """Bad input from a user. Its text is one clear sentence; a command-line door prints it and exits with status 2."""
+    """Bad input from a user. Its text is one clear sentence; a command prints it and exits with status 2."""
 
 
 SEEDS = 2**63
-"""How many seeds there are: random numbers take 64 bits of one, and no tensor holds more than 63 without a sign."""
+"""Number of seeds: an int64 tensor holds 63 bits without a sign."""
 
 
 def check_seed(name: str, seed: int) -> None:
-    """Raise UsageError for a seed that no random number takes. name: of the setting."""
+    """Raise UsageError for a seed outside 0 .. SEEDS - 1. name: of the setting."""
     if not 0 <= seed < SEEDS:
         raise UsageError(f"{name} is {seed}; give a whole number from 0 to {SEEDS - 1}")
 
 
 def nearest(word: str, known: Iterable[str]) -> str:
-    """' (did you mean X?)' for the known words that end in .word (--seed: --train.seed), else for the one that `word` misspells
-    or begins; '' where there is none.
+    """' (did you mean X?)', or '' if no known word is near. X: the known words that end in .word (--seed: --train.seed), else
+    the one that `word` misspells or begins.
     """
     names, bare = list(known), word.lstrip("-")
     close = [name for name in names if name.endswith(f".{bare}")]
@@ -32,5 +32,5 @@ def nearest(word: str, known: Iterable[str]) -> str:
 
 
 def first_line(error: BaseException) -> str:
-    """What an error says, in one line."""
+    """The error's text, in one line."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")

@@ -1,6 +1,6 @@
 """Evaluate a model:  python -m atat_fast.evaluate --run runs/demo [--se 0.005] [--order confidence] [--zero_shot all]
 
-Or text that somebody wrote:  python -m atat_fast.evaluate --samples samples.jsonl [--causal_lm gpt2-large]
+Or the quality of generated text:  python -m atat_fast.evaluate --samples samples.jsonl [--causal_lm gpt2-large]
 """
 
 from __future__ import annotations
@@ -26,13 +26,11 @@ def _parser() -> Any:
     parser = make_parser(prog="python -m atat_fast.evaluate", description="Likelihoods of a model, or the quality of samples.")
     parser.add_argument("--run", type=path_text, default=None, help="A run folder, or one of its checkpoints.")
     parser.add_argument("--model", type=path_text, default=None, help="A saved model instead of a run: a folder, or owner/name.")
-    parser.add_argument(
-        "--tokenizer", type=path_text, default=None, help="What reads text for a --model saved without its tokenizer."
-    )
+    parser.add_argument("--tokenizer", type=path_text, default=None, help="Tokenizer of a --model that was saved without one.")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="Averaged weights, or the last step's.")
     parser.add_argument(
-        "--corpus", type=path_text, default=None, help="Another corpus: a name or path, tokenised as the run's was."
+        "--corpus", type=path_text, default=None, help="Another corpus, a name or path, read with the run's tokenizer."
     )
     parser.add_argument("--split", type=Literal["valid", "train"], default="valid", help="Which split of the corpus.")
     parser.add_argument(
@@ -40,22 +38,20 @@ def _parser() -> Any:
     )
     parser.add_argument("--sequences", type=int, default=0, help="Sequences read, spread over the text; 0 reads all.")
     parser.add_argument("--draws", type=int, default=1, help="Masks drawn for each sequence; more give a smaller error.")
-    parser.add_argument("--se", type=float | None, default=None, help="Draw masks until their standard error is at most this.")
-    parser.add_argument("--max_draws", type=int, default=256, help="Where --se gives up, in masks of each sequence.")
+    parser.add_argument("--se", type=float | None, default=None, help="Draw masks until the standard error is at most this.")
+    parser.add_argument("--max_draws", type=int, default=256, help="Masks of each sequence after which --se gives up.")
     parser.add_argument(
         "--order",
         type=str,
         default=None,
-        help="Likelihoods in these orders too: left_to_right, confidence, margin, entropy (exact), importance (a bound).",
+        help="Also likelihoods in these orders: left_to_right, confidence, margin, entropy (exact), importance (a bound).",
     )
-    parser.add_argument("--order_sequences", type=int, default=16, help="Sequences read for orders; 0 reads all.")
-    parser.add_argument("--tokens_per_pass", type=int, default=1, help="Tokens an order reveals at a time.")
-    parser.add_argument("--tilt", type=float | None, default=None, help="Of the importance order; by default the run's own.")
+    parser.add_argument("--order_sequences", type=int, default=16, help="Sequences read for --order; 0 reads all.")
+    parser.add_argument("--tokens_per_pass", type=int, default=1, help="Tokens that an order reveals at a time.")
+    parser.add_argument("--tilt", type=float | None, default=None, help="Tilt of the importance order; by default the run's own.")
     parser.add_argument("--samples", type=path_text, default=None, help="Measure these texts instead: .jsonl, .txt or .parquet.")
     parser.add_argument("--causal_lm", type=str, default=None, help="Generative perplexity of --samples under this model.")
-    parser.add_argument(
-        "--reference", type=path_text, default=None, help="Text by people that --samples are compared with (MAUVE)."
-    )
+    parser.add_argument("--reference", type=path_text, default=None, help="Human text to compare --samples with (MAUVE).")
     parser.add_argument("--batch", type=int, default=32, help="Sequences in one forward pass.")
     parser.add_argument("--seed", type=int | None, default=None, help="Seed of the masks; by default the run's own.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
@@ -65,7 +61,7 @@ def _parser() -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The door. Prints figures with their errors; status 0, or 2 on bad input."""
+    """The command. Prints figures with their errors. Status 0, or 2 on bad input."""
     args = _parser().parse_args(list(arguments))
     if args.json is not None:
         check_target(args.json)
@@ -113,14 +109,14 @@ def _likelihoods(args: Any) -> int:
         _write(args.json, written | _known(args, saved) | {"figures": figures, "seed": seed, "environment": environment(compute)})
 
     if sets:
-        # All are opened before the first is measured, so that one which cannot be had costs nothing of the others.
+        # Open all sets before measuring any: a missing one must not waste the others' time.
         opened = {name: open_set(name, saved.reads(), model.config.length, path) for name, path in sets.items()}
         try:
             for name, blocks in opened.items():
                 out.print(blocks.describe(model.config.length), markup=False)
                 found = figures_of.measure(model, blocks, plan, compute.autocast, saved.estimator, process)
                 figures += [{"text": name, "source": blocks.source} | figure for figure in found]
-        except (UsageError, KeyboardInterrupt):  # what is measured so far is kept
+        except (UsageError, KeyboardInterrupt):  # keep what is measured so far
             if figures:
                 finish()
             raise
@@ -172,7 +168,7 @@ def _print_bound(out: Any, f: dict[str, Any]) -> None:
 def _saved(args: Any) -> Saved:
     from atat_fast.runs.loaded import open_model
 
-    ordered = "importance" in (args.order or "")  # every other figure does without the estimator
+    ordered = "importance" in (args.order or "")  # no other figure needs the estimator
     return open_model(
         run=args.run,
         model=args.model,
@@ -184,7 +180,7 @@ def _saved(args: Any) -> Saved:
 
 
 def _known(args: Any, saved: Saved) -> dict[str, Any]:
-    """Which model it was, for the record."""
+    """Which model was measured, for the record."""
     kept = {name: saved.facts[name] for name in ("step", "weights") if name in saved.facts}
     return {"checkpoint" if args.run is not None else "model": saved.place} | kept
 
@@ -202,7 +198,7 @@ def _dataset(args: Any, saved: Saved) -> Dataset:
 
 
 def _samples(args: Any) -> int:
-    """Quality of generated text."""
+    """Print the quality of generated text."""
     from atat_fast.evaluation import generation
     from atat_fast.evaluation.measure import console
     from atat_fast.hardware.compute import environment, resolve
@@ -220,7 +216,7 @@ def _samples(args: Any) -> int:
 
 
 def _write(path: str | None, values: dict[str, Any]) -> None:
-    """JSON beside the table; what is no number there is null."""
+    """Write values as JSON, with null for NaN and inf."""
     if path is None:
         return
     with disk_errors(path):

@@ -1,7 +1,7 @@
 """Writing files so that nothing is lost: a reader sees the old file or the new one, never half of one.
 
-A file is written under another name beside its target and renamed. The other name is nobody else's, so two writers of one file do
-not mix: the one that ends last stays. A link is followed, and what is no regular file (a pipe, /dev/stdout) is written straight.
+A file is written under a unique temporary name beside its target and renamed. If two writers write one file, the last to finish
+wins. Links are followed. A target that is not a regular file (a pipe, /dev/stdout) is written directly.
 """
 
 from __future__ import annotations
@@ -18,19 +18,19 @@ from typing import IO, Any
 from atat_fast.errors import UsageError, first_line
 
 ASIDE = ".part"
-"""How the names end under which files and folders are written; they begin with a dot and the target's name."""
+"""Ending of temporary names, which begin with a dot and the target's name."""
 
 
 def expanded(path: str | Path) -> Path:
-    """The path with ~ and ~user turned into home folders; as it is where there is no such user."""
+    """The path with ~ and ~user expanded, or unchanged if there is no such user."""
     return Path(os.path.expanduser(path))
 
 
 @contextlib.contextmanager
 def replacing(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
-    """An open file that takes the place of `path` at the end of the block, or disappears where the block raises.
+    """An open file that replaces `path` at the end of the block, or disappears if the block raises.
 
-    Text is UTF-8; lone surrogates are written as U+FFFD. Raises OSError where the disk refuses.
+    Text is UTF-8; lone surrogates are written as U+FFFD. Raises OSError if the disk refuses.
     """
     target = Path(os.path.realpath(path))
     text: dict[str, Any] = {} if binary else {"encoding": "utf-8", "errors": "replace"}
@@ -58,7 +58,7 @@ def replacing(path: str | Path, *, binary: bool = False) -> Iterator[IO[Any]]:
 
 
 def check_target(path: str | Path) -> None:
-    """Raise UsageError for a file that cannot be written, as far as that can be known before there is anything to write."""
+    """Raise UsageError for a file that cannot be written, as far as can be known before writing."""
     path = Path(path)
     if path.is_dir():
         raise UsageError(f"cannot write {path}: it is a folder; give the name of a file")
@@ -67,14 +67,14 @@ def check_target(path: str | Path) -> None:
 
 
 def write_text(path: str | Path, text: str) -> None:
-    """Give the file this text. Raises OSError."""
+    """Write this text as the whole file. Raises OSError."""
     with replacing(path) as stream:
         stream.write(text)
 
 
 @contextlib.contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """An empty folder to fill. It takes the place of `folder` at the end of the block, or disappears where the block raises."""
+    """An empty folder to fill. It replaces `folder` at the end of the block, or disappears if the block raises."""
     folder = Path(folder).absolute()
     aside = _empty_folder(folder)
     try:
@@ -83,7 +83,7 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
         if not folder.exists():
             aside.rename(folder)
             return
-        old = folder.rename(_empty_folder(folder))  # onto an empty folder, which a rename replaces
+        old = folder.rename(_empty_folder(folder))  # a rename replaces an empty folder
         try:
             aside.rename(folder)
         except OSError:
@@ -95,15 +95,15 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what a killed process had not finished writing in this folder. For whoever alone writes there."""
+    """Remove what a killed process left unfinished in this folder. Only for its single writer."""
     for path in folder.glob(f".*{ASIDE}"):
         remove(path)
 
 
 def remove(path: Path) -> None:
-    """Remove a file or a folder; what the disk refuses to let go stays.
+    """Remove a file or a folder, or leave it if the disk refuses.
 
-    A folder is renamed first, so that what is left of it, should the process be killed meanwhile, is known for a leftover.
+    A folder is renamed first: if the process is killed meanwhile, `remove_leftovers` finds the rest.
     """
     with contextlib.suppress(OSError):
         if path.is_symlink() or not path.is_dir():
@@ -116,7 +116,7 @@ def remove(path: Path) -> None:
 
 @contextlib.contextmanager
 def disk_errors(place: str | Path) -> Iterator[None]:
-    """Turn a disk's refusal into a UsageError that says where and why."""
+    """Turn disk errors into a UsageError that says where and why."""
     from safetensors import SafetensorError
 
     try:

@@ -1,14 +1,14 @@
-"""Models as lm-eval sees them:  python -m atat_fast.lm_eval --model_args run=runs/demo --tasks lambada_openai
+"""Our models in lm-eval:  python -m atat_fast.lm_eval --model_args run=runs/demo --tasks lambada_openai
 
-All other options are the harness's own. From Python, `register()` makes the model known under the name atat_fast.
+All other options are the harness's own. From Python, `register()` registers the model under the name atat_fast.
 
-What it answers:
-- loglikelihood: of a continuation given what comes before it. `likelihood=nelbo` is minus the conditional bound, a Monte-Carlo
-  mean over masks of the continuation alone (every mask there is, where they are no more than `draws`: then without chance);
+Requests it answers:
+- loglikelihood: of a continuation given its context. `likelihood=nelbo` is minus the conditional bound, a Monte-Carlo mean over
+  masks of the continuation alone; if there are at most `draws` masks, all are read and nothing is random.
   `likelihood=left_to_right` and the other orders of evaluation/orders.py are exact, one pass a token.
-- loglikelihood_rolling: of a whole text, each token scored once, in windows of the model's length with as much before as fits.
-- generate_until: masks after the context are filled in by a sampler, and the text is cut at the first stop. A context that does
-  not fit beside them loses its beginning.
+- loglikelihood_rolling: of a whole text, each token scored once, in windows of the model's length with as much context as fits.
+- generate_until: a sampler fills in masks after the context, and the text is cut at the first stop. A context that does not fit
+  beside them loses its beginning.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from atat_fast.sampling.samplers import SAMPLERS, cut_at_end, sample
 
 NAME = "atat_fast"
 LIKELIHOODS = ("nelbo", *EXACT)
-MOST_TOKENS = 256  # of a generation whose task does not say, as the harness's own models have it
-MOST_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # what tasks call it; the first counts
+MOST_TOKENS = 256  # of a generation whose task sets none, as in the harness's own models
+MOST_NAMES = ("max_gen_toks", "max_new_tokens", "max_tokens", "max_completion_tokens")  # tasks' names for it; the first counts
 INSTALL = "pip install 'atat_fast[lm-eval]'"
 
 
 class Answers:
-    """What the harness wants to know, without the harness.
+    """Answers to the harness's requests, without the harness.
 
     Args:
-        model, tokenizer: The model, on compute's device, and what reads its text.
+        model, tokenizer: The model, which moves to compute's device, and its tokenizer.
         likelihood: nelbo, or an exact order.
-        draws: Masks of a continuation that the bound is a mean over; at least 2.
+        draws: Masks of a continuation that the bound averages over; at least 2.
         per_pass: Tokens an order reveals at a time.
-        steps: Denoising steps of a generation; 0 is one for each token.
-        sampler: auto is ddpm_cache, or ancestral for a model that is told the time.
+        steps: Denoising steps of a generation; 0 is one a token.
+        sampler: auto is ddpm_cache, or ancestral for a model with time conditioning.
         batch: Sequences in one forward pass.
     """
 
@@ -87,7 +87,7 @@ class Answers:
         self.batch, self.seed, self.length = batch, seed, model.config.length
 
     def continuation(self, context: str, text: str) -> tuple[float, bool]:
-        """(log-likelihood of `text` after `context`, whether greedy decoding by confidence would write it)."""
+        """(log-likelihood of `text` after `context`, whether greedy decoding by confidence writes it)."""
         before, after = self.split(context, text)
         if not after:
             return 0.0, True
@@ -95,16 +95,16 @@ class Answers:
         return -sum(nll for nll, _ in scored), all(greedy for _, greedy in scored)
 
     def whole(self, text: str) -> float:
-        """Log-likelihood of a text that stands by itself: after an end of document."""
+        """Log-likelihood of a text by itself: after an end of document."""
         ids = self.tokenizer.encode(text)
         return -sum(self._scored(given, part, greedy=False)[0] for given, part in self._windows([self.tokenizer.eos_id], ids))
 
     def split(self, context: str, text: str) -> tuple[list[int], list[int]]:
-        """Ids of both. Blanks at the context's end go to the text, as tokens hold the blank before a word.
+        """Ids of both. Blanks at the context's end go to the text, since tokens hold the blank before a word.
 
-        Tokens are those of context and text together where that has a boundary between them. Where one token would be of both,
-        each is tokenised by itself, so that what is scored is the text, all of it and nothing else. Where the context has no
-        tokens an end of document is given. Text that the tokenizer does not see (none; blanks under BERT's) has no tokens.
+        Context and text are tokenised together if that leaves a boundary between them. If one token would span it, each is
+        tokenised by itself, so that exactly the text is scored. A context without tokens becomes an end of document. Text that
+        the tokenizer does not see (none; blanks under BERT's) has no tokens.
         """
         kept = context.rstrip()
         moved = context[len(kept) :] + text
@@ -113,8 +113,8 @@ class Answers:
         return before or [self.tokenizer.eos_id], after or self.tokenizer.encode(moved)
 
     def _windows(self, before: list[int], after: list[int]) -> Iterator[tuple[list[int], list[int]]]:
-        """(given, scored) of at most `length` tokens together; each token of `after` is scored once, given the most that fits."""
-        most = self.length - min(len(before), 1)  # something is given where there is something to give
+        """(given, scored), at most `length` tokens together. Each token of `after` is scored once, given as much as fits."""
+        most = self.length - min(len(before), 1)  # at least one token is given if there is one
         done = 0
         while done < len(after):
             part = after[done : done + most]
@@ -125,7 +125,7 @@ class Answers:
 
     @torch.no_grad()
     def _scored(self, given: list[int], part: list[int], greedy: bool = True) -> tuple[float, bool]:
-        """(-log-likelihood of part after given in nats, whether each token is the likeliest as confidence reveals them)."""
+        """(-log-likelihood of part after given in nats, whether each token is the likeliest when confidence reveals it)."""
         tokens = torch.tensor([given + part], device=self.compute.device)
         hidden = torch.arange(tokens.shape[1], device=tokens.device)[None] >= len(given)
         with self.compute.autocast():
@@ -139,13 +139,13 @@ class Answers:
 
     def _bound(self, tokens: Tensor, given: int, m: int) -> float:
         """The conditional bound of the last m tokens of tokens [1, given + m], nats: E over k in 1..m of m / k * sum of k."""
-        if (1 << m) - 1 <= self.draws:  # every mask there is
+        if (1 << m) - 1 <= self.draws:  # all masks
             sets = [chosen for k in range(1, m + 1) for chosen in itertools.combinations(range(m), k)]
             hidden = torch.zeros(len(sets), m, dtype=torch.bool)
             for row, chosen in enumerate(sets):
                 hidden[row, list(chosen)] = True
             sizes = hidden.sum(1)
-            weight = 1.0 / (m * torch.bincount(sizes)[sizes].double())  # each k alike, each set of that size alike
+            weight = 1.0 / (m * torch.bincount(sizes)[sizes].double())  # all k weigh the same, and all sets of one size
         else:
             hidden = self._pairs(tokens, given, m)
             weight = torch.full((len(hidden),), 1.0 / len(hidden), dtype=torch.float64)
@@ -190,10 +190,10 @@ class Answers:
         top_k: int = 0,
         top_p: float = 1.0,
     ) -> str:
-        """The text a sampler puts after `context`: at most `most` tokens, up to the first stop or end of document.
+        """The text a sampler writes after `context`: at most `most` tokens, up to the first stop or end of document.
 
-        most: None is 256, or half of the model's length where that is less. The context keeps what fits of its end, and half of
-        the model's length at least; then fewer are written. Raises UsageError for options that `Cut` refuses.
+        most: None is 256, or half the model's length if that is less. The context keeps the end that fits, but at least half the
+        model's length; then fewer tokens are written. Raises UsageError for options that `Cut` refuses.
         """
         most = min(MOST_TOKENS, self.length // 2) if most is None else most
         if most < 0:
@@ -227,17 +227,17 @@ class Answers:
         return text[: min(ends)] if ends else text
 
     def note(self, about: str, sentence: str) -> None:
-        """A sentence on standard error, the first time that there is one about this."""
+        """Print a sentence on standard error, once for each `about`."""
         if about not in self.noted:
             self.noted.add(about)
             print(f"note: {sentence}", file=sys.stderr)
 
 
 def generation_options(settings: dict[str, Any], note: Callable[[str, str], None]) -> dict[str, Any]:
-    """Options of `Answers.generated` from the settings of a request, the harness's gen_kwargs; null is as good as absent.
+    """Options of `Answers.generated` from a request's settings, the harness's gen_kwargs. null means absent.
 
-    Greedy where do_sample is false, temperature is 0, or neither is given; do_sample without a temperature is temperature 1.
-    note: called as `Answers.note` where settings are not followed. Raises UsageError for values that mean nothing.
+    Greedy if do_sample is false, temperature is 0, or neither is given; do_sample without a temperature is temperature 1.
+    note: called like `Answers.note` for settings that are not followed. Raises UsageError for invalid values.
     """
     given = {name: value for name, value in settings.items() if value is not None}
 
@@ -280,7 +280,7 @@ def open_answers(
     batch_size: int | str = 16,
     **options: Any,
 ) -> Answers:
-    """Answers from the harness's model_args: a run or a saved model, and what `Answers` takes. Raises UsageError."""
+    """Answers from the harness's model_args: a run or a saved model, and options of `Answers`. Raises UsageError."""
     if (run is None) == (model is None):
         raise UsageError("model_args names what is asked: run=runs/NAME, or model=FOLDER for a saved model")
     from atat_fast.runs.loaded import open_model
@@ -294,7 +294,7 @@ def open_answers(
         raise UsageError(f"batch_size must be a whole number or auto, got {batch_size!r}")
     where: Any = (device or "auto").split(":")[0]
     if where == "cuda" and not torch.cuda.is_available():
-        where = "auto"  # the harness says cuda:0 where its user said nothing
+        where = "auto"  # the harness passes cuda:0 if its user named no device
     kind: Any = {"bfloat16": "bf16", "float32": "fp32"}.get(dtype, dtype)
     for name, value, choices in (
         ("checkpoint", checkpoint, ("best", "last")),
@@ -311,7 +311,7 @@ def open_answers(
 
 
 def register() -> type[Any]:
-    """Makes the model known to lm-eval as atat_fast; returns its class. Raises UsageError where lm-eval is missing."""
+    """Register the model with lm-eval as atat_fast. Returns its class. Raises UsageError if lm-eval is missing."""
     try:
         from lm_eval.api.model import LM
         from lm_eval.api.registry import register_model
@@ -331,7 +331,7 @@ def register() -> type[Any]:
 
         @property
         def tokenizer_name(self) -> str:
-            """What names the tokenizer in the harness's caches."""
+            """The tokenizer's name in the harness's caches."""
             return self.answers.tokenizer.fingerprint
 
         def loglikelihood(self, requests: Any, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
@@ -361,7 +361,7 @@ _registered: type[Any] | None = None
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The harness's own command line, with our model known to it and taken where no other is named."""
+    """The command. The harness's own command line, with our model registered and used unless another is named."""
     register()
     from lm_eval.__main__ import cli_evaluate
 
@@ -374,7 +374,7 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    # Run as a module this file has another name; what is registered must be what importers get.
+    # As __main__ this file is another module; register the class that importers get.
     from atat_fast import lm_eval as module
     from atat_fast.cli import run_door
 

@@ -1,8 +1,8 @@
 """A page to play with a model:  python -m atat_fast.playground --run runs/demo
 
-Type text with blanks, choose a sampler, and watch the tokens appear, each shaded by how hard it was thought to be. `[MASK]` is
-one token to fill in; `___` is as many as the page's slider says. The page is served to this machine alone and asks nobody else
-for anything. It needs Gradio: pip install 'atat_fast[playground]'.
+Type text with blanks, choose a sampler, and watch the tokens appear, shaded by estimated difficulty. `[MASK]` is one token to
+fill in; `___` is as many as the page's slider says. The page is served to this machine alone and loads nothing from elsewhere. It
+needs Gradio: pip install 'atat_fast[playground]'.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 INSTALL = "pip install 'atat_fast[playground]'"
 EXAMPLE = "The [MASK][MASK][MASK] of the list is returned, ___ value."
 BLANK = re.compile(r"_{3,}")
-MOST_WAITING = 4  # frames between the sampler and a page that is slower: it shows the newest
+MOST_WAITING = 4  # frames queued for a slow page, which then shows the newest
 STYLE = """<style>
 .canvas { font: 1.15rem/1.9 Charter, "Bitstream Charter", Cambria, Georgia, serif; white-space: pre-wrap; overflow-wrap: anywhere;
   unicode-bidi: plaintext; padding: 1rem 1.25rem; border: 1px solid color-mix(in srgb, currentColor 15%, transparent);
@@ -47,7 +47,7 @@ STYLE = """<style>
 
 @dataclass(frozen=True)
 class Player:
-    """The model that is played with, on its device, and what belongs to it."""
+    """The page's model, on its device, and what belongs to it."""
 
     model: DiT
     tokenizer: Tokenizer
@@ -57,14 +57,14 @@ class Player:
 
     @property
     def shading(self) -> str:
-        """What the shades mean, in words."""
+        """The meaning of the shades, in words."""
         if self.estimator is not None:
             return "the importance estimator's score: how likely it thought the model to get the token wrong"
         return "1 - p of the token when it was drawn: the chance of error that an estimator learns, and this model has none"
 
     @property
     def a_token(self) -> str:
-        """What a token is, in words."""
+        """The meaning of a token, in words."""
         if self.tokenizer.name == "bytes":
             return "A token is a byte: a letter of English, a part of others."
         return "A token is a word or a part of one; a space or a mark is often part of it, or a token of its own."
@@ -72,7 +72,7 @@ class Player:
 
 @dataclass(frozen=True)
 class Frame:
-    """One moment: ids [L], which were given, which are new, and a shade in [0, 1] for each that was not given."""
+    """One moment: ids [L], which are given, which are new, and a shade in [0, 1] for each that is not given."""
 
     step: int
     steps: int
@@ -84,7 +84,7 @@ class Frame:
 
 
 def read_text(tokenizer: Tokenizer, text: str, *, blank: int, append: int, longest: int) -> list[int]:
-    """Ids of text whose [MASK] are masks and whose ___ are `blank` masks each, followed by `append` masks. Raises UsageError."""
+    """Ids of the text, then `append` masks. [MASK] is one mask, ___ is `blank` masks. Raises UsageError."""
     ids: list[int] = tokenizer.encode_prompt(BLANK.sub("[MASK]" * blank, text)) + [tokenizer.mask_id] * append
     if len(ids) > longest:
         raise UsageError(f"this is {len(ids)} tokens, and the model takes at most {longest}; shorten the text or the blanks")
@@ -103,10 +103,10 @@ def frames(
     seed: int,
     left: threading.Event | None = None,
 ) -> Iterator[Frame]:
-    """The moments of filling in `ids`: the beginning, every step that changed something, and the end. Raises UsageError.
+    """The moments of filling in `ids`: the start, every step that changed something, and the end. Raises UsageError.
 
-    The sampler runs in a thread. It ends with the generator, or at the next step after `left` is set, and so does the generator.
-    A slower reader misses moments, not the end.
+    The sampler runs in a thread. It ends when the generator does; both end at the next step after `left` is set.
+    A slow reader misses moments, but not the end.
     """
     import torch
 
@@ -138,14 +138,14 @@ def frames(
                 final = sample(model, start, on_step=on_step, **options)
                 shades.see(final)
             arrived.put(Frame(steps, steps, final[0].tolist(), given, [False] * len(ids), shades.values(), done=True))
-        except BaseException as error:  # handed to the reader, who raises it
+        except BaseException as error:  # the reader raises it
             arrived.put(error)
 
     threading.Thread(target=run, daemon=True).start()
     try:
         while True:
             found = arrived.get()
-            # A reader that is late skips what lies between; it sees the beginning and the end.
+            # A late reader skips frames between the start and the end.
             while arrived.qsize() >= MOST_WAITING and isinstance(found, Frame) and found.step and not found.done:
                 found = arrived.get()
             if left.is_set():
@@ -160,11 +160,11 @@ def frames(
 
 
 class _Left(Exception):
-    """Nobody watches any more."""
+    """Nobody watches the page any more."""
 
 
 class _Shades:
-    """The shade of each token as it goes: the estimator's score while it is hidden, or 1 - p at the step that draws it."""
+    """Shades of tokens: the estimator's score while hidden, or without an estimator 1 - p at the step that draws the token."""
 
     def __init__(self, player: Player, scores: Callable[[Tensor, Tensor], Tensor] | None, start: Tensor) -> None:
         self.player, self.scores, self.before = player, scores, start.clone()
@@ -178,7 +178,7 @@ class _Shades:
             self.shade = self.shade.where(~hidden, self.scores(self.before, share)[0].double())
 
     def see(self, tokens: Tensor) -> list[bool]:
-        """Take in the tokens after a step; which of them it drew."""
+        """Take the tokens after a step. Returns which of them the step drew."""
         drawn = (self.before[0] == self.player.model.mask_id) & (tokens[0] != self.player.model.mask_id)
         rows = drawn.nonzero().flatten()
         if self.scores is None and len(rows):
@@ -193,7 +193,7 @@ class _Shades:
         return found
 
     def values(self) -> list[float]:
-        """In [0, 1]."""
+        """Shades in [0, 1]."""
         found: list[float] = self.shade.clamp(0, 1).tolist()
         return found
 
@@ -205,7 +205,7 @@ def _scorer(player: Player) -> Callable[[Tensor, Tensor], Tensor] | None:
 
 
 def picture(frame: Frame, pieces: Pieces) -> str:
-    """A frame as HTML: what was given as it is, the rest in shaded spans."""
+    """A frame as HTML: given text plain, the rest in shaded spans."""
     parts = []
     for first, end, text in pieces(frame.ids):
         if text is None:
@@ -218,7 +218,7 @@ def picture(frame: Frame, pieces: Pieces) -> str:
 
 
 def legend(player: Player) -> str:
-    """What is seen on the canvas, as HTML."""
+    """The legend of the canvas, as HTML."""
     shades = "".join(f'<span class="drawn" style="--i:{i / 4}">&nbsp;{i / 4:g}&nbsp;</span>' for i in range(5))
     lines = (
         f"<b>[MASK]</b> is one token to fill in, <b>___</b> several. {html.escape(player.a_token)}",
@@ -235,14 +235,14 @@ def _span(kind: str, text: str, shade: float) -> str:
 
 
 def build(player: Player) -> Any:
-    """The page as Gradio's Blocks. Raises UsageError where Gradio is not installed."""
+    """The page as Gradio's Blocks. Raises UsageError if Gradio is not installed."""
     gradio = _gradio()
     from atat_fast.sampling.samplers import SAMPLERS
 
     usable = [name for name in SAMPLERS if _usable(name, player)]
     longest = player.model.config.length
     pieces = Pieces(player.tokenizer.decode, player.model.mask_id)
-    running: dict[str | None, threading.Event] = {}  # what ends the sampler of each open page
+    running: dict[str | None, threading.Event] = {}  # stops the sampler of each open page
 
     def fill(
         text: str, sampler: str, steps: float, temperature: float, blank: float, append: float, seed: float, request: Any
@@ -273,7 +273,7 @@ def build(player: Player) -> Any:
     def leave(request: Any) -> None:
         stop(request)
 
-    for function in (fill, stop, leave):  # gradio hands its Request to what asks for it by this annotation
+    for function in (fill, stop, leave):  # Gradio passes its Request to parameters with this annotation
         function.__annotations__["request"] = gradio.Request
 
     own: dict[str, Any] = {"title": "atat_fast playground", "analytics_enabled": False}
@@ -326,16 +326,14 @@ def _gradio() -> Any:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The door. Serves the page until it is stopped; status 0, or 2 on bad input."""
+    """The command. Serves the page until it is stopped. Status 0, or 2 on bad input."""
     parser = make_parser(prog="python -m atat_fast.playground", description="A page to fill in text with a model.")
     parser.add_argument("--run", type=path_text, default=None, help="A run folder, or one of its checkpoints.")
     parser.add_argument("--model", type=path_text, default=None, help="A saved model instead of a run: a folder, or owner/name.")
-    parser.add_argument(
-        "--tokenizer", type=path_text, default=None, help="What reads text for a --model saved without its tokenizer."
-    )
+    parser.add_argument("--tokenizer", type=path_text, default=None, help="Tokenizer of a --model that was saved without one.")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
-    parser.add_argument("--host", type=str, default="127.0.0.1", help="Who may look: 127.0.0.1 is this machine alone.")
-    parser.add_argument("--port", type=int, default=7860, help="Where the page is served.")
+    parser.add_argument("--host", type=str, default="127.0.0.1", help="Address to serve at: 127.0.0.1 is this machine alone.")
+    parser.add_argument("--port", type=int, default=7860, help="Port to serve at.")
     parser.add_argument("--device", type=Literal["auto", "cpu", "cuda"], default="auto", help="Where to compute.")
     parser.add_argument("--dtype", type=Literal["auto", "bf16", "fp32"], default="auto", help="Precision.")
     args = parser.parse_args(list(arguments))
@@ -345,7 +343,7 @@ def main(arguments: Sequence[str]) -> int:
         raise UsageError(f"--port must be in 1..65535, got {args.port}")
     gradio = _gradio()
     page = build(to_play_with(args))
-    fonts = ["system-ui", "sans-serif"]  # names alone: the page loads none from elsewhere
+    fonts = ["system-ui", "sans-serif"]  # names only: the page loads no font files
     theme = gradio.themes.Base(font=fonts, font_mono=["ui-monospace", "monospace"])
     options: dict[str, Any] = {"server_name": args.host, "server_port": args.port, "quiet": True, "share": False}
     if "theme" in inspect.signature(page.launch).parameters:

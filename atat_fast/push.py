@@ -1,6 +1,6 @@
 """A run's model as a folder, or on the hub:  python -m atat_fast.push --run runs/demo --out demo [--push owner/name]
 
-docs/hub.md has what the folder holds and who reads it.
+docs/hub.md says what the folder holds and what reads it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from atat_fast.runs.reader import read_run
 
 
 def portable_settings(config: Config) -> dict[str, Any]:
-    """A run's settings without what is only true on the machine it ran on: folders, and where paths lead."""
+    """A run's settings without those of its machine: folders, and where paths lead."""
     settings = to_dict(config)
     data = settings["data"]
     for name in ("corpus", "valid", "tokenizer"):
@@ -32,7 +32,7 @@ def portable_settings(config: Config) -> dict[str, Any]:
 
 
 def with_card(run: Path, which: str, *, average: bool) -> Saved:
-    """The model of a run's checkpoint with the facts of its card. Raises UsageError."""
+    """The model of a run's checkpoint, with facts for its card. Raises UsageError."""
     saved = open_run(run, which, average=average)
     model, config, evaluation = saved.model, saved.config, saved.facts.get("evaluation")
     facts: dict[str, Any] = {
@@ -50,7 +50,7 @@ def with_card(run: Path, which: str, *, average: bool) -> Saved:
     }
     if "tokens" in saved.facts:
         facts["tokens"] = saved.facts["tokens"]
-    if average and evaluation:  # what is evaluated in training is the average
+    if average and evaluation:  # training evaluates the average
         facts["evaluation"] = evaluation
     if saved.estimator is not None:
         facts["importance"] = dataclasses.asdict(saved.estimator.config)
@@ -68,16 +68,16 @@ def with_card(run: Path, which: str, *, average: bool) -> Saved:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The command. Saves a run's model, and pushes it where that is asked; status 0, or 2 on bad input."""
+    """The command. Saves a run's model, and pushes it if asked to. Status 0, or 2 on bad input."""
     parser = make_parser(prog="python -m atat_fast.push", description="A run's model as a folder, or on the hub.")
     parser.add_argument("--run", type=path_text, required=True, help="A run folder, or one of its checkpoints.")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
     parser.add_argument("--weights", type=Literal["ema", "raw"], default="ema", help="Averaged weights, or the last step's.")
     parser.add_argument("--out", type=path_text, default=None, help="A folder to make.")
     parser.add_argument("--push", type=str, default=None, help="Upload it to the hub as owner/name.")
-    parser.add_argument("--private", action="store_true", help="A repository that --push makes is private.")
+    parser.add_argument("--private", action="store_true", help="Make the repository that --push creates private.")
     parser.add_argument(
-        "--license", type=str, default=None, help="Licence of the weights, by the hub's name for it: mit, cc-by-4.0."
+        "--license", type=str, default=None, help="Licence of the weights by its name on the hub: mit, cc-by-4.0."
     )
     parser.add_argument("--overwrite", action="store_true", help="Replace a saved model that is already at --out.")
     args = parser.parse_args(list(arguments))
@@ -104,7 +104,7 @@ def main(arguments: Sequence[str]) -> int:
 
 @contextmanager
 def _out(folder: str | None) -> Iterator[Path]:
-    """Where to save: the folder asked for, or one that is gone afterwards."""
+    """Where to save: the given folder, or a temporary one."""
     if folder is not None:
         yield Path(folder)
         return

@@ -2,7 +2,7 @@
 
     python -m atat_fast.report --run runs/demo [--out FOLDER]
 
-Reads config.yaml, run.json and metrics.jsonl of a run folder, of a finished run or of one still going. Same input, same bytes.
+Reads config.yaml, run.json and metrics.jsonl of a run, finished or still going. Same input, same bytes.
 """
 
 from __future__ import annotations
@@ -93,11 +93,11 @@ STYLE += "".join(f".i{i} {{ background: color-mix(in srgb, var(--hot) {7 * i}%, 
 
 
 def write_report(run: Path, out: Path | None = None) -> Path:
-    """Writes report.html, loss.png, throughput.png and overview.png into `out` (by default the run folder), and importance.png
-    where the run has importance.
+    """Write report.html, loss.png, throughput.png and overview.png into `out` (by default the run folder), and importance.png
+    if the run has importance.
 
-    Returns the path of report.html. Raises UsageError when the run cannot be read or the folder not be written; the files
-    of an earlier report are replaced only once all of the new ones are complete.
+    Returns the path of report.html. Raises UsageError if the run cannot be read or the folder cannot be written. An earlier
+    report's files are replaced only once all new ones are complete.
     """
     found = read_run(Path(run))
     curves = curves_of(found)
@@ -113,7 +113,7 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 
 
 def visible(text: str) -> str:
-    """Text with every control, direction and surrogate character made visible, so that no sample rearranges the page."""
+    """Text with control, direction and surrogate characters made visible, so that no sample can rearrange the page."""
 
     def shown(match: re.Match[str]) -> str:
         code = ord(match[0])
@@ -170,7 +170,7 @@ def _headline(run: Run, curves: Curves) -> str:
 
 
 def _table(head: Iterable[str], rows: Iterable[Iterable[str]], kind: str = "", best: int | None = None) -> str:
-    """A table of cells that are HTML already; the first cell of a row is its heading."""
+    """A table of cells that are HTML already. The first cell of a row is its heading."""
     top = "".join(f'<th scope="col">{cell}</th>' for cell in head)
     body = ""
     for index, (first, *rest) in enumerate(rows):
@@ -223,7 +223,7 @@ def _samples(run: Run) -> str:
 
 
 def _importance(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> list[str]:
-    """The section on importance: pictures, the estimator's calibration, and two passages; nothing for a run without it."""
+    """The section on importance: pictures, the estimator's calibration and two passages. Empty for a run without importance."""
     if "importance.png" not in light:
         return []
     caption = (
@@ -247,7 +247,7 @@ def _importance(run: Run, light: dict[str, bytes], dark: dict[str, bytes]) -> li
 
 
 def _coloured(passage: Any) -> str:
-    """A passage's tokens, each on a wash of ten strengths; its score shows where the pointer rests."""
+    """A passage's tokens, shaded in ten strengths. Hovering over a token shows its score."""
     tokens, scores = (passage.get(name) if isinstance(passage, dict) else None for name in ("tokens", "scores"))
     pairs = zip(tokens, scores, strict=False) if isinstance(tokens, list) and isinstance(scores, list) else ()
     spans = ""
@@ -343,7 +343,7 @@ def _page(run: Run, curves: Curves, light: dict[str, bytes], dark: dict[str, byt
         "<h2>Facts</h2>",
         _facts(run),
     ]
-    # The policy is a second lock: should text ever slip past the escaping, it could still load and run nothing.
+    # A second lock: text that slips past the escaping can still load and run nothing.
     policy = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><title>{_text(run.name)}</title>
@@ -357,7 +357,7 @@ def _page(run: Run, curves: Curves, light: dict[str, bytes], dark: dict[str, byt
 
 
 def _write_all(folder: Path, files: dict[str, bytes]) -> None:
-    """Writes every file aside, then renames them all: a failure before the end leaves the earlier files as they were."""
+    """Write every file under a temporary name, then rename all: a failure before the end leaves the earlier files unchanged."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with contextlib.ExitStack() as stack:
@@ -371,10 +371,10 @@ def _write_all(folder: Path, files: dict[str, bytes]) -> None:
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The door. Prints where the report is; status 0, or 2 on bad input."""
+    """The command. Prints the report's path. Status 0, or 2 on bad input."""
     parser = make_parser(prog="python -m atat_fast.report", description="The report of a training run.")
     parser.add_argument("--run", type=path_text, required=True, help="A run folder, such as runs/demo.")
-    parser.add_argument("--out", type=path_text, default=None, help="Folder the report goes to; by default the run folder.")
+    parser.add_argument("--out", type=path_text, default=None, help="Folder of the report; by default the run folder.")
     args = parser.parse_args(list(arguments))
     print(write_report(Path(args.run), None if args.out is None else Path(args.out)))
     return 0

@@ -2,7 +2,7 @@
 
     echo "The [MASK] [MASK] of the list is returned." | python -m atat_fast.sample --run runs/demo --infill
 
-docs/sampling.md has the samplers and every option.
+docs/sampling.md explains the samplers and options.
 """
 
 from __future__ import annotations
@@ -27,18 +27,18 @@ STDIN = "-"
 
 @dataclass(frozen=True)
 class Job:
-    """One text to fill: the ids it begins as, and what the user gave, as it is written to JSONL."""
+    """One text to fill: its first ids, and the user's text for the JSONL."""
 
     start: list[int]
     given: str
 
     def given_tokens(self, mask_id: int) -> int:
-        """How many of the first tokens lie before the end of what was given."""
+        """Number of tokens up to the last given one."""
         return max((i + 1 for i, token in enumerate(self.start) if token != mask_id), default=0)
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The door. Prints samples; status 0, or 2 on bad input."""
+    """The command. Prints samples. Status 0, or 2 on bad input."""
     args = _parser().parse_args(list(arguments))
     _check(args)
 
@@ -114,18 +114,16 @@ def _parser() -> Any:
     parser = make_parser(prog="python -m atat_fast.sample", description="Text from a run's model.")
     parser.add_argument("--run", type=path_text, default=None, help="A run folder, or one of its checkpoints.")
     parser.add_argument("--model", type=path_text, default=None, help="A saved model instead of a run: a folder, or owner/name.")
-    parser.add_argument(
-        "--tokenizer", type=path_text, default=None, help="What reads text for a --model saved without its tokenizer."
-    )
+    parser.add_argument("--tokenizer", type=path_text, default=None, help="Tokenizer of a --model that was saved without one.")
     parser.add_argument("--checkpoint", type=Literal["best", "last"], default="best", help="Which checkpoint of the run.")
-    parser.add_argument("--num_samples", type=int, default=1, help="How many, of each prompt.")
+    parser.add_argument("--num_samples", type=int, default=1, help="Samples of each prompt.")
     parser.add_argument("--prompt", type=str, default="", help="Text each sample begins with; the model continues it.")
     parser.add_argument(
         "--prompts",
         type=path_text,
         nargs="+",
         default=[],
-        help="Files of prompts, - for standard input: one a line, or .jsonl objects with prompt, text or ids.",
+        help="Files of prompts, or - for standard input: one a line, or .jsonl objects with prompt, text or ids.",
     )
     parser.add_argument(
         "--infill",
@@ -133,34 +131,34 @@ def _parser() -> Any:
         nargs="?",
         const=STDIN,
         default=None,
-        help="Text to complete where it says [MASK], one token each; without a value, the lines of --prompts or standard input.",
+        help="Text whose [MASK] are filled in, one token each; without a value, the lines of --prompts or standard input.",
     )
     parser.add_argument("--length", type=int, default=0, help="Tokens of a sample; 0 means the model's length.")
     parser.add_argument(
         "--block", type=int, default=0, help="Fill this many tokens at a time, left to right; text may be longer."
     )
-    parser.add_argument("--steps", type=int, default=128, help="Denoising steps, of each block where there are blocks.")
+    parser.add_argument("--steps", type=int, default=128, help="Denoising steps, of each block if there are blocks.")
     parser.add_argument(
         "--sampler",
         type=str,
         default="auto",
-        help="auto (ddpm_cache, or ancestral for a model that is told the time), ancestral, ddpm_cache, first_hitting, "
+        help="auto (ddpm_cache, or ancestral for a model with time conditioning), ancestral, ddpm_cache, first_hitting, "
         "confidence, entropy, margin, importance, remdm_cap, remdm_rescale or remdm_confidence.",
     )
     parser.add_argument(
-        "--stop_at_end", action="store_true", help="End each sample before its first end-of-document token behind what was given."
+        "--stop_at_end", action="store_true", help="End each sample before its first end-of-document token after what was given."
     )
     parser.add_argument("--temperature", type=float, default=1.0, help="Divides the logits; 0 takes the likeliest token.")
     parser.add_argument("--top_k", type=int, default=0, help="Draw from the k most likely tokens; 0 means all.")
     parser.add_argument("--top_p", type=float, default=1.0, help="Draw from the fewest tokens whose chances add up to this.")
     parser.add_argument("--eta", type=float, default=None, help="How much the remdm samplers hide again, 0 to 1.")
     parser.add_argument(
-        "--tilt", type=float, default=None, help="Sampler importance: odds exp(-tilt * score); by default the run's."
+        "--tilt", type=float, default=None, help="Of sampler importance: odds exp(-tilt * score); by default the run's."
     )
     parser.add_argument("--seed", type=int, default=0, help="Seed of the samples.")
     parser.add_argument("--batch", type=int, default=16, help="Sequences at a time; samples do not depend on it.")
     parser.add_argument(
-        "--jsonl", type=path_text, default=None, help="Write one JSON object a sample to this file, - for standard output."
+        "--jsonl", type=path_text, default=None, help="Write one JSON object a sample to this file, or - for standard output."
     )
     parser.add_argument("--watch", action="store_true", help="Show the first sample of each batch as it is denoised.")
     parser.add_argument("--html", type=path_text, default=None, help="Write a page that replays the first sample.")
@@ -170,7 +168,7 @@ def _parser() -> Any:
 
 
 def _check(args: Any) -> None:
-    """What can be refused before anything is read."""
+    """Raise UsageError for what can be refused before reading anything."""
     for name in ("num_samples", "batch", "steps"):
         if getattr(args, name) < 1:
             raise UsageError(f"{name} must be at least 1, got {getattr(args, name)}")
@@ -190,7 +188,7 @@ def _check(args: Any) -> None:
 
 
 def _lines(args: Any) -> list[tuple[str, Any]]:
-    """(where it stands, what was given: text, or a list of ids) for every text."""
+    """(place, given) for every text. given: text, or a list of ids."""
     if args.infill not in (None, STDIN):
         return [("--infill", args.infill)]
     if args.infill is None and not args.prompts:
@@ -231,7 +229,7 @@ def _of_json(place: str, line: str) -> Any:
 
 
 def _jobs(args: Any, lines: list[tuple[str, Any]], tokenizer: Any, longest: int) -> list[Job]:
-    """The ids each sample begins as: what is given, and the mask where something is to be filled in."""
+    """Each sample's first ids: the given ones, and the mask where a token is to be filled in."""
     if args.length < 0 or (args.length > longest and not args.block):
         raise UsageError(
             f"length must be in 1..{longest}, the model's own, got {args.length}; --block {longest} writes longer text"
@@ -259,7 +257,7 @@ def _jobs(args: Any, lines: list[tuple[str, Any]], tokenizer: Any, longest: int)
 
 @contextmanager
 def _output(args: Any) -> Iterator[Any]:
-    """Yields what is called with each sample. A file takes its name when the last one is written, or at Ctrl-C."""
+    """Yields a function to call with each sample. A file gets its name after the last sample, or at Ctrl-C."""
     if args.jsonl is None:
 
         def plain(number: int, count: int, job: Job, ids: list[int], tokenizer: Any, facts: dict[str, str]) -> None:
@@ -284,7 +282,7 @@ def _output(args: Any) -> Iterator[Any]:
         try:
             yield lambda number, count, *sample: line(stream, number, *sample)
         except KeyboardInterrupt:
-            interrupted = stream.tell() > 0  # what is drawn so far is kept
+            interrupted = stream.tell() > 0  # keep what is drawn so far
             if not interrupted:
                 raise
     if interrupted:
@@ -292,7 +290,7 @@ def _output(args: Any) -> Iterator[Any]:
 
 
 class _Progress:
-    """A progress bar on standard error where that is a terminal, the view of --watch, and the recording for --html."""
+    """A progress bar on standard error if that is a terminal, the view of --watch, and the recording for --html."""
 
     def __init__(self, args: Any, jobs: list[Job], tokenizer: Any, longest: int, mask_id: int, scores: Any) -> None:
         from rich.console import Console
@@ -329,12 +327,12 @@ class _Progress:
             self.bar.stop()
 
     def batch(self, first: int, jobs: list[Job], tokens: Any) -> Any:
-        """An `on_step` for this batch, or None where nobody looks."""
+        """An `on_step` for this batch, or None if nothing shows it."""
         from atat_fast.evaluation.trajectory import Recorder, show
 
         watched = None
         if self.args.watch or (self.args.html is not None and first == 0):
-            fits = len(jobs[0].start) <= self.longest  # the estimator sees no more than the model
+            fits = len(jobs[0].start) <= self.longest  # the estimator takes no more tokens than the model
             scores = self.scores if self.args.html is not None and fits else None
             watched = Recorder(tokens, self.mask_id, length=len(jobs[0].start), scores=scores)
             if first == 0:
@@ -361,7 +359,7 @@ class _Progress:
         return on_step
 
     def write_html(self, path: Path, facts: dict[str, Any]) -> None:
-        """The page of the first sample."""
+        """Write the page of the first sample."""
         from atat_fast.evaluation.trajectory import page, write_page
 
         write_page(path, page(self.recorder, self.pieces, facts))

@@ -1,6 +1,6 @@
 """Train a model:  torchrun -m atat_fast.train [--preset NAME] [--config FILE] [--group.setting VALUE ...]
 
-Without arguments: the demo, a small model on the documentation of the Python that runs it, in a few minutes on two CPU cores.
+Without arguments it trains the demo: a small model of the running Python's documentation, in a few minutes on two CPU cores.
 """
 
 from __future__ import annotations
@@ -14,9 +14,9 @@ from atat_fast.errors import UsageError
 
 
 def main(arguments: Sequence[str]) -> int:
-    """The door. Status 0 when the run is complete, 1 when it diverged, 2 on bad input, 128 + N when signal N stopped it.
+    """The command. Status 0 if the run is complete, 1 if it diverged, 2 on bad input, 128 + N if signal N stopped it.
 
-    Of several ranks only the first one speaks; all of them leave with the same status.
+    Only rank 0 prints; all ranks exit with the same status.
     """
     try:
         return _main(arguments)
@@ -31,7 +31,7 @@ def main(arguments: Sequence[str]) -> int:
 def _main(arguments: Sequence[str]) -> int:
     parser = make_parser(prog="python -m atat_fast.train", description="Train a masked-diffusion language model.")
     parser.add_argument("--resume", action="store_true", help="Continue the run in the run folder from its last checkpoint.")
-    parser.add_argument("--dry_run", action="store_true", help="Print parameters, tokens and memory of a step, and stop.")
+    parser.add_argument("--dry_run", action="store_true", help="Print parameters, tokens and memory of a step, then stop.")
     config, parsed = parse_config(parser, arguments)
     if parsed.dry_run:
         return _dry_run(config)
@@ -77,7 +77,7 @@ def _main(arguments: Sequence[str]) -> int:
 
 
 def _dry_run(config) -> int:  # type: ignore[no-untyped-def]
-    """The plan, for the cards of parallel.device and parallel.world_size, or for this machine's."""
+    """Print the plan, for the cards of parallel.device and parallel.world_size, or for this machine's."""
     from atat_fast.data.tokenizers import vocabulary
     from atat_fast.distributed.ranks import Launch
     from atat_fast.hardware.compute import resolve
