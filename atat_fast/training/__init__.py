@@ -1,1 +1,1 @@
-"""The trainer: one loop, and the small parts it is made of."""
+"""The trainer: one loop and its small parts."""

@@ -1,4 +1,4 @@
-"""How a new run begins from the weights of another model."""
+"""Starting a new run from the weights of another model."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from atat_fast.models.hub import Saved
 from atat_fast.models.importance import ImportanceEstimator
 
 MEANING = ("heads", "activation")
-"""Settings that change what weights mean and not their shapes."""
+"""Settings that change the meaning of weights but not their shapes."""
 
 
 def same_tokenizer(own: Tokenizer, setting: str) -> bool:
-    """Whether data.tokenizer names this tokenizer, by its name or by a file's content."""
+    """Whether data.tokenizer names this tokenizer, by name or by a file's content."""
     if own.name == setting:
         return True
     try:
@@ -27,7 +27,7 @@ def same_tokenizer(own: Tokenizer, setting: str) -> bool:
 
 
 def check_tokenizer(origin: Saved, setting: str) -> None:
-    """Raise UsageError where the weights read text with another tokenizer than data.tokenizer names."""
+    """Raise UsageError if the weights belong to another tokenizer than data.tokenizer."""
     own = origin.tokenizer
     if own is not None and not same_tokenizer(own, setting):
         raise UsageError(
@@ -37,10 +37,9 @@ def check_tokenizer(origin: Saved, setting: str) -> None:
 
 
 def begin_from(origin: Saved, model: DiT, estimator: ImportanceEstimator | None) -> str:
-    """Give a new run's model the weights of another, and its estimator where both have one of the same shapes.
+    """Copy another model's weights into a new run's model, and its estimator's if both have one of the same shapes.
 
-    Returns what was done, as a sentence. Raises UsageError where weights have other shapes, naming the first in the file's order,
-    or another meaning.
+    Returns what was done, as a sentence. Raises UsageError if weights differ in shape (naming the file's first) or in meaning.
     """
     wrong = misfit(dict(origin.model.named_parameters()), dict(model.named_parameters()))
     if wrong is not None:

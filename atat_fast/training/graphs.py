@@ -1,15 +1,15 @@
-"""Forward and backward of a micro-batch as one CUDA graph: one launch where there were hundreds.
+"""Forward and backward of a micro-batch as one CUDA graph: one launch instead of hundreds.
 
 A small model, or few sequences on a fast card, keeps a GPU waiting for the host (docs/notes/gpu.md). The first micro-batch of a
-shape runs as it is, which compiles kernels; the next is captured, which executes nothing, and replayed from then on. What changes
-from step to step lies in buffers that are filled before each replay: masks, targets, weights, the step's number.
+shape runs eagerly, which compiles kernels. The next is captured, which executes nothing, and replayed from then on. Masks,
+targets, weights and the step's number change, so they lie in buffers that are filled before each replay.
 
-Gradients keep their place too, one for all graphs: a graph that begins an optimizer step writes them, one for a later micro-batch
-adds to them; the optimizer may drop them, for they are put back.
+All graphs share one place for each gradient. A graph that begins an optimizer step writes gradients; one for a later micro-batch
+adds to them. The optimizer may drop them: they are put back.
 
-With uniform counts in pairs every micro-batch hides as many tokens. Where that number changes, the first keeps its own and
-others are rounded up to a 16th of the tokens, by rows of weight 0, so that shapes come again. When MOST are known, others run as
-they are.
+With uniform counts in pairs every micro-batch hides equally many tokens. If that number varies, the first shape keeps its own;
+others are rounded up to a multiple of a 16th of the tokens, with rows of weight 0, so that shapes repeat. After MOST shapes, new
+ones run eagerly.
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from atat_fast.hardware.compute import Compute
 from atat_fast.training.loss import Objective
 
 MOST = 6
-"""Shapes that are captured."""
+"""Most shapes to capture."""
 PARTS, LEAST = 16, 64
-"""Numbers of rows that are rounded up are multiples of the tokens' 16th, and of 64 at least."""
+"""Numbers of rows are rounded up to a multiple of a 16th of the tokens, at least 64."""
 
 Grads = list[Tensor | None]
 Replay = Callable[[], None]
 
 
 def why_not(config: Config, compute: Compute, mode: str) -> str | None:
-    """Why passes of a run in this parallel mode cannot be graphs, or None where they can."""
+    """Why passes of a run in this parallel mode cannot be graphs, or None if they can."""
     if compute.device.type != "cuda":
         return "graphs are captured on a GPU, and this run computes on a CPU"
     if mode != "none":
@@ -51,7 +51,7 @@ def why_not(config: Config, compute: Compute, mode: str) -> str | None:
 
 
 def wanted(config: Config, compute: Compute, mode: str) -> bool:
-    """Whether passes are graphs under `train.cuda_graphs`. Raises UsageError where they are asked for and cannot be."""
+    """Whether passes are graphs under `train.cuda_graphs`. Raises UsageError if it is on and they cannot be."""
     asked, reason = config.train.cuda_graphs, why_not(config, compute, mode)
     if asked == "on" and reason:
         raise UsageError(f"train.cuda_graphs is on, but {reason}; use --train.cuda_graphs auto")
@@ -60,8 +60,8 @@ def wanted(config: Config, compute: Compute, mode: str) -> bool:
 
 @dataclass
 class Shape:
-    """Micro-batches of one shape: the buffers they are read from, and a graph with its loss for the first micro-batch of a step
-    (True) and for later ones (False).
+    """Micro-batches of one shape: their buffers, and a graph with its loss, for the first micro-batch of a step (True) and for
+    later ones (False).
     """
 
     batch: MaskedBatch
@@ -70,7 +70,7 @@ class Shape:
     graphs: dict[bool, tuple[Replay, Tensor]] = field(default_factory=dict)
 
     def fill(self, batch: MaskedBatch, sample_ids: Tensor, step: int) -> None:
-        """Put a micro-batch into the buffers."""
+        """Copy a micro-batch into the buffers."""
         for target, source in zip(self.batch.tensors(), batch.tensors(), strict=True):
             target.copy_(source, non_blocking=True)
         self.sample_ids.copy_(sample_ids, non_blocking=True)
@@ -78,7 +78,7 @@ class Shape:
 
 
 class Graphs:
-    """The passes of an objective, from graphs where they can be; `capture` makes a call into one (`Capture`)."""
+    """The passes of an objective, as graphs if possible. capture: makes a graph of a call, as `Capture` does."""
 
     def __init__(
         self, objective: Objective, capture: Callable[[Callable[[], Tensor]], tuple[Replay, Tensor]] | None = None
@@ -107,7 +107,7 @@ class Graphs:
         shape.fill(batch, sample_ids, step)
         begins = all(p.grad is None for p in self.parameters)
         elsewhere = not begins and any(p.grad is not g for p, g in zip(self.parameters, self.grads or [None], strict=False))
-        if elsewhere or (begins not in shape.graphs and not self._record(shape, begins)):  # or after a pass that was no graph
+        if elsewhere or (begins not in shape.graphs and not self._record(shape, begins)):  # or after an eager pass
             return self._run(shape.batch, shape.sample_ids, shape.step)
         for p, grad in zip(self.parameters, self.grads, strict=True):
             p.grad = grad
@@ -116,7 +116,7 @@ class Graphs:
         return loss.clone()
 
     def _rounded(self, batch: MaskedBatch, tokens: Tensor) -> MaskedBatch:
-        """The batch with rows of weight 0 behind its own, unless it is the first, or has as many rows as one that is known."""
+        """The batch, padded with rows of weight 0 unless it is the first or has a known number of rows."""
         count = len(batch.rows)
         if not self.shapes or any(len(shape.batch.rows) == count for shape in self.shapes.values()):
             return batch
@@ -127,14 +127,14 @@ class Graphs:
         return replace(batch, rows=rows, target=tokens.flatten()[rows], weights=weights, tilt=tilt)
 
     def _record(self, shape: Shape, begins: bool) -> bool:
-        """Capture a pass that begins a step, or one that adds to it; whether it could be. If not, none is tried again."""
+        """Capture a pass that begins a step, or adds to one. Returns whether it worked; if not, no capture is tried again."""
 
         def call() -> Tensor:
             if begins and self.grads:
                 torch._foreach_zero_([grad for grad in self.grads if grad is not None])
             return self._run(shape.batch, shape.sample_ids, shape.step)
 
-        if begins and self.grads:  # the first graph makes them; another writes where they are
+        if begins and self.grads:  # the first graph makes the gradients; others write to the same place
             for p, grad in zip(self.parameters, self.grads, strict=True):
                 p.grad = grad
         try:
@@ -150,20 +150,20 @@ class Graphs:
         return True
 
     def _run(self, batch: MaskedBatch, sample_ids: Tensor, step: Tensor) -> Tensor:
-        """The pass itself."""
+        """Run the pass eagerly."""
         loss, _ = self.objective.forward_loss(batch, sample_ids, step)
         loss.backward()
         return loss.detach()
 
 
 class Capture:
-    """Captures calls into CUDA graphs that share their memory: they are replayed one after the other."""
+    """Captures calls into CUDA graphs that share memory, since they are replayed one after the other."""
 
     def __init__(self) -> None:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, call: Callable[[], Tensor]) -> tuple[Replay, Tensor]:
-        """(what replays it, what it returned). Nothing is executed."""
+        """(replay, what the call returned). Executes nothing."""
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph, pool=self.pool):
             out = call()

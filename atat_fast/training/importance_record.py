@@ -1,4 +1,4 @@
-"""How good importance scores are on held-out text: their reliability, and what they look like over two passages."""
+"""Quality of importance scores on held-out text: their reliability, and the scores of two passages."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ PASSAGES, PASSAGE_TOKENS = 2, 256
 
 
 def reliability(objective: Objective, split: TokenSplit, config: EvalConfig, *, progress: float) -> dict[str, Any]:
-    """Predicted against observed chance of error, in ten bins of equal width, under the masks that training draws at `progress`.
+    """Predicted against observed chance of error, in ten bins of equal width, under training's masks at `progress`.
 
-    Up to 64 sequences spread over the split; masks depend on config.seed alone. predicted is the estimator's own probability
-    (the score, where nothing is learned), observed the mean of 1 - p(x_i | z) of the model as it is now.
-    Returns lists of BINS: count, predicted and observed (means, 0 where a bin is empty).
+    Up to 64 sequences spread over the split; masks depend on config.seed alone. predicted is the estimator's probability (the
+    score, if nothing is learned); observed is the mean of 1 - p(x_i | z) under the model's present weights.
+    Returns lists of BINS: count, and the means predicted and observed (0 for an empty bin).
     """
     model = objective.model
     tokens, wanted = spread_sequences(
@@ -57,10 +57,10 @@ def reliability(objective: Objective, split: TokenSplit, config: EvalConfig, *, 
 def text_importance(objective: Objective, split: TokenSplit, tokenizer: Tokenizer) -> list[dict[str, Any]]:
     """Two held-out passages of up to 256 tokens, each token with its score: [{"tokens": texts, "scores": numbers}].
 
-    Tokens that are parts of one character are one text, with their greatest score.
-    Where scores see what stays visible, half of the passage is hidden, then the other half: a token is scored while it is hidden.
+    Tokens of one character are one text, with their greatest score. If scores see only visible tokens, half of the passage is
+    hidden, then the other half: a token is scored while it is hidden.
     """
-    objective = objective.alike(seed=objective.seed, total=objective.total)  # eager: two passages are no reason to compile
+    objective = objective.alike(seed=objective.seed, total=objective.total)  # eager: compiling does not pay for two passages
     model, available = objective.model, split.num_sequences(objective.model.config.length)
     length = model.config.length
     which = [min(available - 1, (2 * i + 1) * available // (2 * PASSAGES)) for i in range(min(PASSAGES, available))]

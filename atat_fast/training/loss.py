@@ -1,10 +1,10 @@
-"""Everything between clean tokens and a loss: what is hidden, what it weighs, and what the importance estimator learns from it.
+"""From clean tokens to a loss: what is hidden, its weights, and what the importance estimator learns.
 
     counts -> context -> scores -> masks and weights -> backbone -> loss, and the estimator's loss from the backbone's errors
 
 Without an estimator this is the plain process: uniform masks and the weights of `diffusion.weighting`. With one, its scores
-choose the masks and the weights as far as the curriculum's level says, and it is trained in the same backward pass. The trainer
-and the benchmarks both call `Objective.loss`; no reported likelihood comes from here.
+tilt the masks and the weights by the curriculum's level, and the same backward pass trains it. The trainer and the benchmarks
+both use `Objective`; no reported likelihood comes from here.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ from atat_fast.models.trunk import Randomness
 from atat_fast.ops.attention import Documents
 
 PREFIX = "importance."
-"""Before the estimator's parameters, where they are named beside the model's."""
+"""Prefix of the estimator's parameters beside the model's."""
 QUARTERS = 4
-"""Parts that hidden tokens are sorted into by importance, for the record."""
+"""Number of groups of hidden tokens, by importance, in the record."""
 
 
 class Objective:
@@ -44,12 +44,12 @@ class Objective:
     Args:
         model: The backbone.
         config: The run's settings; diffusion, importance, curriculum and the model's dropout are read.
-        compute: Where and how; torch.compile makes one graph of the model's forward and one of the estimator's.
-        by_block: Whether it makes one of each block instead, as runs on several ranks want it.
+        compute: Device and dtype. torch.compile makes one graph of the model's forward and one of the estimator's.
+        by_block: Compile each block by itself instead, for runs on several ranks.
         seed: Seed of masks and dropout.
         total: Sequences in a global batch.
-        estimator: Where config.importance has a source: its scores. It lies on the model's device.
-        process: What chooses the masks, on the model's device; the estimator's scores do if there is one.
+        estimator: Makes the scores if config.importance has a source. On the model's device.
+        process: Chooses the masks if there is no estimator. On the model's device.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Objective:
         self.score: Any = torch.compile(network) if compute.compile and network is not None else network
 
     def alike(self, *, seed: int, total: int) -> Objective:
-        """The same model, estimator and place in the curriculum under another seed and batch, not compiled: to evaluate with."""
+        """This objective for evaluation: another seed and batch size, not compiled, at the same place in the curriculum."""
         compute = dataclasses.replace(self.compute, compile=False)
         other = Objective(
             self.model, self.config, compute, seed=seed, total=total, estimator=self.estimator, process=self.process
@@ -86,14 +86,14 @@ class Objective:
         return other
 
     def named_parameters(self) -> dict[str, nn.Parameter]:
-        """All that is trained: the model's parameters under their own names, then the estimator's after `importance.`."""
+        """All trained parameters: the model's under their own names, then the estimator's with the prefix `importance.`."""
         named = dict(self.model.named_parameters())
         if self.estimator is not None:
             named |= {PREFIX + name: p for name, p in self.estimator.named_parameters()}
         return named
 
     def parameters(self) -> Iterator[nn.Parameter]:
-        """The same, without names."""
+        """All trained parameters."""
         return iter(self.named_parameters().values())
 
     def loss(
@@ -108,11 +108,11 @@ class Objective:
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of slots first .. first + B - 1 of step `step`'s global batch.
 
-        tokens [B, L] and sample_ids [B] on the model's device; progress: the share of the run that is over; documents:
-        attention stays inside them.
-        Returns what is backpropagated, divided by the global batch's tokens so that micro-batches add up, and detached parts
-        that add up likewise: diffusion (nats a token); and with an estimator importance (its cross-entropy), target, score,
-        square_error (means over the global batch's hidden tokens), and nll_quarters and hidden_quarters [4]: sums of nll and
+        tokens [B, L] and sample_ids [B] on the model's device. progress: the share of the run that is over. documents: attention
+        stays inside them.
+        Returns the loss to backpropagate, divided by the global batch's tokens so that micro-batches add up, and detached parts
+        that also add up: diffusion (nats a token); with an estimator also importance (its cross-entropy), target, score and
+        square_error (means over the global batch's hidden tokens), and nll_quarters and hidden_quarters [4], sums of nll and
         numbers of tokens by rising score.
         Raises BadScores, on a CPU, if the estimator's scores are not numbers in [0, 1].
         """
@@ -120,7 +120,7 @@ class Objective:
         return self.loss_of(batch, sample_ids, step=step, progress=progress)
 
     def loss_of(self, batch: MaskedBatch, sample_ids: Tensor, *, step: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
-        """The loss of a batch that is masked, as `loss` returns it."""
+        """`loss` of a batch that is already masked."""
         loss, nll = self.forward_loss(batch, sample_ids, torch.full((), step, device=batch.noisy.device))
         parts = {"diffusion": loss.detach()}
         if batch.importance is not None:
@@ -129,7 +129,7 @@ class Objective:
         return loss, parts
 
     def forward_loss(self, batch: MaskedBatch, sample_ids: Tensor, step: Tensor) -> tuple[Tensor, Tensor]:
-        """The backbone's part of the loss of a batch that is masked, as in `loss`, and the nll of its rows. step: 0-d int64."""
+        """The backbone's part of `loss` for a masked batch, and the nll of its rows. step: 0-d int64."""
         if self.compute.compile:  # one graph for every number of hidden rows
             for tensor in (batch.rows, batch.target, batch.weights, *(batch.tilt or ())[1:]):
                 torch._dynamo.maybe_mark_dynamic(tensor, 0)
@@ -156,7 +156,7 @@ class Objective:
         progress: float = 0.0,
         documents: Documents | None = None,
     ) -> MaskedBatch:
-        """What the model is asked: masks, rows and weights of slots first .. first + B - 1."""
+        """The masked batch: masks, rows and weights of slots first .. first + B - 1."""
         config, importance = self.config.diffusion, self.config.importance
         place: dict[str, Any] = {
             "first": first,
@@ -196,7 +196,7 @@ class Objective:
         return batch
 
     def scores(self, seen: Tensor, clean: Tensor, hidden_share: Tensor, documents: Documents | None = None) -> Scored:
-        """Scores of every token: what the estimator makes of ids it may see [B, L], clean ids [B, L] and shares [B]."""
+        """The estimator's score of every token. seen, clean [B, L]: ids it may see, and clean ids. hidden_share [B]."""
         assert self.estimator is not None
         if self.score is None:
             return self.estimator.combine(None, clean)
@@ -207,8 +207,8 @@ class Objective:
     def _importance(
         self, batch: MaskedBatch, scored: Scored, nll: Tensor, length: int, step: int, progress: float
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        """The estimator's loss at the hidden tokens (their share of the global batch's mean), and what is recorded of them."""
-        hidden, rows = batch.hidden, batch.rows[: batch.hidden]  # what follows them is padding
+        """The estimator's loss at the hidden tokens, as their share of the global batch's mean, and the parts to record."""
+        hidden, rows = batch.hidden, batch.rows[: batch.hidden]  # the rest is padding
         nll, target = nll[:hidden], error_chance(nll[:hidden])
         scores = scored.scores.detach().flatten()[rows]
         everywhere = hidden_in_batch(self.config.diffusion, length, self.total, seed=self.seed, step=step, progress=progress)
@@ -230,5 +230,5 @@ class Objective:
 
 
 def baseline(target: float) -> float:
-    """Binary cross-entropy of always saying the mean target, in nats: what an estimator that knows nothing pays."""
+    """Binary cross-entropy, in nats, of always predicting the mean target: the loss of an estimator that knows nothing."""
     return sum(-p * math.log(p) for p in (target, 1 - target) if p > 0)

@@ -1,4 +1,4 @@
-"""What a run consists of on one of its ranks: made once from its settings, and passed to whatever needs it."""
+"""The parts of a run on one rank: made once from its settings, and passed to what needs them."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ OF_THE_TEXT = ("corpus", "valid", "valid_fraction", "text_column", "max_document
 
 @dataclass
 class Parts:
-    """The parts of a run. notes: sentences that its first lines should say."""
+    """The parts of a run. notes: sentences to print when it starts."""
 
     config: Config
     ranks: Ranks
@@ -59,21 +59,21 @@ class Parts:
 
     @property
     def tokenizer(self) -> Tokenizer:
-        """What reads the run's text."""
+        """The run's tokenizer."""
         return self.data.tokenizer
 
     @property
     def tokens_per_step(self) -> int:
-        """Of all ranks."""
+        """Tokens of all ranks in a step."""
         return self.plan.global_batch * self.config.model.length
 
     def data_hashes(self) -> dict[str, str]:
-        """What must be the same for a resumed run to see the same tokens."""
+        """SHA-256 of each split; a resumed run must have the same."""
         return {name: self.data.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
 
 
 def check_start(config: Config, ranks: Ranks) -> tuple[Batches, Compute]:
-    """Refuse, before a folder is made, what cannot be trained. Raises UsageError on all ranks alike."""
+    """Check the settings before a folder is made. Raises UsageError on all ranks."""
     with ranks.agree():
         require(config.run)
         plan = check(config, ranks.size, ranks.launch.local_size)
@@ -87,9 +87,9 @@ def check_start(config: Config, ranks: Ranks) -> tuple[Batches, Compute]:
 def build_parts(
     config: Config, ranks: Ranks, plan: Batches, compute: Compute, saved: checkpoint.Checkpoint | None, *, progress: bool
 ) -> Parts:
-    """The parts of a run, new or (with `saved`) to be filled from a checkpoint. progress: show that of preparing data.
+    """The parts of a run, new or (with `saved`) to be filled from a checkpoint. progress: show it while preparing data.
 
-    All ranks call it. Raises UsageError on all of them alike.
+    All ranks call it. Raises UsageError on all of them.
     """
     origin: Saved | None = None
     with ranks.agree():
@@ -107,7 +107,7 @@ def build_parts(
     torch.manual_seed(config.train.seed)
     tokenizer, counts = data.tokenizer, lambda: torch.from_numpy(data.train.token_counts())
     model = DiT(tokenizer.model_vocab_size, tokenizer.mask_id, **vars(config.model)).to(compute.device)
-    # After the model, whose weights are then the same with and without it.
+    # After the model, so that its weights are the same with and without an estimator.
     estimator = ImportanceEstimator.of(config, counts() if config.importance.source in ("frequency", "full") else None)
     if estimator is not None:
         estimator = estimator.to(compute.device)
@@ -155,7 +155,7 @@ def build_parts(
 
 
 def open_data(config: Config, saved: checkpoint.Checkpoint | None, origin: Saved | None, progress: bool) -> Dataset:
-    """The run's tokens. A resumed run finds the ones it was started with, even if the text itself is gone or has moved."""
+    """The run's tokens. A resumed run finds the tokens it began with, even if the text is gone or has moved."""
     data = config.data
     if saved is None:
         if origin is not None:

@@ -1,4 +1,4 @@
-"""What a run would be, before it is one: batch arithmetic, parameters by part, and an estimate of memory."""
+"""A run's plan: batch arithmetic, parameters by part, and an estimate of memory."""
 
 from __future__ import annotations
 
@@ -35,13 +35,13 @@ class Batches:
     ranks: int = 1
 
     def slots(self, rank: int) -> list[int]:
-        """The first slot of each of a rank's micro-batches: a rank has its slots in a row."""
+        """The first slot of each of a rank's micro-batches. A rank's slots are contiguous."""
         first = rank * self.micro_batch * self.accumulation
         return [first + i * self.micro_batch for i in range(self.accumulation)]
 
 
 def batches(config: Config, ranks: int = 1) -> Batches:
-    """Micro-batch and accumulation for the stated global batch. Raises UsageError where it does not divide."""
+    """Micro-batch and accumulation for train.global_batch. Raises UsageError if it does not divide."""
     total, micro = config.train.global_batch, config.train.micro_batch
     if total < 1 or micro < 0:
         raise UsageError(f"train.global_batch must be at least 1 and train.micro_batch at least 0, got {total} and {micro}")
@@ -58,9 +58,7 @@ def batches(config: Config, ranks: int = 1) -> Batches:
 
 
 def check(config: Config, ranks: int = 1, on_host: int = 1) -> Batches:
-    """Raise UsageError for settings that no run on so many ranks can have; give the batch plan otherwise. on_host: ranks of a
-    host.
-    """
+    """The batch plan. Raises UsageError for settings that no run on so many ranks can have. on_host: ranks of a host."""
     check_parallel(config, ranks, on_host)
     check_model(config.model)
     check_optim(config.optim)
@@ -90,18 +88,18 @@ def check(config: Config, ranks: int = 1, on_host: int = 1) -> Batches:
 
 
 def empty_model(config: Config, vocab_size: int, mask_id: int) -> DiT:
-    """The model with shapes and no memory."""
+    """The model on the meta device: shapes without memory."""
     with torch.device("meta"):
         return DiT(vocab_size, mask_id, **vars(config.model))
 
 
 def empty_estimator(config: Config, vocab_size: int) -> ImportanceEstimator | None:
-    """The importance estimator with shapes, where the run has one."""
+    """The importance estimator on the meta device, or None."""
     return ImportanceEstimator.of(config, torch.zeros(vocab_size))
 
 
 def sizes_of(config: Config, vocab_size: int) -> Sizes:
-    """Parameters of a run's model and, if it has one, its importance estimator."""
+    """Parameters of a run's model and of its importance estimator, if any."""
     counts = empty_model(config, vocab_size, vocab_size - 1).parameter_counts()
     estimator = empty_estimator(config, vocab_size)
     extra = 0 if estimator is None else estimator.parameter_count()
@@ -109,12 +107,12 @@ def sizes_of(config: Config, vocab_size: int) -> Sizes:
 
 
 def card_of(compute: Compute, ranks_on_host: int = 1) -> Card:
-    """The device that a run has, as memory arithmetic sees it."""
+    """The run's device, for memory arithmetic."""
     return Card(memory_of(compute.device, ranks_on_host), compute.device.type, compute.dtype.itemsize)
 
 
 def choose_layout(config: Config, launch: Launch, vocab_size: int, compute: Compute, device: Device | None = None) -> Layout:
-    """How a run is shared over the ranks that were started. device: plan for such cards rather than this machine's.
+    """How a run is shared over the started ranks. device: plan for such cards rather than this machine's.
 
     Raises UsageError for dtypes that the layout or the device cannot have, and if parallel.mode auto finds nothing that fits.
     """
@@ -137,7 +135,7 @@ def choose_layout(config: Config, launch: Launch, vocab_size: int, compute: Comp
 def describe(
     config: Config, vocab_size: int, mask_id: int, compute: Compute, launch: Launch, device: Device | None = None
 ) -> list[str]:
-    """The plan in lines: parameters by part, tokens and work of a step, who holds what. device: cards to plan for."""
+    """The plan as lines: parameters by part, tokens and work of a step, memory of each rank. device: cards to plan for."""
     plan, model = check(config, launch.size), empty_model(config, vocab_size, mask_id)
     counts = model.parameter_counts()
     m, length = config.model, config.model.length
@@ -171,13 +169,13 @@ def describe(
 
 
 def describe_schedule(config: Config) -> list[str]:
-    """The masking process, if there is something to say of it."""
+    """A line about the masking process, unless it is the plain one."""
     said = process_named(config.diffusion.schedule).describe(config.diffusion)
     return [f"schedule     {said}"] if said else []
 
 
 def describe_atat(config: Config, parameters: int, work: float) -> list[str]:
-    """Every part of adaptive time-aware masking with what it is set to. work: the estimator's share of a step's operations."""
+    """Lines with the setting of each part of ATAT. work: the estimator's share of a step's operations."""
     importance, curriculum = config.importance, config.curriculum
     if importance.source == "none":
         return ["atat         off (importance.source none: uniform masks and weights)"]

@@ -1,4 +1,4 @@
-"""What a run writes down of itself: lines of its log, what held-out text says of importance, and samples."""
+"""A run's records: lines of its log, importance on held-out text, and samples."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ from atat_fast.training.run_state import RunState
 
 
 def run_facts(parts: Parts, resumed_from: int | None) -> dict[str, Any]:
-    """What run.json says of a run: software, hardware, model and data."""
+    """The content of run.json: software, hardware, model and data."""
     return environment(parts.compute) | {
         "parameters": parts.parameters,
         "data": parts.data.describe(),
@@ -44,8 +44,8 @@ def run_facts(parts: Parts, resumed_from: int | None) -> dict[str, Any]:
 
 
 def train_row(parts: Parts, state: RunState, sums: dict[str, Any], steps: int, elapsed: float) -> dict[str, Any]:
-    """A line of the log, the same on every rank but for its times. sums: the window's totals over `steps` steps, which took
-    `elapsed` seconds.
+    """A line of the log, the same on every rank except for times. sums: the window's totals over `steps` steps. elapsed: their
+    seconds.
     """
     config, tokens = parts.config, parts.tokens_per_step
     done = state.step - state.window.timed_from
@@ -70,16 +70,16 @@ def train_row(parts: Parts, state: RunState, sums: dict[str, Any], steps: int, e
 
 
 def hardware_row(ranks: Ranks, monitor: Monitor, stopwatch: Stopwatch) -> dict[str, Any]:
-    """What a line of the log says of all ranks' cards, and of the slowest rank if there are several. All ranks call it."""
+    """A log line's part on all ranks' cards, and on the slowest of several ranks. All ranks call it."""
     cards: dict[str, Any] = dict(by_card(ranks.gather(monitor.row())))
     own = stopwatch.seconds()
     return cards | (stragglers(own, ranks.gather) if ranks.size > 1 else {})
 
 
 def importance_row(parts: Parts, state: RunState, sums: dict[str, Any], steps: int) -> dict[str, Any]:
-    """What a line of the log says of importance; {} without an estimator.
+    """A log line's part on importance; {} without an estimator.
 
-    tilt, focus, level and phase are those of the last step; the rest are means over the hidden tokens since the last line.
+    tilt, focus, level and phase are the last step's; the rest are means over the hidden tokens since the last line.
     """
     if parts.estimator is None:
         return {}
@@ -103,13 +103,13 @@ def importance_row(parts: Parts, state: RunState, sums: dict[str, Any], steps: i
 
 
 def importance_record(parts: Parts, state: RunState, folder: Path) -> dict[str, Any]:
-    """The estimator on held-out text, with the weights the model holds: its reliability for the row, and importance.json. Every
-    rank computes all of it.
+    """The estimator on held-out text, with the model's present weights: returns its reliability and writes importance.json.
+    Every rank computes all of it.
     """
     if parts.estimator is None:
         return {}
     config = parts.config
-    progress = min(state.progress(config), 1 - config.curriculum.cooldown)  # masks of level 0 would be none of importance's
+    progress = min(state.progress(config), 1 - config.curriculum.cooldown)  # at level 0 masks would ignore importance
     found = reliability(parts.objective, parts.data.valid, config.eval, progress=progress)
     passages = text_importance(parts.objective, parts.data.valid, parts.tokenizer)
     if parts.ranks.first:

@@ -1,4 +1,4 @@
-"""Where a run is, and the checkpoints that keep it: written by one process or by several ranks, and taken back."""
+"""The state of a run, and its checkpoints: written by one process or several ranks, and loaded."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ from atat_fast.training.parts import Parts
 from atat_fast.training.window import Window
 
 MODEL = "model"
-"""Folder of the weights as one file, in a run of several ranks."""
+"""Folder of the weights as one file, for runs on several ranks."""
 
 
 @dataclass
 class RunState:
-    """Where a run is.
+    """The state of a run.
 
-    window: what was summed since the last log line.   step: optimizer steps taken.   seconds: of training, until the last log
-    line.   best: the least val/nll.   saved_step: the step of the last checkpoint, or None.
+    window: sums since the last log line.   step: optimizer steps taken.   seconds: of training, until the last log line.
+    best: the least val/nll.   saved_step: the step of the last checkpoint, or None.
     """
 
     window: Window
@@ -46,12 +46,12 @@ class RunState:
 
 
 def new_state(parts: Parts) -> RunState:
-    """Before the first step."""
+    """The state before the first step."""
     return RunState(Window(parts.ranks, parts.compute.device, 0))
 
 
 def load_state(parts: Parts, saved: checkpoint.Checkpoint) -> RunState:
-    """Fill the parts from a checkpoint of any number of ranks, and go on where it was. Raises UsageError for another model's."""
+    """Fill the parts from a checkpoint of any number of ranks. Returns its state. Raises UsageError for another model's."""
     with parts.ranks.agree():
         room = parts.optimizers.room(saved.layout(checkpoint.OPTIMIZER))
     targets = tensor_files(parts) | {checkpoint.OPTIMIZER: room}
@@ -60,14 +60,14 @@ def load_state(parts: Parts, saved: checkpoint.Checkpoint) -> RunState:
     parts.optimizers.load(room)
     if parts.estimator is not None:
         parts.objective.curriculum.load(saved.manifest["curriculum"])
-    # A stop may fall between two log lines; what was summed until then belongs to the next one.
+    # A stop may fall between two log lines; the sums until then belong to the next line.
     window = Window(parts.ranks, parts.compute.device, saved.step)
     window.load(saved.manifest["window"])
     return RunState(window, saved.step, saved.manifest["seconds"], saved.manifest["best"], saved.step)
 
 
 def tensor_files(parts: Parts) -> dict[str, dict[str, Tensor]]:
-    """The tensors of a checkpoint by file. The estimator's files hold its frequency table beside its parameters."""
+    """The tensors of a checkpoint by file. The estimator's files also hold its frequency table."""
     average = parts.average.values
     files: dict[str, dict[str, Tensor]] = {
         checkpoint.WEIGHTS: dict(parts.model.named_parameters()),
@@ -83,9 +83,9 @@ def tensor_files(parts: Parts) -> dict[str, dict[str, Tensor]]:
 
 
 class Checkpoints:
-    """The checkpoints of a run under its folder. All ranks call all methods at the same places.
+    """The checkpoints in a run's folder. All ranks call all methods at the same places.
 
-    One process writes at once; several ranks write while training goes on.
+    One process writes before it returns; several ranks write while training goes on.
     """
 
     def __init__(self, parts: Parts, folder: Path, watch: Watch) -> None:
@@ -94,8 +94,8 @@ class Checkpoints:
         self._written: list[Written] = []
 
     def save(self, state: RunState, seconds: float, evaluation: dict[str, Any] | None, *, best: bool) -> None:
-        """Write a checkpoint. seconds: of training so far. Raises UsageError if the disk refuses, of several ranks at the next
-        call.
+        """Write a checkpoint. seconds: of training so far. Raises UsageError if the disk refuses; several ranks raise it at the
+        next call.
         """
         parts, begin = self.parts, time.perf_counter()
         facts = {
@@ -121,7 +121,7 @@ class Checkpoints:
         self._written.append(Written(state.step, size, elapsed, elapsed))
 
     def whole_model(self) -> DiT:
-        """A model of its own with the averaged weights, on rank 0; an empty one on the others, which lend their shards."""
+        """A new model with the averaged weights on rank 0; a meta model on the others, which send their shards."""
         parts = self.parts
         own = parts.model
         with torch.device(parts.compute.device if parts.ranks.first else "meta"):
@@ -133,7 +133,7 @@ class Checkpoints:
         return model
 
     def export(self) -> None:
-        """Put a sharded run's best averaged weights into one safetensors file beside a config.json, for `DiT.from_pretrained`."""
+        """Save a sharded run's best averaged weights as one folder for `DiT.from_pretrained`."""
         if self.saver is None or not self.parts.ranks.first:
             return
         model, _ = checkpoint.load_model(checkpoint.find(self.folder, "best"))
@@ -142,7 +142,7 @@ class Checkpoints:
 
     @property
     def failed(self) -> bool:
-        """Whether a write is known here to have failed; `wait` raises it."""
+        """Whether this rank knows that a write failed; `wait` raises the error."""
         return self.saver is not None and self.saver.failed
 
     def finished(self) -> list[Written]:

@@ -15,9 +15,9 @@ from atat_fast.training.run_state import RunState
 
 
 def train_step(parts: Parts, state: RunState, watch: Watch, stopwatch: Stopwatch) -> None:
-    """Move the weights by one step and count it. Nothing waits for the device. Raises BadScores, on a CPU.
+    """Take one optimizer step, without waiting for the device. Raises BadScores, on a CPU.
 
-    watch: hears what this rank is at.   stopwatch: takes this rank's own time, without what other ranks are waited for.
+    watch: is told what this rank is doing.   stopwatch: measures this rank's own time, without waiting for other ranks.
     """
     config, objective, parallel = parts.config, parts.objective, parts.parallel
     step, progress = state.step, state.progress(config)

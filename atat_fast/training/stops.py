@@ -11,7 +11,7 @@ from types import FrameType
 class Diverged(RuntimeError):
     """The loss or a gradient is no longer finite. Its text names the step, the rank and the last good checkpoint.
 
-    everywhere: whether all ranks raise it, so that rank 0 speaks for them.
+    everywhere: whether all ranks raise it, so that only rank 0 prints it.
     """
 
     def __init__(self, text: str, *, everywhere: bool = True) -> None:
@@ -20,7 +20,7 @@ class Diverged(RuntimeError):
 
 
 class Interrupted(Exception):
-    """SIGINT or SIGTERM: the run was saved. `code` is the exit status, 128 + the signal's number, which a launcher restarts."""
+    """SIGINT or SIGTERM stopped the run, which was saved. code: the exit status, 128 + the signal; launchers restart on it."""
 
     def __init__(self, code: int, text: str) -> None:
         super().__init__(text)
@@ -29,7 +29,7 @@ class Interrupted(Exception):
 
 @contextmanager
 def catch_signals() -> Iterator[list[int]]:
-    """Within, SIGINT and SIGTERM are noted in the list instead of ending the process; a second one ends it."""
+    """Inside, SIGINT and SIGTERM go into the list instead of ending the process; a second one ends it."""
     caught: list[int] = []
 
     def note(number: int, frame: FrameType | None) -> None:

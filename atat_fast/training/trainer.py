@@ -1,8 +1,8 @@
 """The trainer: a run's folder, and the loop of steps, log lines, evaluations and checkpoints.
 
-A step's data and noise are functions of the step and of a slot's place in the global batch, so no loader has state: a run that is
-stopped after any step and resumed, on as many ranks or others, goes on as if nothing had been. Nothing in the loop
-waits for the device except at a log line, an evaluation or a checkpoint. One step is in `step.py`, its loss in `loss.py`.
+Data and noise are functions of the step and of a slot's place in the global batch, so no loader has state: a run that stops after
+any step and resumes, on any number of ranks, goes on as if uninterrupted. The loop waits for the device only at a log line, an
+evaluation or a checkpoint. One step is in `step.py`, its loss in `loss.py`.
 """
 
 from __future__ import annotations
@@ -41,14 +41,14 @@ from atat_fast.training.window import Window
 __all__ = ["Diverged", "Interrupted", "Trainer"]
 
 WORTH_TELLING = 5.0
-"""Seconds from which on the rest of a run is worth a line."""
+"""Seconds a run must still take for a line to announce them."""
 
 
 class Trainer:
     """A run on one of its ranks. `train` takes it to the end.
 
-    ranks: the processes that share the run, each with a Trainer; by default one process. With `resume` the run goes on from its
-    last checkpoint; it does so by itself if a launcher starts its ranks again.
+    ranks: the processes that share the run, each with a Trainer; by default one process. resume: go on from the last checkpoint,
+    which also happens if a launcher restarts the ranks.
     """
 
     def __init__(self, config: Config, *, resume: bool = False, show_progress: bool = True, ranks: Ranks | None = None) -> None:
@@ -96,7 +96,7 @@ class Trainer:
         self.checkpoints = Checkpoints(self.parts, self.folder, self.watch)
 
     def _open(self, resume: bool) -> checkpoint.Checkpoint | None:
-        """Settle the run's folder on rank 0, for all; the checkpoint to go on from, whole and of this run's settings."""
+        """Choose the run's folder on rank 0, for all. Returns the checkpoint to resume from, checked, or None."""
         ranks, found = self.ranks, None
         with ranks.agree():
             if ranks.first:
@@ -109,14 +109,14 @@ class Trainer:
                     self._lock = run_folder.lock(folder)
                     checkpoint.tidy(folder)
                     run_folder.check_same_settings(self.config, folder)
-                    if resume or checkpoint.steps(folder / checkpoint.FOLDER):  # else it was stopped before its first one
+                    if resume or checkpoint.steps(folder / checkpoint.FOLDER):  # else it stopped before its first checkpoint
                         saved = checkpoint.find(folder)
                 found = (folder, self._again, None if saved is None else (saved.path, saved.manifest))
         self.folder, self._again, place = ranks.share(found)
         return None if place is None else checkpoint.Checkpoint(*place)
 
     def close(self) -> None:
-        """End what the run shows, watches and holds."""
+        """Close the display, the watch and the folder's lock."""
         self.watch.stop()
         self.monitor.close()
         self.show.close()
@@ -127,7 +127,7 @@ class Trainer:
             self._lock.release()
 
     def train(self) -> dict[str, Any]:
-        """Run to max_steps, evaluating and saving on the way. Returns the last evaluation's row.
+        """Train to max_steps, with evaluations and checkpoints. Returns the last evaluation's row.
 
         Raises Diverged, Interrupted (after saving) or UsageError (a full disk).
         """
@@ -155,7 +155,7 @@ class Trainer:
                         self._leave(caught)
                 self.checkpoints.wait()
                 self._note_checkpoints()
-            if last is None:  # resumed at its very end
+            if last is None:  # resumed after its last step
                 last = self._evaluate()
                 self.checkpoints.wait()
             with self.watch.patient("finishing"):
@@ -185,7 +185,7 @@ class Trainer:
         raise Interrupted(128 + number, text)
 
     def time_steps(self, steps: Sequence[int]) -> list[float]:
-        """Seconds of each of the given steps, data and the wait for the device included; the model moves, nothing is written."""
+        """Seconds of each given step, with data and the wait for the device. Trains the model; writes nothing."""
         seconds = []
         for self.state.step in steps:
             begin = time.perf_counter()
@@ -195,7 +195,7 @@ class Trainer:
         return seconds
 
     def introduction(self) -> list[str]:
-        """What is about to be trained, on what, and on which device."""
+        """Lines on the model, data and device, for the start of the run."""
         parts, step = self.parts, self.state.step
         begin = f"resuming {self.folder} at step {step:,}" if step else f"training into {self.folder}"
         total, note = parts.parameters["total"], bias(self.config.importance)
@@ -207,7 +207,7 @@ class Trainer:
         ]
 
     def _longer(self, saved: checkpoint.Checkpoint) -> list[str]:
-        """What follows from giving a resumed run more steps."""
+        """Lines on what changes if a resumed run gets more steps."""
         before, now = saved.config.train.max_steps, self.config.train.max_steps
         if now == before:
             return []
@@ -219,11 +219,11 @@ class Trainer:
         ]
 
     def _check_finite(self) -> None:
-        """Raise Diverged with the first step since the last log line that was not finite, or if a weight no longer is."""
+        """Raise Diverged if a step since the last log line, or a weight now, is not finite. Names the first such step."""
         norms = torch._foreach_norm([local(p) for p in self.parts.objective.parameters()])
         fine, sums = bool(torch.stack(norms).isfinite().all()), self.state.window.sums
         told = self.ranks.gather((int(sums["odd"]), int(sums["bad"]), fine))
-        for place in (0, 1):  # a rank's own loss tells whose fault it was; the gradient is everybody's sum
+        for place in (0, 1):  # the loss is a rank's own and names the culprit; the gradient is the sum of all
             bad = {rank: row[place] for rank, row in enumerate(told) if row[place] >= 0}
             if bad:
                 step = min(bad.values())
@@ -246,7 +246,7 @@ class Trainer:
         return Diverged(f"{what} ({where}); {good}; try a lower optim.lr", everywhere=everywhere)
 
     def _log(self) -> None:
-        """Write what happened since the last line."""
+        """Write a log line on the steps since the last one."""
         self._check_finite()
         state, window = self.state, self.state.window
         steps, elapsed = state.step - window.first, time.perf_counter() - window.begin
@@ -260,7 +260,7 @@ class Trainer:
         state.window = Window(self.ranks, self.parts.compute.device, state.step)
 
     def _foretell(self, step_seconds: float) -> None:
-        """Say once how long the rest takes: at the first line, or at the second if the first steps were spent on compiling."""
+        """Say once how long the rest takes: at the first line, or at the second if the first steps compiled."""
         rest = (self.config.train.max_steps - self.state.step) * step_seconds
         if self._foretold == 0 and rest > WORTH_TELLING:
             self.show.say(f"about {duration(rest)} to go, and what evaluations take")
@@ -268,13 +268,13 @@ class Trainer:
 
     @contextmanager
     def _paused(self) -> Iterator[None]:
-        """Keep what happens inside out of the training time."""
+        """Inside, no training time passes."""
         begin = time.perf_counter()
         yield
         self.state.window.begin += time.perf_counter() - begin
 
     def _evaluate(self) -> dict[str, Any]:
-        """The held-out bound on averaged weights; saves `last`, and `best` if it is."""
+        """Measure the held-out bound of the averaged weights. Saves `last`, and `best` if it is the best."""
         self._check_finite()
         parts, state, begin = self.parts, self.state, time.perf_counter()
         with self._averaged():
@@ -296,7 +296,7 @@ class Trainer:
 
     @contextmanager
     def _averaged(self) -> Iterator[None]:
-        """Within, the model holds the averaged weights, on all ranks, and no time passes."""
+        """Inside, the model holds the averaged weights, on all ranks, and no training time passes."""
         with torch.no_grad(), self._paused(), self.parts.average.applied(), self.parts.parallel.settled():
             yield
 
@@ -305,7 +305,7 @@ class Trainer:
         return self.parts.parallel.inside(function)
 
     def _draw_samples(self) -> None:
-        """Samples of the averaged weights, by rank 0, which puts sharded ones together in a model of its own."""
+        """Draw samples of the averaged weights on rank 0, which gathers sharded weights into a separate model."""
         model = self.parts.model
         averaged: contextlib.AbstractContextManager[None] = self.parts.average.applied()
         if self.parts.parallel.sharded:
@@ -314,9 +314,9 @@ class Trainer:
             self.show.samples(records.draw_samples(self.parts, self.state, model, averaged))
 
     def save(self, evaluation: dict[str, Any] | None = None, *, best: bool = False) -> None:
-        """Write the `last` checkpoint, and `best`, unless what would be saved is not finite (then Diverged is raised).
+        """Write the `last` checkpoint, and `best`. Raises Diverged if it would not be finite.
 
-        On several ranks it is begun here, and written while training goes on.
+        Several ranks start writing here and finish while training goes on.
         """
         self._check_finite()
         pending = time.perf_counter() - self.state.window.begin

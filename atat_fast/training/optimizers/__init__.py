@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW or Muon, their schedule, and the running average that is evaluated."""
+"""Optimizers: AdamW or Muon, their schedule, and the running average that is evaluated."""
 
 from atat_fast.training.optimizers.optimizers import Average, Optimizers, check_optim, learning_rate
 

@@ -1,8 +1,8 @@
-"""AdamW whose moments are kept in fewer bits: bf16 in plain PyTorch, 8 bits through torchao. Weights stay fp32.
+"""AdamW with moments in fewer bits: bf16 in plain PyTorch, 8 bits through torchao. Weights stay fp32.
 
-A second moment changes by a thousandth a step (beta2 = 0.999), less than bf16 can tell from nothing, so rounding to nearest
-would leave it where it is for ever. bf16 moments are rounded up or down by chance instead, in proportion to what is cut off, so
-that they are right on average. The chance is Philox's: a function of (seed, step, parameter, element), the same after a resume.
+A second moment changes by a thousandth a step (beta2 = 0.999), less than bf16 resolves, so rounding to nearest would never change
+it. bf16 moments are rounded stochastically instead: up with a probability equal to the part cut off, so that they are right on
+average. The random bits are Philox's, a function of (seed, step, parameter, element), and the same after a resume.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ INSTALL = "pip install torchao"
 
 
 def check_state(state: str, name: str) -> None:
-    """Raise UsageError where `optim.state` cannot be had: with muon, or without torchao."""
+    """Raise UsageError for an `optim.state` that needs adamw or torchao and lacks it."""
     if state == "fp32":
         return
     if name != "adamw":
@@ -38,13 +38,13 @@ def check_state(state: str, name: str) -> None:
 
 
 def adamw_8bit(groups: Iterable[dict[str, Any]], *, lr: float, betas: tuple[float, float]) -> torch.optim.Optimizer:
-    """torchao's AdamW with moments in blocks of 256 codes of 8 bits and one scale; small or odd tensors keep fp32 moments."""
+    """torchao's AdamW. Moments are blocks of 256 8-bit codes with one scale; small or odd tensors keep fp32 moments."""
     made: torch.optim.Optimizer = importlib.import_module("torchao.optim").AdamW8bit(list(groups), lr=lr, betas=betas)
     return made
 
 
 CODES, SCALE = ".codes", ".scale"
-"""After the name of an 8-bit moment: its two parts in a checkpoint."""
+"""Endings of the names of an 8-bit moment's two parts in a checkpoint."""
 SIGNED = "exp_avg"
 
 
@@ -60,7 +60,7 @@ def parts_of(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """'<parameter>/<kind>' to tensors, with what `parts_of` took apart put together again. 8-bit moments need torchao."""
+    """'<parameter>/<kind>' to tensors: undoes `parts_of`. 8-bit moments need torchao."""
     whole = {name: value for name, value in state.items() if not name.endswith((CODES, SCALE))}
     names = [name.removesuffix(CODES) for name in state if name.endswith(CODES)]
     if names:
@@ -75,7 +75,7 @@ def joined(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def first_element(p: Tensor) -> int:
-    """The number, within the whole tensor, of the first element of this rank's part (rows are what FSDP shards)."""
+    """Index in the whole tensor of the first element of this rank's part. FSDP shards rows."""
     if not isinstance(p, DTensor):
         return 0
     rows, first = p.shape[0] if p.dim() else 1, 0
@@ -87,9 +87,9 @@ def first_element(p: Tensor) -> int:
 
 
 def round_by_chance(x: Tensor, bits: Tensor) -> Tensor:
-    """fp32 x to bf16, up with the probability of what is cut off. bits: int32 in 0 .. 2^16 - 1, uniform, of x's shape.
+    """fp32 x to bf16, rounded up with a probability equal to the part cut off. NaN and inf stay.
 
-    Adding 16 random bits below bf16's last one carries into it just that often. What is not finite stays so.
+    bits: int32 in 0 .. 2^16 - 1, uniform, of x's shape. Added below bf16's last bit, they carry into it that often.
     """
     raised = (x.view(torch.int32) + bits) & ~LOW_BITS
     return torch.where(x.isfinite(), raised.view(torch.float32), x).to(torch.bfloat16)
@@ -131,12 +131,12 @@ def update(
 
 @functools.cache
 def _compiled() -> Callable[..., None]:
-    """`update` in one kernel, for GPUs: eager, its random numbers alone would be some fifty passes over memory."""
+    """`update` as one kernel, for GPUs. Eager, its random numbers alone would take some fifty passes over memory."""
     return torch.compile(update, dynamic=True)
 
 
 class AdamWBf16(torch.optim.Optimizer):
-    """torch.optim.AdamW with bf16 moments, rounded by chance. `seed` is that of the rounding."""
+    """torch.optim.AdamW with stochastically rounded bf16 moments. seed: of the rounding."""
 
     def __init__(
         self,
@@ -153,7 +153,7 @@ class AdamWBf16(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient. The host's numbers go to the device once a step."""
+        """Update every parameter that has a gradient. The host's numbers go to the device once a step."""
         number, facts = 0, {}
         for group in self.param_groups:
             for p in group["params"]:
@@ -183,13 +183,13 @@ class AdamWBf16(torch.optim.Optimizer):
                 )
 
     def _state(self, p: Tensor) -> dict[str, Tensor]:
-        """The parameter's state, made where there is none; its step is counted on the host."""
+        """The parameter's state, made if missing. Its step is counted on the host."""
         state: dict[str, Tensor] = self.state[p]
         if not state:
             state["step"] = torch.zeros((), dtype=torch.float32)
             state["exp_avg"] = torch.zeros_like(p, dtype=torch.bfloat16)
             state["exp_avg_sq"] = torch.zeros_like(p, dtype=torch.bfloat16)
-        elif state["step"].device.type != "cpu" or state["exp_avg"].dtype is not torch.bfloat16:  # as a checkpoint gave it back
+        elif state["step"].device.type != "cpu" or state["exp_avg"].dtype is not torch.bfloat16:  # loaded from a checkpoint
             state["step"] = state["step"].cpu()
             state["exp_avg"], state["exp_avg_sq"] = (state[name].to(torch.bfloat16) for name in ("exp_avg", "exp_avg_sq"))
         if p not in self._places:

@@ -2,12 +2,12 @@
 
     m <- lerp(m, g, 1 - momentum),   u = lerp(g, m, momentum),   w <- (1 - lr decay) w - 0.2 lr sqrt(max(rows, columns)) O(u)
 
-O is five steps of a Newton-Schulz iteration towards the nearest orthogonal matrix. Matrices of one shape, and those of its
-transpose, are stacked and made orthogonal together: about twenty launches a shape, where one matrix at a time takes as many for
-each. The products are bf16 where those are fast and fp32 elsewhere; the iteration forgives either, for its limit is not exact.
+O is five steps of a Newton-Schulz iteration towards the nearest orthogonal matrix. Matrices of one shape, and of its transpose,
+are stacked and made orthogonal together: about twenty launches for a shape instead of for each matrix. The products are bf16 if
+the device multiplies it fast, else fp32; either will do, for the iteration's limit is not exact.
 
-Under FSDP a matrix is in pieces, and only a whole one can be made orthogonal. Each rank puts some of them together, works on
-those alone, and sends the pieces back.
+Under FSDP a matrix is in pieces, and only a whole one can be made orthogonal. Each rank assembles some of the matrices, makes
+them orthogonal, and sends the pieces back.
 """
 
 from __future__ import annotations
@@ -27,13 +27,13 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 STEPS = 5
 LEAST_NORM = 1e-7
 MOST = 1 << 25
-"""Elements of a stack: what is held besides the matrices themselves stays below 0.4 GB."""
+"""Most elements of a stack, so that temporary memory stays below 0.4 GB."""
 
 
 class Muon(torch.optim.Optimizer):
     """torch.optim.Muon with adjust_lr_fn="match_rms_adamw", up to rounding; its state has the same names.
 
-    params: matrices, plain or DTensors that are sharded by rows. dtype: of the products; where not said, bf16 where it is fast.
+    params: matrices, plain or DTensors sharded by rows. dtype: of the products; by default bf16 if it is fast, else fp32.
     """
 
     def __init__(
@@ -54,7 +54,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:  # type: ignore[override]
-        """Move every parameter that has a gradient."""
+        """Update every parameter that has a gradient."""
         for group in self.param_groups:
             moving = [p for p in group["params"] if p.grad is not None]
             for p in moving:
@@ -64,7 +64,7 @@ class Muon(torch.optim.Optimizer):
                 self._move(some, group)
 
     def _move(self, some: list[Tensor], group: dict[str, Any]) -> None:
-        """One step of matrices of one shape, or its transpose."""
+        """One step of matrices of one shape or its transpose."""
         sharded = isinstance(some[0], DTensor)
         mine = [_local(p) for p in some]
         grads = [_local(p.grad) for p in some if p.grad is not None]
@@ -77,7 +77,7 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_add_(mine, moved, alpha=-scale)
 
     def _orthogonal(self, updates: Sequence[Tensor]) -> list[Tensor]:
-        """Every update made orthogonal, each in its own shape; those of one shape, then those of its transpose."""
+        """The orthogonalised updates, each in its own shape: those of one shape, then those of its transpose."""
         dtype = self.dtype or products_dtype(updates[0].device)
         wide = [u for u in updates if u.shape[0] <= u.shape[1]]
         tall = [u for u in updates if u.shape[0] > u.shape[1]]
@@ -88,7 +88,7 @@ class Muon(torch.optim.Optimizer):
         return [next(of_wide if u.shape[0] <= u.shape[1] else of_tall) for u in updates]
 
     def _across_ranks(self, some: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
-        """The pieces of orthogonal matrices that lie here, from those of updates: matrix i is put together on rank i % ranks."""
+        """This rank's pieces of the orthogonalised updates, from its pieces of updates. Rank i % ranks assembles matrix i."""
         group, ranks, rank = _group_of(some[0])
         moved: list[Tensor] = []
         for first in range(0, len(some), ranks):
@@ -111,7 +111,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(x: Tensor) -> Tensor:
-    """Matrices [N, R, C], R <= C, with their singular values pushed towards one (into 0.7 to 1.2): a new tensor."""
+    """A new tensor: matrices [N, R, C], R <= C, with singular values pushed towards one (into 0.7 to 1.2)."""
     a, b, c = COEFFICIENTS
     wide = torch.promote_types(x.dtype, torch.float32)
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True, dtype=wide).clamp(min=LEAST_NORM).to(x.dtype)
@@ -122,7 +122,7 @@ def orthogonal(x: Tensor) -> Tensor:
 
 
 def stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
-    """Parameters by shape, a shape with its transpose, at most MOST elements together and at least one matrix."""
+    """Parameters grouped by shape, with its transpose; a group has at most MOST elements, or one matrix."""
     by_shape: dict[tuple[int, ...], list[Tensor]] = {}
     for p in parameters:
         by_shape.setdefault(tuple(sorted(p.shape)), []).append(p)
@@ -133,17 +133,17 @@ def stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 
 
 def products_dtype(device: torch.device) -> torch.dtype:
-    """bf16 where the device multiplies it fast, else fp32."""
+    """bf16 if the device multiplies it fast, else fp32."""
     return torch.bfloat16 if multiplies_bf16(device) else torch.float32
 
 
 def _local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies here."""
+    """This rank's part of a tensor."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _group_of(parameter: Tensor) -> tuple[dist.ProcessGroup, int, int]:
-    """The ranks that hold a DTensor's pieces between them, how many they are, and which of them this one is."""
+    """The group of ranks that hold a DTensor's pieces, its size, and this rank's number in it."""
     assert isinstance(parameter, DTensor)
     (dimension,) = (i for i, placement in enumerate(parameter.placements) if placement == Shard(0))
     mesh = parameter.device_mesh
@@ -151,6 +151,6 @@ def _group_of(parameter: Tensor) -> tuple[dist.ProcessGroup, int, int]:
 
 
 def _rows_of(rows: int, ranks: int) -> list[int]:
-    """How many rows of a matrix each rank holds, as torch.chunk cuts it."""
+    """Rows of a matrix that each rank holds, as torch.chunk cuts it."""
     most = -(-rows // ranks)
     return [max(0, min(most, rows - rank * most)) for rank in range(ranks)]

@@ -1,4 +1,4 @@
-"""What moves the weights: AdamW or Muon, their schedule, and the running average that is evaluated."""
+"""AdamW or Muon, their schedule, and the running average that is evaluated."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from atat_fast.training.optimizers.low_precision import AdamWBf16, adamw_8bit, c
 from atat_fast.training.optimizers.muon import Muon
 
 Trained = nn.Module | Mapping[str, nn.Parameter]
-"""What is trained: a module, or its parameters by name."""
+"""A module to train, or its parameters by name."""
 
 
 def _named(model: Trained) -> dict[str, nn.Parameter]:
@@ -25,7 +25,7 @@ def _named(model: Trained) -> dict[str, nn.Parameter]:
 
 
 def check_optim(config: OptimConfig) -> None:
-    """Raise UsageError for settings that make no sense."""
+    """Raise UsageError for invalid settings."""
     if not config.lr > 0:
         raise UsageError(f"optim.lr must be above 0, got {config.lr}")
     if not 0 <= config.warmup <= config.decay_from <= 1:
@@ -49,11 +49,11 @@ def learning_rate(config: OptimConfig, step: int, max_steps: int) -> float:
 
 
 class Optimizers:
-    """One or two torch optimizers stepped as one, with state that is saved by parameter name.
+    """One or two torch optimizers that step as one. State is saved by parameter name.
 
-    adamw: fused, weight decay on matrices only. muon: `muon.py` for the matrices inside the blocks, its updates scaled to AdamW's
-    root-mean-square so that one learning rate serves both, and AdamW for the rest. adamw may keep its moments in bf16 or 8 bits
-    (`low_precision.py`).
+    adamw: fused, weight decay on matrices only; it may keep its moments in bf16 or 8 bits (`low_precision.py`). muon: `muon.py`
+    for the matrices inside the blocks, its updates scaled to AdamW's root-mean-square so that one learning rate serves both, and
+    AdamW for the rest.
     """
 
     def __init__(self, model: Trained, config: OptimConfig) -> None:
@@ -72,10 +72,10 @@ class Optimizers:
             self.parts.append(Muon(blocks, lr=config.lr, weight_decay=config.weight_decay))
 
     def step(self, lr: float) -> None:
-        """Move every parameter and drop the gradients."""
+        """Update every parameter and drop the gradients."""
         for part in self.parts:
             for group in part.param_groups:
-                if isinstance(group["lr"], Tensor):  # torchao's, which is compiled with it
+                if isinstance(group["lr"], Tensor):  # torchao compiles its step with a tensor lr
                     group["lr"].fill_(lr)
                 else:
                     group["lr"] = lr
@@ -92,7 +92,7 @@ class Optimizers:
         }
 
     def load(self, state: dict[str, Tensor]) -> None:
-        """Take back what `state` gave."""
+        """Load what `state` returned."""
         by_name = {name: p for p, name in self.names.items()}
         owner = {p: part for part in self.parts for group in part.param_groups for p in group["params"]}
         for key, value in joined(state).items():
@@ -101,9 +101,7 @@ class Optimizers:
             owner[p].state[p][kind] = value.to(p.device)  # fused AdamW keeps its step count on the parameter's device too
 
     def room(self, layout: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Empty tensors for a saved state, of which shapes and dtypes are given: spread like their parameter where they have its
-        shape.
-        """
+        """Empty tensors for a saved state of the given shapes and dtypes, sharded like their parameter if they have its shape."""
         by_name = {name: p for p, name in self.names.items()}
         room: dict[str, Tensor] = {}
         for key, kind in layout.items():
@@ -131,9 +129,9 @@ def _inner_matrix(name: str, p: Tensor) -> bool:
 
 
 class Average:
-    """Moving average of a model's parameters, in fp32; its decay is (1 + step) / (10 + step) until that exceeds `decay`.
+    """Moving average of a model's parameters, in fp32, sharded as they are.
 
-    It is spread over ranks as the parameters are.
+    Its decay is (1 + step) / (10 + step) until that exceeds `decay`.
     """
 
     def __init__(self, model: Trained, decay: float) -> None:
@@ -144,20 +142,20 @@ class Average:
 
     @torch.no_grad()
     def update(self, step: int) -> None:
-        """Move the average towards the parameters as they are after step `step`."""
+        """Move the average towards the parameters after step `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
         averages, parameters = zip(*self._pairs, strict=True)
         torch._foreach_lerp_(list(averages), list(parameters), 1 - decay)
 
     @torch.no_grad()
     def load(self, values: dict[str, Tensor]) -> None:
-        """Take back saved values."""
+        """Load saved values."""
         for name, value in values.items():
             self.values[name].copy_(value)
 
     @contextlib.contextmanager
     def applied(self) -> Iterator[None]:
-        """Within, the model holds the average; after, exactly what it held before. Storage is not replaced."""
+        """Inside, the model holds the average; after, exactly its earlier values. Storage is not replaced."""
         self._swap()
         try:
             yield
