@@ -1,1 +1,1 @@
-"""Recipes trained side by side, and what is said of their difference."""
+"""Recipes trained side by side, and the differences between them."""

@@ -1,4 +1,4 @@
-"""How much of a likelihood's error comes from the masks, for several ways of drawing them, on one trained model."""
+"""The error that masks leave in a likelihood, for several ways of drawing them, on one trained model."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ WAYS = {
 
 @dataclass(frozen=True)
 class MaskError:
-    """Of one way: the mean estimate over all replicates, and the standard error that masks alone leave in one estimate."""
+    """For one way: the mean over all replicates, and the standard error that masks alone leave in one estimate."""
 
     nll: float
     se: float
@@ -48,11 +48,10 @@ class MaskError:
 def mask_errors(
     nll: NllFunction, tokens: Tensor, *, mask_id: int, group: int, replicates: int, seed: int
 ) -> dict[str, MaskError]:
-    """For each of WAYS the error of an estimate from `group` masked sequences; tokens [n, L] are n / group groups of their own.
+    """The error, for each of WAYS, of an estimate from `group` masked sequences. tokens [n, L] make n / group separate groups.
 
-    Masks are drawn anew `replicates` times while the sequences stay, so what varies within a group is the masks alone, and which
-    sequence meets which stratum: their order is drawn anew as well. Variances are averaged over groups; the error's own relative
-    error is about 1 / sqrt(2 groups (replicates - 1)).
+    Each replicate draws anew the masks, and the order of the sequences, which decides the stratum of each; the sequences stay.
+    Variances are averaged over groups. The error's relative error is about 1 / sqrt(2 groups (replicates - 1)).
     """
     if replicates < 2 or group < 2 or group % 2 or len(tokens) < group:
         raise UsageError(
@@ -91,7 +90,7 @@ def _estimate(nll: NllFunction, x: Tensor, way: str, mask_id: int, first: int, s
 def model_mask_errors(
     model: DiT, split: TokenSplit, config: EvalConfig, autocast: AbstractContextManager[Any], *, replicates: int
 ) -> dict[str, MaskError]:
-    """`mask_errors` of a model on config.sequences sequences spread over the split, in groups of config.batch."""
+    """`mask_errors` of a model on config.sequences sequences, spread over the split, in groups of config.batch."""
     tokens: Callable[[int, int], Tensor]
     tokens, count = spread_sequences(split, model.config.length, config.sequences, model.cos.device)
     group = min(config.batch, count) // 2 * 2

@@ -1,4 +1,4 @@
-"""What a comparison found: paired differences, a table, curves, and one JSON file with every seed's numbers."""
+"""Results of a comparison: paired differences, a table, curves, and one JSON file with every seed's numbers."""
 
 from __future__ import annotations
 
@@ -21,15 +21,15 @@ from atat_fast.files import disk_errors, write_text
 from atat_fast.runs.figures import LIGHT, STYLE, compact, duration, measured
 
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#56b4e9", "#e69f00", "#000000")
-"""Okabe and Ito's, in the order of the recipes."""
+"""Okabe and Ito's colours, in the order of the recipes."""
 
 Results = dict[str, list[dict[str, Any]]]
 
 
 def summary(plan: Plan, results: Results) -> dict[str, Any]:
-    """compare.json: a row a recipe, every run, and the paired difference of every two recipes whose runs all finished.
+    """The content of compare.json: a row a recipe, every run, and the paired difference of every two recipes that finished.
 
-    Differences are earlier minus later in the order named, so above 0 the later recipe is better; `se` is of the mean over seeds.
+    Differences are earlier minus later recipe, in the order named: above 0 the later one is better. se: of the mean over seeds.
     """
     names = list(results)
     whole = {name: [r for r in found if "diverged" not in r] for name, found in results.items()}
@@ -89,7 +89,7 @@ def _errors(d: Any) -> dict[str, float]:
 
 
 def _finite(value: Any) -> Any:
-    """JSON has no NaN: None stands for what is not known."""
+    """JSON has no NaN: None means unknown."""
     if isinstance(value, dict):
         return {key: _finite(item) for key, item in value.items()}
     if isinstance(value, list):
@@ -98,7 +98,7 @@ def _finite(value: Any) -> Any:
 
 
 def mean_curve(found: list[dict[str, Any]], x: str) -> tuple[Tensor, Tensor]:
-    """The bound over `x` (tokens or seconds), averaged over the seeds' runs point by point."""
+    """The bound over `x` (tokens or seconds), averaged point by point over the seeds' runs."""
     kept = [r["curve"] for r in found if "diverged" not in r]
     xs = torch.tensor([[point[x] for point in curve] for curve in kept], dtype=torch.float64)
     ys = torch.tensor([[point["nll"] for point in curve] for curve in kept], dtype=torch.float64)
@@ -106,7 +106,7 @@ def mean_curve(found: list[dict[str, Any]], x: str) -> tuple[Tensor, Tensor]:
 
 
 def _share(plan: Plan, results: Results, first: str, name: str) -> float:
-    """Which share of the first recipe's tokens (or training time) this one needs for the bound the first one ends with."""
+    """Share of the first recipe's tokens (or training time) that this one needs to reach the first one's final bound."""
     x = "tokens" if plan.budget.kind == "tokens" else "seconds"
     ends, level = (curve[-1] for curve in mean_curve(results[first], x))
     xs, ys = mean_curve(results[name], x)
@@ -114,7 +114,7 @@ def _share(plan: Plan, results: Results, first: str, name: str) -> float:
 
 
 def table(found: dict[str, Any]) -> str:
-    """The rows as aligned text, each beside the first."""
+    """The rows as aligned text, each compared with the first."""
     first = found["results"][0]["recipe"]
     against = {d["minus"]: d for d in found["differences"] if d["of"] == first}
     by = "tokens" if found["settings"]["budget"].startswith("tokens") else "time"
@@ -134,7 +134,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def aligned(rows: list[list[str]]) -> str:
-    """Columns as wide as they must be, the first to the left."""
+    """Rows as text in aligned columns, the first to the left."""
     widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
     lines = (
         "  ".join(
@@ -146,7 +146,7 @@ def aligned(rows: list[list[str]]) -> str:
 
 
 def mask_rows(errors: dict[str, MaskError]) -> list[dict[str, Any]]:
-    """The masks' errors with their ratios to MDLM's stratified draws and to independent ones."""
+    """The masks' errors, with ratios to MDLM's stratified draws and to independent ones."""
     mdlm, independent = errors["mdlm"].se, errors["independent"].se
     return [
         {"masks": way, "what": WAYS[way], "nll": e.nll, "se": e.se, "of_mdlm": e.se / mdlm, "of_independent": e.se / independent}
@@ -164,7 +164,7 @@ def mask_table(rows: list[dict[str, Any]]) -> str:
 
 
 def curves_png(plan: Plan, results: Results) -> bytes:
-    """The held-out bound over tokens and over training time: a line for the mean of a recipe's seeds, dots for each."""
+    """The held-out bound over tokens and over training time: a line for a recipe's mean over seeds, dots for each seed."""
     from matplotlib import rc_context
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -196,7 +196,7 @@ def curves_png(plan: Plan, results: Results) -> bytes:
 
 
 def write(plan: Plan, results: Results, found: dict[str, Any], text: str) -> list[Path]:
-    """compare.json, table.txt and curves.png in the comparison's folder."""
+    """Write compare.json, table.txt and curves.png in the comparison's folder."""
     paths = [plan.folder / name for name in ("table.txt", "compare.json", "curves.png")]
     with disk_errors(plan.folder):
         write_text(paths[0], text + "\n")

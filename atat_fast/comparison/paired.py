@@ -1,4 +1,4 @@
-"""Differences between models that were evaluated on the same masks of the same sequences, over several training seeds."""
+"""Differences between models evaluated on the same masks of the same sequences, over several training seeds."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ from atat_fast.diffusion.bound import standard_error
 class Mean:
     """A mean over sequences and seeds, in nats a token.
 
-    seeds: each seed's own mean; se_data: the standard error that the choice of sequences and masks leaves, of the values averaged
-    over seeds; se_seeds: that of the seeds, NaN for one seed; se: both together, or se_data alone for one seed. What seeds and
-    sequences do together is in both parts, so se is slightly generous.
+    seeds: each seed's mean. se_data: the standard error from sequences and masks, of the values averaged over seeds. se_seeds:
+    that from seeds, NaN for one seed. se: both together, or se_data for one seed. Interactions of seeds and sequences are in both
+    parts, so se is slightly generous.
     """
 
     mean: float
@@ -28,10 +28,10 @@ class Mean:
 
 
 def mean_over_seeds(values: Tensor, strata: Tensor) -> Mean:
-    """The mean of values [seeds, sequences], whose masks came from strata [sequences, draws] whatever the seed.
+    """The mean of values [seeds, sequences]. strata [sequences, draws]: of the masks, the same for every seed.
 
-    Given the differences of two models' values, this is their paired comparison: what makes a sequence or a mask easy for both
-    cancels, so the error is far smaller than that of either.
+    For the differences of two models' values this is a paired comparison: what makes a sequence or a mask easy for both cancels,
+    so the error is far smaller than either's.
     """
     own = values.mean(1)
     data = standard_error(values.mean(0), strata)
@@ -40,9 +40,9 @@ def mean_over_seeds(values: Tensor, strata: Tensor) -> Mean:
 
 
 def share_to_match(x: Tensor, curve: Tensor, level: float) -> float:
-    """Where a curve [points] over x reaches `level` for good, as a share of the last x; NaN where it ends above.
+    """The x at which a curve [points] reaches `level` for good, as a share of the last x; NaN if it ends above.
 
-    Linear between points; before the first point nothing is known, and the first point is the answer.
+    Linear between points. The first point is the least answer, since nothing is known before it.
     """
     above = torch.nonzero(curve > level)
     i = int(above[-1]) + 1 if len(above) else 0

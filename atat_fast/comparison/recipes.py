@@ -1,4 +1,4 @@
-"""Recipes: named ways to train that are compared at equal cost. A recipe is a set of settings laid over a preset."""
+"""Recipes: named ways to train, compared at equal cost. A recipe is a set of settings that override a preset."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ WHAT = {
     "fast": "what preset demo sets: bell counts, weights, the model's and optimizer's options",
 }
 FROM_PRESETS = {"atat": "atat", "fast": "demo"}
-"""Recipes that are what a preset sets."""
+"""Recipes that take a preset's settings."""
 SIZES = ("dim", "layers", "heads", "length", "mlp_ratio", "conditioning_dim", "time_conditioning", "document_mask")
-"""Settings of a model that stay the preset's, so that recipes share it."""
+"""Model settings that all recipes share."""
 SHARED = ("data", "eval", "run", "sample", "preset", "train.max_steps", "train.seed", "model.length", "model.document_mask")
-"""What no recipe may set: it would be compared on something else, or the budget and the seeds decide it."""
+"""Settings no recipe may set: they change what is compared, or the budget and the seeds decide them."""
 
 
 def recipe_settings(name: str) -> Settings:
-    """The settings of a recipe by name, or of a YAML file. Raises UsageError for a name or a file that is none."""
+    """The settings of a recipe by name, or of a YAML file. Raises UsageError for an unknown name or an invalid file."""
     if name in FROM_PRESETS:
         return _from_preset(FROM_PRESETS[name])
     if name in RECIPES:
@@ -68,7 +68,7 @@ def recipe_settings(name: str) -> Settings:
 
 
 def _from_preset(name: str) -> Settings:
-    """A preset's recipe: what it sets, less what all recipes share and the model's sizes."""
+    """A preset's recipe: its settings, without shared ones and the model's sizes."""
     settings = {group: value for group, value in preset_settings(name).items() if group not in (*SHARED, "train")}
     if "model" in settings:
         settings["model"] = {key: value for key, value in settings["model"].items() if key not in SIZES}
@@ -76,7 +76,7 @@ def _from_preset(name: str) -> Settings:
 
 
 def _typed(recipe: str, group: str, key: str, value: Any) -> Any:
-    """A recipe's value as its setting's type: what the command line's parser does for options. Raises UsageError."""
+    """A recipe's value as its setting's type, as the command line's parser does for options. Raises UsageError."""
     hints = get_type_hints(Config.__dataclass_fields__[group].default_factory)
     if key not in hints:
         raise UsageError(f"recipe {recipe}: there is no setting {group}.{key}{nearest(key, hints)}")
@@ -94,14 +94,14 @@ def _typed(recipe: str, group: str, key: str, value: Any) -> Any:
 
 
 def label(name: str) -> str:
-    """A recipe's name in tables and folders: a file's without folder and ending."""
+    """A recipe's name in tables and folders: a file's name without folder and ending."""
     return Path(name).stem if name.endswith((".yaml", ".yml")) else name
 
 
 def with_recipe(base: Config, name: str) -> Config:
-    """`base` with a recipe laid over it."""
+    """`base` with a recipe's settings."""
     settings, changes = to_dict(base), recipe_settings(name)
-    if name in RECIPES and name != "preset":  # plain masks: nothing prefers one token over another
+    if name in RECIPES and name != "preset":  # plain masks: no token is preferred
         for group, off in (("importance", {"source": "none"}), ("curriculum", {"kind": "none"})):
             changes |= {group: off} if group in settings else {}
         changes["diffusion"].setdefault("weighting", "ce" if settings["diffusion"]["weighting"] == "ce" else "uniform")

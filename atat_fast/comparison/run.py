@@ -1,9 +1,9 @@
-"""Recipes at equal cost: the same data, seeds, masks of evaluation and budget, one run after another, in a folder that resumes.
+"""Recipes at equal cost: the same data, seeds, evaluation masks and budget, run one by one, in a folder that can be resumed.
 
-FOLDER/comparison.json     what is compared: budget, settings of all, steps of each recipe
+FOLDER/comparison.json     the plan: budget, shared settings, steps of each recipe
 FOLDER/recipes/NAME.yaml   the whole settings of each recipe
 FOLDER/runs/NAME-seedN/    one run: a run folder, with result.json and values.npy (its last evaluation by sequence) when done
-FOLDER/compare.json, table.txt, curves.png   what came out
+FOLDER/compare.json, table.txt, curves.png   the results
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ from atat_fast.training.trainer import Diverged, Trainer
 
 IDENTITY, RESULT, VALUES = "comparison.json", "result.json", "values.npy"
 WARM_UP, TIMED = 5, 12
-"""Steps of a pass of a calibration: the first ones compile and allocate, the others are spread over the schedule and timed."""
+"""Steps of a calibration pass: the first ones compile and allocate; the others, spread over the schedule, are timed."""
 PASSES = 5
-"""Passes over all recipes that are calibrated: what is slow for a while is slow for each of them. Steps count at their lower
-quartile, which other processes, who only ever add time, disturb least."""
+"""Calibration passes over all recipes, so that a slow moment hits each of them. A step's time is the lower quartile: other
+processes only add time."""
 LOG_LINES = 5
 """Log lines between two points of a curve."""
 
 
 @dataclass(frozen=True)
 class Budget:
-    """What each run may spend: `tokens` seen in training, or `minutes` of training time, evaluation excluded."""
+    """Cost of each run: `tokens` seen in training, or `minutes` of training time without evaluation."""
 
     kind: str
     amount: float
@@ -65,7 +65,7 @@ class Budget:
 
 @dataclass(frozen=True)
 class Plan:
-    """What is to be run."""
+    """The runs of a comparison."""
 
     folder: Path
     base: Config
@@ -76,7 +76,7 @@ class Plan:
 
 
 def make_plan(base: Config, recipes: Sequence[str], seeds: int, budget: Budget, points: int, folder: Path) -> Plan:
-    """Check everything that can be checked before anything runs. Raises UsageError."""
+    """Plan a comparison and check it before anything runs. Raises UsageError."""
     if seeds < 1 or points < 1:
         raise UsageError(f"seeds and points must be at least 1, got {seeds} and {points}")
     names = [label(name) for name in recipes]
@@ -102,13 +102,13 @@ def tokens_per_step(config: Config) -> int:
 
 
 def _what_it_compares(plan: Plan) -> dict[str, Any]:
-    """What has to stay for a folder to be added to; seeds and recipes may be added."""
+    """What a folder must keep to be continued; seeds and recipes may be added."""
     shared = {group: values for group, values in to_dict(plan.base).items() if group not in ("run", "sample", "preset")}
     return {"budget": vars(plan.budget), "points": plan.points, "settings": shared}
 
 
 def _check_folder(plan: Plan) -> None:
-    """Raise UsageError where the folder holds another comparison, or something else."""
+    """Raise UsageError if the folder holds another comparison, or something else."""
     if not plan.folder.exists():
         return
     if not plan.folder.is_dir() or (any(plan.folder.iterdir()) and not (plan.folder / IDENTITY).is_file()):
@@ -147,9 +147,9 @@ def _recipe_file(plan: Plan, name: str) -> Path:
 
 
 def run_all(plan: Plan, say: Callable[[str], None] = print) -> dict[str, list[dict[str, Any]]]:
-    """Calibrate what has to be, run what is not finished, seed by seed, and give each recipe's results in the seeds' order.
+    """Calibrate, then run what is not finished, seed by seed. Returns each recipe's results in the seeds' order.
 
-    Raises Interrupted (the run that was cut short is saved and goes on next time) or UsageError.
+    Raises Interrupted (the stopped run is saved and goes on next time) or UsageError.
     """
     steps = _steps(plan, say)
     results: dict[str, list[dict[str, Any]]] = {name: [] for name in plan.recipes}
@@ -167,7 +167,7 @@ def run_all(plan: Plan, say: Callable[[str], None] = print) -> dict[str, list[di
 
 
 def _steps(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Steps of each recipe, kept in the folder: a comparison that goes on does not measure again."""
+    """Steps of each recipe, kept in the folder: a continued comparison does not measure again."""
     path = plan.folder / IDENTITY
     kept = json.loads(path.read_text(encoding="utf-8"))["steps"] if path.is_file() else {}
     missing = [name for name in plan.recipes if name not in kept]
@@ -182,7 +182,7 @@ def _steps(plan: Plan, say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
 
 
 def _calibrate(plan: Plan, names: Sequence[str], say: Callable[[str], None]) -> dict[str, dict[str, Any]]:
-    """Steps that the budget allows each recipe. Minutes become steps by timing a few, so that schedules know their end."""
+    """Steps that the budget allows each recipe. Minutes become steps by timing a few steps."""
     amount = plan.budget.amount
     if plan.budget.kind == "tokens":
         return {name: {"steps": max(1, round(amount / tokens_per_step(plan.recipes[name])))} for name in names}
@@ -202,7 +202,7 @@ def _calibrate(plan: Plan, names: Sequence[str], say: Callable[[str], None]) -> 
 
 
 def _time_steps(plan: Plan, name: str) -> list[float]:
-    """Seconds of steps spread over the schedule of a run of this recipe; not a number where it diverges."""
+    """Seconds of steps spread over the schedule of a run of this recipe; NaN if it diverges."""
     scratch = plan.folder / "calibration"
     shutil.rmtree(scratch, ignore_errors=True)
     trial = copy.deepcopy(plan.recipes[name])
@@ -230,12 +230,12 @@ def _run_config(plan: Plan, name: str, recipe: Config, steps: int, seed: int) ->
 
 
 def _run(plan: Plan, config: Config) -> dict[str, Any]:
-    """One run, or what it left when it was finished before."""
+    """The result of one run, which is run unless it finished before."""
     folder = plan.folder / "runs" / str(config.run.name)
     if (folder / RESULT).is_file():
         return read_result(folder)
     resume = False
-    if folder.exists():  # begun and not finished: it goes on from its checkpoint, or begins again where it has none
+    if folder.exists():  # unfinished: resume from its checkpoint, or start again if it has none
         try:
             checkpoint.find(folder)
             resume = True
@@ -265,17 +265,17 @@ def _run(plan: Plan, config: Config) -> dict[str, Any]:
 
 
 def _curve(folder: Path) -> dict[str, Any]:
-    """Points of the held-out bound with the tokens and the training seconds until then, and the seconds of the whole run."""
+    """Points of the held-out bound, with tokens and training seconds until then, and the seconds of the whole run."""
     rows = [json.loads(line) for line in (folder / run_folder.METRICS).read_text(encoding="utf-8").splitlines()]
     train = {row["step"]: row for row in rows if row["kind"] == "train"}
-    evals = {row["step"]: row for row in rows if row["kind"] == "eval"}  # one that was cut short after its end has two there
+    evals = {row["step"]: row for row in rows if row["kind"] == "eval"}  # a run stopped after its last step has two rows there
     points = [(train[step], row) for step, row in sorted(evals.items())]
     curve = [{"tokens": t["tokens"], "seconds": t["seconds"], "nll": e["nll"], "nll_se": e["nll_se"]} for t, e in points]
     return {"curve": curve, "seconds": max((row["seconds"] for row in train.values()), default=0.0)}
 
 
 def read_result(folder: Path) -> dict[str, Any]:
-    """A finished run's result.json, with the last evaluation's `values` [sequences] fp64 where it did not diverge."""
+    """A finished run's result.json, with the last evaluation's `values` [sequences] fp64 unless it diverged."""
     try:
         result: dict[str, Any] = json.loads((folder / RESULT).read_text(encoding="utf-8"))
         if "diverged" not in result:

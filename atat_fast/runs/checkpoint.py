@@ -1,19 +1,18 @@
-"""Checkpoints: folders of safetensors and JSON, complete or not there at all.
+"""Checkpoints: folders of safetensors and JSON, complete or absent.
 
     checkpoints/step-00000120/  manifest.json  weights.safetensors  ema.safetensors  optimizer.safetensors  tokenizer/
     checkpoints/last -> step-00000120         checkpoints/best -> step-00000090
 
-A run that trains by importance has importance.safetensors and importance_ema.safetensors too: the estimator, which evaluation
-does without, and sampling unless its order is the estimator's. A masking process that keeps tensors, such as the rates of a
+With importance there are also importance.safetensors and importance_ema.safetensors: the estimator, which evaluation does not
+need, and sampling needs only in the estimator's order. A masking process that keeps tensors, such as the rates of a
 token-identity schedule, has schedule.safetensors.
 
-A run on several ranks writes shards/*.safetensors in the place of these files (runs/shards.py), which any number of ranks
-reads, and so do evaluation and sampling.
+A run on several ranks writes shards/*.safetensors instead of these files (runs/shards.py). Any number of ranks can read them, and
+so can evaluation and sampling.
 
-A checkpoint is written under another name, flushed to disk and renamed; the links are replaced in one step, so `last` and
-`best` always lead to something whole. Where there are no links, files that hold a checkpoint's name stand for them. Nothing is
-ever unpickled. The manifest holds the step, the settings, and the size and SHA-256 of every file, which are checked before a byte
-is used.
+A checkpoint is written under a temporary name, flushed to disk and renamed. Links are replaced in one step, so `last` and `best`
+always lead to a whole checkpoint. If the file system has no links, files that hold a checkpoint's name replace them. Nothing is
+ever unpickled. The manifest holds the step, the settings, and every file's size and SHA-256, which are checked before use.
 """
 
 from __future__ import annotations
@@ -54,7 +53,7 @@ LINKS = ("last", "best")
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint folder whose manifest has been read and whose files are the ones it lists."""
+    """A checkpoint folder whose files were checked against its manifest."""
 
     path: Path
     manifest: dict[str, Any]
@@ -75,7 +74,7 @@ class Checkpoint:
         return bool(self.manifest.get("format") == SHARDED)
 
     def tensors(self, name: str) -> dict[str, Tensor]:
-        """The tensors of one file, on the CPU, under the names that parameters have now."""
+        """The tensors of one file, on the CPU, under parameters' current names."""
         if self.sharded:
             named = {key: torch.empty_like(kind, device="cpu") for key, kind in self.layout(name).items()}
             shards.read(self.path / SHARDS, {shard_key(name, key): value for key, value in named.items()})
@@ -88,7 +87,7 @@ class Checkpoint:
         return tensors
 
     def layout(self, name: str) -> dict[str, Tensor]:
-        """One file's tensors by shape and dtype alone, by the names parameters have now; empty where there is no such file."""
+        """One file's tensors on the meta device, under parameters' current names; {} if there is no such file."""
         if self.sharded:
             prefix = shard_key(name, "")
             found = shards.layout(self.path / SHARDS)
@@ -98,7 +97,7 @@ class Checkpoint:
         return {key: value.to("meta") for key, value in self.tensors(name).items()}
 
     def restore(self, files: dict[str, dict[str, Tensor]], group: Any = None) -> None:
-        """Fill tensors, spread over ranks in any way, with what the files hold under their names; in place.
+        """Fill tensors in place from the files, by name. They may be sharded in any way.
 
         group: the gloo group of the ranks that all call this, or None for one process. Raises UsageError naming the first tensor
         that does not fit.
@@ -122,13 +121,13 @@ def save(
 ) -> Path:
     """Write checkpoints/step-N under the run folder and point `last` at it. Returns its path.
 
-    tensors: file name to named tensors. facts: what else the manifest should say (tokens seen, likelihood, ...).
-    Raises UsageError where the disk refuses; what was there before is untouched.
+    tensors: file name to named tensors. facts: other entries of the manifest (tokens seen, likelihood, ...).
+    Raises UsageError if the disk refuses; earlier checkpoints are untouched.
     """
     root = folder / FOLDER
     final, aside = root / f"step-{step:08d}", root / f".step-{step:08d}{ASIDE}"
     with disk_errors(root):
-        shutil.rmtree(aside, ignore_errors=True)  # of an attempt that failed
+        shutil.rmtree(aside, ignore_errors=True)  # left by a failed attempt
         aside.mkdir(parents=True)
         try:
             for name, named in tensors.items():
@@ -144,21 +143,21 @@ def save(
 
 
 def complete(aside: Path, final: Path, manifest: dict[str, Any]) -> None:
-    """Write the manifest of a checkpoint that is otherwise there, flush everything to disk and give it its name."""
+    """Write the manifest of an otherwise complete checkpoint, flush everything to disk, and give the folder its name."""
     (aside / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
     for f in aside.rglob("*"):
         _flush(f)
     _flush(aside)
     old = final.with_name(f".{final.name}.old{ASIDE}")
-    if final.exists():  # the same step again, after a resume: the same content
+    if final.exists():  # the same step with the same content, after a resume
         final.rename(old)
     aside.rename(final)
     shutil.rmtree(old, ignore_errors=True)
 
 
 def point(folder: Path, link: str, target: Path, keep: int = 1) -> None:
-    """Make checkpoints/<link> lead to `target` in one step, and drop checkpoints that no link leads to and that are not among the
-    `keep` newest. On a file system without links, a file that holds the target's name takes the link's place.
+    """Make checkpoints/<link> lead to `target` in one step. Then remove checkpoints that no link leads to, except the `keep`
+    newest. On a file system without links, a file that holds the target's name replaces the link.
     """
     root = folder / FOLDER
     with disk_errors(root):
@@ -177,9 +176,9 @@ def point(folder: Path, link: str, target: Path, keep: int = 1) -> None:
 
 
 def tidy(folder: Path) -> None:
-    """Put a run folder in order: for its only writer, before it goes on from a checkpoint.
+    """Put a run folder in order before its only writer resumes from a checkpoint.
 
-    What killed processes left unfinished goes. Where a copy that followed links made folders of `last` and `best`, they become
+    Removes what killed processes left unfinished. If a copy that followed links made folders of `last` and `best`, they become
     links again, `last` to the newest step.
     """
     root = folder / FOLDER
@@ -209,7 +208,7 @@ def tidy(folder: Path) -> None:
 
 
 def led_to(root: Path, link: str) -> Path | None:
-    """The complete checkpoint that checkpoints/<link> leads to; None where there is none."""
+    """The complete checkpoint that checkpoints/<link> leads to, or None."""
     path = root / link
     if path.is_file():
         path = root / Path(path.read_text(encoding="utf-8", errors="replace").strip()).name
@@ -218,14 +217,14 @@ def led_to(root: Path, link: str) -> Path | None:
 
 
 def steps(root: Path) -> list[Path]:
-    """The complete checkpoints in a folder of them, newest first."""
+    """The complete checkpoints in a folder, newest first."""
     return sorted((path for path in root.glob("step-*") if (path / MANIFEST).is_file()), reverse=True)
 
 
 def find(run: Path, which: str = "last") -> Checkpoint:
-    """The `last` or `best` checkpoint of a run folder, or a checkpoint folder itself. Where no link leads to one, the newest.
+    """The `last` or `best` checkpoint of a run folder, or a checkpoint folder itself. If no link leads to one, the newest.
 
-    Raises UsageError where there is none, and for a damaged one, with the one before it.
+    Raises UsageError if there is none, or it is damaged; then the error names a whole one.
     """
     if run.name in LINKS and run.is_file():
         run = led_to(run.parent, run.name) or run
@@ -243,11 +242,11 @@ def find(run: Path, which: str = "last") -> Checkpoint:
 
 
 class Damaged(UsageError):
-    """A checkpoint whose files are not what its manifest lists."""
+    """A checkpoint whose files do not match its manifest."""
 
 
 def _open_or_offer(path: Path) -> Checkpoint:
-    """A checkpoint of a run; where it is damaged, the sentence says which other one is whole."""
+    """A checkpoint of a run. If it is damaged, the error names another one that is whole."""
     try:
         return open_checkpoint(path)
     except Damaged as error:
@@ -267,7 +266,7 @@ def _whole(path: Path) -> bool:
 
 
 def open_checkpoint(path: Path) -> Checkpoint:
-    """Read the manifest and check every file against it. Raises UsageError for a foreign, truncated or damaged checkpoint."""
+    """Read the manifest and check every file. Raises UsageError for a foreign, truncated or damaged checkpoint."""
     try:
         manifest = json.loads((path / MANIFEST).read_text(encoding="utf-8"))
         files, version = manifest["files"], manifest["format"]
@@ -290,7 +289,7 @@ def open_checkpoint(path: Path) -> Checkpoint:
 
 
 def load_model(checkpoint: Checkpoint, *, average: bool = True) -> tuple[DiT, Tokenizer]:
-    """The model and tokenizer of a checkpoint, on the CPU: the averaged weights, or the last step's."""
+    """The model, on the CPU, and tokenizer of a checkpoint. average: the averaged weights, else the last step's."""
     tokenizer = checkpoint.tokenizer()
     model = DiT(tokenizer.model_vocab_size, tokenizer.mask_id, **to_dict(checkpoint.config)["model"])
     load_weights(model, checkpoint, EMA if average else WEIGHTS)
@@ -298,10 +297,10 @@ def load_model(checkpoint: Checkpoint, *, average: bool = True) -> tuple[DiT, To
 
 
 def load_importance(checkpoint: Checkpoint, *, average: bool = True) -> ImportanceEstimator | None:
-    """The importance estimator of a checkpoint, on the CPU, or None where the run had none."""
+    """The importance estimator of a checkpoint, on the CPU, or None."""
     if checkpoint.config.importance.source == "none":
         return None
-    counts = torch.zeros(checkpoint.manifest["vocabulary"])  # the table itself is in the file
+    counts = torch.zeros(checkpoint.manifest["vocabulary"])  # the table is in the file
     estimator = ImportanceEstimator.of(checkpoint.config, counts)
     assert estimator is not None
     load_weights(estimator, checkpoint, IMPORTANCE_EMA if average else IMPORTANCE)
@@ -319,30 +318,30 @@ def load_process(checkpoint: Checkpoint) -> Process:
 
 
 def saved_tensors(module: nn.Module) -> dict[str, Tensor]:
-    """What a checkpoint keeps of a module: parameters, each once, and the buffers that belong to its state."""
+    """A module's tensors in a checkpoint: parameters, each once, and persistent buffers."""
     state = module.state_dict()
     return dict(module.named_parameters()) | {name: b for name, b in module.named_buffers() if name in state}
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint, name: str) -> None:
-    """Copy one file's tensors into a module. Raises UsageError naming the first that does not fit."""
+    """Copy one file's tensors into a module. Raises UsageError naming the first misfit."""
     checkpoint.restore({name: saved_tensors(model)})
 
 
 def check_fit(checkpoint: Checkpoint, name: str, targets: dict[str, Tensor]) -> None:
-    """Raise UsageError where a file's tensors have not the names and shapes of these."""
+    """Raise UsageError unless a file's tensors have the targets' names and shapes."""
     wrong = misfit(checkpoint.layout(name), targets)
     if wrong is not None:
         raise UsageError(f"{checkpoint.path / name} does not fit the model: {wrong}")
 
 
 def shard_key(name: str, key: str) -> str:
-    """The name in shards of a file's tensor."""
+    """A file's tensor's name in shards."""
     return f"{name.removesuffix('.safetensors')}/{key}"
 
 
 def fingerprint(file: Path) -> dict[str, Any]:
-    """What a manifest says of a file: bytes and sha256."""
+    """A file's entry in the manifest: bytes and sha256."""
     with file.open("rb") as stream:
         return {"bytes": file.stat().st_size, "sha256": hashlib.file_digest(stream, "sha256").hexdigest()}
 
@@ -352,7 +351,7 @@ def _flush(path: Path) -> None:
     try:
         os.fsync(handle)
     except OSError:
-        if not path.is_dir():  # some file systems flush no folders
+        if not path.is_dir():  # some file systems cannot flush folders
             raise
     finally:
         os.close(handle)

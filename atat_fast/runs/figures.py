@@ -1,7 +1,6 @@
 """Pictures of a run: the loss with its held-out bound, and the throughput. Curves in, PNG bytes out.
 
-Figures go through matplotlib's objects (Figure, FigureCanvasAgg), so nothing here reads or changes pyplot's state, and
-the bytes depend on the curves alone.
+Figures use matplotlib's objects (Figure, FigureCanvasAgg) and never pyplot's state, so the bytes depend on the curves alone.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ if TYPE_CHECKING:
 Panel = Callable[["Axes", "Curves", "Theme"], None]
 Array = np.ndarray[Any, np.dtype[Any]]
 
-# One place for the look. Series colours are Okabe and Ito's, which stay apart for every common colour blindness.
+# The look of all figures. Okabe and Ito's series colours stay distinct in every common colour blindness.
 STYLE: dict[str, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 9.5,
@@ -47,7 +46,7 @@ STYLE: dict[str, Any] = {
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of one scheme; `paper` is the page the figure lies on."""
+    """Colours of one scheme. paper: the page behind the figure."""
 
     paper: str
     ink: str
@@ -63,10 +62,10 @@ DARK = Theme(paper="#16181c", ink="#d5d8dd", faint="#9aa0a9", grid="#2c3036", tr
 
 @dataclass(frozen=True)
 class Curves:
-    """What the pictures show. Values that are not finite are left out of lines and marked where they fell.
+    """Data of the pictures. Values that are not finite are left out of lines and marked at their place.
 
-    train_x, loss, throughput: one entry a training row; eval_x, nll, nll_se: one entry an evaluation. x counts tokens
-    seen, or steps where tokens_per_step is None. unigram is in nats per token.
+    train_x, loss, throughput: one entry a training row. eval_x, nll, nll_se: one entry an evaluation. x counts tokens seen, or
+    steps if tokens_per_step is None. unigram: nats per token.
     """
 
     train_x: Array
@@ -81,10 +80,10 @@ class Curves:
 
 @dataclass(frozen=True)
 class ImportanceCurves:
-    """What the pictures of importance show.
+    """Data of the pictures of importance.
 
-    x, tilt, focus: one entry a training row, and quarters [n, 4] its mean nll by rising score (NaN where there is none);
-    count, predicted, observed: the last evaluation's reliability, empty where there is none. tokens_per_step as in `Curves`.
+    x, tilt, focus: one entry a training row. quarters [n, 4]: its mean nll by rising score, or NaN. count, predicted, observed:
+    the last evaluation's reliability, or empty. tokens_per_step as in `Curves`.
     """
 
     x: Array
@@ -98,12 +97,12 @@ class ImportanceCurves:
 
 
 def compact(value: float, plain_below: float = 10_000) -> str:
-    """A count for people: 950, 9,876, 12.3 k, 1.5 M, 2 B; three significant digits from `plain_below` on."""
+    """A count for people: 950, 9,876, 12.3 k, 1.5 M, 2 B. Three significant digits from `plain_below` on."""
     if not math.isfinite(value):
         return "not finite"
     if abs(value) < plain_below - 0.5:
         return f"{value:,.0f}" if abs(value) >= 100 or value == round(value) else f"{value:.3g}"
-    rounded = float(f"{value:.3g}")  # before the unit is chosen, or 999,999 would read 1000 k
+    rounded = float(f"{value:.3g}")  # before choosing the unit, or 999,999 would read 1000 k
     for size, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M")):
         if abs(rounded) >= size:
             return f"{rounded / size:g} {unit}"
@@ -123,7 +122,7 @@ def duration(seconds: float) -> str:
 
 
 def measured(value: float, error: float = math.nan) -> str:
-    """A number with as many digits as its standard error bears out: 4.123 ± 0.012. Without an error, three decimals."""
+    """A number with as many digits as its standard error supports: 4.123 ± 0.012. Three decimals without an error."""
     if not math.isfinite(value):
         return "not finite"
     if not (math.isfinite(error) and error > 0):
@@ -133,12 +132,12 @@ def measured(value: float, error: float = math.nan) -> str:
 
 
 def loss_png(curves: Curves, theme: Theme = LIGHT) -> bytes:
-    """Training loss, val/nll with one standard error each way, and the unigram entropy as the line to get under."""
+    """Training loss, val/nll ± one standard error, and the unigram entropy as the line to get below."""
     return _render((6.4, 4.1), 200, theme, [_draw_loss], curves)
 
 
 def throughput_png(curves: Curves, theme: Theme = LIGHT) -> bytes:
-    """Training tokens a second over the run, with the median."""
+    """Training tokens a second, with the median."""
     return _render((6.4, 2.9), 200, theme, [_draw_throughput], curves)
 
 
@@ -156,10 +155,9 @@ def importance_png(curves: ImportanceCurves, theme: Theme = LIGHT) -> bytes:
 
 
 def smooth(x: Array, values: Array) -> tuple[Array, Array]:
-    """A Gaussian running mean, about a fiftieth of the run wide.
+    """A Gaussian running mean, about a fiftieth of the run wide, narrower at the start, where the loss falls steeply.
 
-    It is narrower at the start, where the loss falls too steeply for that. Long runs are first averaged in groups, a
-    thousand points at most.
+    Long runs are first averaged in groups, to a thousand points at most.
     """
     if len(x) > 1000:
         x = np.array([part.mean() for part in np.array_split(x, 1000)])
@@ -212,7 +210,7 @@ def _render(
         for axes, draw in zip(grid.flatten(), panels, strict=True):
             draw(axes, curves, theme)
         buffer = io.BytesIO()
-        canvas.print_png(buffer, metadata={"Software": None})  # the version would make equal pictures differ
+        canvas.print_png(buffer, metadata={"Software": None})  # a version would make equal pictures differ
     return buffer.getvalue()
 
 
@@ -251,7 +249,7 @@ def _draw_loss(axes: Axes, curves: Curves, theme: Theme) -> None:
     if curves.unigram is not None:
         axes.axhline(curves.unigram, color=theme.faint, linewidth=1.1, linestyle=(0, (5, 3)))
         label = f"unigram entropy {curves.unigram:.2f}"
-        # A halo of the page's colour keeps the words readable where dots lie behind them.
+        # A halo of the page's colour keeps the words readable over dots.
         halo: dict[str, Any] = {"boxstyle": "square,pad=0.15", "facecolor": theme.paper, "edgecolor": "none", "alpha": 0.75}
         axes.annotate(
             label,
@@ -344,7 +342,7 @@ def _mix(first: str, second: str, part: float) -> tuple[float, ...]:
 
 
 def _count_axis(axes: Axes, curves: Curves, theme: Theme) -> None:
-    """The x axis in tokens below and in steps above; in steps alone where tokens are not known."""
+    """The x axis in tokens below and in steps above, or in steps alone if tokens are unknown."""
     from matplotlib.ticker import FuncFormatter, MaxNLocator
 
     last = max([*curves.train_x, *curves.eval_x], default=0.0)
@@ -368,7 +366,7 @@ def _tick(value: float, _: int | None = None) -> str:
 
 
 def _legend(axes: Axes, columns: int = 4) -> None:
-    """The legend in a row below the axis, where no curve can run into it."""
+    """The legend in a row below the axis, clear of curves."""
     from matplotlib.transforms import ScaledTranslation
 
     below = axes.transAxes + ScaledTranslation(0, -(3 * _font_size() + 8) / 72, axes.figure.dpi_scale_trans)

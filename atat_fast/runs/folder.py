@@ -35,25 +35,25 @@ MAY_DIFFER = (
     "train.cuda_graphs",
     "preset",
 )
-"""Settings a resumed run may change: they do not change what is learned, micro-batches and ranks only how sums are rounded.
+"""Settings a resumed run may change. They do not change what is learned; micro-batches and ranks change the rounding of sums.
 
-Its tokens and its tokenizer must be the same, wherever they are; the trainer compares those.
+The trainer checks that its tokens and tokenizer are the same.
 """
 
 OF_A_HOST = ("data.cache_dir", "data.num_workers", "run.root")
-"""Settings that may be different on hosts that share a run."""
+"""Settings that may differ between the hosts of a run."""
 
 
 def holds_run(folder: Path) -> bool:
-    """Whether a training run has written here."""
+    """Whether a training run has written to this folder."""
     return any((folder / name).exists() for name in (METRICS, SETTINGS, FOLDER))
 
 
 def choose_folder(config: Config, *, resume: bool) -> Path:
-    """The run's folder, not yet made.
+    """The run's folder, not created yet.
 
-    A named folder that holds a run is refused unless it is resumed. Without a name the preset's is taken: the next free one of
-    demo, demo-2, ... for a new run, the last taken one to resume.
+    A named folder that holds a run is refused unless it is resumed. Without a name the preset's is used: the next free one of
+    demo, demo-2, ... for a new run, the last existing one to resume. Raises UsageError.
     """
     root = expanded(config.run.root)
     if config.run.name is not None:
@@ -76,7 +76,7 @@ def choose_folder(config: Config, *, resume: bool) -> Path:
 
 
 def last_folder(config: Config) -> Path:
-    """The folder that a run with these settings would be resumed in, whether there is one or not."""
+    """The folder that a run with these settings would resume in, whether it exists or not."""
     try:
         return choose_folder(config, resume=True)
     except UsageError:
@@ -84,9 +84,7 @@ def last_folder(config: Config) -> Path:
 
 
 def lock(folder: Path) -> FileLock:
-    """Take a run folder for this process. Raises UsageError where another one has it; the lock ends with its holder, however that
-    ends.
-    """
+    """Lock a run folder for this process. Raises UsageError if another process holds it. The lock ends with its process."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         held = FileLock(folder / LOCK)
@@ -98,7 +96,7 @@ def lock(folder: Path) -> FileLock:
 
 
 def begun_by(folder: Path, launch: str) -> bool:
-    """Whether the run in this folder was begun by the launcher that starts this process again. launch: as in run.json."""
+    """Whether the launcher that restarts this process started the run in this folder. launch: as in run.json."""
     try:
         before = str(json.loads((folder / FACTS).read_text(encoding="utf-8"))["launch"])
     except (OSError, ValueError, KeyError, TypeError):
@@ -119,7 +117,7 @@ def read_settings(folder: Path) -> dict[str, Any]:
 
 
 def check_same_settings(config: Config, folder: Path) -> None:
-    """Raise UsageError where a resumed run would learn something else than it began. It may go on for longer, not shorter."""
+    """Raise UsageError if a resumed run would learn differently. It may get more steps, not fewer."""
     before, now = flat(to_dict(from_dict(read_settings(folder)))), flat(to_dict(config))
     fixed = None
     if config.curriculum.kind == "adaptive":
@@ -143,7 +141,7 @@ def flat(settings: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def open_folder(folder: Path, config: Config, facts: dict[str, Any]) -> None:
-    """Make the folder and write its settings and facts; the facts of an earlier start are kept beside them."""
+    """Make the folder and write its settings and facts. Facts of an earlier start are kept too."""
     with disk_errors(folder):
         folder.mkdir(parents=True, exist_ok=True)
         named = dataclasses.replace(config, run=dataclasses.replace(config.run, name=folder.name))
@@ -152,10 +150,10 @@ def open_folder(folder: Path, config: Config, facts: dict[str, Any]) -> None:
 
 
 class Metrics:
-    """metrics.jsonl, one JSON object a line, flushed as it is written."""
+    """metrics.jsonl: one JSON object a line, flushed after each."""
 
     def __init__(self, folder: Path, *, after: int | None) -> None:
-        """Opens the file; with `after`, what an interrupted run wrote past that step is taken back first."""
+        """Open the file. after: first remove what an interrupted run wrote past this step."""
         path = folder / METRICS
         with disk_errors(folder):
             if after is not None and path.exists():

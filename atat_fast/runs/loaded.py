@@ -1,4 +1,4 @@
-"""A model on disk, opened: of a run, of a saved folder or the hub, or of an MDLM checkpoint. All of them are a `Saved`."""
+"""Opening models: of a run, a saved folder or the hub, or an MDLM checkpoint. Each becomes a `Saved`."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ from atat_fast.runs import checkpoint
 def open_run(run: Path, which: str = "best", *, average: bool = True, importance: bool = True) -> Saved:
     """The model of a run folder, or of one of its checkpoints.
 
-    which: its best or last checkpoint. average: its averaged weights rather than the last step's. importance: whether its
-    estimator is read too. Raises UsageError.
+    which: the best or last checkpoint. average: the averaged weights rather than the last step's. importance: read its estimator
+    too. Raises UsageError.
     """
     found = checkpoint.find(run, which)
     model, tokenizer = checkpoint.load_model(found, average=average)
@@ -46,8 +46,8 @@ def open_model(
     average: bool = True,
     importance: bool = True,
 ) -> Saved:
-    """The model that a command was given: --run, a run folder or one of its checkpoints, or --model, a saved model (a folder, or
-    owner/name on the hub), whose text `tokenizer` reads if it has none. It has a tokenizer. Raises UsageError.
+    """The model that a command was given, with a tokenizer. run: a run folder or one of its checkpoints. model: a saved model
+    instead (a folder, or owner/name on the hub). tokenizer: for a model saved without one. Raises UsageError.
     """
     if (run is None) == (model is None):
         raise UsageError("say which model: --run runs/NAME, a folder of training, or --model FOLDER, a saved model")
@@ -63,8 +63,8 @@ def open_any(source: str, overrides: dict[str, Any] | None = None, *, average: b
     """The model at `source`: a run folder or one of its checkpoints, a saved model's folder, or an MDLM checkpoint (a file, a
     folder or a hub id).
 
-    overrides: what to take for facts that an MDLM checkpoint does not state. average: the averaged weights rather than the last
-    step's. Raises UsageError.
+    overrides: facts that an MDLM checkpoint does not state. average: the averaged weights rather than the last step's.
+    Raises UsageError.
     """
     path, overrides = expanded(source), overrides or {}
     if (path / checkpoint.MANIFEST).is_file() or (path / checkpoint.FOLDER).is_dir():

@@ -1,4 +1,4 @@
-"""Reading a run folder back: its settings, facts, rows and curves, whatever state it was left in."""
+"""Reading a run folder in any state: its settings, facts, rows and curves."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NUMBERS = ("loss", "tokens", "tokens_per_second", "seconds", "nll", "nll_se", "b
 
 @dataclass(frozen=True)
 class Run:
-    """A run folder, read: rows in the order of their steps, and `notes`, sentences about what was left out."""
+    """The content of a run folder: rows in the order of steps. notes: sentences on what is missing."""
 
     name: str
     settings: Row
@@ -34,7 +34,7 @@ class Run:
 
 
 def read_run(folder: Path) -> Run:
-    """Reads a run folder. config.yaml and run.json may be missing; metrics.jsonl may not. Raises UsageError."""
+    """Read a run folder. config.yaml and run.json may be missing; metrics.jsonl may not. Raises UsageError."""
     if not folder.is_dir():
         known = [path.parent.name for path in sorted(folder.parent.glob("*/metrics.jsonl"))]
         have = f"; {folder.parent} has {', '.join(known[:8])}" if known else "; give --run the folder a training run wrote"
@@ -76,7 +76,7 @@ def _read(path: Path, notes: list[str] | None = None) -> str:
 
 
 def _read_metrics(path: Path, notes: list[str]) -> dict[str, list[Row]]:
-    """Rows by kind. A step written twice (a resumed run repeats some) counts once, as written last."""
+    """Rows by kind. If a resumed run wrote a step twice, the last row counts."""
     try:
         *lines, tail = path.read_bytes().split(b"\n")
     except OSError as error:
@@ -88,7 +88,7 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, list[Row]]:
         try:
             row = json.loads(line.decode())
         except ValueError as error:
-            if number > len(lines):  # only a line without its line end can have been cut off
+            if number > len(lines):  # only a last line without a line end can be cut off
                 notes.append("The last line of metrics.jsonl was cut off and is left out.")
                 continue
             raise UsageError(f"line {number} of {path} is not JSON ({error}); repair or delete that line") from None
@@ -102,7 +102,7 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, list[Row]]:
 
 
 def _wrong(row: Any) -> str:
-    """What is wrong with a row of metrics.jsonl, or ''. Kinds and fields this version does not know pass."""
+    """What is wrong with a row of metrics.jsonl, or ''. Unknown kinds and fields pass."""
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
         return "is no row with a kind"
     if row["kind"] not in ("train", "eval", "sample"):
@@ -117,7 +117,7 @@ def _wrong(row: Any) -> str:
 
 
 def curves_of(run: Run) -> Curves:
-    """The series of the pictures. Tokens come from the rows or from tokens_per_step; without either, x counts steps."""
+    """The curves of a run. Tokens come from the rows or from tokens_per_step; without either, x counts steps."""
     import numpy as np
 
     def column(rows: list[Row], name: str) -> Any:
@@ -144,7 +144,7 @@ def curves_of(run: Run) -> Curves:
 
 
 def importance_of(run: Run) -> ImportanceCurves | None:
-    """The series of the pictures of importance, or None for a run without it. What is missing or odd in a row is NaN."""
+    """The curves of importance, or None for a run without it. Missing or invalid values are NaN."""
     import numpy as np
 
     rows = [row for row in run.train if "tilt" in row]
@@ -175,12 +175,12 @@ def importance_of(run: Run) -> ImportanceCurves | None:
 
 
 def number_in(row: Row, name: str) -> float:
-    """A row's number as a float; NaN where it has none."""
+    """A row's number as a float, or NaN."""
     value = row.get(name)
     return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
 
 
 def unigram_entropy(run: Run) -> float:
-    """Nats a token of the held-out text, from the facts or the last evaluation; NaN where neither says."""
+    """Nats a token of the held-out text, from the facts or the last evaluation, or NaN."""
     rows = [*reversed(run.evals), run.facts]
     return next((u for row in rows if math.isfinite(u := number_in(row, "unigram_entropy"))), math.nan)

@@ -1,8 +1,8 @@
 """Checkpoints of several ranks, written while training goes on.
 
-A save copies what it needs and returns; a thread then writes every rank's part under another name, hashes it, and lets rank 0
-write the manifest, flush everything to disk and rename. Whatever goes wrong on one rank, all of them know: the checkpoint is then
-not there at all, `last` and `best` lead where they did, and `wait` raises the reason on all ranks alike.
+A save copies what it needs and returns. A thread then writes every rank's part under a temporary name and hashes it; rank 0
+writes the manifest, flushes everything to disk and renames. If anything fails on one rank, all ranks know: there is no
+checkpoint, `last` and `best` stay, and `wait` raises the reason on all ranks.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from atat_fast.runs import checkpoint, shards
 
 @dataclass
 class Written:
-    """A checkpoint that is there: its step, bytes of all ranks, seconds it took, and those for which training waited."""
+    """A complete checkpoint: step, bytes of all ranks, seconds it took, and seconds that training waited."""
 
     step: int
     bytes: int
@@ -37,7 +37,7 @@ class Written:
 class Saver:
     """Writes a run's checkpoints from all of its ranks, one at a time. All ranks call all methods at the same places.
 
-    folder: the run's. keep: newest checkpoints that stay.
+    folder: the run's. keep: how many of the newest checkpoints to keep.
     """
 
     def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
@@ -57,8 +57,8 @@ class Saver:
         *,
         best: bool = False,
     ) -> None:
-        """Begin to write step-N, which `last` leads to once it is whole, and `best` where it is the best. Arguments are those of
-        `checkpoint.save`. Raises UsageError for what went wrong with the one before.
+        """Start to write step-N. Once it is whole, `last` leads to it, and `best` if `best`. Other arguments: `checkpoint.save`.
+        Raises UsageError if the save before this one failed.
         """
         self.wait()
         begin = time.perf_counter()
@@ -66,7 +66,7 @@ class Saver:
         with self.ranks.agree():
             if self.ranks.first:
                 with disk_errors(self.root):
-                    shutil.rmtree(aside, ignore_errors=True)  # of an attempt that failed
+                    shutil.rmtree(aside, ignore_errors=True)  # left by a failed attempt
                     aside.mkdir(parents=True)
                     tokenizer.save(aside / "tokenizer")
         flat = {checkpoint.shard_key(name, key): value for name, named in files.items() for key, value in named.items()}
@@ -83,7 +83,7 @@ class Saver:
                 mine = {
                     str(f.relative_to(aside)): checkpoint.fingerprint(f) for f in (aside / checkpoint.SHARDS).glob(f"{number}*")
                 }
-            except BaseException as error:  # whatever it is, the others wait to hear of it
+            except BaseException as error:  # of any kind: the other ranks wait to hear of it
                 problem = shards.reason(error)
             try:
                 self.problem = self._complete(aside, manifest, problem, mine, best)
@@ -99,7 +99,7 @@ class Saver:
     def _complete(
         self, aside: Path, manifest: dict[str, Any], problem: str | None, mine: dict[str, Any], best: bool
     ) -> str | None:
-        """Rank 0 gives the checkpoint its name, where every rank has written its part. Returns what went wrong, on all ranks."""
+        """If every rank wrote its part, rank 0 gives the checkpoint its name. Returns what went wrong, or None, on all ranks."""
         told = self.ranks.gather((problem, mine), self.ranks.disk)
         problem = next((found for found, _ in told if found is not None), None)
         self._sizes = [entry for _, files in told for entry in files.values()]
@@ -124,7 +124,7 @@ class Saver:
 
     @property
     def failed(self) -> bool:
-        """Whether the last write is known here to have failed; `wait` says how."""
+        """Whether this rank knows that the last write failed; `wait` raises the error."""
         return self.problem is not None
 
     def finished(self) -> list[Written]:
@@ -133,7 +133,7 @@ class Saver:
         return done
 
     def wait(self) -> None:
-        """Wait until nothing is being written. Raises UsageError where that failed; what was there before is untouched."""
+        """Wait until nothing is being written. Raises UsageError if that failed; earlier checkpoints are untouched."""
         if self._thread is not None:
             self._thread.join()
             self._thread = None

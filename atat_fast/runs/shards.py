@@ -1,7 +1,7 @@
-"""Tensors of several ranks in one folder of safetensors files, read back by any other number of ranks.
+"""Tensors of several ranks in one folder of safetensors files, which any number of ranks can read.
 
-torch.distributed.checkpoint plans who writes what (a replicated tensor once, a sharded one in parts) and who reads what; its
-Hugging Face storage writes safetensors whose headers say where a part belongs. Nothing is pickled to disk.
+torch.distributed.checkpoint plans which rank writes and reads what: a replicated tensor once, a sharded one in parts. Its Hugging
+Face storage writes safetensors whose headers say where a part belongs. Nothing is pickled.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from torch.distributed.checkpoint.state_dict_saver import async_save
 from atat_fast.errors import UsageError, first_line
 
 SCALAR = "/scalar"
-"""After the name of a number."""
+"""Ending of a scalar's name."""
 
 
 def write(folder: Path, tensors: dict[str, Tensor], group: Any) -> Future[Any]:
-    """Copy tensors (plain ones the same on all ranks, or DTensors) aside, and begin to write them under `folder` in a thread.
+    """Copy tensors (plain ones equal on all ranks, or DTensors), and start writing them under `folder` in a thread.
 
-    Every rank of `group`, a gloo group that nothing else uses meanwhile, calls this with the same names. Tensors may change once
-    it has returned. The future's result raises CheckpointException on all ranks where one could not write.
+    Every rank of `group`, a gloo group that nothing else uses meanwhile, calls this with the same names. Tensors may change after
+    it returns. The future's result raises CheckpointException on all ranks if one could not write.
     """
-    # On a CPU the library would keep the tensors themselves.
+    # On a CPU the library would not copy the tensors.
     held = {name: t.clone() if t.device.type == "cpu" else t for name, t in _sliceable(tensors).items()}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _quiet():
@@ -40,7 +40,7 @@ def write(folder: Path, tensors: dict[str, Tensor], group: Any) -> Future[Any]:
 
 
 def layout(folder: Path) -> dict[str, Tensor]:
-    """Every tensor in the folder by shape and dtype alone, on the meta device. Raises UsageError where files are none."""
+    """Every tensor in the folder, on the meta device. Raises UsageError if files cannot be read."""
     try:
         found = HuggingFaceStorageReader(str(folder)).read_metadata().state_dict_metadata
     except Exception as error:
@@ -54,9 +54,9 @@ def layout(folder: Path) -> dict[str, Tensor]:
 
 
 def read(folder: Path, targets: dict[str, Tensor], group: Any = None) -> None:
-    """Fill tensors, plain or DTensors of any spread, with what the folder holds under their names; in place.
+    """Fill tensors in place from the folder, by name. They may be plain or DTensors, sharded in any way.
 
-    group: the ranks that read together, or None to read alone. Raises UsageError where files cannot be read.
+    group: the ranks that read together, or None to read alone. Raises UsageError if files cannot be read.
     """
     wanted = _sliceable(targets)
     try:
@@ -67,7 +67,7 @@ def read(folder: Path, targets: dict[str, Tensor], group: Any = None) -> None:
 
 
 def reason(error: BaseException) -> str:
-    """Why a checkpoint could not be written or read, in words; of several ranks, the first one's reason and its number."""
+    """Why a checkpoint could not be written or read, in words. Of several ranks, the first one's reason and number."""
     if isinstance(error, CheckpointException):
         rank, (inner, _) = min(error.failures.items())
         return f"{reason(inner)} (rank {rank})"
@@ -77,13 +77,13 @@ def reason(error: BaseException) -> str:
 
 
 def _sliceable(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Tensors without their history; scalars, of which there are no slices, as vectors of one under a name that says so."""
+    """Detached tensors. Scalars, which cannot be sliced, become vectors of one with names that end in SCALAR."""
     plain = {name: t.detach() for name, t in tensors.items()}
     return {name if t.dim() else name + SCALAR: t if t.dim() else t.view(1) for name, t in plain.items()}
 
 
 class _quiet(warnings.catch_warnings):
-    """No word about reading alone, or about scalars of a type that is being replaced."""
+    """Silences warnings, such as those about reading alone or a deprecated scalar type."""
 
     def __enter__(self) -> None:
         super().__enter__()

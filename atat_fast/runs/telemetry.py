@@ -1,6 +1,6 @@
-"""What a run shows while it runs: a progress bar, and rows for its trackers (metrics.jsonl, TensorBoard, services).
+"""Display of a run: a progress bar, and rows for its trackers (metrics.jsonl, TensorBoard, services).
 
-Only rank 0 shows and writes anything.
+Only rank 0 shows or writes anything.
 """
 
 from __future__ import annotations
@@ -18,23 +18,23 @@ from atat_fast.runs.figures import compact
 from atat_fast.runs.trackers import Tracker, open_trackers
 
 SLOW = 0.2
-"""Share by which the slowest rank's own time may exceed the median's before it is shown."""
-QUIET_SECONDS = 15.0  # between lines where there is no terminal to redraw
+"""The slowest rank is shown if its own time exceeds the median by more than this share."""
+QUIET_SECONDS = 15.0  # between lines if there is no terminal to redraw
 
 
 class Telemetry:
-    """Rows go to the trackers; the latest of them stand beside the progress bar.
+    """Rows go to the trackers; the latest figures stand beside the progress bar.
 
-    Where standard output is no terminal, a plain line takes the bar's place at every evaluation and every 15 seconds. On ranks
-    other than 0 nothing is shown and nothing written.
+    If standard output is not a terminal, a plain line replaces the bar at every evaluation and every 15 seconds. Ranks other than
+    0 show and write nothing.
 
     Args:
         folder: The run's folder.
-        run: Which trackers there are besides metrics.jsonl.
-        max_steps, first_step: Where the run ends and where it begins or goes on.
-        resumed: Whether an earlier start wrote into the folder.
+        run: Which trackers to use besides metrics.jsonl.
+        max_steps, first_step: The run's last step, and the step it starts or resumes at.
+        resumed: Whether an earlier start wrote to the folder.
         rank: This process's number.
-        settings: What services show beside the curves: the run's settings, nested or flat.
+        settings: The run's settings, nested or flat, for services to show.
     """
 
     def __init__(
@@ -77,7 +77,7 @@ class Telemetry:
         self.console.print(sentence, markup=False)
 
     def train(self, row: dict[str, Any]) -> None:
-        """A row of the training loss."""
+        """Take a row of the training loss."""
         self._text["loss"] = f"loss {row['loss']:.3f}"
         speed = f"{compact(row['tokens_per_second'])} tok/s"
         self._text["speed"] = speed + (f"  mfu {row['mfu']:.1%}" if "mfu" in row else "") + _cards(row)
@@ -85,20 +85,20 @@ class Telemetry:
         self.line(row["step"], now=False)
 
     def evaluation(self, row: dict[str, Any]) -> None:
-        """A row of the held-out bound; `line` shows it."""
+        """Take a row of the held-out bound; `line` shows it."""
         self._text["nll"] = f"val/nll {row['nll']:.3f} ± {row['nll_se']:.3f}"
         self._write("eval", row)
 
     def samples(self, row: dict[str, Any]) -> None:
-        """A row of generated texts."""
+        """Take a row of generated texts."""
         self._write("sample", row)
 
     def checkpoint(self, row: dict[str, Any]) -> None:
-        """A row of a checkpoint that was written: its step, bytes, seconds, and the seconds that training waited for it."""
+        """Take a row of a written checkpoint: its step, bytes, seconds, and the seconds that training waited."""
         self._write("checkpoint", row)
 
     def line(self, step: int, *, now: bool = True) -> None:
-        """Show the latest figures: beside the bar, or in a line where there is none, now or where the last one is long ago."""
+        """Show the latest figures beside the bar. Without a bar, print a line if `now` or the last line is long ago."""
         text = "  ".join(part for part in self._text.values() if part)
         if self._bar is not None:
             self._bar.update(self._task, text=text)
@@ -107,7 +107,7 @@ class Telemetry:
             self.say(f"step {step:,} of {self.max_steps:,}  {text}")
 
     def advance(self, step: int) -> None:
-        """Move the bar to `step` steps done."""
+        """Move the bar to `step`."""
         if self._bar is not None:
             self._bar.update(self._task, completed=step)
 
@@ -124,7 +124,7 @@ class Telemetry:
 
 
 def _cards(row: Mapping[str, Any]) -> str:
-    """Power of all cards and what holds them back, where the driver says; and a rank that holds the others back."""
+    """Power of all cards and whether they are throttled, if the driver says so, and a rank that slows the others."""
     watts = row.get("watts_total", row.get("watts"))
     text = "" if watts is None else f"  {watts:.0f} W"
     text += "  throttled" if row.get("throttled") else ""

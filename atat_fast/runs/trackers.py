@@ -1,7 +1,7 @@
-"""Where a run's rows go: metrics.jsonl always, TensorBoard by default, Weights & Biases and Trackio where they are asked for.
+"""Trackers of a run's rows: metrics.jsonl always, TensorBoard by default, Weights & Biases and Trackio on request.
 
-A tracker takes rows of one kind each (train, eval, sample) and knows nothing of training. `require` says, before anything is
-made, how to get what is asked for and not installed.
+A tracker takes rows, each of one kind (train, eval, sample), and knows nothing of training. `require` says how to install a
+missing package before anything is made.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ class Tracker(Protocol):
     """Takes rows until it is closed."""
 
     def write(self, kind: str, row: Row) -> None:
-        """A row of train, eval or sample, with its `step`."""
+        """Take a row of train, eval or sample, with its `step`."""
 
     def close(self) -> None:
-        """Let everything reach its place."""
+        """Flush everything and close."""
 
 
 def require(config: RunConfig) -> None:
-    """Raise UsageError where a tracker is asked for whose package is not installed."""
+    """Raise UsageError if a requested tracker's package is not installed."""
     for name in SERVICES:
         if getattr(config, name) and importlib.util.find_spec(name) is None:
             raise UsageError(f"--run.{name} needs the package {name}, which is not installed: pip install {name}")
@@ -41,7 +41,7 @@ def require(config: RunConfig) -> None:
 def open_trackers(
     config: RunConfig, folder: Path, *, first_step: int, resumed: bool, settings: Mapping[str, Any] | None = None
 ) -> list[Tracker]:
-    """All that a run's settings ask for. settings: what services show beside the curves."""
+    """All trackers that a run's settings ask for. settings: for services to show."""
     trackers: list[Tracker] = [Jsonl(folder, after=first_step if resumed else None)]
     if config.tensorboard:
         trackers.append(TensorBoard(folder, purge_step=first_step + 1 if resumed else None))
@@ -50,7 +50,7 @@ def open_trackers(
 
 
 def scalars(kind: str, row: Row) -> Iterator[tuple[str, float]]:
-    """('val/nll', 3.2) and the like: every number of a row that is drawn as a curve."""
+    """(name, value) of every number in a row that is drawn as a curve, such as ('val/nll', 3.2)."""
     prefix = "val" if kind == "eval" else kind
     for name, value in row.items():
         if isinstance(value, (int, float)) and name not in ("step", "tokens"):
@@ -58,13 +58,13 @@ def scalars(kind: str, row: Row) -> Iterator[tuple[str, float]]:
 
 
 class Jsonl:
-    """metrics.jsonl, one object a line."""
+    """metrics.jsonl: one object a line."""
 
     def __init__(self, folder: Path, *, after: int | None) -> None:
         self._metrics = Metrics(folder, after=after)
 
     def write(self, kind: str, row: Row) -> None:
-        """The row as it is."""
+        """Write the row as it is."""
         self._metrics.write({"kind": kind, **row})
 
     def close(self) -> None:
@@ -81,7 +81,7 @@ class TensorBoard:
         self._board: Any = SummaryWriter(str(folder / "tensorboard"), purge_step=purge_step)
 
     def write(self, kind: str, row: Row) -> None:
-        """Numbers as curves, samples as text."""
+        """Write numbers as curves, samples as text."""
         for name, value in scalars(kind, row):
             self._board.add_scalar(name, value, row["step"])
         if kind == "sample":
@@ -95,23 +95,21 @@ class TensorBoard:
 class Service:
     """Weights & Biases or Trackio, which share an interface: init, log, finish.
 
-    The run is named after its folder and goes on under that name when it is resumed. Where it is kept, and as whom, is the
-    service's own configuration (`wandb login`, WANDB_MODE=offline, TRACKIO_DIR, ...).
+    The run has its folder's name, also when resumed. Place and account are the service's own configuration (`wandb login`,
+    WANDB_MODE=offline, TRACKIO_DIR, ...).
     """
 
     def __init__(self, name: str, folder: Path, settings: Mapping[str, Any], *, resumed: bool) -> None:
         self._module: Any = importlib.import_module(name)
         options: dict[str, Any] = {"project": PROJECT, "name": folder.name, "config": dict(settings)}
         options["resume"] = "allow" if resumed else "never"
-        if name == "wandb":  # a run is found again by its id; --resume is refused for a folder that holds no run before this
+        if name == "wandb":  # wandb finds a run by its id; --resume without a run was refused before this
             options |= {"id": folder.name, "dir": str(folder), "resume": "allow"}
         self._module.init(**options)
         self._step = 0
 
     def write(self, kind: str, row: Row) -> None:
-        """Numbers as curves, under their step or the last one: a service takes no row of the past, and a checkpoint's is told
-        once it is written.
-        """
+        """Write numbers as curves. Services refuse past steps, so a late row, such as a checkpoint's, gets the last step."""
         self._step = max(self._step, int(row["step"]))
         self._module.log(dict(scalars(kind, row)), step=self._step)
 
