@@ -1,1 +1,1 @@
-"""What a trained model is worth: held-out likelihood with its standard error."""
+"""Evaluation of a trained model: held-out likelihood with its standard error."""

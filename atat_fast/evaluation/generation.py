@@ -1,7 +1,7 @@
 """Quality of generated text: how varied it is, and how likely another model finds it.
 
-None of these is a likelihood of the model that wrote the text, and each can be gamed alone: repeated text has a low perplexity,
-noise a high entropy. They are printed together for that reason.
+No figure here is a likelihood of the model that wrote the text. They are printed together because each can be gamed alone:
+repeated text has a low perplexity, noise a high entropy.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ if TYPE_CHECKING:
     from atat_fast.hardware.compute import Compute
 
 LONGEST_N = 4
-CONTEXT = 1_024  # tokens a causal LM reads at once, as in MDLM's evaluation, or fewer where it takes fewer
+CONTEXT = 1_024  # most tokens a causal LM reads at once, as in MDLM's evaluation
 LOGIT_BYTES = 1 << 30  # of a causal LM's logits in one forward pass
 INSTALL = "pip install 'atat_fast[eval]'"
 
 
 def read_texts(path: str, what: str = "samples") -> list[str]:
-    """The texts of a .jsonl (column text), .parquet or .txt file. Raises UsageError where there are none."""
+    """The texts of a .jsonl (column text), .parquet or .txt file. Raises UsageError if there are none."""
     texts = list(local.documents(path, None))
     if not any(text.strip() for text in texts):
         raise UsageError(f"{what} {path} hold no text")
@@ -39,17 +39,17 @@ def read_texts(path: str, what: str = "samples") -> list[str]:
 
 
 class Sample(NamedTuple):
-    """A generated text, and the ids it was drawn as where the file has them."""
+    """A generated text, and its ids if the file has them."""
 
     text: str
     ids: list[int] | None = None
 
 
 def read_samples(path: str, tokenizer: Tokenizer | None) -> list[Sample]:
-    """The samples of a file: lines of a .jsonl that has `ids` as `python -m atat_fast.sample --jsonl` writes them, or texts.
+    """The samples of a file: texts, with `ids` if a .jsonl has them, as `python -m atat_fast.sample --jsonl` writes them.
 
-    Raises UsageError where there are none, and for ids that are not the tokenizer's, that hold its mask, or that say another
-    text than stands beside them. Without a tokenizer ids are passed over.
+    Raises UsageError if there are none, and for ids that are outside the tokenizer's vocabulary, hold its mask, or decode to
+    another text than the one beside them. Without a tokenizer ids are ignored.
     """
     rows = list(local.json_lines(expanded(path)))
     if not any(row.get("ids") is not None for _, row in rows):
@@ -92,7 +92,7 @@ def _short(text: str) -> str:
 
 
 def tokens_of(sample: Sample, tokenizer: Tokenizer) -> list[int]:
-    """A sample's own ids, or its text's, in which the name of the end of document is that token and not letters."""
+    """A sample's own ids, or its text's; there the end of document's name is one token, not letters."""
     if sample.ids is not None:
         return sample.ids
     first, *others = tokenizer.encode_batch(sample.text.split(tokenizer.decode([tokenizer.eos_id])))
@@ -106,7 +106,7 @@ def entropy(tokens: Sequence[Hashable]) -> float:
 
 
 def distinct(texts: Sequence[Sequence[Hashable]], n: int) -> float:
-    """Different n-grams over all n-grams of all texts together (Li et al. 2016); n-grams do not cross texts. NaN without any."""
+    """Distinct n-grams divided by all n-grams of all texts (Li et al. 2016); n-grams do not cross texts. NaN without any."""
     grams = [tuple(tokens[i : i + n]) for tokens in texts for i in range(len(tokens) - n + 1)]
     return len(set(grams)) / len(grams) if grams else math.nan
 
@@ -114,10 +114,10 @@ def distinct(texts: Sequence[Sequence[Hashable]], n: int) -> float:
 def measure_samples(
     path: str, *, tokenizer: Tokenizer | None, causal_lm: str | None, reference: str | None, batch: int, compute: Compute
 ) -> dict[str, Any]:
-    """Entropy and distinct-n of the texts in a file; with a causal LM generative perplexity, with references too MAUVE.
+    """Entropy and distinct-n of the texts in a file; with a causal LM also generative perplexity; with references also MAUVE.
 
-    tokenizer: what counts as a token, ids of the file before text that is read anew; words between blanks where it is None.
-    causal_lm: a folder, or a hub id, that transformers reads. Raises UsageError.
+    tokenizer: makes the tokens, unless the file has ids; None counts words between blanks. causal_lm: a folder or hub id that
+    transformers reads. Raises UsageError.
     """
     if reference is not None and causal_lm is None:
         raise UsageError("--reference needs --causal_lm, whose features of the texts are compared; give for example gpt2-large")
@@ -145,7 +145,7 @@ def measure_samples(
     if causal_lm is not None:
         model = CausalLM(causal_lm, compute)
         texts = [sample.text for sample in samples]
-        if tokenizer is not None and model.end is not None:  # an end is one token there too, whatever it is called
+        if tokenizer is not None and model.end is not None:  # one token for the causal LM too, under its own name
             texts = [text.replace(tokenizer.decode([tokenizer.eos_id]), model.end) for text in texts]
         found |= model.perplexity(texts, batch)
         if references:
@@ -154,9 +154,9 @@ def measure_samples(
 
 
 class CausalLM:
-    """A causal language model of transformers that texts are scored by, from a local folder or the hub; weights are safetensors.
+    """A transformers causal language model to score texts, from a local folder or the hub, with safetensors weights.
 
-    Raises UsageError where transformers is not installed, or the model is not there.
+    Raises UsageError if transformers is not installed, or the model cannot be loaded.
     """
 
     def __init__(self, name: str, compute: Compute) -> None:
@@ -193,7 +193,7 @@ class CausalLM:
     def perplexity(self, texts: Sequence[str], batch: int) -> dict[str, Any]:
         """exp of the mean nats a token over all texts, in windows of at most 1,024 tokens that do not overlap.
 
-        The first token of a window is given, not scored; nothing is put before a text.
+        The first token of a window is given, not scored. Nothing is put before a text.
         """
         windows = [(i, ids) for i, text in enumerate(texts) for ids in self._windows(text) if len(ids) > 1]
         if not windows:
@@ -218,7 +218,7 @@ class CausalLM:
         }
 
     def features(self, texts: Sequence[str], batch: int) -> Tensor:
-        """The last hidden state at the last token of each text's first window: [texts, width] fp32, empty texts left out."""
+        """The last hidden state at the last token of each text's first window: [texts, width] fp32, without empty texts."""
         windows = [(i, next(self._windows(text), [])) for i, text in enumerate(texts)]
         rows = []
         for part, states, _ in self._forward([w for w in windows if w[1]], batch, states=True):
@@ -234,7 +234,7 @@ class CausalLM:
     def _forward(
         self, windows: Sequence[tuple[int, list[int]]], batch: int, *, states: bool = False
     ) -> Iterator[tuple[Sequence[tuple[int, list[int]]], Tensor, Tensor]]:
-        """(part of the windows, logits [b, T, V] or last hidden states [b, T, D], ids [b, T]), padded after each window's end."""
+        """(some of the windows, logits [b, T, V] or last hidden states [b, T, D], ids [b, T]), padded after each window's end."""
         windows = sorted(windows, key=lambda window: -len(window[1]))
         device = self.compute.device
         first = 0

@@ -1,4 +1,4 @@
-"""The held-out likelihood bound of a model on a split of a corpus, and the unigram entropy that stands beside it."""
+"""The held-out likelihood bound of a model on a split of a corpus, and the split's unigram entropy."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ def evaluate(
 ) -> Estimate:
     """The exact-count bound over `config.sequences` sequences of the split, in nats a token with its standard error.
 
-    The sequences are spread evenly over the split, and neither they nor the masks depend on the model, so that two models, or
-    two steps of one run, are compared on the same masked tokens. Dropout is off. Processes that share the work give `spread`.
-    With a process that has a bound of its own, that bound instead, which is never what is called nll.
+    The sequences are spread evenly over the split. Neither they nor the masks depend on the model, so two models, or two steps
+    of one run, are compared on the same masked tokens. Dropout is off. spread: for processes that share the work.
+    process: if it has its own bound, compute that instead, which is never called nll.
     """
     if config.draws < 1 or config.batch < 1:
         raise UsageError(f"eval.draws and eval.batch must be at least 1, got {config.draws} and {config.batch}")
@@ -53,14 +53,14 @@ def evaluate(
 
 
 def model_nll(model: DiT) -> NllFunction:
-    """The model as the bound wants it."""
+    """The model as a function for the bound."""
     return lambda masked: model.nll(masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents, masked.tilt)
 
 
 def spread_sequences(
     split: TokenSplit, length: int, sequences: int, device: torch.device
 ) -> tuple[Callable[[int, int], Tensor], int]:
-    """Up to `sequences` sequences (0: all) spread evenly over the split: tokens(first, count) [count, L], and their number."""
+    """tokens(first, count) [count, L] of up to `sequences` sequences (0: all) spread evenly over the split, and their number."""
     split.require_sequences(length)
     available = split.num_sequences(length)
     wanted = min(sequences or available, available)
@@ -75,7 +75,7 @@ def spread_sequences(
 
 @contextmanager
 def evaluating(model: torch.nn.Module) -> Iterator[None]:
-    """The model in evaluation mode, put back after."""
+    """Inside, the model is in evaluation mode."""
     before = model.training
     model.eval()
     try:
@@ -85,10 +85,10 @@ def evaluating(model: torch.nn.Module) -> Iterator[None]:
 
 
 def report(estimate: Estimate, split: TokenSplit, own: Estimate | None = None) -> dict[str, Any]:
-    """The numbers people ask for, as a row of metrics.jsonl or a JSON file; own: the bound of the
-    schedule that the model was trained under, if it has one (schedule_nll).
+    """The figures of an estimate, as a row of metrics.jsonl or a JSON file. own: the bound of the model's training schedule, if
+    it has one (schedule_nll).
 
-    bits_per_byte is None, and unknown_share says why, where the tokenizer loses so much of the text that it bounds nothing.
+    If the tokenizer loses so much text that bits per byte bound nothing, bits_per_byte is None and unknown_share says why.
     """
     bytes_per_token = split.num_bytes / max(1, split.num_tokens)
     lossy = split.unknown_share > MUCH_UNKNOWN

@@ -1,7 +1,7 @@
 """Figures that can be cited: what was measured, on which tokens, with which error, and whether it is a bound.
 
-Every figure is a row with the SHA-256 of the tokens it was measured on. Two figures with the same hash, length and measure may be
-compared; two with different hashes were not measured on the same text, whatever their names say.
+Every figure is a row with the SHA-256 of its tokens. Figures with the same hash, length and measure may be compared. Figures with
+different hashes were measured on different text, whatever their names say.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ Autocast = Callable[[], AbstractContextManager[Any]]
 
 @dataclass(frozen=True)
 class Measures:
-    """What is measured on each text.
+    """What to measure on each text.
 
-    eval: sequences, draws, batch and seed of the uniform bound. se: draw masks until their error is this small; None makes
-    eval.draws of each sequence. most_draws: where that gives up. orders: likelihoods in these orders too, on order_sequences
-    sequences (0: all), per_pass tokens at a time, an importance order with this tilt (None: the model's own).
+    eval: sequences, draws, batch and seed of the uniform bound. se: draw masks until their error is this small, or up to
+    most_draws of each sequence; None draws eval.draws. orders: also likelihoods in these orders, on order_sequences sequences
+    (0: all), per_pass tokens at a time. tilt: of an importance order (None: the model's own).
     """
 
     eval: EvalConfig
@@ -56,8 +56,8 @@ class Measures:
 def uniform(model: DiT, split: TokenSplit, plan: Measures, autocast: Autocast) -> Figure:
     """The uniform bound of a split as a figure.
 
-    nll_se is what masks leave where plan.se asks for it (error_of says "masks"); otherwise masks and the choice of text together,
-    as in training's val/nll. nll_se_text is always both. Raises UsageError where plan.most_draws do not reach plan.se.
+    With plan.se, nll_se is the error from masks alone (error_of: "masks"); without, that from masks and the choice of text, as in
+    training's val/nll. nll_se_text is always both. Raises UsageError if plan.most_draws do not reach plan.se.
     """
     settings = plan.eval
     if settings.batch < 1 or settings.draws < 1 or settings.sequences < 0:
@@ -103,7 +103,7 @@ def uniform(model: DiT, split: TokenSplit, plan: Measures, autocast: Autocast) -
 
 
 def beside_orders(model: DiT, split: TokenSplit, plan: Measures, autocast: Autocast) -> Estimate:
-    """The uniform bound on the sequences that orders are measured on, 32 masks each: what they are compared with pair by pair."""
+    """The uniform bound on the orders' sequences, 32 masks each, for paired comparison."""
     if plan.order_sequences < 0:
         raise UsageError(f"--order_sequences must be at least 0, which reads all, got {plan.order_sequences}")
     tokens, wanted = spread_sequences(split, model.config.length, plan.order_sequences, model.cos.device)
@@ -132,8 +132,8 @@ def in_order(
 ) -> Figure:
     """The likelihood in an order as a figure: exact, or for an importance order a bound.
 
-    minus_bound is how far it lies from the uniform bound of the same sequences, paired, with its standard error: the choice of
-    text hardly enters there.
+    minus_bound is its paired difference from the uniform bound of the same sequences, with a standard error in which the choice
+    of text hardly matters.
     """
     with _progress(f"{split.name}: {order}") as show:
         estimate = evaluate_order(
@@ -173,8 +173,8 @@ def measure(
     estimator: ImportanceEstimator | None = None,
     process: Process | None = None,
 ) -> list[Figure]:
-    """Everything the plan asks for of one text: the uniform bound first, then each order. If the process has a
-    bound of its own, the first figure has that too, as schedule_nll, from plan.eval's draws.
+    """All figures of the plan for one text: the uniform bound first, then each order. If the process has its own bound, the first
+    figure also has that, as schedule_nll, from plan.eval's draws.
     """
     figures = [uniform(model, split, plan, autocast)]
     if process is not None and process.own_bound:
@@ -187,7 +187,7 @@ def measure(
 
 
 def table(figures: list[Figure]) -> Table:
-    """Figures as a table: one row each, with the hash of its tokens."""
+    """Figures as a table: one row for each, with the hash of its tokens."""
     shown = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
     for name, side in (
         ("text", "left"),
@@ -222,14 +222,14 @@ def table(figures: list[Figure]) -> Table:
 
 
 def console() -> Console:
-    """Where tables are printed: as wide as they need to be where nobody looks at a terminal."""
+    """A console for tables, as wide as they need if standard output is not a terminal."""
     out = Console(highlight=False, soft_wrap=True)
     return out if out.is_terminal else Console(highlight=False, soft_wrap=True, width=200)
 
 
 @contextmanager
 def _progress(title: str) -> Iterator[Callable[[int, int, str], None]]:
-    """show(done, total, text), a bar on standard error where that is a terminal."""
+    """show(done, total, text): a bar on standard error if that is a terminal."""
     if not sys.stderr.isatty():
         yield lambda done, total, text: None
         return

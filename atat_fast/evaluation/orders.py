@@ -1,17 +1,16 @@
-"""Likelihood of text revealed in an order: exact where a rule decides the order, a bound where chance does.
+"""Likelihood of text revealed in an order: exact if a rule decides the order, a bound if chance does.
 
-A sampler that reveals tokens one after another by a rule F gives a text x, revealed from nothing, the probability
+A sampler that reveals tokens one after another by a rule F writes a text x, from nothing, with probability
 
     p(x) = product over passes of  p(x_F(z) | z),          z: what was revealed before, F(z): the tokens this pass reveals.
 
-Where F looks at z alone (left to right; where the model is most confident) there is one way to arrive at x, so this is the
-probability that the sampler writes x, exactly, and it sums to 1 over all texts (DUEL, arXiv 2603.01367). Several tokens a pass
-are drawn independently, in the sampler and here, so they leave it exact, of that faster sampler. F is the sampler's own code
-(`certainty`, `surest`), ties included.
+If F looks at z alone (left to right; most confident first), only one path leads to x. So p(x) is exactly the probability that the
+sampler writes x, and it sums to 1 over all texts (DUEL, arXiv 2603.01367). Several tokens a pass are drawn independently, in the
+sampler and here, so p(x) stays exact for that faster sampler. F is the sampler's own code (`certainty`, `surest`), ties included.
 
-Where chance decides (importance: odds exp(-tilt * score of z)), many ways lead to x, and the mean over drawn orders of -log p of
-what was revealed is a bound on the negative log-likelihood of the sampler that uses the same policy. Policies that saw the
-hidden tokens would bound nothing (audit/masks.py), so scores come from z.
+If chance decides (importance: odds exp(-tilt * score of z)), many paths lead to x. The mean of -log p(x) over drawn orders is
+then an upper bound on the negative log-likelihood of the sampler with the same policy. A policy that saw hidden tokens would
+give no bound (audit/masks.py), so scores come from z.
 """
 
 from __future__ import annotations
@@ -43,16 +42,16 @@ EXACT = {
     "margin": "where the most likely token is furthest ahead of the second",
     "entropy": "where the model's distribution has the least entropy",
 }
-"""Rules that look at what is revealed alone: their likelihood is exact."""
+"""Rules that look only at what is revealed: their likelihood is exact."""
 BOUNDS = {"importance": "by chance, with odds exp(-tilt * score) of the model's own estimator"}
 ORDERS = (*EXACT, *BOUNDS)
 
 Scorer = Callable[[Tensor, Tensor], Tensor]
-"""(ids with the mask where they are hidden [B, L], share that is hidden [B]) -> scores in [0, 1], [B, L]."""
+"""(ids with masks [B, L], hidden share [B]) -> scores in [0, 1], [B, L]."""
 
 
 def check_orders(orders: list[str], estimator: ImportanceEstimator | None) -> None:
-    """Raise UsageError for an order there is not, or one that this model cannot follow."""
+    """Raise UsageError for an unknown order, or one that this model cannot follow."""
     for order in orders:
         if order not in ORDERS:
             raise UsageError(f"there is no order {order!r}{nearest(order, ORDERS)}; orders are {', '.join(ORDERS)}")
@@ -83,8 +82,8 @@ def evaluate_order(
 ) -> Estimate:
     """Nats a token in this order over up to `sequences` sequences (0: all) spread over the split; se: of the choice of text.
 
-    An importance order is drawn once for each sequence, so there the error covers orders too. tilt: by default the one the
-    model was trained with. on_batch(done, all) is called after each batch. Raises UsageError as `check_orders` does.
+    An importance order is drawn once for each sequence, so its error covers orders too. tilt: by default the model's own.
+    on_batch(done, all) is called after each batch. Raises UsageError as `check_orders` does.
     """
     check_orders([order], estimator)
     if per_pass < 1:
@@ -135,9 +134,9 @@ def order_nll(
 ) -> tuple[Tensor, Tensor]:
     """-log p of the hidden tokens given the others, revealed in `order`, per_pass tokens at a time.
 
-    tokens [B, L] clean ids; hidden [B, L] bool, which of them are to be said (the others are given: a prompt). Sequences may
-    hide different numbers. seed, sample_ids, score and tilt matter to importance alone.
-    Returns nats a sequence, fp64 [B]; and bool [B], whether each token was the model's most likely one when it was revealed.
+    tokens [B, L]: clean ids. hidden [B, L] bool: those to score; the others are given, like a prompt. Sequences may hide
+    different numbers. seed, sample_ids, score and tilt are for importance only.
+    Returns nats a sequence, fp64 [B], and bool [B]: whether each token was the model's most likely one when it was revealed.
     """
     batch, length = tokens.shape
     hidden = hidden.clone()
@@ -150,13 +149,13 @@ def order_nll(
     for step in range(-(-int(hidden.sum(1).max()) // per_pass)):
         z = tokens.masked_fill(hidden, model.mask_id)
         share = hidden.float().mean(1)
-        if order in ("left_to_right", "importance"):  # known before the model is asked: it is asked there alone
+        if order in ("left_to_right", "importance"):  # the places are known before the forward pass, which computes only them
             if order == "left_to_right":
                 rank = -position.double().expand(batch, length)
             else:
                 assert score is not None
                 word = random_words(ids[:, None] * length + position, seed, step, STREAM_SAMPLE)[0]
-                rank = reveal_keys(word, score(z, share), tilt).double()  # the largest key is shown first
+                rank = reveal_keys(word, score(z, share), tilt).double()  # the largest key is revealed first
             chosen = largest(rank.masked_fill(~hidden, -torch.inf), count) & hidden
             rows = chosen.flatten().nonzero().flatten()
             features = model.features(z, share, rows=rows, documents=documents)
@@ -177,7 +176,7 @@ def order_nll(
 
 
 def _read(model: DiT, features: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
-    """-log p of target [R] at features [R, D], fp64 [R], and whether each is what greedy decoding takes."""
+    """-log p of target [R] at features [R, D], fp64 [R], and whether greedy decoding takes each."""
     nll, best = [], []
     for part in slabs(len(target), model.vocab_size):
         logits = model.logits(features[part]).float()

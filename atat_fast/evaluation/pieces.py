@@ -1,7 +1,7 @@
-"""The text of a canvas: token ids of which some are hidden, as the pieces in which a reader sees it.
+"""Text of a canvas (token ids, some of them hidden), in the pieces that a reader sees.
 
-A token is not always text by itself. It may be one byte of a character, or hold the end of one and the beginning of the next;
-and whether a word has a space before it may show only beside its neighbours. So neighbours are decoded together.
+A token is not always text by itself. It may be one byte of a character, or the end of one and the beginning of the next, and its
+space may show only beside its neighbours. So neighbours are decoded together.
 """
 
 from __future__ import annotations
@@ -11,20 +11,20 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-HIDDEN = "\N{MEDIUM SHADE}"  # a token that is not known yet
-PART = "\N{DOTTED CIRCLE}"  # tokens that are known, of a character that is not
+HIDDEN = "\N{MEDIUM SHADE}"  # a hidden token
+PART = "\N{DOTTED CIRCLE}"  # known tokens of a partly hidden character
 BROKEN = "\N{REPLACEMENT CHARACTER}"
 LONGEST = 4  # bytes of a character in UTF-8
-MOST_JOINED = 16  # tokens of one piece
+MOST_JOINED = 16  # most tokens of one piece
 JOINER = "\N{ZERO WIDTH JOINER}"
-MODIFIERS = JOINER + "".join(map(chr, range(0x1F3FB, 0x1F400)))  # and the colours of skin
-FLAGS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # letters that are a flag two by two
-_SHOWN = {i: f"^{chr(i ^ 64)}" for i in (*range(32), 127) if chr(i) not in "\t\n"}  # ^[ is the escape of terminals
+MODIFIERS = JOINER + "".join(map(chr, range(0x1F3FB, 0x1F400)))  # and skin colours
+FLAGS = "".join(map(chr, range(0x1F1E6, 0x1F200)))  # two of these letters are a flag
+_SHOWN = {i: f"^{chr(i ^ 64)}" for i in (*range(32), 127) if chr(i) not in "\t\n"}  # ^[ is a terminal's escape
 _SHOWN |= {i: f"[U+{i:04X}]" for i in (*range(0x80, 0xA0), *range(0x202A, 0x202F), *range(0x2066, 0x206A))}
 
 
 class Piece(NamedTuple):
-    """Positions first .. end - 1 of a canvas. text: what they are together, None for one hidden token."""
+    """Positions first .. end - 1 of a canvas. text: their text together, or None for one hidden token."""
 
     first: int
     end: int
@@ -32,7 +32,7 @@ class Piece(NamedTuple):
 
 
 class Pieces:
-    """Splits canvases of one tokenizer into pieces. What was decoded once is remembered: frames of one sample are much alike.
+    """Splits canvases of one tokenizer into pieces. Caches decoded tokens, since a sample's frames are much alike.
 
     decode:  ids -> text, broken UTF-8 as U+FFFD.   mask_id: the id of a hidden token.
     """
@@ -45,9 +45,9 @@ class Pieces:
     def __call__(self, ids: Sequence[int]) -> list[Piece]:
         """The pieces of a canvas, from left to right; together they cover it.
 
-        A character of several tokens is one piece, with its combining marks. What is visible of a character that is partly hidden
-        is PART. Control characters, those that turn the direction of text among them, are shown by signs; tab and line feed stay.
-        But for these, the texts of a canvas without hidden tokens add up to its decoded ids.
+        A character of several tokens is one piece, with its combining marks. Visible tokens of a partly hidden one are PART.
+        Signs replace control characters, among them those that change text direction; tab and line feed stay. Apart from these
+        signs, the texts of a canvas without hidden tokens add up to its decoded ids.
         """
         found: list[Piece] = []
         first = 0
@@ -63,7 +63,7 @@ class Pieces:
         return found
 
     def _run(self, ids: tuple[int, ...], after_hidden: bool, before_hidden: bool) -> list[tuple[int, str]]:
-        """(tokens, text) of the pieces of neighbours that are all visible."""
+        """(tokens, text) of the pieces of visible neighbours."""
         texts: list[tuple[int, str]] = []
         first, context = 0, (self.mask_id,) * after_hidden
         while first < len(ids):
@@ -88,27 +88,27 @@ class Pieces:
         return [(size, text.translate(_SHOWN)) for size, text in found]
 
     def _size(self, context: tuple[int, ...], ids: tuple[int, ...]) -> int:
-        """How many of the first ids, of which the first is broken, are less so together. At least one."""
+        """How many ids to join, from a broken first one, so that less is broken. At least one."""
         size, broken = 1, self._text(context, ids[:1]).count(BROKEN)
         for more in range(2, len(ids) + 1):
             alone = self._decode(ids[more - 1 : more]).count(BROKEN)
             if not broken or not alone or more - size >= LONGEST:
                 break
             together = self._text(context, ids[:more]).count(BROKEN)
-            # Some tokenizers decode the bytes of a character one by one until all are there: then only the last one mends it.
+            # Some tokenizers decode a character's bytes one by one until all are there: only the last one mends it.
             if not together or (more == size + 1 and together < broken + alone):
                 size, broken = more, together
         return size
 
     def _text(self, context: tuple[int, ...], ids: tuple[int, ...]) -> str:
-        """What ids add to the text behind `context`: its spaces depend on that. Broken bytes there may break these: not then."""
+        """The text that ids add after `context`, which decides their spaces; their text alone if its bytes break theirs."""
         before, both, alone = self._decode(context), self._decode(context + ids), self._decode(ids)
         added = both[len(before) :]
         return added if both.startswith(before) and added.count(BROKEN) <= alone.count(BROKEN) else alone
 
 
 def _part(texts: list[tuple[int, str]], strip: Callable[[str, str], str]) -> list[tuple[int, str]]:
-    """(tokens, text) that begin beside a hidden token, with what is broken there as one PART. strip: off that side."""
+    """(tokens, text) that begin beside a hidden token, with broken bytes there as one PART. strip: strips that side."""
     count = tokens = 0
     for size, text in texts:
         if not text or text.strip(BROKEN) or tokens + size >= LONGEST:
@@ -124,8 +124,8 @@ def _part(texts: list[tuple[int, str]], strip: Callable[[str, str], str]) -> lis
 
 
 def _belong(left: str, right: str) -> bool:
-    """Whether a reader sees the end of `left` and the beginning of `right` as one character, or nothing of `right`."""
-    if right[:1] in FLAGS:  # nothing, too
+    """Whether the end of `left` and the start of `right` read as one character, or `right` is empty."""
+    if right[:1] in FLAGS:  # also if right is empty
         return not right or (len(left) - len(left.rstrip(FLAGS))) % 2 == 1
     return _is_mark(right[0]) or left.endswith(JOINER)
 

@@ -1,9 +1,9 @@
-"""The uniform bound to a precision that was asked for: pairs of antithetic masks until their standard error is small enough.
+"""The uniform bound to a given precision: pairs of antithetic masks are drawn until the standard error is small enough.
 
-A pass over the text draws two masks of every sequence. The first hides k tokens, k one of n equal strata of 1..L for each of the
-n sequences; the second hides L + 1 - k tokens: all that the first left visible, and one it hid. Each alone is a fair draw of the
-bound. Together they see a nearly empty and a nearly full sequence, or two half full ones, and every token at least once, so most
-of what a lucky count or a lucky mask would bring cancels.
+A pass over the text draws two masks of every sequence. The first hides k tokens; the n sequences draw k from n equal
+strata of 1..L, one each. The second hides L + 1 - k tokens: all that the first left visible, and one it hid. Each alone is an
+unbiased draw of the bound. A pair is a nearly empty and a nearly full sequence, or two half full ones, and hides every token at
+least once, so most of the luck in counts and masks cancels.
 """
 
 from __future__ import annotations
@@ -24,17 +24,17 @@ from atat_fast.ops.attention import documents_of
 from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
 
 LEAST_DEGREES = 60
-"""Degrees of freedom an error needs before it is believed: its own relative error is about 1 / sqrt(2 * 60), a tenth."""
+"""Degrees of freedom an error needs to count: its own relative error is then about 1 / sqrt(2 * 60), a tenth."""
 
 
 @dataclass(frozen=True)
 class Precise:
-    """A bound whose masks were drawn until their error was small.
+    """A bound to a given precision.
 
-    estimate: the bound; its se is the error that masks leave in the figure of this text.
-    se_text: the standard error with the choice of text in it: how far another text of the same kind and size may lie.
+    estimate: the bound; its se is the error from masks, for this text.
+    se_text: the standard error with the choice of text: how far another text of the same kind and size may lie.
     draws: masks drawn for each sequence.
-    met: whether the error asked for was reached.
+    met: whether the requested error was reached.
     """
 
     estimate: Estimate
@@ -57,13 +57,13 @@ def estimate_to(
     on_pass: Callable[[int, float], None] | None = None,
     control: bool = True,
 ) -> Precise:
-    """The bound over `sequences` sequences until the masks' standard error is at most `se` nats a token, or most_draws are drawn.
+    """The bound over `sequences` sequences. Draws masks until their standard error is at most `se` nats a token, or most_draws.
 
     tokens(first, count) gives [count, L] on the model's device. Counts and masks depend on (seed, pass, sequence, position)
-    alone. on_pass(draws, se) is called after every pass. control: take off what counts of the text explain of the noise.
+    alone. on_pass(draws, se) is called after every pass. control: subtract the noise that counts of the text explain.
 
-    The error comes from how the pair means of one sequence differ between passes, summed over sequences. What strata bring is not
-    taken off. Raises UsageError for an error that is not above 0, or fewer than 4 draws.
+    The error is the variation of each sequence's pair means between passes, summed over sequences; the gain from strata is not
+    subtracted. Raises UsageError if se is not above 0, or for fewer than 4 draws.
     """
     if not (se > 0 and math.isfinite(se)):
         raise UsageError(f"the standard error asked for must be above 0, got {se}")
@@ -94,11 +94,10 @@ def estimate_to(
 
 
 class _Passes:
-    """Mean and spread over passes of what every sequence gave: a value, and FEATURES control variates whose mean is 0.
+    """Mean and spread over passes of each sequence's value and FEATURES control variates, whose mean is 0.
 
-    The multiple of them that is taken off is a least-squares fit of one half of the sequences over the passes, applied to the
-    other half, so that nothing is biased (atat_fast/diffusion/control.py). Kept are means and sums of products around them, fp64,
-    20 numbers a sequence.
+    A multiple of the variates is subtracted: a least-squares fit on one half of the sequences, applied to the other half, so that
+    nothing is biased (atat_fast/diffusion/control.py). Keeps means and sums of products around them: fp64, 20 numbers a sequence.
     """
 
     def __init__(self, sequences: int) -> None:
@@ -106,14 +105,14 @@ class _Passes:
         self.products = torch.zeros(sequences, 1 + FEATURES, 1 + FEATURES, dtype=torch.float64)
 
     def add(self, first: int, step: int, found: Tensor) -> None:
-        """found [B, 1 + FEATURES] of sequences first .. first + B - 1 in pass `step`, counted from 0 (Welford's update)."""
+        """Add found [B, 1 + FEATURES] of sequences first .. first + B - 1 in pass `step`, from 0 (Welford's update)."""
         rows = slice(first, first + len(found))
         delta = found - self.mean[rows]
         self.mean[rows] += delta / (step + 1)
         self.products[rows] += delta[:, :, None] * (found - self.mean[rows])[:, None, :]
 
     def adjusted(self) -> tuple[Tensor, Tensor]:
-        """Each sequence's mean, and its sum of squares around it, less what the other half's fit explains: [sequences] each."""
+        """Each sequence's mean and sum of squares around it, without what the other half's fit explains: [sequences] each."""
         half = torch.arange(len(self.mean)) % 2
         sums = torch.zeros(2, *self.products.shape[1:], dtype=torch.float64).index_add_(0, half, self.products)
         taken = fit(sums[:, 1:, 1:], sums[:, 1:, 0])
@@ -122,7 +121,7 @@ class _Passes:
 
 
 def antithetic_counts(sequences: int, length: int, *, seed: int, step: int) -> Tensor:
-    """How many tokens the first mask of each sequence hides in pass `step`: int64 [sequences], one in each stratum of 1..L.
+    """Numbers of tokens that first masks hide in pass `step`: int64 [sequences], one in each stratum of 1..L.
 
     The second mask hides L + 1 - k. Pass 0 has the counts that `estimate_nll` draws.
     """
@@ -134,9 +133,9 @@ def antithetic_counts(sequences: int, length: int, *, seed: int, step: int) -> T
 
 
 def antithetic_pair(x: Tensor, k: Tensor, *, mask_id: int, sample_ids: Tensor, seed: int, step: int) -> list[MaskedBatch]:
-    """The two masks of tokens x [B, L]: k[b] hidden tokens, and all others with one of these. k on the CPU, int64 [B]."""
+    """Two masks of tokens x [B, L]. The first hides k[b] tokens; the second all others and one of these. k: CPU, int64 [B]."""
     first = hide(x, k, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step)
-    fewer = hide(x, k - 1, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step)  # the same tokens but for the last
+    fewer = hide(x, k - 1, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step)  # the same tokens without the last
     hidden = fewer.noisy != mask_id
     counts = x.shape[1] + 1 - k
     rows = torch.nonzero_static(hidden.flatten(), size=int(counts.sum()))[:, 0]
@@ -164,8 +163,8 @@ def _pair(
     document_end: int | None,
     c: Tensor | None,
 ) -> Tensor:
-    """Each sequence's means over its two masks, fp64 [B, 1 + FEATURES]: nats a token, and how far hidden tokens' control variates
-    c [B, L, FEATURES] lie from the sequence's; 0 without any.
+    """Each sequence's means over its two masks, fp64 [B, 1 + FEATURES]: nats a token, and the imbalance between hidden tokens'
+    control variates c [B, L, FEATURES] and the sequence's; 0 without c.
     """
     ids = torch.arange(first, first + len(x), dtype=torch.int64, device=x.device)
     documents = None if document_end is None else documents_of(x.cpu(), document_end).to(x.device)

@@ -1,7 +1,7 @@
-"""How a sample came about: what each denoising step revealed or hid again, as a page that replays it or a view in the terminal.
+"""A sample's history: what each denoising step revealed or hid again, as a page that replays it or a view in the terminal.
 
-A `Recorder` is an `on_step` of `atat_fast.sampling.samplers.sample`. It keeps one sequence of the batch, as the changes of each
-step, and what the importance estimator made of each position just before it was revealed, where there is an estimator.
+A `Recorder` is an `on_step` of `atat_fast.sampling.samplers.sample`. It keeps each step's changes of one sequence and, with an
+importance estimator, each position's score just before it was revealed.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ PLACE = "__TRAJECTORY__"
 
 
 class Recorder:
-    """Keeps how sequence `row` of a batch is filled.
+    """Records how sequence `row` of a batch is filled.
 
-    tokens:  [B, L] ids the batch begins as.   mask_id: the mask token.   length: tokens of the sequence, 0 for all.
+    tokens:  [B, L] first ids of the batch.   mask_id: the mask token.   length: tokens of the sequence, 0 for all.
     scores:  (tokens [1, L], hidden share [1]) -> importance [1, L] in [0, 1], or None.
     """
 
@@ -40,7 +40,7 @@ class Recorder:
         self.importance: list[float | None] = [None] * self.length
 
     def __call__(self, step: int, tokens: Tensor) -> list[int]:
-        """Keep what changed; returns the positions."""
+        """Record what changed. Returns the positions."""
         after = tokens[self.row, : self.length].cpu().clone()
         changed = (after != self.before).nonzero()[:, 0].tolist()
         if changed and self.scores is not None:
@@ -58,12 +58,12 @@ class Recorder:
 
     @property
     def tokens(self) -> list[int]:
-        """The sequence as it is now."""
+        """The present sequence."""
         return list(self.before.tolist())
 
 
 def show(tokens: Sequence[int], start: Sequence[int], changed: Sequence[int], pieces: Pieces) -> Text:
-    """A sequence for the terminal: what was given plain, what is hidden shaded, what has just been revealed marked."""
+    """A sequence for the terminal: given text bold, drawn text green, new text marked, hidden tokens shaded."""
     text, new = Text(), set(changed)
     for first, end, what in pieces(tokens):
         fresh = not new.isdisjoint(range(first, end))
@@ -77,9 +77,9 @@ def show(tokens: Sequence[int], start: Sequence[int], changed: Sequence[int], pi
 
 
 def page(recorder: Recorder, pieces: Pieces, facts: dict[str, Any]) -> str:
-    """A page of HTML that replays a recording by itself: no other file, no network.
+    """A self-contained HTML page that replays a recording: no other file, no network.
 
-    pieces: of the recording's tokenizer. facts: lines of what was sampled and how, shown as they are.
+    pieces: of the recording's tokenizer. facts: lines on what was sampled and how.
     """
     now, cells = list(recorder.start), _cells(recorder.start, pieces)
     data: dict[str, Any] = {
@@ -102,7 +102,7 @@ def page(recorder: Recorder, pieces: Pieces, facts: dict[str, Any]) -> str:
 
 
 def _cells(tokens: Sequence[int], pieces: Pieces) -> list[str | None]:
-    """What the page shows at each position: None where it is hidden, else a piece's text at its first and "" at its others."""
+    """The page's text at each position: None if hidden, else a piece's text at its first position and "" at its others."""
     cells: list[str | None] = [""] * len(tokens)
     for first, _, text in pieces(tokens):
         cells[first] = text
@@ -110,6 +110,6 @@ def _cells(tokens: Sequence[int], pieces: Pieces) -> list[str | None]:
 
 
 def write_page(path: Path, content: str) -> None:
-    """Write it. Raises UsageError where the disk refuses."""
+    """Write the page. Raises UsageError if the disk refuses."""
     with disk_errors(path):
         write_text(path, content)
