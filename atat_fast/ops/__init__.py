@@ -1,7 +1,7 @@
-"""Fused ops for masked-diffusion models, each with plain PyTorch semantics. See each function's docstring.
+"""Fused ops for masked-diffusion models. Each computes what a few lines of plain PyTorch would; see its docstring.
 
-Each op is one file here: its contract, its specification (`*_reference`), its registration as `torch.ops.atat_fast.*`, and
-its cost in bytes and floating-point operations (`*_cost`).
+Each op is one file or folder here: its contract, its specification (`*_reference`), its registration as
+`torch.ops.atat_fast.*`, and its cost in bytes and floating-point operations (`*_cost`).
 """
 
 from atat_fast.ops.adaptive_norm import (

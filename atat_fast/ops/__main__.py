@@ -1,4 +1,4 @@
-"""Print which backend every op would use on this machine, and why: `python -m atat_fast.ops`."""
+"""`python -m atat_fast.ops`: print the backend that each op uses on this machine, and why."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from atat_fast.ops.attention import choose_attention, explain_attention
 
 
 def table(device: torch.device) -> list[str]:
-    """One line an op: what runs, what else could, and what keeps the others from it."""
+    """For each op, one line with the backend that runs and those that could, then a line for each that cannot, and why."""
     lines: list[str] = []
     for op in registry.ops():
         reasons = registry.explain(op, device)
@@ -24,7 +24,7 @@ def table(device: torch.device) -> list[str]:
 
 
 def attention_lines(device: torch.device, dtype: torch.dtype, head_dim: int = 64) -> list[str]:
-    """The library that attention calls, with and without document boundaries, and why not each of the others."""
+    """The implementation that attention calls, without and with document boundaries, and why each other one cannot run."""
     lines: list[str] = []
     for documents in (False, True):
         reasons = explain_attention(device, dtype, head_dim, documents=documents)
@@ -51,10 +51,10 @@ def main() -> None:
     if torch.cuda.is_available():
         devices.append(torch.device("cuda", torch.cuda.current_device()))
     else:
-        print("GPU: torch finds none, so what a GPU would use is not shown")
+        print("GPU: torch finds none; backends for a GPU are not shown")
     for device in devices:
         wanted = os.environ.get("ATAT_FAST_BACKEND")
-        first = f"{wanted} where it can run, as ATAT_FAST_BACKEND says, else first" if wanted else "first"
+        first = f"{wanted} if it can run (ATAT_FAST_BACKEND), else first" if wanted else "first"
         print(f"\ntensors on {device}: {first} of {' > '.join(registry.PREFERENCE[device.type])}")
         print("\n".join(table(device)))
         plain, half = device.type == "cpu", processor.multiplies_bf16(device)

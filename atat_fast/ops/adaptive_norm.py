@@ -3,9 +3,9 @@
     adaptive_layer_norm:   y = LN(x) * weight * (1 + scale) + shift
     gated_residual_norm:   r = residual + gate * dropout(branch),   y = LN(r) * weight * (1 + scale) + shift
 
-Conditioning (shift, scale, gate) is [B, D], one row a sample, or [1, D] where time is not told to the model. Then the
-modulation is a LayerNorm with weight * (1 + scale) for its weight and shift for its bias, and costs nothing more.
-Statistics are fp32 (fp64 for fp64 inputs) whatever the residual stream's dtype. A backward runs on its forward's backend.
+Conditioning (shift, scale, gate) is [B, D], one row a sample, or [1, D] if the model is not told the time. With one row,
+modulation is free: it is a LayerNorm with weight * (1 + scale) as its weight and shift as its bias.
+Statistics are fp32 (fp64 for fp64 inputs) in every dtype of the stream. A backward runs on the backend of its forward.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from atat_fast.ops.registry import Cost, again, as_ids, autocast_dtype, backends
 
 EPS = 1e-5
 WIDEST = 4096
-"""Columns the Triton kernels take: a row stays in registers."""
+"""Most columns the Triton kernels take: they hold a row in registers."""
 
 
 def adaptive_layer_norm_reference(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None = None, eps: float = EPS
 ) -> Tensor:
-    """The specification, differentiable as often as wanted."""
+    """The specification, differentiable any number of times."""
     mean = x.mean(-1, keepdim=True)
     normed = (x - mean) * torch.rsqrt(x.var(-1, correction=0, keepdim=True) + eps)
     return normed * (1 if weight is None else weight) * (1 + scale[:, None]) + shift[:, None]
@@ -68,9 +68,9 @@ def adaptive_layer_norm(
     """LayerNorm without bias over the last dimension, then modulation.
 
     x: [B, L, D] fp32, bf16 or fp64.   shift, scale: [B, D] or [1, D].   weight: [D] or None for ones.
-    backend: "triton", "cpp" or "torch"; the fastest that can run where the caller does not say. The kernels take fp32 and bf16,
-             and D up to 4,096 on a GPU; what they cannot take runs on PyTorch.
-    Returns [B, L, D], in autocast's dtype where autocast is on and in x's otherwise. Differentiable in every tensor.
+    backend: "triton", "cpp" or "torch"; None for the fastest that can run. The kernels take fp32 and bf16, and on a GPU D up to
+             4,096; other tensors run on PyTorch.
+    Returns [B, L, D], in autocast's dtype if autocast is on, else in x's. Differentiable in every tensor.
     Raises ValueError when shapes or devices disagree, for fp16, or for a backend that cannot run.
     """
     out_dtype = autocast_dtype(x)
@@ -98,14 +98,14 @@ def gated_residual_norm(
     """Add a gated branch to the residual stream and normalise the sum for the next branch.
 
     residual: [B, L, D] fp32, bf16 or fp64.   branch: [B, L, D], any of these.   gate, shift, scale: [B, D] or [1, D].
-    dropout:  chance in [0, 1) of dropping an element of branch; the mask is a function of (seed, step, sample_ids [B],
+    dropout:  chance in [0, 1) of dropping an element of branch. The mask is a function of (seed, step, sample_ids [B],
               position, element, layer) and is never stored.
     seed, step: integers, or 0-d int64 tensors on residual's device (a captured CUDA graph then draws anew on each replay).
-    sample_ids: [B] integers, the number of each sequence in the run; read with dropout only.
+    sample_ids: [B] integers, the number of each sequence in the run; needed only with dropout.
     backend:  as for `adaptive_layer_norm`.
     Returns (residual' in residual's dtype, y in autocast's dtype or residual's). Differentiable in every tensor.
     Raises ValueError when shapes or devices disagree, for fp16, for a backend that cannot run, when dropout is out of range, or
-    when it has no sample_ids to draw from.
+    when dropout is given without sample_ids.
     """
     out_dtype = autocast_dtype(residual)
     tensors = (("residual", residual), ("branch", branch), ("gate", gate), ("shift", shift), ("scale", scale), ("weight", weight))
@@ -115,7 +115,7 @@ def gated_residual_norm(
     if not 0.0 <= dropout < 1.0:
         raise ValueError(f"dropout must be in [0, 1), got {dropout}")
     if dropout and sample_ids is None:
-        raise ValueError("dropout needs sample_ids, the number of each sequence in the run, to draw its mask from")
+        raise ValueError("dropout needs sample_ids, the number of each sequence in the run, to draw its mask")
     chosen = choose_backend("gated_residual_norm", residual.device, backend, without)
     random: tuple[Tensor | None, ...] = (None, None, None)
     if dropout and sample_ids is not None:
@@ -128,15 +128,15 @@ def gated_residual_norm(
 
 _TOO_WIDE = (("triton", f"rows are wider than {WIDEST:,}"),)
 _EMPTY = tuple((name, "rows are empty") for name in ("triton", "cpp"))
-_NOT_ITS_DTYPES = tuple((name, "the kernels take tensors of fp32 and bf16") for name in ("triton", "cpp"))
+_NOT_ITS_DTYPES = tuple((name, "its kernels take fp32 and bf16 only") for name in ("triton", "cpp"))
 
 
 def _check(
     x: Tensor, tensors: tuple[tuple[str, Tensor | None], ...], dense: int, out_dtype: torch.dtype
 ) -> tuple[tuple[str, str], ...]:
-    """Raise ValueError for what does not fit together. The first `dense` tensors are [B, L, D], the last is the weight.
+    """Raise ValueError if the tensors do not fit together. The first `dense` tensors are [B, L, D], the last is the weight.
 
-    Returns what keeps these tensors from a backend, for `choose_backend`.
+    Returns the backends that cannot take these tensors, each with its reason, for `choose_backend`.
     """
     if x.dim() != 3:
         raise ValueError(f"the residual stream must be [batch, length, width], got shape {tuple(x.shape)}")
@@ -160,10 +160,10 @@ def _check(
         dtype = t.dtype
         if dtype is not torch.float32 and dtype is not torch.bfloat16:
             if dtype is torch.float16:
-                raise ValueError(f"{name} is fp16, whose range a residual stream leaves; use bf16 or fp32")
+                raise ValueError(f"{name} is fp16, whose range a residual stream exceeds; use bf16 or fp32")
             without = _NOT_ITS_DTYPES
     if out_dtype is torch.float16:
-        raise ValueError("autocast asks for fp16, whose range a residual stream leaves; use torch.autocast with bf16")
+        raise ValueError("autocast asks for fp16, whose range a residual stream exceeds; use torch.autocast with bf16")
     weight = tensors[-1][1]
     if weight is not None and weight.shape != (width,):
         raise ValueError(f"weight must have shape ({width},), got {tuple(weight.shape)}")
@@ -200,7 +200,7 @@ def _norm(
 def _norm_plain(
     x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None, eps: float, out_dtype: torch.dtype, backend: str = "torch"
 ) -> tuple[Tensor, None, None]:
-    """The op in PyTorch's own steps: what it gives, and not its statistics."""
+    """The op in PyTorch's own steps, without its statistics."""
     wide = _statistics_dtype(x)
     weight = None if weight is None else weight.to(wide)
     y = adaptive_layer_norm_reference(x.to(wide), shift.to(wide), scale.to(wide), weight, eps)
@@ -228,7 +228,7 @@ def _kernels() -> Any:
 
 
 def _rows(conditioning: Tensor) -> Tensor:
-    """Conditioning as kernels read it: rows may be apart, as the parts of one projection are, but a row is in one piece."""
+    """Conditioning as kernels read it: each row is contiguous; rows may be apart, as parts of one projection are."""
     return conditioning if conditioning.stride(1) == 1 else conditioning.contiguous()
 
 
@@ -254,7 +254,7 @@ def _norm_gradients(
     full = gain if weight is None else gain * weight.to(wide)
     shape = x.shape[-1:]
     if scale.shape[0] == 1:
-        # The bias is not read by the backward; it only says that its gradient is wanted.
+        # The backward does not read the bias; passing one asks for its gradient.
         dx, dfull, dshift = torch.ops.aten.native_layer_norm_backward(
             dy, x, shape, mean, rstd, full[0], torch.empty_like(full[0]), [True, True, True]
         )
@@ -273,7 +273,7 @@ def _norm_gradients(
 def _norm_backward(
     dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None, mean: Tensor, rstd: Tensor, shift_dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dx, dshift, dscale and dweight, each in the dtype of what it is the gradient of."""
+    """dx, dshift, dscale and dweight, each in the dtype of its input."""
     dx, dshift, dscale, dweight = _norm_gradients(dy, x, scale, weight, mean, rstd)
     dweight = dweight if weight is None else dweight.to(weight.dtype)
     return dx.to(x.dtype), dshift.to(shift_dtype), dscale.to(scale.dtype), dweight
@@ -329,7 +329,7 @@ def _norm_autograd(ctx: Any, dy: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _norm_pull(ctx: Any, dy: Tensor, x: Tensor, scale: Tensor, weight: Tensor | None) -> tuple[Any, ...]:
-    """dx, dshift, dscale and dweight by PyTorch's own steps; a shift's value is in none of them."""
+    """dx, dshift, dscale and dweight by PyTorch's own steps; none of them depends on the value of shift."""
     shift = torch.zeros_like(scale, dtype=ctx.shift_dtype)
 
     def norm(x: Tensor, shift: Tensor, scale: Tensor, weight: Tensor | None) -> Tensor:
@@ -358,7 +358,7 @@ def _gated(
     if dropout:
         addend = addend * _keep(branch, dropout, seed, step, sample_ids, layer).to(wide)
     total = torch.addcmul(residual.to(wide), gate.to(wide)[:, None], addend).contiguous()
-    y, mean, rstd = _norm(total, shift, scale, weight, eps, out_dtype)  # of the sum before a bf16 stream rounds it
+    y, mean, rstd = _norm(total, shift, scale, weight, eps, out_dtype)  # from the sum before it is rounded to bf16
     return total.to(residual.dtype), y, mean, rstd
 
 
@@ -476,7 +476,7 @@ def _gated_backward(
     layer: int,
     shift_dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """dresidual, dbranch, dgate, dshift, dscale and dweight, each in the dtype of what it is the gradient of."""
+    """dresidual, dbranch, dgate, dshift, dscale and dweight, each in the dtype of its input."""
     wide = _statistics_dtype(total)
     dy = torch.zeros_like(total) if dy is None else dy
     dr, dshift, dscale, dweight = _norm_gradients(dy, total, scale, weight, mean, rstd)
@@ -583,7 +583,7 @@ def _gated_autograd(ctx: Any, dtotal: Tensor | None, dy: Tensor | None, *_: Any)
     if dtotal is None and dy is None:
         return (None,) * 14
     total, branch, gate, scale, weight, mean, rstd, seed, step, sample_ids = ctx.saved_tensors
-    if again():  # in terms of the sum, an output whose own history leads back to the inputs
+    if again():  # differentiate in the sum: it is an output, whose own graph leads back to the inputs
         dy = torch.zeros_like(total, dtype=ctx.out_dtype) if dy is None else dy
         dr, *conditioning = _norm_pull(ctx, dy, total, scale, weight)
         dr = dr if dtotal is None else dr + dtotal
@@ -661,6 +661,6 @@ def adaptive_layer_norm_cost(
 def gated_residual_norm_cost(
     rows: int, width: int, *, residual_bytes: int = 4, branch_bytes: int = 2, backward: bool = False
 ) -> Cost:
-    """Forward reads residual and branch and writes both sums; backward reads dy, dr', r' and branch and writes dr and dbranch."""
+    """Forward reads residual and branch and writes r' and y; backward reads dy, dr', r' and branch, writes dr and dbranch."""
     moved = 3 * residual_bytes + 3 * branch_bytes if backward else 2 * residual_bytes + 2 * branch_bytes
     return Cost(flops=(20 if backward else 10) * rows * width, bytes=rows * width * moved)

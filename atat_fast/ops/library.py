@@ -1,6 +1,6 @@
 """The compiled library (csrc/): where it is, whether it loads, what was built into it.
 
-The package works without it, on Triton and PyTorch, so its absence is no error. Nothing here runs at import time.
+The package also works without it, on Triton and PyTorch. Nothing here runs at import time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import torch
 
 LIBRARY_PATH = Path(__file__).resolve().parent.parent / "libatat_fast.so"
 
-# What csrc/library.cpp declares since its declarations last changed: a library without it is an older one.
+# A declaration that csrc/library.cpp has only since they last changed: a library without it is older.
 NEWEST = "reaches_stream"
 
 # Bits of build_flags(), as in csrc/library.cpp.
@@ -22,21 +22,21 @@ CUDA_KERNELS = 2
 
 
 def load() -> bool:
-    """Load the library once and say whether its ops (``torch.ops.atat_fast_c``) are there.
+    """Load the library once. Returns whether its ops (``torch.ops.atat_fast_c``) are there.
 
-    Absent is False without a word. Present but not loadable is False with one RuntimeWarning; `problem` keeps the sentence.
+    Silent if the library is absent; one RuntimeWarning if it is there and does not load. `problem` gives the reason.
     """
     return problem() is None
 
 
 def build_flags() -> int:
-    """What was compiled in: the bits CPU_OPS and CUDA_KERNELS, or 0 without a library. Asks nothing of a GPU."""
+    """What was compiled in: the bits CPU_OPS and CUDA_KERNELS, or 0 without a library. Does not touch a GPU."""
     return int(torch.ops.atat_fast_c.build_flags()) if load() else 0
 
 
 @functools.cache
 def cuda_targets() -> tuple[int, ...]:
-    """What the CUDA kernels were compiled for: 89 is machine code of sm_89, -90 the PTX of compute_90. Empty without them."""
+    """What the CUDA kernels were compiled for: 89 is machine code for sm_89, -90 is PTX for compute_90. Empty without them."""
     if not build_flags() & CUDA_KERNELS:
         return ()
     found: list[int] = []
@@ -52,11 +52,11 @@ def describe_targets() -> str:
 
 
 def cuda_problem(capability: tuple[int, int]) -> str | None:
-    """Why the CUDA kernels cannot run on a device of this capability under this torch and driver, one sentence, or None."""
+    """One sentence: why the CUDA kernels cannot run on this capability, torch and driver. None if they can."""
     if not build_flags() & CUDA_KERNELS:
         return problem() or "the compiled library was built without nvcc"
     if torch.version.hip or not torch.version.cuda:
-        return f"torch {torch.__version__} is no CUDA build"
+        return f"torch {torch.__version__} was built without CUDA"
     ops, number = torch.ops.atat_fast_c, capability[0] * 10 + capability[1]
     if not any(t // 10 == capability[0] and t <= number if t > 0 else -t <= number for t in cuda_targets()):
         return (
@@ -64,9 +64,9 @@ def cuda_problem(capability: tuple[int, int]) -> str | None:
             f'ATAT_FAST_CUDA_ARCHS="{capability[0]}.{capability[1]}" `pip install --no-build-isolation .` in a checkout builds it'
         )
     runtime, driver = int(ops.cuda_runtime()), int(ops.cuda_driver())
-    if driver // 1000 < runtime // 1000:  # CUDA keeps its promise of compatibility within a major version
+    if driver // 1000 < runtime // 1000:  # CUDA is compatible within a major version
         return (
-            f"the compiled library is of CUDA {_version(runtime)}, and the driver serves CUDA up to {_version(driver)}; "
+            f"the compiled library needs CUDA {_version(runtime)}, and the driver supports CUDA up to {_version(driver)}; "
             f"install a newer driver, or build the library with nvcc of CUDA {driver // 1000}"
         )
     if not ops.reaches_stream():
@@ -84,7 +84,7 @@ def _version(number: int) -> str:
 
 @functools.cache
 def problem() -> str | None:
-    """Why the library cannot be used, one sentence, or None when it is loaded."""
+    """One sentence: why the library cannot be used. None if it is loaded."""
     if not LIBRARY_PATH.is_file():
         return (
             "the compiled library was not built; with torch installed and nvcc or g++ on PATH, "

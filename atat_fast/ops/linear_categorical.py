@@ -1,14 +1,13 @@
-"""linear_categorical: the vocabulary head and a draw from it, without ever holding the logits of all rows.
+"""linear_categorical: the vocabulary head and a draw from its softmax. The logits of all rows are never in memory at once.
 
     z_i = W h_i + bias,  z_i[forbidden] = -inf,   id_i = argmax_v (z_i[v] / temperature + G_i[v]),   G_i[v] standard Gumbel
 
-The largest of such sums is a draw from softmax(z_i / temperature) (the Gumbel-max rule). The noise of row i and id v is a
-function of (seed, step, index_i, v), made of 64 random bits, so an id whose chance is 1e-12 is drawn as rarely as that, and no
-more rarely: noise from 24 or 32 bits cannot be large enough (docs/philox.md). Rows are independent of each other and of how many
-there are.
+The argmax is a draw from softmax(z_i / temperature) (the Gumbel-max rule). The noise of row i and id v is a function of
+(seed, step, index_i, v), made of 64 random bits: an id of chance 1e-12 is drawn that often. Noise of 24 or 32 bits is never large
+enough for it (docs/philox.md). A row's draw does not depend on the other rows, or on how many there are.
 
-On a GPU one kernel multiplies, adds the noise and keeps the best of each row, and no logit reaches memory. On a CPU rows are
-taken in slabs whose logits fit a byte budget, as in linear_cross_entropy, and a loop in C++ makes the noise.
+On a GPU one kernel multiplies, adds the noise and keeps each row's best; no logit reaches memory. On a CPU, rows go in slabs
+whose logits fit a byte budget, as in linear_cross_entropy, and a C++ loop makes the noise.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from atat_fast.ops.registry import (
 )
 
 REFERENCE_BYTES = 16 << 20
-"""Budget of a slab on the torch backend, whose noise takes a dozen fp64 and int64 tensors of the slab's shape."""
+"""Bytes of a slab on the torch backend, whose noise needs a dozen fp64 and int64 tensors of the slab's shape."""
 
 
 def linear_categorical_reference(
@@ -50,7 +49,7 @@ def linear_categorical_reference(
     seed: int | Tensor,
     step: int | Tensor = 0,
 ) -> Tensor:
-    """The specification, through the whole matrix of logits; sums in fp64."""
+    """The specification: forms the whole matrix of logits; sums are fp64."""
     logits = F.linear(hidden, weight, bias)
     return draw_rows(logits, index, -1 if forbidden is None else forbidden, temperature, seed, step)
 
@@ -77,7 +76,7 @@ def vocabulary_noise(index: Tensor, vocabulary: int, seed: int | Tensor, step: i
 
 
 def token_noise(index: Tensor, ids: Tensor, seed: int | Tensor, step: int | Tensor) -> Tensor:
-    """The same at some ids [R, K] of each row: fp64 [R, K]."""
+    """`vocabulary_noise` at some ids [R, K] of each row: fp64 [R, K]."""
     words = random_words(index[:, None], seed, step, STREAM_TOKEN + ((ids >> 1) << 8))
     odd = (ids & 1).bool()
     return gumbel64(torch.where(odd, words[2], words[0]), torch.where(odd, words[3], words[1]))
@@ -98,19 +97,19 @@ def linear_categorical(
 ) -> Tensor:
     """Draw one id a row from the softmax of a linear head.
 
-    hidden:       [R, D] fp32, bf16 or fp64, rows of the final norm. Under autocast it is taken in autocast's dtype.
+    hidden:       [R, D] fp32, bf16 or fp64, rows of the final norm. Under autocast it is cast to autocast's dtype.
     weight:       [V, D] fp32 or hidden's dtype; another dtype is cast inside.   bias: [V] or None.
-    index:        [R] integers, the name of each row in the random stream; rows of one name and equal logits draw the same id.
+    index:        [R] integers, each row's number in the random stream; rows of equal numbers and logits draw the same id.
     forbidden:    an id that is never drawn (the mask token).
     temperature:  divides the logits; above 0.
     seed, step:   integers, or int64 tensors of one number on hidden's device (a captured CUDA graph then draws anew each time).
-    chunk_bytes:  budget for a slab of logits where there is one; 256 MB on a GPU and 64 MB on a CPU where not said.
-    backend:      "triton", "cpp" or "torch"; the fastest that can run where not said.
+    chunk_bytes:  bytes for a slab of logits, on backends that have slabs; None for 256 MB on a GPU and 64 MB on a CPU.
+    backend:      "triton", "cpp" or "torch"; None for the fastest that can run.
 
-    Returns [R] int64. A row whose logits hold NaN, or are all -inf, gives -1. Of equal sums the lower id wins. Not
-    differentiable. Backends add noise in fp32 (the reference in fp64) and therefore disagree where two sums are within a few 1e-6
-    of each other. Raises ValueError when shapes, dtypes or devices disagree, hidden is fp16, weight is a DTensor, forbidden is
-    outside [0, V) or temperature is not above 0.
+    Returns [R] int64. A row gives -1 if its logits hold NaN or are all -inf. Of equal sums the lower id wins. Not differentiable.
+    Backends add noise in fp32 (the reference in fp64), so they may disagree if two sums are within a few 1e-6 of each other.
+    Raises ValueError when shapes, dtypes or devices disagree, hidden is fp16, weight is a DTensor, forbidden is outside [0, V) or
+    temperature is not above 0.
     """
     hidden, index = hidden.detach().to(autocast_dtype(hidden)), as_ids("index", index)
     _check(hidden, weight, index, bias, forbidden, temperature)
@@ -157,9 +156,7 @@ def _check(hidden: Tensor, weight: Tensor, index: Tensor, bias: Tensor | None, f
 
 
 def _slabs(row_pass: Callable[..., Tensor], budget: int) -> Callable[..., Tensor]:
-    """An implementation that makes the logits of some rows at a time and hands them to `row_pass`, whose arguments are
-    draw_rows'.
-    """
+    """An implementation that makes the logits slab by slab and calls `row_pass`, which takes draw_rows' arguments."""
 
     def run(
         hidden: Tensor,
@@ -189,7 +186,7 @@ def _slabs(row_pass: Callable[..., Tensor], budget: int) -> Callable[..., Tensor
 
 
 def _as(weight: Tensor, hidden: Tensor) -> Tensor:
-    """In hidden's dtype; under autocast the product does that itself, and keeps what it made for the next call."""
+    """weight in hidden's dtype. Under autocast the product casts it, and keeps the cast weight for the next call."""
     return weight if autocast_is_on(hidden) else weight.to(hidden.dtype)
 
 
@@ -239,8 +236,8 @@ register(
 
 
 def linear_categorical_cost(rows: int, width: int, vocabulary: int, *, element_size: int = 2) -> Cost:
-    """One product. Bytes: the weight once, the rows in, names and ids; logits stay on the chip. The noise, five rounds of Philox
-    and two logarithms an id, is counted by neither.
+    """FLOPs of one product. Bytes: the weight once, the rows, index and ids; logits stay on the chip. The noise (five rounds of
+    Philox and two logarithms an id) is not counted.
     """
     return Cost(
         flops=2 * rows * width * vocabulary, bytes=(rows * width + vocabulary * width) * element_size + 4 * vocabulary + 16 * rows

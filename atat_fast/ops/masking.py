@@ -1,11 +1,11 @@
-"""mask_tokens: hide exactly k tokens of each sequence, and say which rows the loss will want.
+"""mask_tokens: hide exactly k tokens of each sequence, and list the rows that the loss needs.
 
 Reveal key of token i (DESIGN: the tilted Gumbel key):   kappa_i = -tilt * score_i + G_i,   G_i standard Gumbel.
-The k smallest keys are hidden, ties going to the lower position. Without a tilt the key is the random word itself, an
-integer, so that masks are the same bits on every backend; a Gumbel grows with its word, so the tokens are the same.
+The k smallest keys are hidden; of equal keys the lower position goes first. Without a tilt the key is the random word itself: a
+Gumbel grows with its word, so the same tokens are hidden, and an integer is the same on every backend.
 Revealing from the largest key down is Plackett-Luce: the chance that i is next is softmax over hidden tokens of -tilt * score.
 
-Tilted keys are fp64 here and fp32 in the kernels, which therefore swap tokens whose keys are within 1e-6 of each other.
+Tilted keys are fp64 here and fp32 in the kernels, which may therefore swap tokens whose keys are within 1e-6 of each other.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from atat_fast.ops.philox import STREAM_MASK, random_words, uniform
 from atat_fast.ops.registry import Cost, as_ids, backends, choose_backend, dispatch, readable, register, scalar
 
 WEIGHTINGS = ("uniform", "order", "importance", "ce")
-"""Kernels know a weighting by its place here."""
+"""Kernels take a weighting as its index here."""
 LONGEST = 16_384
-"""Tokens a sequence may have on a GPU: its keys stay in one multiprocessor's shared memory or registers."""
+"""Longest sequence on a GPU, in tokens: its keys stay in one multiprocessor's shared memory or registers."""
 
 
 def mask_tokens_reference(
@@ -67,7 +67,7 @@ def reveal_keys(word: Tensor, scores: Tensor | None, tilt: float) -> Tensor:
     if scores is None or tilt == 0:
         return word
     keys = -torch.log(-torch.log(uniform(word))) - tilt * scores.to(torch.float64)
-    return keys.nan_to_num(nan=torch.finfo(torch.float64).max)  # finite: what may not be hidden sorts after every key
+    return keys.nan_to_num(nan=torch.finfo(torch.float64).max)  # finite: tokens that may not be hidden sort after every key
 
 
 def _weights(
@@ -90,7 +90,7 @@ def _weights(
     if weighting in ("order", "importance"):
         assert scores is not None
         exponent = scores.to(torch.float64) * (-tilt if weighting == "order" else focus)
-        share = torch.softmax(exponent.masked_fill(~hidden, -torch.inf), dim=1)  # NaN where nothing is hidden: never gathered
+        share = torch.softmax(exponent.masked_fill(~hidden, -torch.inf), dim=1)  # NaN if nothing is hidden: not gathered
         dense = dense * share * num_masked[:, None]
     weights = dense.flatten()[rows] if batch and length else rows.to(torch.float32)
     padding = torch.arange(len(rows), device=rows.device) >= total
@@ -122,10 +122,10 @@ def mask_tokens(
     mask_id:     the id written over hidden tokens.
     seed, step:  integers, or 0-d int64 tensors on tokens' device (a captured CUDA graph then draws anew on each replay).
     sample_ids:  [B] integers, the number of each sequence in the run. Masks depend on (seed, step, sample, position) only.
-    num_rows:    length of the row outputs; sum(num_masked) where the caller does not say. Needed when num_masked is on a
-                 GPU (reading it would wait for the device). Rows past the sum are padding: row 0 with weight 0.
-    scores:      [B, L] importance in [0, 1], or None for uniform masks;   tilt: beta. Above 0 hard tokens stay hidden longer,
-                 and at 0 masks are uniform.
+    num_rows:    length of the row outputs; None for sum(num_masked). Required if num_masked is on a GPU, where reading it would
+                 wait for the device. Rows past the sum are padding: row 0 with weight 0.
+    scores:      [B, L] importance in [0, 1], or None for uniform masks.
+    tilt:        beta; above 0 hard tokens stay hidden longer, at 0 masks are uniform.
     eligible:    [B, L] bool: only these may be hidden now (they were hidden by an earlier, uniform call).
     frozen:      [B, L] bool: never hidden and not counted (prompt, padding).
     weighting:   with n tokens not frozen and k hidden in a sequence,
@@ -134,19 +134,18 @@ def mask_tokens(
                  importance   uniform * exp(focus * score), the exponential normalised to mean 1 over the hidden tokens;
                  ce           one number for the batch that makes the loss a plain mean over hidden tokens.
                  A loss is sum(weight * nll) / (tokens not frozen in the batch), in nats a token.
-    backend:     "cuda", "triton", "cpp" or "torch"; the fastest that can run where the caller does not say.
+    backend:     "cuda", "triton", "cpp" or "torch"; None for the fastest that can run.
 
-    Returns noisy [B, L] (dtype of tokens); rows [num_rows] int64, flat indices b * L + i of hidden tokens, grouped by
-    sequence in position order; weights [num_rows] fp32. Nothing is differentiable here.
-    Raises ValueError for shapes, dtypes or devices that disagree, an unknown weighting, a backend that cannot run, and, where
-    they are on a CPU, k out of range or scores that are not numbers. A GPU is not asked: there k is clamped to what may be
-    hidden, and rows left over are padding.
+    Returns noisy [B, L] (dtype of tokens); rows [num_rows] int64, flat indices b * L + i of hidden tokens, by sequence and then
+    position; weights [num_rows] fp32. Not differentiable.
+    Raises ValueError if shapes, dtypes or devices disagree, the weighting is unknown, the backend cannot run, or, on a CPU, k is
+    out of range or a score is NaN. On a GPU k is clamped to the tokens that may be hidden, and rows left over are padding.
     """
     if tokens.dim() != 2 or tokens.dtype not in (torch.int32, torch.int64):
         raise ValueError(f"tokens must be [batch, length] of int32 or int64, got shape {tuple(tokens.shape)} of {tokens.dtype}")
     batch, length = tokens.shape
     counts = torch.as_tensor(num_masked)
-    counts = as_ids("num_masked", counts) if counts.numel() else counts.long()  # torch takes an empty list for one of floats
+    counts = as_ids("num_masked", counts) if counts.numel() else counts.long()  # torch makes floats of an empty list
     sample_ids = as_ids("sample_ids", sample_ids)
     for name, tensor, shape in (
         ("num_masked", counts, (batch,)),
@@ -192,7 +191,7 @@ def mask_tokens(
 
 
 _TOO_LARGE = tuple(
-    (name, f"a sequence has more than {LONGEST:,} tokens, or the batch 2^31 and more") for name in ("cuda", "triton")
+    (name, f"a sequence has more than {LONGEST:,} tokens, or the batch 2^31 or more") for name in ("cuda", "triton")
 )
 
 
@@ -271,6 +270,6 @@ register(
 
 
 def mask_tokens_cost(batch: int, length: int, num_rows: int, *, id_bytes: int = 8, scored: bool = False) -> Cost:
-    """Bytes: ids in and out, scores in, rows (8) and weights (4) out. The random words are integer work, not FLOPs."""
+    """Bytes: ids in and out, scores in, rows (8) and weights (4) out. No FLOPs: the random words are integer work."""
     tokens = batch * length
     return Cost(flops=0, bytes=tokens * (2 * id_bytes + 4 * scored) + num_rows * 12)

@@ -4,10 +4,9 @@
     counter = (index bits 0..31, index bits 32..63, step, stream)
     output  = four 32-bit words
 
-`index` names the thing the number belongs to (sample * length + position for tokens), so noise depends on nothing else:
-not on the rank, the batch it came in, or what was drawn before. This file is the specification; words are int64 tensors
-holding 0 .. 2^32 - 1. Ten rounds rather than seven: seven pass the published tests, ten leave a margin, and on a GPU the
-work hides under memory traffic either way.
+`index` names what the number is for (sample * length + position for tokens), so noise does not depend on the rank, the batch or
+earlier draws. This file is the specification; words are int64 tensors of 0 .. 2^32 - 1. Ten rounds: seven pass the published
+tests, ten leave a margin, and on a GPU memory traffic hides the work of either.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ WORD = 0xFFFFFFFF
 STREAM_MASK = 0
 """Which tokens are hidden."""
 STREAM_REVEAL = 1
-"""Which of the tokens already hidden are shown again, where importance scores what can be seen."""
+"""Which hidden tokens are shown again, if importance scores visible tokens."""
 STREAM_DROPOUT = 2
 """Dropout; the layer is in the stream's bits 8 and up."""
 STREAM_SAMPLE = 3
@@ -35,13 +34,13 @@ STREAM_TOKEN = 5
 STREAM_REMASK = 6
 """Whether a sampler hides a position again, or reveals it, at a step."""
 STREAM_ORDER = 7
-"""In which order a sampler that draws its order reveals positions at a step."""
+"""The order in which a sampler that draws its order reveals positions at a step."""
 STREAM_MOMENTS = 16
 """Rounding of an optimizer's bf16 moments; the parameter's number is in the stream's bits 8 and up."""
 
 
 def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
-    """High and low words of the 64-bit product. Wrapping int64 arithmetic has the same bits as unsigned."""
+    """High and low words of the 64-bit product. Wrapping int64 arithmetic gives the same bits as unsigned."""
     wide = b * a
     return (wide >> 32) & WORD, wide & WORD
 
@@ -49,7 +48,7 @@ def _product(a: int, b: Tensor) -> tuple[Tensor, Tensor]:
 def philox4x32(
     counter: tuple[Tensor, Tensor, Tensor, Tensor], key: tuple[Tensor, Tensor]
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Four words for each counter. All arguments are int64 tensors of words that broadcast together."""
+    """Four words for each counter. Arguments are int64 tensors of words that broadcast together."""
     c0, c1, c2, c3 = counter
     k0, k1 = key
     for _ in range(ROUNDS):
@@ -65,7 +64,7 @@ def random_words(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Four words for every element of `index` (int64, any shape) at this seed (64 bits), step and stream (32 bits each).
 
-    A step or stream that is a tensor is broadcast against index.
+    step and stream may be tensors that broadcast with index.
     """
 
     def word(value: int | Tensor) -> Tensor:
@@ -86,15 +85,15 @@ def uniform(word: Tensor) -> Tensor:
 
 
 def uniform64(high: Tensor, low: Tensor) -> Tensor:
-    """Two words as fp64 in (0, 1] with 2^-53 steps at worst and the exact tail near 0: what a rare draw needs."""
+    """Two words as fp64 in (0, 1], in steps of 2^-53 at most and exact near 0, as rare draws need."""
     return (high.to(torch.float64) * 2.0**32 + low.to(torch.float64) + 0.5) * 2.0**-64
 
 
 def gumbel64(high: Tensor, low: Tensor) -> Tensor:
     """Standard Gumbel -log(-log u) of u = (high * 2^32 + low + 0.5) / 2^64, fp64, with both tails.
 
-    From u = 1/2 upwards 1 - u comes from the complement of the integer, where nothing is lost: the largest value, 45.05, comes
-    with the chance it should. 24 bits stop at 16.6, which makes tokens of chance 6e-8 and below impossible.
+    From u = 1/2 upwards, 1 - u is computed exactly from the complement of the integer: values up to the largest, 45.05, have the
+    right chance. 24 bits stop at 16.6, which makes tokens of chance 6e-8 and below impossible.
     """
     upper = high >> 31 == 1
     high, low = torch.where(upper, WORD - high, high), torch.where(upper, WORD - low, low)

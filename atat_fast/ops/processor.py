@@ -1,10 +1,10 @@
-"""What this machine's processor computes fast in: asked by ops, Muon, `train.dtype auto`, benchmarks and tests.
+"""How fast this machine's processor multiplies bf16. Ops, Muon, `train.dtype auto`, benchmarks and tests ask.
 
     native     AMX or AVX512-BF16: bf16 products beat fp32's, two to eight times
     emulated   AVX-512 alone: oneDNN widens bf16 as it goes; about as fast as fp32
-    none       the rest, most laptops: torch multiplies bf16 on one thread without vector instructions, some forty times slower
+    none       others, most laptops: torch multiplies bf16 on one thread without vector instructions, some forty times slower
 
-Only the first makes bf16 the better choice; only the last makes it a bad one, and there the ops widen what they multiply to fp32.
+bf16 is the better choice on the first only. On the last it is a bad one, so the ops there multiply in fp32.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ def _bf16_instructions() -> str:
 
 
 def bf16_products() -> str:
-    """How the CPU multiplies bf16: native, emulated or none. Without oneDNN, which alone knows how, it is none."""
+    """How the CPU multiplies bf16: native, emulated or none; none without oneDNN, which alone uses these instructions."""
     return _bf16_instructions() if torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled else "none"
 
 
 def multiplies_bf16(device: torch.device) -> bool:
-    """Whether bf16 products are faster than fp32's there."""
+    """Whether bf16 products are faster than fp32's on the device."""
     return device.type != "cpu" or bf16_products() == "native"
 
 
 def widens_bf16(tensor: torch.Tensor) -> bool:
-    """Whether a product of this tensor is better made in fp32: bf16 on a CPU that multiplies it one number at a time."""
+    """Whether to multiply this tensor in fp32: it is bf16 on a CPU that multiplies bf16 one number at a time."""
     return tensor.dtype is torch.bfloat16 and tensor.device.type == "cpu" and bf16_products() == "none"
 
 
 def times_slower(size: int = 256) -> float:
-    """How many times longer a bf16 product takes this CPU than one in fp32; a few hundredths of a second."""
+    """Measure how many times longer a bf16 product takes than one in fp32 on this CPU; takes a few hundredths of a second."""
 
     def seconds(dtype: torch.dtype) -> float:
         a = torch.randn(size, size).to(dtype)

@@ -1,8 +1,8 @@
-"""How an op becomes `torch.ops.atat_fast.*`, which backends it has, which of them runs, and what it is said to cost.
+"""Registration of ops as `torch.ops.atat_fast.*`, their backends, the choice among these, and `Cost`.
 
-An op states its backends once, with `backends(op, torch=..., cpp=...)`. Its front door asks `choose_backend` for a name, which
-is a constant of a compiled graph, and passes it on as the last argument of the schema, `str backend`; `dispatch(op)` is the
-implementation that looks the name up. `python -m atat_fast.ops` prints what `explain` says of every op.
+An op states its backends once, with `backends(op, torch=..., cpp=...)`. Its public function gets a name from `choose_backend`,
+a constant in a compiled graph, and passes it as the schema's last argument, `str backend`; `dispatch(op)` is the implementation
+that looks the name up. `python -m atat_fast.ops` prints what `explain` returns for every op.
 
 Ops are declared with `Library.define` and `Library.impl`, which add about 1.5 microseconds a call; the `custom_op`
 decorator adds about 7, more than some of these kernels take on a GPU.
@@ -30,12 +30,12 @@ BACKENDS = ("cuda", "triton", "cpp", "torch")
 """Every backend's name: compiled CUDA kernels, Triton kernels, the compiled CPU loop, PyTorch (the specification)."""
 
 PREFERENCE = {"cuda": ("cuda", "triton", "torch"), "cpu": ("cpp", "torch", "triton")}
-"""Fastest first, by the kind of device the tensors are on. Triton comes last on a CPU, where it runs in an interpreter."""
+"""Backends by the kind of device the tensors are on, fastest first. On a CPU Triton is last: it runs in an interpreter."""
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What one call must do at least: floating-point operations, and bytes moved between memory and the chip."""
+    """The least that one call must do: floating-point operations, and bytes moved between memory and the chip."""
 
     flops: int
     bytes: int
@@ -55,12 +55,12 @@ def register(
 ) -> Any:
     """Declare `atat_fast::<schema>` with one implementation for every device, its shape rule and its gradient.
 
-    plain: the op as a composition of PyTorch's own, which PyTorch differentiates in every mode and order; it takes the op's
-    arguments and is what runs while `transformed`. The first derivatives of an op are its `backward`; where they may be
-    differentiated again (`again`), `backward` makes them of plain PyTorch too.
+    plain:    the op in PyTorch's own steps, differentiable in every mode and order. It takes the op's arguments and runs while
+              `transformed()`.
+    backward: the op's first derivatives; if `again()`, it makes them in PyTorch's own steps too. None for an op that is itself
+              a backward: its gradient raises a RuntimeError.
 
-    Without `backward` the op gets a gradient that refuses in a sentence: it is itself a backward, which is called where nobody
-    differentiates again. Returns a function that calls the op, or in eager mode does what the op would do, sooner.
+    Returns a function that calls the op, or in eager mode does the same faster (`_shortcut`).
     """
     name = schema.split("(", 1)[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
@@ -74,7 +74,7 @@ def register(
 
 
 def _function(name: str, implementation: Callable[..., Any], backward: Callable[..., Any], setup: Callable[..., None]) -> Any:
-    """What `register_autograd` makes of these, as a plain autograd.Function."""
+    """An autograd.Function that does the same as `register_autograd`."""
 
     def forward(ctx: Any, *arguments: Any) -> Any:
         outputs = implementation(*arguments)
@@ -86,11 +86,11 @@ def _function(name: str, implementation: Callable[..., Any], backward: Callable[
 
 
 def _shortcut(op: Any, implementation: Callable[..., Any], record: Any, plain: Callable[..., Any] | None) -> Callable[..., Any]:
-    """`op` as a function that goes past the dispatcher where nobody stands between.
+    """`op` as a function that skips the dispatcher if nothing needs it.
 
-    torch.library's autograd takes 50 to 100 microseconds a recorded call, an autograd.Function about 10. Whoever compiles,
-    exports, traces or looks on (a dispatch mode, a tensor subclass, the meta device) gets the op itself, as does what is recorded
-    without a `record`: that is a backward, which refuses.
+    torch.library's autograd takes 50 to 100 microseconds a recorded call, an autograd.Function about 10. The op itself runs under
+    compile, export, tracing, a dispatch mode, a tensor subclass or the meta device, and for recorded calls without `record`
+    (backwards, which raise).
     """
 
     def call(*arguments: Any) -> Any:
@@ -115,9 +115,9 @@ _PLAIN = (torch.Tensor, torch.nn.Parameter)
 
 
 def transformed() -> bool:
-    """Whether forward-mode differentiation (dual numbers) or a functorch transform is on: ops are plain PyTorch then.
+    """Whether forward-mode differentiation (dual numbers) or a functorch transform is on: then ops run their plain PyTorch form.
 
-    Our kernels know neither: a tangent would be lost in them without a word. An open dual level is enough, whoever is dual in it.
+    Our kernels would silently drop a tangent. An open dual level counts, whichever tensors are dual in it.
     """
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
@@ -128,20 +128,20 @@ def intercepted() -> bool:
 
 
 def readable(tensor: torch.Tensor) -> bool:
-    """Whether its values can be looked at here, and nothing waits for a device: no compiler, no fake tensors, no transform."""
+    """Whether the values can be read here without waiting for a device: not under a compiler, fake tensors or a transform."""
     plain = tensor.device.type == "cpu" and type(tensor) in _PLAIN
     return plain and not (torch.compiler.is_compiling() or intercepted() or transformed())
 
 
 def again() -> bool:
-    """Asked by a backward: whether what it returns may be differentiated again (create_graph, forward mode, functorch), or is
-    for many upstream gradients at once (torch.autograd's is_grads_batched): then it is made of PyTorch's own steps.
+    """Whether a backward must use PyTorch's own steps: its result may be differentiated again (create_graph, forward mode,
+    functorch), or serves many upstream gradients at once (torch.autograd's is_grads_batched).
     """
     return torch.is_grad_enabled() or transformed() or torch._C._dispatch_tls_is_dispatch_key_included("VmapMode")
 
 
 def pull(plain: Callable[..., Any], inputs: tuple[Any, ...], upstream: Any) -> tuple[Any, ...]:
-    """Gradients of plain(*inputs) for `upstream`, themselves differentiable; None for what is no tensor of floating point."""
+    """Differentiable gradients of plain(*inputs) for `upstream`; None for inputs that are not floating-point tensors."""
     places = [i for i, value in enumerate(inputs) if isinstance(value, torch.Tensor) and value.is_floating_point()]
 
     def of(*values: torch.Tensor) -> Any:
@@ -158,7 +158,7 @@ def pull(plain: Callable[..., Any], inputs: tuple[Any, ...], upstream: Any) -> t
 
 
 def register_composite(schema: str, implementation: Callable[..., Any]) -> Any:
-    """Declare an op that is a composition of others, seen through by autograd and torch.compile. Returns the op."""
+    """Declare an op composed of others, which autograd and torch.compile see. Returns the op."""
     name = schema.split("(", 1)[0]
     library.define(schema, tags=(torch.Tag.pt2_compliant_tag,))
     library.impl(name, implementation, "CompositeImplicitAutograd")
@@ -176,16 +176,16 @@ _table: dict[str, dict[str, Callable[..., Any]]] = {}
 
 
 def backends(op: str, **implementations: Callable[..., Any]) -> None:
-    """State what runs `op` on each backend it has. Implementations of one op take the same arguments."""
+    """State the implementations of `op` by backend. All of one op take the same arguments."""
     unknown = set(implementations) - set(BACKENDS)
-    assert not unknown and "torch" in implementations, f"{op} needs its specification as `torch`, and knows no {unknown}"
+    assert not unknown and "torch" in implementations, f"{op} must have the backend `torch`, and has unknown ones: {unknown}"
     _table[op] = implementations
 
 
 def dispatch(op: str) -> Callable[..., Any]:
     """The implementation of a schema whose last argument is `str backend`.
 
-    Triton launches on the current device, so for it the first tensor's device is made that. csrc's launches guard themselves.
+    Triton launches on the current device, so the first tensor's device is made current for it. csrc's launches do so themselves.
     """
 
     def run(*arguments: Any) -> Any:
@@ -199,7 +199,7 @@ def dispatch(op: str) -> Callable[..., Any]:
 
 
 def missing(backend: str, device: torch.device) -> str | None:
-    """Why `backend` cannot run on tensors of `device` here, or None where it can. The answer holds for every op that has it."""
+    """Why `backend` cannot run on tensors of `device` here, or None if it can; the same for every op that has it."""
     if backend == "cuda":
         if device.type != "cuda":
             return "it runs on CUDA tensors"
@@ -219,23 +219,23 @@ def missing(backend: str, device: torch.device) -> str | None:
 
 
 def explain(op: str, device: torch.device) -> dict[str, str | None]:
-    """For each backend of `op`, fastest on this device first: why it cannot run, or None where it can."""
+    """For each backend of `op`, fastest on this device first: why it cannot run, or None if it can."""
     preferred = PREFERENCE.get(device.type, ("torch",))
     names = [*preferred, *(name for name in BACKENDS if name not in preferred)]
     return {name: missing(name, device) for name in names if name in _table[op]}
 
 
 def ops() -> tuple[str, ...]:
-    """Every op that has stated its backends; a backward runs where its forward does."""
+    """Every op with backends, without backwards, which run on their forward's."""
     return tuple(name for name in _table if not name.endswith("_backward"))
 
 
 @torch.compiler.assume_constant_result
 def choose_backend(op: str, device: torch.device, asked: str | None = None, without: tuple[tuple[str, str], ...] = ()) -> str:
-    """The backend `op` uses on `device`: `asked`, else $ATAT_FAST_BACKEND where it can run, else the fastest that can.
+    """The backend `op` uses on `device`: `asked`, else $ATAT_FAST_BACKEND if it can run, else the fastest that can.
 
-    `without` names backends that cannot take these shapes, each with its reason. A compiled graph keeps its first answer.
-    Raises ValueError where `asked` cannot run: a backend asked for by name is never replaced by another.
+    without: backends that cannot take these tensors, each with its reason. A compiled graph keeps its first answer.
+    Raises ValueError if `asked` cannot run: it is never replaced by another.
     """
     return _choose(op, device, asked, without, os.environ.get("ATAT_FAST_BACKEND", "") if asked is None else "")
 
@@ -256,7 +256,7 @@ def _choose(op: str, device: torch.device, asked: str | None, without: tuple[tup
 
 
 def on_device(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Makes `tensor`'s GPU the current one, for Triton launches where the current device is. Nothing to do is the usual case."""
+    """Make `tensor`'s GPU the current one, where Triton launches. Usually it is already."""
     device = tensor.device
     if device.type != "cuda" or device.index == torch.cuda.current_device():
         return _HERE
@@ -267,33 +267,33 @@ _HERE = contextlib.nullcontext()
 
 
 def autocast_is_on(tensor: torch.Tensor) -> bool:
-    """Whether autocast is on for this tensor's device; torch knows none for the meta device and raises."""
+    """Whether autocast is on for this tensor's device; False for the meta device, for which torch would raise."""
     return tensor.device.type != "meta" and torch.is_autocast_enabled(tensor.device.type)
 
 
 def autocast_dtype(tensor: torch.Tensor) -> torch.dtype:
-    """The dtype a matrix product of `tensor` would run in: autocast's where it is on for this device, else the tensor's own."""
+    """The dtype a matrix product of `tensor` would run in: autocast's if it is on for this device, else the tensor's own."""
     if autocast_is_on(tensor) and tensor.dtype is not torch.float64:
         return torch.get_autocast_dtype(tensor.device.type)
     return tensor.dtype
 
 
 def without_autocast(tensor: torch.Tensor) -> contextlib.AbstractContextManager[Any]:
-    """Within, products run in the dtype of what they are given."""
+    """Turn autocast off: products run in the dtype of their inputs."""
     return torch.autocast(tensor.device.type, enabled=False) if autocast_is_on(tensor) else _HERE
 
 
 def as_ids(name: str, ids: torch.Tensor) -> torch.Tensor:
-    """Integers of any width as int64. Raises ValueError for others."""
+    """Integers of any width as int64. Raises ValueError for other dtypes."""
     if ids.dtype is torch.bool:
-        raise ValueError(f"{name} is a mask of bools; pass {name}.nonzero().flatten(), numbers of rows")
+        raise ValueError(f"{name} is a bool mask; pass row numbers, {name}.nonzero().flatten()")
     if ids.is_floating_point() or ids.is_complex():
         raise ValueError(f"{name} is {ids.dtype}; pass integers")
     return ids.long()
 
 
 def scalar(value: int | torch.Tensor, like: torch.Tensor) -> torch.Tensor:
-    """`value` as a 0-d int64 tensor on `like`'s device; a tensor is passed on, so that a captured graph reads it anew."""
+    """`value` as a 0-d int64 tensor on `like`'s device. A tensor is returned as is: a captured graph then reads it anew."""
     if isinstance(value, torch.Tensor):
         return value
     return torch.full((), value, dtype=torch.int64, device=like.device)

@@ -3,17 +3,11 @@
 (a, b) = halves of the head dimension;   a' = a cos - b sin,   b' = a sin + b cos.   Values pass through.
 
 With `norm`, QK-norm without weights (Henry et al., Query-Key Normalization for Transformers, 2020, with RMSNorm) comes first, in
-the same pass:   x' = R (r x),   r = (mean(x^2) + eps)^(-1/2) over the head dimension, R the turn above.
+the same pass:   x' = R (r x),   r = (mean(x^2) + eps)^(-1/2) over the head dimension, R the rotation above.
 
-Where a gradient is recorded the result is a new tensor, although a projection's output is needed by nobody else: torch.library
-offers no gradient to an op that writes into its argument, and an autograd.Function that marks it dirty rebases the history of the
-view it is given (the packed projection is one), whose backward then copies the whole gradient. So the rotation copies the values
-in the same launch: half as many bytes again as in place, one kernel, and the unrotated tensor is freed at once because the
-backward, the rotation by the opposite angle, needs only the tables. Without gradients `self_attention` rotates in place.
-
-With `norm` the unrotated tensor is freed too. The backward reads the op's own output, which attention keeps anyway, and r, one
-number a head. With g the gradient from above and y = r x, which is the output turned back,   dx = r (R^T g - y mean(R^T g . y)).
-That holds with eps, for dr/dx = -r^3 x / E; where x = 0 it leaves dx = r R^T g with r = eps^(-1/2), as autograd has it.
+The backward rotates by the opposite angle and needs the tables only, so the unrotated tensor is freed at once. With `norm` it
+reads the op's own output, which attention keeps anyway, and r, one number a head: with g the upstream gradient and y = r x (the
+output turned back),   dx = r (R^T g - y mean(R^T g . y)).   docs/ops/rotary.md says why, and why a recorded call is not in place.
 """
 
 from __future__ import annotations
@@ -30,7 +24,7 @@ LOOP_DTYPES = (torch.float32, torch.bfloat16, torch.float64)
 
 
 def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, norm: bool = False, eps: float | None = None) -> Tensor:
-    """The specification, differentiable as often as wanted."""
+    """The specification, differentiable any number of times."""
     turned, c, s = qkv[:, :, :2], cos[:, None, None], sin[:, None, None]
     if norm:
         turned = turned.to(_wide(qkv.dtype))
@@ -62,18 +56,17 @@ def rotary(
     """Rotate the queries and keys of a packed projection.
 
     qkv: [B, L, 3, H, E] fp32, bf16, fp16 or fp64, E even.   cos, sin: [L, E / 2] fp32 (fp64 for fp64 data).
-    norm: scale each query and key to unit root-mean-square over E, without weights, before it is turned. A row of zeros stays
-          one. Where a gradient is wanted, no (cos, sin) may be (0, 0).
-    eps: of that norm, added to the mean square: above 0, and by default 2^-23 (2^-52 for fp64 data). This is what F.rms_norm
-         takes by itself, for bf16 and fp16 too: the machine epsilon of the dtype it computes in, not of the data's. A model
-         that was trained with one of them gives the same numbers with the other, up to rounding.
-    inplace: write into qkv, where no gradient is being recorded; the caller then must not use the unrotated values again.
-    backend: "triton", "cpp" or "torch"; the fastest that can run where the caller does not say. Products and sums are fp32
-             (fp64 for fp64 data) and rounded once on each of them.
-    Returns the packed tensor. Differentiable in qkv. The backward is the rotation by the opposite angle, and with norm it reads
-    the returned tensor, which must not be written to before.
-    Raises ValueError when shapes disagree, a table requires a gradient, eps is not above 0 or is given without norm, a gradient
-    needs what would be overwritten, or the backend cannot run.
+    norm: scale each query and key to unit root-mean-square over E, without weights, before the rotation. Zeros stay zeros.
+          For a gradient, no (cos, sin) may be (0, 0).
+    eps: added to that norm's mean square, above 0; by default 2^-23 (2^-52 for fp64 data), which is F.rms_norm's default, for
+         bf16 and fp16 too: the machine epsilon of the dtype it computes in, not of the data's. So a model trained with one of
+         the two gives the same numbers with the other, up to rounding.
+    inplace: write into qkv; only if no gradient is recorded. The caller must not use the unrotated values again.
+    backend: "triton", "cpp" or "torch"; None for the fastest that can run. On each, products and sums are fp32 (fp64 for fp64
+             data), rounded once.
+    Returns the packed tensor. Differentiable in qkv. With norm the backward reads the returned tensor: do not write to it before.
+    Raises ValueError when shapes disagree, a table requires a gradient, eps is not above 0 or is given without norm, inplace
+    would overwrite values that a gradient needs, or the backend cannot run.
     """
     _check(qkv, cos, sin)
     eps = _checked_eps(norm, eps, qkv.dtype)
@@ -96,15 +89,15 @@ def rotary(
 def rotary_split(
     qkv: Tensor, cos: Tensor, sin: Tensor, *, norm: bool = False, eps: float | None = None, backend: str | None = None
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """`rotary` into three tensors, queries, keys and values [B, L, H, E] each: what attention kernels take.
+    """`rotary` into three tensors, queries, keys and values [B, L, H, E] each, as attention kernels take them.
 
-    Their gradients come back as three too, and are read as they lie; those of a packed tensor's parts would be packed first, a
-    pass over all of it. Arguments and numbers are rotary's. Differentiable in qkv.
+    The backward reads their three gradients as they are; autograd would first pack those of a packed tensor's parts, a pass over
+    all of it. Arguments and numbers are rotary's. Differentiable in qkv.
     """
     _check(qkv, cos, sin)
     given = _checked_eps(norm, eps, qkv.dtype) if norm or eps is not None else None
     chosen = choose_backend("rotary", qkv.device, backend, _without(qkv.dtype, False))
-    if chosen == "cpp":  # whose loop packs
+    if chosen == "cpp":  # its loop writes the packed tensor
         q, k, v = rotary(qkv, cos, sin, norm=norm, eps=given, backend=chosen).unbind(2)
     else:
         q, k, v, _ = _SPLIT(qkv, cos, sin, given, chosen)
@@ -112,11 +105,10 @@ def rotary_split(
 
 
 def splits() -> bool:
-    """Whether `rotary_split` may be used here: not while torch 2.11 or 2.12 compiles.
+    """Whether `rotary_split` may be used: not while torch 2.11 or 2.12 compiles.
 
-    For a log line that nobody reads, their inductor spells out all that leads to an op when it first meets it, once for each of
-    its arguments. Three gradients that come from one place multiply that by about five a block: twelve blocks deep it takes
-    hours. From 2.13 on the line is written only where it is read.
+    For a debug log line their inductor writes out all inputs that lead to an op, once for each of its arguments. Three gradients
+    from one place multiply that by about five a block: for twelve blocks it takes hours. 2.13 writes the line only if it is read.
     """
     return _LAZY_LOG or not (torch.compiler.is_compiling() or intercepted())
 
@@ -131,23 +123,23 @@ def _check(qkv: Tensor, cos: Tensor, sin: Tensor) -> None:
     if tuple(cos.shape) != table or tuple(sin.shape) != table:
         raise ValueError(f"cos and sin must have shape {table}, got {tuple(cos.shape)} and {tuple(sin.shape)}")
     if (cos.requires_grad or sin.requires_grad) and not transformed():
-        raise ValueError("cos or sin requires a gradient, and there is none for tables; pass cos.detach() and sin.detach()")
+        raise ValueError("cos or sin requires a gradient, but tables get none; pass cos.detach() and sin.detach()")
 
 
 def _checked_eps(norm: bool, eps: float | None, dtype: torch.dtype) -> float:
-    """What is added to a mean square: `eps`, or F.rms_norm's own."""
+    """The checked `eps`, or F.rms_norm's default."""
     limits = torch.finfo(_wide(dtype))
     if eps is None:
         return limits.eps
     if not norm:
-        raise ValueError(f"eps {eps} belongs to the norm; say norm=True, or leave it out")
+        raise ValueError(f"eps {eps} is given without norm; pass norm=True, or leave eps out")
     if not limits.tiny <= eps < float("inf"):
         raise ValueError(f"eps must be a number of at least {limits.tiny}, so that a row of zeros has a norm, got {eps}")
     return eps
 
 
 def _wide(dtype: torch.dtype) -> torch.dtype:
-    """What products and sums of `dtype` are made in."""
+    """The dtype of products and sums of `dtype`."""
     return torch.float64 if dtype is torch.float64 else torch.float32
 
 
@@ -183,9 +175,9 @@ def _split_plain(qkv: Tensor, cos: Tensor, sin: Tensor, eps: float | None, backe
 
 
 def _pull(grad: Tensor, drstd: Tensor | None, out: Tensor, rstd: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """The gradient with a norm, differentiable again in grad, out [B, L, 3, H, E] and rstd, which stand for what was normed.
+    """The gradient with a norm, differentiable in grad, out [B, L, 3, H, E] and rstd; out and rstd stand for the input.
 
-    See the top of this file; drstd is rstd's own upstream, which a second derivative has, and dr/dx = -r^2 y / E.
+    drstd is rstd's upstream, which exists in a second derivative; dr/dx = -r^2 y / E. See docs/ops/rotary.md.
     """
     wide = _wide(grad.dtype)
     c, s = cos[:, None, None].to(wide), sin[:, None, None].to(wide)
@@ -203,9 +195,9 @@ def _pull(grad: Tensor, drstd: Tensor | None, out: Tensor, rstd: Tensor, cos: Te
 
 
 Rstd = Tensor | None
-"""Where the norm's scales [B, L, 2, H] are left, if they are wanted."""
+"""The buffer for the norm's scales [B, L, 2, H], or None."""
 Packed = Tensor | tuple[Tensor, ...]
-"""[B, L, 3, H, E], or queries, keys and (where they are wanted) values [B, L, H, E]."""
+"""[B, L, 3, H, E], or a tuple of queries, keys and, if needed, values [B, L, H, E]."""
 
 
 def _parts(packed: Packed) -> tuple[Tensor, ...]:
@@ -215,7 +207,7 @@ def _parts(packed: Packed) -> tuple[Tensor, ...]:
 def _torch(
     out: Packed, qkv: Packed, cos: Tensor, sin: Tensor, inverse: bool, rstd: Rstd = None, eps: float | None = None
 ) -> None:
-    """The specification's sums, written into out, which may be qkv itself: both are made before either half is written."""
+    """The specification, written into out. out may be qkv: both halves are computed before either is written."""
     outs, ins = _parts(out), _parts(qkv)
     half, wide = ins[0].shape[-1] // 2, _wide(ins[0].dtype)
     c, s = cos[:, None], (-sin if inverse else sin)[:, None]
@@ -236,10 +228,10 @@ def _torch(
 
 
 def _torch_backward(dqkv: Tensor, grad: Packed, out: Packed, rstd: Tensor, cos: Tensor, sin: Tensor) -> None:
-    """The gradient of the specification with a norm, into dqkv. See the top of this file.
+    """The gradient of the specification with a norm, into dqkv; docs/ops/rotary.md has the formula.
 
-    Tables may be rounded or scaled, so that R^T R = cos^2 + sin^2 is not one: y is R^T out divided by it, and the mean is that
-    of grad . out whatever they are.
+    Tables may be rounded or scaled, so R^T R = cos^2 + sin^2 may differ from 1: y is R^T out divided by it. The mean is that of
+    grad . out for any tables.
     """
     grads, outs = _parts(grad), _parts(out)
     half, wide = dqkv.shape[-1] // 2, _wide(dqkv.dtype)
@@ -259,7 +251,7 @@ def _tables(qkv: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _in_rows(packed: Tensor) -> Tensor:
-    """The tensor as kernels read it: rows may be apart, but each is in one piece."""
+    """The tensor as kernels read it: each row is contiguous; rows may be apart."""
     return packed if _dense(packed) else packed.contiguous()
 
 
@@ -278,7 +270,7 @@ def _cpp_backward(dqkv: Tensor, grad: Tensor, out: Tensor, rstd: Tensor, cos: Te
 
 
 def _alike(packed: Packed) -> Packed:
-    """As kernels read it: a row's heads in one piece, and three tensors at equal strides."""
+    """As kernels read it: a row's heads are contiguous, and three tensors have equal strides."""
     if isinstance(packed, Tensor):
         return _in_rows(packed)
     heads, size = packed[0].shape[2:]
@@ -377,7 +369,7 @@ def _normed_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tenso
 
 def _normed_autograd(ctx: Any, grad: Tensor | None, drstd: Tensor | None) -> tuple[Any, ...]:
     out, rstd, cos, sin = ctx.saved_tensors
-    if drstd is not None or again():  # drstd comes from a second derivative alone
+    if drstd is not None or again():  # only a second derivative has drstd
         if grad is None and drstd is None:
             return (None,) * 5
         return _pull(torch.zeros_like(out) if grad is None else grad, drstd, out, rstd, cos, sin), None, None, None, None
@@ -388,7 +380,7 @@ Split = tuple[Tensor, Tensor, Tensor, Tensor]
 
 
 def _split_outputs(qkv: Tensor, eps: float | None) -> Split:
-    """q, k, v, and the norm's scales, of which there are none without it."""
+    """q, k, v, and the norm's scales, an empty tensor without a norm."""
     batch, length, _, heads, size = qkv.shape
     q, k, v = (qkv.new_empty((batch, length, heads, size)) for _ in range(3))
     return q, k, v, qkv.new_empty((batch, length, 2, heads) if eps is not None else (0,), dtype=_wide(qkv.dtype))
@@ -505,10 +497,10 @@ def rotary_cost(
     norm: bool = False,
     backward: bool = False,
 ) -> Cost:
-    """Queries and keys are read and written once, and out of place the values too. Three operations an element turned.
+    """Queries and keys are read and written once, and out of place the values too. Three operations an element of q and k.
 
-    norm: three more for the mean square and the scale, and out of place four bytes a query and key for what the backward needs.
-          Its backward takes eight, and reads those and the turned queries and keys again.
+    norm: three more for the mean square and the scale; out of place, four bytes a query and key for its scale. Its backward
+          takes eight operations, and reads the scales and the rotated queries and keys again.
     """
     elements = rows * heads * head_dim
     moved, operations, kept = 2 * (2 if inplace else 3), 3, 0

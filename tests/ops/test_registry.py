@@ -117,7 +117,7 @@ def test_a_library_of_one_architecture_does_not_claim_another(answers, monkeypat
 
 def test_an_old_driver_is_told_before_a_launch_fails(answers):
     answers.driver = 12080
-    want = "the compiled library is of CUDA 13.0, and the driver serves CUDA up to 12.8; install a newer driver, or build"
+    want = "the compiled library needs CUDA 13.0, and the driver supports CUDA up to 12.8; install a newer driver, or build"
     assert library.cuda_problem((9, 0)).startswith(want)
     answers.driver = 13000
     answers.runtime = 13020  # within a major version an older driver serves a newer runtime
@@ -128,7 +128,7 @@ def test_a_library_that_reaches_no_stream_is_no_backend(answers, monkeypatch):
     answers.reaches = False
     assert "was linked without libtorch.so" in library.cuda_problem((9, 0))
     monkeypatch.setattr(torch.version, "cuda", None)
-    assert "is no CUDA build" in library.cuda_problem((9, 0))
+    assert "was built without CUDA" in library.cuda_problem((9, 0))
 
 
 def test_an_older_library_is_told_in_one_sentence(monkeypatch):
@@ -211,7 +211,7 @@ def test_names_and_rows_may_be_integers_of_any_width():
     qkv, out = torch.randn(24, 8), torch.randn(8, 8)
     some = lambda rows: self_attention(x, qkv, out, *rotary_table(5, 4), heads=2, rows=rows)  # noqa: E731
     assert torch.equal(some(ids.int()), some(ids))
-    with pytest.raises(ValueError, match=r"rows is a mask of bools; pass rows.nonzero\(\).flatten\(\)"):
+    with pytest.raises(ValueError, match=r"rows is a bool mask; pass row numbers, rows.nonzero\(\).flatten\(\)"):
         some(torch.ones(10, dtype=torch.bool))
     with (
         torch.autocast("cpu", torch.float16),

@@ -1,4 +1,4 @@
-"""Attention: which implementation runs and why (`op.py`), and one of our own for short sequences on a CPU (`products.py`)."""
+"""Attention: which implementation runs and why (`op.py`); our own backward for short sequences on a CPU (`products.py`)."""
 
 from atat_fast.ops.attention.op import (
     IMPLEMENTATIONS,

@@ -1,13 +1,13 @@
 """attention and adaptive_attention: bidirectional attention from a packed projection, and the whole branch around it.
 
-No attention kernel is written here: the fastest one present is called, without a copy before or after it; on a CPU in bf16 the
-backward of short sequences is put together from matrix products instead. Which one runs depends on device, dtype, head dimension
-and what is installed; `explain_attention` says it with a reason for each of the others, and `python -m atat_fast.ops` prints it.
-`implementation=` or $ATAT_FAST_ATTENTION asks for one by name, and then it is that or a ValueError. The orders below follow what
-the libraries' authors publish; bench/bench_attention.py measures them on a device.
+The fastest attention kernel that is installed runs, with no copy before or after it. On a CPU in bf16 the backward of short
+sequences is our own, made of matrix products (products.py). The choice depends on device, dtype, head dimension and installed
+packages; `explain_attention` gives a reason for each one that cannot run, and `python -m atat_fast.ops` prints them.
+`implementation=` or $ATAT_FAST_ATTENTION asks for one by name; if that cannot run, it is a ValueError. The orders below follow
+what the libraries' authors publish; bench/bench_attention.py measures them on a device.
 
-Packed training rows hold several documents. With document ids a token attends inside its own document only: through the
-variable-length form of flash-attn where that runs, and through a boolean mask elsewhere.
+Packed training rows hold several documents. With document ids a token attends inside its own document only: by flash-attn's
+variable-length form if flash-attn runs, else by a boolean mask.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ from atat_fast.ops.registry import Cost, as_ids, autocast_dtype, intercepted, re
 from atat_fast.ops.rotary import rotary, rotary_split, splits
 
 MODULES = {"flash_attn_3": "flash_attn_interface", "flash_attn": "flash_attn"}
-"""Packages that take the packed projection as it is, and a variable-length form of it."""
+"""Packages, and their modules, that take the packed projection as it is; they have a variable-length form too."""
 SWITCHES = {
     "cudnn": torch.backends.cuda.enable_cudnn_sdp,
     "sdpa_flash": torch.backends.cuda.enable_flash_sdp,
     "sdpa_efficient": torch.backends.cuda.enable_mem_efficient_sdp,
     "sdpa_math": torch.backends.cuda.enable_math_sdp,
 }
-"""Kernels behind torch's scaled_dot_product_attention, each with what allows it."""
+"""Kernels behind torch's scaled_dot_product_attention (SDPA), each with its switch."""
 _ALLOWED = {
     "cudnn": torch.backends.cuda.cudnn_sdp_enabled,
     "sdpa_flash": torch.backends.cuda.flash_sdp_enabled,
@@ -47,11 +47,11 @@ _ALLOWED = {
     "sdpa_math": torch.backends.cuda.math_sdp_enabled,
 }
 PRODUCTS = "products"
-"""SDPA with another backward on a CPU (attention_products.py), for sequences that are short enough for it; others are SDPA's."""
+"""SDPA with our own backward on a CPU (products.py) for short sequences; longer ones are SDPA's."""
 IMPLEMENTATIONS = (*MODULES, *SWITCHES, PRODUCTS)
 """Every name that `implementation` takes."""
 DIFFERENTIABLE = "sdpa_math"
-"""What is written out in forward-mode differentiation and under torch.func; as `products` has, it has second derivatives."""
+"""The implementation under forward-mode differentiation and torch.func. It and `products` have second derivatives."""
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
@@ -59,20 +59,20 @@ class Documents(NamedTuple):
     """Which document each token of a packed batch belongs to.
 
     ids:   [B, L] int32; a document is a run of equal ids in one row.
-    most:  a number of documents the batch does not exceed, known on the host; without it variable-length kernels are told of
-           B * L of them, which is right and slow.
+    most:  an upper bound on the documents in the batch, known on the host; None makes variable-length kernels assume B * L,
+           which is correct but slow.
     """
 
     ids: Tensor
     most: int | None = None
 
     def to(self, device: torch.device) -> Documents:
-        """The same on another device, without waiting for it."""
+        """A copy on another device, without waiting for it."""
         return Documents(self.ids.to(device, non_blocking=True), self.most)
 
 
 def attention_reference(qkv: Tensor, document_ids: Tensor | None = None) -> Tensor:
-    """The specification: softmax(q k^T / sqrt(E)) v, written out; document_ids [B, L] are numbered anew in each row."""
+    """The specification: softmax(q k^T / sqrt(E)) v, written out; document_ids [B, L] are compared within a row only."""
     q, k, v = qkv.transpose(1, 3).unbind(2)
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
     if document_ids is not None:
@@ -81,11 +81,11 @@ def attention_reference(qkv: Tensor, document_ids: Tensor | None = None) -> Tens
 
 
 def documents_of(tokens: Tensor, end_id: int) -> Documents:
-    """The documents of tokens [B, L], each closed by an end token that belongs to it. Counted where tokens are on the host."""
+    """The documents of tokens [B, L]; each ends with an end token, which belongs to it. `most` is set for CPU tokens only."""
     ends = tokens == end_id
     ids = (ends.cumsum(1) - ends.long()).to(torch.int32)
     most = int(ends.sum()) + len(tokens) if tokens.device.type == "cpu" else None
-    return Documents(ids, None if most is None else -(-most // 64) * 64)  # few sizes, so that few graphs are compiled
+    return Documents(ids, None if most is None else -(-most // 64) * 64)  # few sizes: few graphs to compile
 
 
 def attention(
@@ -93,14 +93,13 @@ def attention(
 ) -> Tensor:
     """Softmax attention of every position over every position, or over those of its own document, scale 1 / sqrt(E).
 
-    qkv:            [B, L, 3, H, E]; under autocast it is taken in autocast's dtype.
+    qkv:            [B, L, 3, H, E]; under autocast it is cast to autocast's dtype.
     document_ids:   [B, L] integers, or None; a document is a run of equal ids in one row. See `Documents` for most_documents.
-    implementation: a name of IMPLEMENTATIONS; the fastest that can run where neither it nor $ATAT_FAST_ATTENTION says.
+    implementation: a name of IMPLEMENTATIONS; None for $ATAT_FAST_ATTENTION, or without that the fastest that can run.
 
-    Returns [B, L, H * E] in qkv's dtype. Differentiable; twice by "sdpa_math", and by "products" where it is not SDPA's. In
-    forward mode and under torch.func attention is written out, with its L x L scores. With torch.use_deterministic_algorithms
-    gradients are repeatable bit for bit, at the libraries' price. Raises ValueError when shapes disagree or the implementation
-    cannot run.
+    Returns [B, L, H * E] in qkv's dtype. Differentiable; twice with "sdpa_math", and with "products" on short sequences. Forward
+    mode and torch.func hold the L x L scores. With torch.use_deterministic_algorithms gradients are repeatable bit for bit, and
+    as slow as the libraries make them. Raises ValueError when shapes disagree or the implementation cannot run.
     """
     if qkv.dim() != 5 or qkv.shape[2] != 3:
         raise ValueError(f"qkv must be [batch, length, 3, heads, head dimension], got shape {tuple(qkv.shape)}")
@@ -116,10 +115,10 @@ def attention(
 
 
 def document_layout(documents: Documents, implementation: str) -> Tensor:
-    """What an implementation wants to know of documents, made once a batch and used by every layer; nothing waits for a device.
+    """Document boundaries in the form an implementation takes. Make it once a batch, for every layer. Never waits for a device.
 
-    flash-attn's: int32 [most + 1], where each document begins in the B * L tokens, ending in B * L as often as there is room.
-    Others': bool [B, 1, L, L], true where a position may look.
+    flash-attn: int32 [most + 1], where each document begins in the B * L tokens; places left over hold B * L.
+    Others: bool [B, 1, L, L], true where a position may look.
     """
     ids = documents.ids
     batch, length = ids.shape
@@ -135,13 +134,13 @@ def document_layout(documents: Documents, implementation: str) -> Tensor:
 def explain_attention(
     device: torch.device, dtype: torch.dtype, head_dim: int, *, documents: bool = False, capability: tuple[int, int] | None = None
 ) -> dict[str, str | None]:
-    """For each implementation, fastest first on this device: why it cannot run, or None where it can.
+    """For each implementation, fastest first on this device: why it cannot run, or None if it can.
 
-    documents: whether document boundaries are to be kept. capability: that of another device than the one at hand.
+    documents: whether tokens attend within documents only. capability: a GPU's, to ask about another than this machine's.
     """
     if device.type == "cuda" and capability is None:
         capability = torch.cuda.get_device_capability(device)
-    if capability is not None and capability[0] in (9, 10):  # cuDNN's kernel is made for these, flash-attn 2 for Ampere
+    if capability is not None and capability[0] in (9, 10):  # cuDNN's kernel is tuned for these, flash-attn 2 for Ampere
         order = ("flash_attn_3", "cudnn", "flash_attn", "sdpa_flash", "sdpa_efficient", "sdpa_math", PRODUCTS)
     elif device.type == "cuda":
         order = ("flash_attn", "sdpa_flash", "cudnn", "sdpa_efficient", "sdpa_math", "flash_attn_3", PRODUCTS)
@@ -187,12 +186,12 @@ def _missing(
 
 @functools.cache
 def _import_problem(module: str) -> str | None:
-    """Why a package cannot be used, or None. It is imported only where everything else fits."""
+    """Why a package cannot be used, or None. Asked last, since it imports the package."""
     if importlib.util.find_spec(module) is None:
         return f"{module} is not installed"
     try:
         importlib.import_module(module)
-    except Exception as error:  # an extension built for another torch raises what it likes
+    except Exception as error:  # an extension built for another torch may raise anything
         return f"{module} does not import ({(str(error).splitlines() or [type(error).__name__])[0]})"
     return None
 
@@ -203,9 +202,9 @@ def choose_attention(
 ) -> str:
     """The implementation that runs: `asked`, else $ATAT_FAST_ATTENTION, else the fastest that can.
 
-    Raises UsageError, a ValueError, where one asked for by name cannot run. A compiled graph keeps its first answer.
+    Raises UsageError, a ValueError, if the one asked for by name cannot run. A compiled graph keeps its first answer.
     """
-    if transformed():  # kernels know neither tangents nor functorch; sdpa_math is a composition that PyTorch sees through
+    if transformed():  # kernels handle neither tangents nor functorch; sdpa_math is made of ops that PyTorch differentiates
         if asked not in (None, DIFFERENTIABLE):
             raise UsageError(
                 f"attention by {asked!r} has no forward-mode derivative and no rule for torch.func; leave implementation out "
@@ -220,7 +219,7 @@ def choose_attention(
 def _choose(
     device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool, asked: str | None, deterministic: bool
 ) -> str:
-    """`deterministic` is the mode that explain_attention reads: an answer is kept for each."""
+    """`deterministic` is torch's mode, which explain_attention reads: the cache keeps an answer for each."""
     reasons = explain_attention(device, dtype, head_dim, documents=documents)
     ready = [name for name, reason in reasons.items() if reason is None]
     if asked is None:
@@ -248,9 +247,9 @@ def self_attention(
     """qkv projection, rotation, attention and output projection of an already normalised x: [B, L, D] to [B, L, D].
 
     qkv_weight: [3 * D, D], packed (three, heads, head dimension).   out_weight: [D, D].   cos, sin: [L, D / heads / 2].
-    qk_norm:    queries and keys are scaled to unit root-mean-square, without weights, in the rotation's pass (`rotary`'s norm).
-    rows:       [R] integers, flat indices b * L + i: only these leave the output projection, as [R, D].
-    documents:  what `document_layout` made for this implementation, or None: every position looks everywhere.
+    qk_norm:    scale queries and keys to unit root-mean-square, without weights, in the rotation's pass (`rotary`'s norm).
+    rows:       [R] integers, flat indices b * L + i: project these rows only, and return [R, D].
+    documents:  `document_layout`'s result for this implementation, or None if every position looks everywhere.
     """
     width = x.shape[-1]
     if heads < 1 or width % heads or width // heads % 2:
@@ -285,8 +284,8 @@ def adaptive_attention(
 ) -> Tensor:
     """A DiT block's attention branch in one call: norm, modulate, project, rotate, attend, project. [B, L, D] to [B, L, D].
 
-    Arguments are those of `adaptive_layer_norm` and `self_attention`. The gate and the residual sum are left to
-    `gated_residual_norm`, which joins them to the norm that follows.
+    Arguments are those of `adaptive_layer_norm` and `self_attention`. The gate and the residual sum are not part of it:
+    `gated_residual_norm` fuses them with the next norm.
     """
     normed = adaptive_layer_norm(x, shift, scale, norm_weight, eps=eps)
     return self_attention(
@@ -315,7 +314,7 @@ def _attention(qkv: Tensor, documents: Tensor | None, implementation: str) -> Te
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, implementation: str) -> Tensor:
-    """A kernel of SDPA on [B, L, H, E] each: [B, L, H * E]."""
+    """Run one kernel of SDPA on q, k, v [B, L, H, E] each: [B, L, H * E]."""
     if widens_bf16(q):
         with torch.autocast("cpu", enabled=False):
             return _attend(q.float(), k.float(), v.float(), documents, implementation).to(q.dtype)
@@ -329,7 +328,7 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None, implement
 
 
 def _refuse_second_derivatives(x: Tensor) -> None:
-    """Said of what a kernel reads: PyTorch's kernels refuse without naming a way out, and flash-attn's leave terms out."""
+    """Raise in a second derivative and name a way out. PyTorch's kernels refuse without one; flash-attn's drop terms."""
     if x.requires_grad and torch.is_grad_enabled() and not (torch.compiler.is_compiling() or intercepted()):
         x.register_hook(_once)
 
@@ -339,7 +338,7 @@ def _once(gradient: Tensor) -> Tensor | None:
 
 
 class _Once(torch.autograd.Function):
-    """A gradient that cannot be differentiated."""
+    """Identity whose gradient cannot be differentiated."""
 
     @staticmethod
     def forward(ctx: Any, gradient: Tensor) -> Tensor:
@@ -354,7 +353,7 @@ class _Once(torch.autograd.Function):
 
 
 def _attend_from(qkv: Tensor, rows: Tensor, implementation: str) -> Tensor:
-    """Attention of some positions [R] of one sequence over all of it: [R, H * E]. qkv is [1, L, 3, H, E]."""
+    """Attention of positions `rows` [R] of one sequence over all of it: [R, H * E]. qkv is [1, L, 3, H, E]."""
     if rows.numel() == 0:
         return qkv.new_empty((0, qkv.shape[3] * qkv.shape[4]))
     if widens_bf16(qkv):
@@ -367,7 +366,7 @@ def _attend_from(qkv: Tensor, rows: Tensor, implementation: str) -> Tensor:
 
 
 def _packed(qkv: Tensor, starts: Tensor | None, implementation: str) -> Tensor:
-    """flash-attn on the packed projection, [B, L, H, E]; its gradient comes back packed, where SDPA's three need a copy."""
+    """flash-attn on the packed projection: [B, L, H, E]. Its gradient is packed too; SDPA's three gradients need a copy."""
     _refuse_second_derivatives(qkv)
     module: Any = importlib.import_module(MODULES[implementation])
     batch, length, _, heads, size = qkv.shape
@@ -385,7 +384,7 @@ def _packed(qkv: Tensor, starts: Tensor | None, implementation: str) -> Tensor:
 
 @contextlib.contextmanager
 def _only(implementation: str) -> Iterator[None]:
-    """Within, SDPA may use this kernel alone. 2 microseconds, where torch.nn.attention.sdpa_kernel takes 25."""
+    """Let SDPA use this kernel alone. Takes 2 microseconds; torch.nn.attention.sdpa_kernel takes 25."""
     implementation = "sdpa_flash" if implementation == PRODUCTS else implementation
     before = {name: allowed() for name, allowed in _ALLOWED.items()}
     for name, switch in SWITCHES.items():
@@ -412,12 +411,12 @@ def _self_attention(
     batch, length, width = x.shape
     qkv = F.linear(x, qkv_weight).view(batch, length, 3, heads, width // heads)
     tracked = transformed() or (torch.is_grad_enabled() and qkv.requires_grad)
-    if tracked and implementation in SWITCHES and qkv.numel() and splits():  # three gradients come back, and are read as three
+    if tracked and implementation in SWITCHES and qkv.numel() and splits():  # its backward reads SDPA's three gradients unpacked
         attended = _attend(*rotary_split(qkv, cos, sin, norm=qk_norm), documents, implementation)
         return F.linear(attended if rows is None else attended.view(batch * length, width).index_select(0, rows), out_weight)
     qkv = rotary(qkv, cos, sin, norm=qk_norm, inplace=not tracked)
     if rows is not None and batch == 1 and documents is None and not tracked and implementation not in MODULES:
-        # One sequence, and no gradient: rows are its positions, and attention is for their queries alone.
+        # One sequence and no gradient: rows are positions, and only their queries need attention.
         return F.linear(_attend_from(qkv, rows, implementation), out_weight)
     attended = _attention(qkv, documents, implementation)
     if rows is not None:
@@ -434,6 +433,6 @@ register_composite(
 
 
 def attention_cost(batch: int, length: int, width: int, *, element_size: int = 2, backward: bool = False) -> Cost:
-    """Two products of L x L x D a sequence forward, five backward; tensors of [B, L, D] read and written once."""
+    """Two products of L x L x D a sequence forward, five backward; each [B, L, D] tensor is read or written once."""
     products, tensors = (5, 8) if backward else (2, 4)
     return Cost(flops=2 * products * batch * length * length * width, bytes=tensors * batch * length * width * element_size)

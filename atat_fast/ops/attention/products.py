@@ -1,12 +1,12 @@
-"""Attention whose backward is batched matrix products: what trains short sequences fastest on a CPU in bf16.
+"""Attention whose backward is batched matrix products: fastest for training short sequences on a CPU in bf16.
 
-PyTorch's CPU backward of attention works on tiles, with matrix products too small for bf16 instructions to pay. Sequences of a
-few hundred tokens need no tiles: their scores fit into a core's cache. So the backward is the textbook's, with dP = dO V^T,
+PyTorch's CPU backward works on tiles, whose products are too small to gain from bf16 instructions. Sequences of a few hundred
+tokens need no tiles: their scores fit into a core's cache. So this is the textbook backward, a few sequences at a time:
 
-    dV = P^T dO,   dS = P * (dP - sum(P * dP)),   dQ = dS K / sqrt(E),   dK = dS^T Q / sqrt(E),
+    dP = dO V^T,   dV = P^T dO,   dS = P * (dP - sum(P * dP)),   dQ = dS K / sqrt(E),   dK = dS^T Q / sqrt(E)
 
-a few sequences at a time. Nothing but the packed projection is kept for it: P is computed again. Scores, P and dS are fp32 and
-rounded once, as factors of the next product. The forward is PyTorch's own, with a gradient or without.
+Only the packed projection is kept for it; P is computed again. Scores, P and dS are fp32, rounded once, for the next product.
+The forward is PyTorch's own.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from atat_fast.ops.processor import widens_bf16
 from atat_fast.ops.registry import again, pull, register
 
 LONGEST = 256
-"""Tokens of a sequence up to which this was faster than PyTorch's backward (docs/notes/cpu.md)."""
+"""Longest sequence, in tokens, for which this was faster than PyTorch's backward (docs/notes/cpu.md)."""
 SCORES = 2**19
-"""Scores held at a time, 2 MiB of fp32; at least those of one head."""
+"""Most scores held at a time (2 MiB of fp32), but at least one head's."""
 
 
 def _forward(qkv: Tensor, documents: Tensor | None) -> Tensor:
@@ -35,7 +35,7 @@ def _forward(qkv: Tensor, documents: Tensor | None) -> Tensor:
 
 
 def _backward(grad: Tensor, qkv: Tensor, documents: Tensor | None) -> Tensor:
-    """The gradient of qkv [B, L, 3, H, E], given that of the output [B, L, H * E]."""
+    """The gradient of qkv [B, L, 3, H, E], from that of the output [B, L, H * E]."""
     if widens_bf16(qkv):
         with torch.autocast("cpu", enabled=False):
             return _backward(grad.float(), qkv.float(), documents).to(qkv.dtype)
@@ -61,7 +61,7 @@ def _backward(grad: Tensor, qkv: Tensor, documents: Tensor | None) -> Tensor:
 
 
 def written_out(q: Tensor, k: Tensor, v: Tensor, documents: Tensor | None) -> Tensor:
-    """Attention in PyTorch's own steps, which differentiates them in every mode: [B, L, H, E] each to [B, L, H * E]."""
+    """Attention in PyTorch's own steps, differentiable in every mode: [B, L, H, E] each to [B, L, H * E]."""
     wide = torch.promote_types(q.dtype, torch.float32)
     q, k, v = (part.to(wide).transpose(1, 2) for part in (q, k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
@@ -100,4 +100,4 @@ backward = register(
 attend = register(
     "attention_products(Tensor qkv, Tensor? documents) -> Tensor", _forward, _fake, backward=_gradient, setup=_setup, plain=_plain
 )
-"""qkv [B, L, 3, H, E] and bool [B, 1, L, L], true where a position may look, or None: [B, L, H * E]."""
+"""From qkv [B, L, 3, H, E], and bool [B, 1, L, L], true where a position may look, or None, to [B, L, H * E]."""

@@ -1,6 +1,7 @@
 """The vocabulary head and its cross-entropy in one op.
 
-`reference.py` is its specification, `op.py` the op, `slabs.py` its loop, and `row_pass.py` what happens to one slab of logits.
+`reference.py` is the specification, `op.py` the op, `checks.py` its errors, `slabs.py` its loop, `row_pass.py` the work on one
+slab of logits.
 """
 
 from atat_fast.ops.linear_cross_entropy.op import linear_cross_entropy, linear_cross_entropy_cost

@@ -1,4 +1,4 @@
-"""What linear_cross_entropy refuses, in sentences."""
+"""Argument checks of linear_cross_entropy."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ REDUCTIONS = ("sum", "mean", "none")
 
 
 def check_arguments(given: LossArguments, reduction: str, label_smoothing: float) -> None:
-    """Raise ValueError for shapes, dtypes, devices and options that do not go together."""
+    """Raise ValueError if shapes, dtypes, devices or options do not fit together."""
     hidden, weight, target, bias, token_weight, rows, forbidden, rates, elapsed = given
     if reduction not in REDUCTIONS:
         raise ValueError(f"reduction {reduction!r} is unknown{nearest(reduction, REDUCTIONS)}; choose {', '.join(REDUCTIONS)}")
     if not 0.0 <= label_smoothing <= 1.0:
         raise ValueError(f"label_smoothing must be in [0, 1], got {label_smoothing}")
     if label_smoothing and rates is not None:
-        raise ValueError("label_smoothing is not defined with rates, whose loss is no cross-entropy; leave one of them out")
+        raise ValueError("label_smoothing is not defined with rates, whose loss is not a cross-entropy; leave one of them out")
     if hidden.dim() != 2 or weight.dim() != 2 or hidden.shape[1] != weight.shape[1]:
         raise ValueError(f"hidden must be [N, D] and weight [V, D]; got {tuple(hidden.shape)} and {tuple(weight.shape)}")
     if hidden.dtype not in (torch.float32, torch.bfloat16, torch.float64):
@@ -61,15 +61,15 @@ def check_arguments(given: LossArguments, reduction: str, label_smoothing: float
 
 
 def check_values(given: LossArguments) -> None:
-    """Raise ValueError for ids out of range if looking is free, or hand the question to a GPU that is being debugged."""
+    """Raise ValueError for ids out of range, if they are on a CPU. On a GPU with ATAT_FAST_DEBUG=1, leave a device assertion."""
     hidden, target, token_weight, rows, forbidden = given.hidden, given.target, given.token_weight, given.rows, given.forbidden
     vocabulary = given.weight.shape[0]
     if readable(hidden):
-        if token_weight is not None:  # a row of weight 0 counts for nothing, whatever its target is: -100, say
+        if token_weight is not None:  # a row of weight 0 may have any target, such as -100
             target = target[token_weight != 0]
         _check_ids("target has id", target, vocabulary, "the vocabulary of")
         if rows is not None:
-            _check_ids("rows has", rows, hidden.shape[0], "hidden's rows, of which there are")
+            _check_ids("rows has", rows, hidden.shape[0], "hidden, whose row count is")
         if forbidden is not None and bool((target == forbidden).any()):
             raise ValueError(f"target has the forbidden id {forbidden}: its loss would be infinite")
     elif os.environ.get("ATAT_FAST_DEBUG") == "1" and hidden.is_cuda and not (torch.compiler.is_compiling() or transformed()):

@@ -1,13 +1,13 @@
-"""linear_cross_entropy: the vocabulary head and its weighted loss, without ever holding the logits.
+"""linear_cross_entropy: the vocabulary head and its weighted loss. The matrix of logits is never in memory.
 
     z_i = W h_i + bias,  z_i[forbidden] = -inf,   nll_i = logsumexp(z_i) - z_i[target_i],   loss = sum_i w_i nll_i
 
-Only the rows named by `rows` are read. They are taken in slabs whose logits fit a byte budget (slabs.py); a slab is turned
-into its own gradient in place, multiplied into dX and dW, and forgotten. The weighted sum therefore needs three matrix products
-in all and its backward only scales; the per-row form has to wait for its upstream gradient and computes the slabs again
-(four products), as does low_memory. dL/dw_i = upstream * nll_i comes for free.
+Only the rows named by `rows` are read. They go in slabs whose logits fit a byte budget (slabs.py): a slab becomes its own
+gradient in place, is multiplied into dX and dW, and is overwritten by the next. So the weighted sum needs three matrix products
+in all, and its backward only scales. The per-row form needs its upstream gradient first, so its backward computes the slabs
+again: four products, as with low_memory. dL/dw_i = upstream * nll_i is free.
 
-With rates u of the vocabulary a row's loss is that of a token-identity schedule (diffusion/identity.py), from the same pass:
+With rates u of the vocabulary a row's loss is that of a token-identity schedule (diffusion/identity.py), in the same pass:
 
     p_i = softmax(z_i - elapsed_i u),   loss_i = u_target nll_i + sum_v u_v p_iv - u_target
 """
@@ -48,7 +48,7 @@ from atat_fast.ops.registry import (
 
 
 class RowStatistics(NamedTuple):
-    """What the row pass knows of each row's distribution, [R] fp32 each, detached; zeros for rows of weight 0."""
+    """Figures of each row's distribution from the row pass: [R] fp32 each, detached, zeros for rows of weight 0."""
 
     nll: Tensor
     max_probability: Tensor
@@ -77,34 +77,34 @@ def linear_cross_entropy(
 ) -> Any:
     """Weighted cross-entropy of a linear head over the rows that count.
 
-    hidden:       [N, D] fp32, bf16 or fp64, rows of the final norm. Under autocast it is taken in autocast's dtype.
-    weight:       [V, D] fp32 or hidden's dtype; a master copy in fp32 is cast inside, and its gradient comes back in fp32.
-    target:       [N] integers, or [R] with rows.      token_weight: the same length, fp32, or None for ones; any sign.
+    hidden:       [N, D] fp32, bf16 or fp64, rows of the final norm. Under autocast it is cast to autocast's dtype.
+    weight:       [V, D] fp32 or hidden's dtype; an fp32 master copy is cast inside, and its gradient is fp32.
+    target:       [N] integers, or [R] with rows.      token_weight: the same length, fp32 of any sign, or None for ones.
     bias:         [V] or None.                      rows: [R] integers, the rows of hidden that count, or None for all.
     forbidden:    a vocabulary id whose probability is zero (the mask token): its row of dW is exactly 0.
-    rates:        [V] fp32 above 0, or None: at which rate each token of the vocabulary is revealed. A row's loss is then
+    rates:        [V] fp32 above 0, or None: the rate at which each token of the vocabulary is revealed. A row's loss is then
                   rates[target] nll + sum_v rates[v] p_v - rates[target], which for rates of 1 is nll.
-    elapsed:      [R] fp32, at least 0, or None for zeros: what rates are multiplied by and logits lowered by, -log t of a row.
-    ignore_index: a target that says its row does not count: its weight is 0.
+    elapsed:      [R] fp32, at least 0, or None for zeros: a row's -log t; elapsed * rates is subtracted from its logits.
+    ignore_index: a row with this target does not count: its weight is 0.
     label_smoothing: e in [0, 1]: a row's loss is (1 - e) nll + e mean_v(-log p_v), the mean over the ids that are not forbidden.
                   Not with rates. It adds a gather of weight's rows [R, D], and V x D twice in the backward.
-    reduction:    "sum" gives the fp32 scalar sum_i w_i loss_i in nats, loss_i = nll_i without either of these; "mean" divides it
-                  by sum_i w_i, ignored rows left out, which without token_weight is the number of rows that count (NaN where
-                  none does, as torch has it); "none" gives the [R] fp32 vector of w_i loss_i.
+    reduction:    "sum": the fp32 scalar sum_i w_i loss_i in nats, where loss_i is nll_i unless rates or label_smoothing change
+                  it. "mean": the sum divided by sum_i w_i without ignored rows; with token_weight None that is the number of
+                  rows that count (NaN if none does, as in torch). "none": the [R] fp32 vector of w_i loss_i.
     return_nll:   also return the unweighted nll [R], detached and without smoothing.
     return_statistics: also return `RowStatistics`.
-    low_memory:   for "sum" and "mean": hold nothing between forward and backward but the inputs, in slabs of 32 MB; the backward
-                  computes the logits again, a fourth product. Without it, gradients (V x D in fp32, R x D) are held.
-    chunk_bytes:  budget for a slab of logits; 64 MB on a CPU and 256 MB to 1 GB on a GPU, by its memory, where not said.
-    backend:      "cuda", "triton", "cpp" or "torch" for the row pass between the products; the fastest where not said.
+    low_memory:   for "sum" and "mean": keep only the inputs between forward and backward, and use slabs of 32 MB; the backward
+                  computes the logits again, a fourth product. False keeps gradients (V x D in fp32, R x D).
+    chunk_bytes:  bytes for a slab of logits; None for 64 MB on a CPU and, by its memory, 256 MB to 1 GB on a GPU.
+    backend:      "cuda", "triton", "cpp" or "torch" for the row pass between the products; None for the fastest that can run.
 
     Differentiable in hidden, weight, bias and token_weight; not in rates and elapsed. Second derivatives, forward mode and
-    torch.func form the whole matrix of logits. A row of weight 0 gives exact zeros whatever its logits; a weight or row that is
-    NaN, and a logit past the dtype's range, gives a loss of NaN, never a number that hides it.
-    Raises ValueError when shapes disagree, label_smoothing is out of range or beside rates, hidden is fp16 (its logits overflow
-    at 65,504), weight is a DTensor, or, on a CPU, a target is outside [0, V) or forbidden, or a row outside [0, N). A GPU is not
-    asked, which would wait for it: there a target outside gives NaN and a forbidden one inf, and with ATAT_FAST_DEBUG=1 a device
-    assertion names the fault.
+    torch.func form the whole matrix of logits. A row of weight 0 gives exact zeros whatever its logits. The loss is NaN if a
+    weight or row is NaN, or a logit exceeds the dtype's range.
+    Raises ValueError when shapes disagree, label_smoothing is out of range or given with rates, hidden is fp16 (its logits
+    overflow at 65,504), weight is a DTensor, or, on a CPU, a target is outside [0, V) or forbidden, or a row outside [0, N).
+    These values are not checked on a GPU, because reading them would wait for it: a target out of range gives NaN, a forbidden
+    one inf. With ATAT_FAST_DEBUG=1 a device assertion names the fault.
     """
     hidden = hidden.to(autocast_dtype(hidden))
     target, rows = as_ids("target", target), None if rows is None else as_ids("rows", rows)
@@ -123,7 +123,7 @@ def linear_cross_entropy(
         losses, nll_apart, *known = _ROWS(
             hidden, weight, target, bias, rows, forbidden, rates, elapsed, chunk_bytes, return_statistics, chosen
         )
-        nll = losses if rates is None else nll_apart  # of which there is none: it is the loss
+        nll = losses if rates is None else nll_apart  # without rates the loss is the nll
         if token_weight is not None:  # the loss is masked before the product: 0 * NaN would reach the weight's gradient
             empty = token_weight == 0
             losses, nll = losses.masked_fill(empty, 0.0), nll.masked_fill(empty, 0.0)
@@ -154,7 +154,7 @@ def linear_cross_entropy(
 
 
 def _counted(target: Tensor, token_weight: Tensor | None, ignore_index: int) -> Tensor | None:
-    """Token weights with 0 where the target says that the row does not count."""
+    """Token weights, with 0 for rows whose target is ignore_index."""
     ignored = target == ignore_index
     if readable(target) and not bool(ignored.any()):
         return token_weight
@@ -164,9 +164,9 @@ def _counted(target: Tensor, token_weight: Tensor | None, ignore_index: int) -> 
 
 
 def _lift(given: LossArguments) -> Tensor:
-    """z_target - mean_v z_v over the ids that are not forbidden, [R]: by how much mean_v(-log p_v) is above nll.
+    """mean_v(-log p_v) - nll = z_target - mean_v z_v, [R]; means are over the ids that are not forbidden.
 
-    The mean of a row's logits is its product with the mean row of the head, so no logit is formed.
+    The mean of a row's logits is its product with the head's mean row, so no logit is formed.
     """
     hidden, weight, target, bias, token_weight, rows, forbidden, *_ = given
     wide, vocabulary = accumulation_dtype(hidden), weight.shape[0]
@@ -188,11 +188,11 @@ def _lift(given: LossArguments) -> Tensor:
 _FP64_ONLY = tuple((name, "hidden is float64, which only PyTorch computes") for name in ("cuda", "triton", "cpp"))
 
 
-# The schemas take LossArguments one by one. An op cannot return None: what was not asked for is an empty tensor.
+# The schemas take the fields of LossArguments. An op cannot return None: outputs that were not asked for are empty tensors.
 
 
 def _sum(*arguments: Any) -> tuple[Tensor, ...]:
-    """Loss and what is known of each row, and the gradients of the weighted sum that are needed; with rates, each row's loss."""
+    """The loss, each row's nll and statistics, the gradients of the weighted sum that are needed; with rates, row losses."""
     given, (chunk_bytes, *wanted, backend) = LossArguments(*arguments[:9]), arguments[9:]
     out = run_slabs(given, chunk_bytes, Wanted(*wanted), backend)
     losses = _row_losses(out, given)
@@ -203,7 +203,7 @@ def _sum(*arguments: Any) -> tuple[Tensor, ...]:
 
 
 def _row_losses(out: Totals, given: LossArguments) -> Tensor:
-    """nll, or with rates u_target nll + velocity. A target outside has no rate, and a nll and velocity that are NaN or 0."""
+    """nll, or with rates u_target nll + velocity. For a target out of range, which has no rate, both are NaN or 0 already."""
     if given.rates is None:
         return out.nll
     own = given.rates.to(out.nll.dtype)[given.target.clamp(0, len(given.rates) - 1)]
@@ -236,7 +236,7 @@ def _sum_setup(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) ->
     given = LossArguments(*inputs[:9])
     _, nll, _, _, dhidden, dweight, dbias, losses = output
     ctx.mark_non_differentiable(*output[1:])
-    ctx.set_materialize_grads(False)  # the gradient outputs have no upstream; zeros for them would cost V * D a step
+    ctx.set_materialize_grads(False)  # gradient outputs have no upstream: zeros for them would cost V * D a step
     ctx.forbidden, ctx.needed = given.forbidden, inputs[10:13]
     ctx.save_for_backward(nll if given.rates is None else losses, dhidden, dweight, dbias, *given._replace(forbidden=None))
 
@@ -272,7 +272,7 @@ def _scale(
 
 
 def _scatter(dhidden: Tensor, rows: Tensor | None, num_hidden: int) -> Tensor:
-    """Gradients of the rows that count to gradients of all rows: zeros elsewhere, sums where a row is listed twice."""
+    """Gradients of all rows from those of the rows that count: zeros elsewhere; a row listed twice gets the sum."""
     if rows is None:
         return dhidden
     total = dhidden.new_zeros((num_hidden, dhidden.shape[1]))
@@ -287,13 +287,13 @@ def _scale_fake(
 
 
 def _of_rows(arguments: tuple[Any, ...]) -> tuple[LossArguments, tuple[Any, ...]]:
-    """The per-row form has no token weights: (what it computes, its other arguments)."""
+    """Arguments of the per-row form as (LossArguments, the rest); it has no token weights."""
     hidden, weight, target, bias, rows, forbidden, rates, elapsed, *rest = arguments
     return LossArguments(hidden, weight, target, bias, None, rows, forbidden, rates, elapsed), tuple(rest)
 
 
 def _rows(*arguments: Any) -> tuple[Tensor, ...]:
-    """Loss of each row, its nll if that is something else, and what else is known; one product, no buffer for gradients."""
+    """Each row's loss, its nll if rates make that another number, and its statistics. One product, no buffer for gradients."""
     given, (chunk_bytes, statistics, backend) = _of_rows(arguments)
     out = run_slabs(given, chunk_bytes, Wanted(statistics=statistics), backend)
     nll = out.velocity if given.rates is None else out.nll
@@ -341,7 +341,7 @@ def _rows_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _rows_grad(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
-    """An upstream vector is a token weight: the weighted sum's gradients are this form's backward."""
+    """The backward of the per-row form: the weighted sum's gradients, with the upstream vector as token weights."""
     given, (chunk_bytes, *needs, backend) = _of_rows(arguments)
     out = run_slabs(given._replace(token_weight=grad), chunk_bytes, Wanted(*needs), backend)
     dhidden = _scatter(out.hidden, given.rows, given.hidden.shape[0]) if needs[0] else out.hidden
@@ -393,8 +393,8 @@ register(
 def linear_cross_entropy_cost(
     rows: int, width: int, vocabulary: int, *, element_size: int = 2, backward: bool = True, recompute: bool = False
 ) -> Cost:
-    """One product forward, two more for gradients, a fourth where logits are recomputed. Bytes: the slab is written by the
-    product, read and rewritten by the row pass, and read by the two gradient products; the weight's fp32 gradient is written.
+    """One product forward, two more for gradients, a fourth if logits are computed again. Bytes: the product writes the slab, the
+    row pass reads and rewrites it, the two gradient products read it; the weight's fp32 gradient is written.
     """
     products = (1 + 2 * backward) + (backward and recompute)
     slab = rows * vocabulary * element_size

@@ -1,6 +1,6 @@
-"""The specification of linear_cross_entropy, through the whole matrix of logits and in PyTorch's own steps.
+"""The specification of linear_cross_entropy: the whole matrix of logits, in PyTorch's own steps.
 
-Second derivatives, forward mode and torch.func use it too.
+Second derivatives, forward mode and torch.func run it too.
 """
 
 from __future__ import annotations
@@ -46,14 +46,14 @@ def losses_of(
 
 
 def plain_rows(given: LossArguments, statistics: bool = False) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """What the op linear_cross_entropy_rows gives: the products in hidden's dtype, the rest in fp32 or fp64."""
+    """Outputs of the op linear_cross_entropy_rows: the product in hidden's dtype, the rest in fp32 or fp64."""
     hidden, weight = given.hidden, given.weight
     wide = accumulation_dtype(hidden)
     with without_autocast(hidden):
         x = hidden if given.rows is None else hidden.index_select(0, given.rows)
         logits = F.linear(x, weight.to(x.dtype), None if given.bias is None else given.bias.to(x.dtype)).to(wide)
         rates, elapsed = (None if t is None else t.to(wide) for t in (given.rates, given.elapsed))
-        # A target of -100 is that of a row of weight 0, whose loss the caller takes out.
+        # A target of -100 has weight 0: the caller masks its loss.
         target = given.target.clamp(0, weight.shape[0] - 1)
         losses, nll, log_p = losses_of(logits, target, given.forbidden, rates, elapsed)
         largest, entropy = (log_p.amax(1).exp(), torch.special.entr(log_p.exp()).sum(1)) if statistics else (nll[:0], nll[:0])
@@ -68,6 +68,6 @@ def plain_sum(given: LossArguments) -> Tensor:
 
 
 def counting(hidden: Tensor, rows: Tensor | None, token_weight: Tensor | None) -> Tensor:
-    """Rows that are named, with zeros for those of weight 0: what such a row holds must reach nothing."""
+    """The rows of hidden that count, with zeros for those of weight 0, whose values must not reach a gradient."""
     x = hidden if rows is None else hidden.index_select(0, rows)
     return x if token_weight is None else x.masked_fill((token_weight == 0)[:, None], 0.0)

@@ -1,14 +1,14 @@
-"""The row pass of linear_cross_entropy: a slab of logits becomes its own gradient, row by row, and leaves each row's loss.
+"""The row pass of linear_cross_entropy: turn a slab of logits into its own gradient, and write each row's loss.
 
-    p = softmax(z),   nll = -log p_target,   dz_j = w p_j,   dz_target = -w (p's sum without its target)
+    p = softmax(z),   nll = -log p_target,   dz_j = w p_j,   dz_target = -w (sum of p without the target)
 
 With rates u of the vocabulary, the loss of a hidden token under a schedule in which token v is revealed at rate u_v:
 
     p = softmax(z - elapsed u),   loss = u_target nll + velocity,   velocity = sum_v u_v p_v - u_target,
     dz_j = w p_j (u_j - velocity)      (all rates 1: velocity is 0, and nothing changes)
 
-linear_cross_entropy calls this between its matrix products. It is a step of that op and no op by itself: the caller owns every
-buffer, and nothing here is differentiable.
+linear_cross_entropy calls this between its matrix products. It is not an op: the caller owns every buffer, and nothing here is
+differentiable.
 """
 
 from __future__ import annotations
@@ -41,21 +41,20 @@ def cross_entropy_(
 ) -> None:
     """Losses of a slab of logits and, in its place, the gradient of sum_i token_weight[i] nll[i].
 
-    logits:           [C, columns] bf16 or fp32, fp64 for "torch"; unit stride within a row. Overwritten where `gradient`, and
-                      only read where not. A column at -inf has probability 0, and its gradient is exactly 0.
-    target:           [C] int64 in [0, columns), and under weight's rows where weight is given. A target outside gives that row
-                      a nll of NaN, and as gradient its weight times p, with no column taken for the target (with rates: the
-                      gradient of its weight times sum_v u_v p_v). Whatever target holds, no memory outside the arguments is
-                      touched.
+    logits:           [C, columns] bf16 or fp32, fp64 for "torch"; unit stride within a row. Overwritten if `gradient`, else
+                      read only. A column at -inf has probability 0 and a gradient of exactly 0.
+    target:           [C] int64 in [0, columns), and in [0, rows) if weight is given. A target out of range gives its row a nll
+                      of NaN, and as gradient the row's weight times p, with no column as target (with rates: the gradient of
+                      its weight times sum_v u_v p_v). Memory outside the arguments is never touched, for any target.
     token_weight:     [C] fp32, or None for ones. A row of weight 0 gets zeros everywhere, whatever its logits are.
-    hidden, weight:   [C, D] and [rows, D] of logits' dtype, contiguous, or both None. Given, a target's logit is computed again
-                      in fp32 as hidden[i] . weight[target] + bias[target], for a logit stored in bf16 is rounded.
-    bias:             [columns] of logits' dtype, or None. It is part of the logits already and read for the target alone.
+    hidden, weight:   [C, D] and [rows, D] of logits' dtype, contiguous, or both None. If given, a target's logit is computed
+                      again in fp32, as hidden[i] . weight[target] + bias[target], because a logit in bf16 is rounded.
+    bias:             [columns] of logits' dtype, or None. The logits contain it already; it is read for the target only.
     nll:              [C] fp32, the loss in nats, not weighted.   max_probability, entropy: [C] fp32 or None, of p, in nats.
-    bias_gradient:    [columns] fp32 or None; the gradient's column sums are added to it where `gradient`.
-    rates, velocity:  [columns] fp32, finite, and [C] fp32, or both None. Given, velocity is written, and the gradient is that of
-                      sum_i token_weight[i] (rates[target[i]] nll[i] + velocity[i]).
-    elapsed:          [C] fp32, finite, or None for zeros: only with rates.
+    bias_gradient:    [columns] fp32 or None; if `gradient`, the gradient's column sums are added to it.
+    rates, velocity:  [columns] fp32, finite, and [C] fp32, or both None. If given, velocity is written, and the gradient is that
+                      of sum_i token_weight[i] (rates[target[i]] nll[i] + velocity[i]).
+    elapsed:          [C] fp32, finite, or None for zeros; only with rates.
     backend:          a name in ROW_PASS.
 
     A row that holds NaN or +inf has a nll of NaN. With fp64 logits every fp32 above is fp64.
@@ -96,9 +95,9 @@ def cross_entropy_reference(
 ) -> None:
     """The specification, in fp32, or fp64 for fp64 logits.
 
-    The target is kept apart from the others throughout. Where it is nearly certain, their sum alone says how far it is from
-    certain: both log(1 + others) and the target's gradient keep their precision, and p - 1 would not. With q the others' share
-    and m their mean rate times q, velocity = m - u_target q and dz_target = -w (u_target q^2 + m p_target).
+    The target is kept apart from the other ids: if p_target is near 1, the sum of the others, q, still has its digits, and
+    p_target - 1 has not. So log(1 + others) and the target's gradient stay precise. With m the others' mean rate times q,
+    velocity = m - u_target q and dz_target = -w (u_target q^2 + m p_target).
     """
     wide = torch.float64 if logits.dtype is torch.float64 else torch.float32
     columns = logits.shape[1]
@@ -109,7 +108,7 @@ def cross_entropy_reference(
     if rates is not None and elapsed is not None:
         z -= elapsed.to(wide)[:, None] * rates.to(wide)
     at_target = z.gather(1, column)[:, 0]
-    z.scatter_(1, column, torch.where(inside, -torch.inf, at_target)[:, None])  # now the others alone
+    z.scatter_(1, column, torch.where(inside, -torch.inf, at_target)[:, None])  # now without the target
     if hidden is not None and weight is not None:
         at_target = (hidden.to(wide) * weight[column[:, 0]].to(wide)).sum(1)
         if bias is not None:
@@ -177,4 +176,4 @@ ROW_PASS: dict[str, Callable[..., None]] = {
     "cpp": _compiled,
     "torch": cross_entropy_reference,
 }
-"""What runs the pass on each backend. All take cross_entropy_'s arguments but the last."""
+"""The pass on each backend. All take cross_entropy_'s arguments except the last."""

@@ -1,12 +1,12 @@
-"""The engine of linear_cross_entropy: slabs of logits that become their own gradient and are multiplied away.
+"""The loop of linear_cross_entropy over slabs of logits.
 
-A slab is some of the rows that count, times the whole vocabulary, inside a byte budget. One product makes its logits, the row
-pass (row_pass.py) turns them into the gradient of the weighted sum in place, and two more products add it to dX and
-dW. Logits, the slab's gradient and the gathered rows live in buffers made once; dW is fp32 and the first slab writes it, so that
-nothing is filled with zeros. No step waits for the device.
+A slab is some of the rows that count by the whole vocabulary, within a byte budget. One product makes its logits, the row pass
+(row_pass.py) turns them in place into the gradient of the weighted sum, and two products add that to dX and dW. Logits, their
+gradient and the gathered rows share buffers made once. dW is fp32; the first slab writes it, so nothing is filled with zeros.
+No step waits for the device.
 
-On a GPU the vocabulary is padded to a multiple of 128 with columns whose bias is -inf, as is that of the forbidden column: their
-probability, gradient, rows of dW and entries of dbias are exactly 0, no kernel has a branch for them, and any V has aligned rows.
+On a GPU the vocabulary is padded to a multiple of 128, so rows are aligned for any V. Padding columns and the forbidden column
+have a bias of -inf: their probability, gradient, rows of dW and entries of dbias are exactly 0, and no kernel branches for them.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ from atat_fast.ops.processor import widens_bf16
 CHUNK_BYTES_GPU = 256 << 20
 CHUNK_BYTES_CPU = 64 << 20
 CHUNK_BYTES_LOW = 32 << 20
-"""Budgets of a slab: on a GPU at least, on a CPU, and in low_memory mode; `default_budget` says what a larger GPU takes."""
+"""Bytes of a slab: the least on a GPU (see `default_budget`), on a CPU, and in low_memory mode."""
 
 PADDED = 128
 
 
 @torch.compiler.assume_constant_result
 def default_budget(device: torch.device) -> int:
-    """Bytes of a slab where the caller does not say: 64 MB on a CPU, and on a GPU the power of two up to a 64th of its memory,
+    """Bytes of a slab if the caller gives none: 64 MB on a CPU; on a GPU the largest power of two within a 64th of its memory,
     from 256 MB (24 GB) to 1 GB (80 GB). Fewer and larger products are faster: docs/notes/gpu.md has the sweep.
     """
     return _budget(device)
@@ -48,7 +48,7 @@ def _budget(device: torch.device) -> int:
 
 
 class LossArguments(NamedTuple):
-    """The arguments of linear_cross_entropy that say what is computed, in the order of its schemas."""
+    """The arguments of linear_cross_entropy that define the loss, in the order of its schemas."""
 
     hidden: Tensor
     weight: Tensor
@@ -63,20 +63,20 @@ class LossArguments(NamedTuple):
 
 @dataclass
 class Totals:
-    """What slabs add up to. An op cannot return None, so what was not asked for is an empty tensor."""
+    """Sums over slabs. An op cannot return None, so an output that was not asked for is an empty tensor."""
 
     nll: Tensor  # [R]
     max_probability: Tensor  # [R] or [0]
     entropy: Tensor  # [R] or [0]
     velocity: Tensor  # [R], or [0] without rates
-    hidden: Tensor  # [R, D], gradient for the rows that count, of the dtype its product is made in
+    hidden: Tensor  # [R, D], gradient of the rows that count, in its product's dtype
     weight: Tensor  # [V, D] fp32
     bias: Tensor  # [V] fp32
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """Which outputs a call makes beyond nll."""
+    """The outputs of a call besides nll."""
 
     hidden: bool = False
     weight: bool = False
@@ -85,22 +85,22 @@ class Wanted:
 
     @property
     def gradient(self) -> bool:
-        """Whether slabs become gradients at all; else one product and no buffers for them."""
+        """Whether slabs become gradients; if not, there is one product and no buffer for gradients."""
         return self.hidden or self.weight or self.bias
 
 
 def accumulation_dtype(hidden: Tensor) -> torch.dtype:
-    """fp32, and fp64 for fp64 inputs."""
+    """fp32, or fp64 for fp64 inputs."""
     return torch.float64 if hidden.dtype is torch.float64 else torch.float32
 
 
 def most_rows(chunk_bytes: int, vocabulary: int, element_size: int, *, multiple: int) -> int:
-    """Rows that a budget allows, never a function of D: a multiple of `multiple`, and at least that whatever the budget."""
+    """Rows that a budget allows: a multiple of `multiple`, at least one, whatever the budget. Does not depend on D."""
     return max(multiple, chunk_bytes // max(1, vocabulary * element_size) // multiple * multiple)
 
 
 def rows_per_slab(chunk_bytes: int, vocabulary: int, element_size: int, count: int, *, multiple: int) -> int:
-    """Rows a slab holds: equal over as few slabs as the budget allows, so that none is a sliver; a multiple of `multiple`."""
+    """Rows of a slab, a multiple of `multiple`: equal over as few slabs as the budget allows, so that none is tiny."""
     most = most_rows(chunk_bytes, vocabulary, element_size, multiple=multiple)
     slabs = max(1, -(-count // most))
     equal = -(-count // slabs)
@@ -108,8 +108,8 @@ def rows_per_slab(chunk_bytes: int, vocabulary: int, element_size: int, count: i
 
 
 def new_slab(hidden: Tensor, columns: int, count: int, chunk_bytes: int, *, multiple: int) -> Tensor:
-    """The buffer for slabs of `count` rows. Counts change from step to step, and buffers of as many sizes would leave holes in a
-    GPU's memory: there is one size for all counts that need several slabs, and one for each power of two below.
+    """The buffer for slabs of `count` rows. Counts change every step, and buffers of many sizes would fragment a GPU's memory:
+    all counts that need several slabs share one size, and smaller ones are rounded up to a power of two.
     """
     most = most_rows(chunk_bytes, columns, hidden.element_size(), multiple=multiple)
     rounded = 1 << max(0, count - 1).bit_length()
@@ -117,7 +117,7 @@ def new_slab(hidden: Tensor, columns: int, count: int, chunk_bytes: int, *, mult
 
 
 def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, forbidden: int | None) -> tuple[Tensor, Tensor | None]:
-    """The head in hidden's dtype: weight [V', D] and bias [V'] or None, where V' >= V is padded on a GPU."""
+    """The head in hidden's dtype: weight [V', D] and bias [V'] or None; V' is V, on a GPU padded."""
     vocabulary, width = weight.shape
     on_gpu = hidden.device.type == "cuda"
     columns = -(-vocabulary // PADDED) * PADDED if on_gpu else vocabulary
@@ -140,11 +140,11 @@ def head_of(hidden: Tensor, weight: Tensor, bias: Tensor | None, forbidden: int 
 
 
 def run_slabs(given: LossArguments, chunk_bytes: int, wanted: Wanted, backend: str) -> Totals:
-    """Every slab. Gradients are those of sum(token_weight * nll), or with rates of
+    """Run every slab. Gradients are of sum(token_weight * nll), or with rates of
     sum(token_weight * (rates[target] * nll + velocity)).
     """
     hidden, weight, target, bias, token_weight, rows, forbidden, rates, elapsed = given
-    if widens_bf16(hidden):  # the products are fp32's, of a head that is not rounded to bf16
+    if widens_bf16(hidden):  # products are fp32, and the head is not rounded to bf16
         with torch.autocast("cpu", enabled=False):
             return run_slabs(given._replace(hidden=hidden.float()), chunk_bytes, wanted, backend)
     wide = accumulation_dtype(hidden)
@@ -154,7 +154,7 @@ def run_slabs(given: LossArguments, chunk_bytes: int, wanted: Wanted, backend: s
     multiple = PADDED if hidden.device.type == "cuda" else 16
     step = rows_per_slab(chunk_bytes, columns, hidden.element_size(), count, multiple=multiple)
     exact = None if wide is hidden.dtype else w[:vocabulary]
-    if columns != vocabulary:  # a target among the padding is as wrong as one beyond it
+    if columns != vocabulary:  # a target in the padding is out of range too
         target = torch.where(target < vocabulary, target, -1)
 
     statistics = count if wanted.statistics else 0
@@ -180,7 +180,7 @@ def run_slabs(given: LossArguments, chunk_bytes: int, wanted: Wanted, backend: s
         part = slice(start, min(start + step, count))
         x = hidden[part] if rows is None else hidden.index_select(0, rows[part])
         scale = None if token_weight is None else token_weight[part]
-        if scale is not None:  # an infinite or NaN row of weight 0 must not leak through 0 * inf in the product that makes dW
+        if scale is not None:  # a row of weight 0 may be inf or NaN, and 0 * inf would reach dW
             x = torch.where(scale[:, None] == 0, 0.0, x)
         x = x.contiguous()
         z = slab[: x.shape[0]]
@@ -214,10 +214,10 @@ def run_slabs(given: LossArguments, chunk_bytes: int, wanted: Wanted, backend: s
 
 
 def _add_product(total: Tensor, z: Tensor, x: Tensor, *, first: bool) -> None:
-    """total += z^T x, in total's dtype; the first slab writes instead."""
+    """total += z^T x in total's dtype; the first slab writes total instead."""
     if z.dtype is total.dtype:
         torch.addmm(total, z.t(), x, beta=0 if first else 1, out=total)
-    elif z.device.type == "cuda":  # bf16 products summed in fp32 and kept so: no temporary, no cast
+    elif z.device.type == "cuda":  # bf16 products with fp32 sums and output: no temporary, no cast
         torch.addmm(total, z.t(), x, out_dtype=total.dtype, beta=0 if first else 1, out=total)
     elif first:
         total.copy_(torch.mm(z.t(), x))

@@ -389,13 +389,10 @@ def test_who_looks_on_sees_the_op(backend, device):
         ({"dropout": 0.5, "sample_ids": torch.arange(3)}, r"sample_ids must be int64 of 2 number\(s\), got shape \(3,\)"),
         ({"dropout": 0.5, "sample_ids": torch.arange(2), "step": torch.zeros(())}, "step must be int64"),
         ({"gate": torch.zeros(2, 8, device="meta")}, "gate is on meta and residual on cpu; move one of them"),
-        ({"branch": torch.zeros(2, 3, 8).half()}, "branch is fp16, whose range a residual stream leaves; use bf16 or fp32"),
+        ({"branch": torch.zeros(2, 3, 8).half()}, "branch is fp16, whose range a residual stream exceeds; use bf16 or fp32"),
         ({"backend": "cpp", "weight": torch.zeros(8).double()}, "cannot use backend 'cpp' here"),
         ({"backend": "tritn"}, r"has no backend 'tritn' \(did you mean triton"),
-        (
-            {"backend": "triton", "shift": torch.zeros(2, 8).double()},
-            "the kernels take tensors of fp32 and bf16; what can run is",
-        ),
+        ({"backend": "triton", "shift": torch.zeros(2, 8).double()}, "its kernels take fp32 and bf16 only; what can run is"),
     ],
 )
 def test_bad_input(change, message):

@@ -331,7 +331,7 @@ def test_autocast_takes_fp32_activations_in_bf16():
         ({"backend": "cuda"}, "cannot use backend 'cuda' here: it runs on CUDA tensors"),
         ({"backend": "cudnn"}, "has no backend 'cudnn'"),
         ({"backend": "cpp", "hidden": torch.zeros(3, 4).double()}, "cannot use backend 'cpp' here: hidden is float64"),
-        ({"rows": torch.tensor([0, 3, 1])}, "rows has 3, outside hidden's rows, of which there are 3"),
+        ({"rows": torch.tensor([0, 3, 1])}, "rows has 3, outside hidden, whose row count is 3"),
         ({"hidden": torch.zeros(3, 4).half()}, "hidden is torch.float16; pass bfloat16 or float32"),
         ({"weight": torch.zeros(5, 4, device="meta")}, "weight is on meta and hidden on cpu"),
     ],

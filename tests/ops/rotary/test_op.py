@@ -211,11 +211,11 @@ def small(last=4):
         (lambda: rotary(*small(5)), "even head dimension"),
         (lambda: rotary(small()[0], torch.zeros(4, 2), torch.zeros(4, 2)), r"must have shape \(3, 2\)"),
         (lambda: rotary(*small(), backend="trition"), "has no backend 'trition'"),
-        (lambda: rotary(*small(), eps=1e-6), "eps 1e-06 belongs to the norm; say norm=True"),
+        (lambda: rotary(*small(), eps=1e-6), "eps 1e-06 is given without norm; pass norm=True"),
         (lambda: rotary(*small(), norm=True, eps=0.0), "eps must be a number of at least 1.17.*, got 0.0"),
         (lambda: rotary(small()[0].half(), *small()[1:], backend="cpp"), "'cpp' here: it has no kernel for torch.float16"),
         (lambda: rotary_split(*small(5)), "even head dimension"),
-        (lambda: rotary_split(*small(), eps=1e-6), "eps 1e-06 belongs to the norm"),
+        (lambda: rotary_split(*small(), eps=1e-6), "eps 1e-06 is given without norm"),
         (lambda: rotary_split(*small(), backend="trition"), "has no backend 'trition'"),
     ],
 )
