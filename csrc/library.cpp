@@ -1,5 +1,5 @@
-// Schemas of the one shared library, libatat_fast.so. It speaks torch's stable ABI only and knows nothing of Python, so one build
-// serves every supported torch. Each op's folder registers its implementations; fake and autograd ones are in atat_fast/ops.
+// Schemas of the one shared library, libatat_fast.so. It uses torch's stable ABI only, and not Python, so one build serves every
+// supported torch. Each op's folder registers its implementations; fake and autograd ones are in atat_fast/ops.
 
 #include <torch/csrc/stable/library.h>
 
@@ -16,7 +16,7 @@ namespace {
 constexpr int64_t kCpuOps = 1 << 0;
 constexpr int64_t kCudaKernels = 1 << 1;
 
-// What was compiled in; says nothing about the machine it runs on.
+// What was compiled in, whatever machine it runs on.
 int64_t build_flags() {
 #ifdef USE_CUDA
   return kCpuOps | kCudaKernels;
@@ -46,7 +46,7 @@ int64_t cuda_runtime() {
 #endif
 }
 
-// The newest CUDA that the driver serves, and whether torch tells the library which stream to launch on.
+// The newest CUDA that the driver supports, and whether torch tells the library which stream to launch on.
 int64_t cuda_driver() {
 #ifdef USE_CUDA
   return atat_fast::cuda_driver();

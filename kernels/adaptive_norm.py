@@ -1,19 +1,18 @@
-"""adaptive_layer_norm and gated_residual_norm, forward and backward: one launch each, and a small second one for sums over rows.
+"""adaptive_layer_norm and gated_residual_norm: one launch each, forward or backward, and a small second one for sums over rows.
 
-Bound by bytes: every tensor of [B, L, D] is read or written once, and nothing of that size is kept besides. Statistics, sums and
-everything in registers are fp32.
+Bound by bytes: every [B, L, D] tensor is read or written once, and there are no temporaries of that size. Registers hold fp32.
 
-A program owns some rows of one sample, never of two: what it sums for shift, scale and gate belongs to that sample. A row lies in
-CHUNKS tiles of CHUNK columns, and a tile gives each lane four neighbours. That is 16 bytes of fp32 and 8 of bf16 under one
-layout, so tensors of both dtypes meet without a pass through shared memory, and it is one Philox counter a lane. Blocks of Triton
-are powers of two: one block for a row of 768 would idle a quarter of its lanes, six tiles of 128 idle none. Up to 768 columns a
-row is one warp's, and its sums are shuffles; wider rows get 2, 4 or 8 warps, so that a lane never holds more than 24 of a row.
+A program owns rows of one sample, since its sums for shift, scale and gate are that sample's. A row lies in CHUNKS tiles of CHUNK
+columns; a tile gives each lane four neighbours. That is 16 bytes of fp32 or 8 of bf16 in one layout, so both dtypes meet without
+a pass through shared memory, and one Philox counter a lane. Blocks of Triton are powers of two: one block for a row of 768 would
+idle a quarter of its lanes, six tiles of 128 idle none. A row of up to 768 columns is one warp's, and its sums are shuffles;
+wider rows get 2, 4 or 8 warps, so a lane holds at most 24 columns of a row.
 
-Backward sums over rows stay in registers until a program ends: partials [K, B * splits, D], which the second stage adds in a
-fixed order. No atomics: two runs give the same bits. Only D is a compile-time size.
+A backward keeps its sums over rows in registers until a program ends. They are partials [K, B * splits, D], which the second
+stage adds in a fixed order, without atomics: two runs give the same bits. Only D is a compile-time size.
 """
 
-# A tuple of tiles grows by `+` in Triton.
+# In Triton a tuple of tiles grows by `+` only.
 # ruff: noqa: RUF005
 # mypy: disable-error-code="assignment,var-annotated", no-warn-unreachable
 
@@ -28,12 +27,12 @@ from .philox import random_words
 RESIDENT = 256
 """Programs of a backward: two a multiprocessor of an RTX 4090 (128) or an H100 (132), so that none waits for a second wave."""
 BRIEF = 1024
-"""Programs of a forward, which has no partial sums to pay for: enough to load either GPU evenly."""
+"""Programs of a forward, which has no partial sums: enough to load either GPU evenly."""
 
 
 @triton.jit
 def load_vector(Vector, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TILE_ROWS: tl.constexpr):
-    """A [D] vector as CHUNKS fp32 tiles, repeated for every row: each warp reads it in the layout of its rows."""
+    """A [D] vector as CHUNKS fp32 tiles, repeated for every row, so each warp has it in its rows' layout."""
     tiles = ()
     for i in tl.static_range(CHUNKS):
         o = tl.broadcast_to(i * CHUNK + tl.arange(0, CHUNK)[None, :], (TILE_ROWS, CHUNK))
@@ -58,7 +57,7 @@ def load_gain(Scale, Weight, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.co
 
 @triton.jit
 def load_tile(Rows, o_row, m_row, i, D: tl.constexpr, CHUNK: tl.constexpr):
-    """Tile i of some rows of [B * L, D], in memory's dtype; 0 where there is nothing."""
+    """Tile i of some rows of [B * L, D], in memory's dtype; 0 past the rows and columns."""
     o = i * CHUNK + tl.arange(0, CHUNK)[None, :]
     return tl.load(Rows + o_row * D + o, mask=m_row & (o < D), other=0.0)
 
@@ -72,7 +71,7 @@ def store_tile(Rows, tile, o_row, m_row, i, D: tl.constexpr, CHUNK: tl.constexpr
 
 @triton.jit
 def dropout_tile(o_token, i, seed, step, stream, limit, inverse, D: tl.constexpr, CHUNK: tl.constexpr, TILE_ROWS: tl.constexpr):
-    """0 where an element of tile i is dropped, `inverse` elsewhere; o_token is sample * L + position. Four share a counter."""
+    """0 for dropped elements of tile i, else `inverse`; o_token is sample * L + position. Four elements share a counter."""
     o_group = i * (CHUNK // 4) + tl.arange(0, CHUNK // 4)[None, :]
     w0, w1, w2, w3 = random_words(o_token * ((D + 3) // 4) + o_group, seed, step, stream)
     words = tl.reshape(tl.join(tl.join(w0, w2), tl.join(w1, w3)), (TILE_ROWS, CHUNK))
@@ -81,7 +80,7 @@ def dropout_tile(o_token, i, seed, step, stream, limit, inverse, D: tl.constexpr
 
 @triton.jit
 def statistics(tiles, eps, D: tl.constexpr, CHUNK: tl.constexpr, CHUNKS: tl.constexpr):
-    """Mean and reciprocal standard deviation of each row, [TILE_ROWS, 1]; the second pass is over registers."""
+    """Mean and reciprocal standard deviation of each row, [TILE_ROWS, 1], in two passes over registers."""
     total = tiles[0]
     for i in tl.static_range(1, CHUNKS):
         total += tiles[i]
@@ -197,13 +196,13 @@ def _gated_forward_kernel(
                 addend *= dropout_tile(o_token, i, seed, step, stream, limit, inverse, D, CHUNK, TILE_ROWS)
             total = load_tile(Residual, o_row, m_row, i, D, CHUNK).to(tl.float32) + gate[i] * addend
             store_tile(Total, total, o_row, m_row, i, D, CHUNK)
-            tiles = tiles + (total,)  # the statistics are of the sum before a bf16 stream rounds it
+            tiles = tiles + (total,)  # statistics are of the sum before it is rounded to bf16
         finish(tiles, gain, shift, Y, Mean, Rstd, o_row, m_row, eps, D, CHUNK, CHUNKS)
 
 
 @triton.jit
 def zeros(CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TILE_ROWS: tl.constexpr):
-    """Sums that begin."""
+    """Tiles of sums, at 0."""
     tiles = ()
     for _ in tl.static_range(CHUNKS):
         tiles = tiles + (tl.zeros((TILE_ROWS, CHUNK), tl.float32),)
@@ -212,7 +211,7 @@ def zeros(CHUNK: tl.constexpr, CHUNKS: tl.constexpr, TILE_ROWS: tl.constexpr):
 
 @triton.jit
 def row_means(x, dy, gain, mean, rstd, D: tl.constexpr, CHUNKS: tl.constexpr):
-    """The means over a row of g and of g * normed, with g = dy * gain: what dx takes away."""
+    """The means over a row of g and of g * normed, with g = dy * gain; dx subtracts them."""
     plain = dy[0].to(tl.float32) * gain[0]
     along = plain * ((x[0].to(tl.float32) - mean) * rstd)
     for i in tl.static_range(1, CHUNKS):
@@ -371,7 +370,7 @@ def _gated_backward_kernel(
 
 @triton.jit
 def sum_rows(Matrix, Scale, scale_stride, first, last, splits, o_d, D: tl.constexpr, TILE_ROWS: tl.constexpr):
-    """Rows first to last of a [rows, D] matrix, added in order, each times 1 + its sample's scale where Scale is given."""
+    """The sum in order of rows first to last of a [rows, D] matrix, each times 1 + its sample's scale if Scale is given."""
     total = tl.zeros((TILE_ROWS, o_d.shape[0]), tl.float32)
     for r in range(first, last, TILE_ROWS):
         o = r + tl.arange(0, TILE_ROWS)[:, None]
@@ -402,10 +401,10 @@ def _sums_kernel(
     CHUNK: tl.constexpr,
     TILE_ROWS: tl.constexpr,
 ):
-    """A few megabytes, of which most are still in the L2 cache: latency bounds it, so it is cut small.
+    """The second stage. It reads a few megabytes, mostly from the L2 cache: latency bounds it, so programs are small.
 
-    One program owns CHUNK columns of one sum of one group: rows of a sample, or all rows where conditioning is one row. The
-    weight's gradient over several samples is one more sum, of the scale's partials times 1 + scale; programs after the groups'.
+    One program owns CHUNK columns of one sum of one group: a sample's rows, or all rows if conditioning is one row. The last
+    programs make the weight's gradient over several samples, the sum of the scale's partials times 1 + scale.
     """
     group = tl.program_id(0) // K
     k = tl.program_id(0) % K
@@ -435,12 +434,12 @@ def _sums_kernel(
 
 
 REGISTERS = 255
-"""Of a lane in a backward: all there are. Said aloud, for ptxas would else spill a few to fit a third program beside two."""
+"""A lane's registers in a backward: all of them. Without the limit ptxas spills some to fit a third program beside two."""
 
 
 @functools.cache
 def configuration(width):
-    """(CHUNK, CHUNKS, TILE_ROWS, num_warps) for rows of this width. A tile is four columns a lane of TILE_ROWS rows."""
+    """(CHUNK, CHUNKS, TILE_ROWS, num_warps) for rows of this width. A tile is TILE_ROWS rows of four columns a lane."""
     row_warps = 1
     while width > row_warps * 768:
         row_warps *= 2
@@ -451,7 +450,7 @@ def configuration(width):
 
 @functools.lru_cache(4096)
 def plan(batch, length, width, programs):
-    """(grid, rows of a program, then as configuration) for `programs` programs at most, but one a sample at least."""
+    """(grid, rows of a program, *configuration) for at most `programs` programs, but at least one a sample."""
     chunk, chunks, tile_rows, warps = configuration(width)
     tiles = triton.cdiv(length, tile_rows)
     rows = triton.cdiv(tiles, max(1, programs // max(batch, 1))) * tile_rows
@@ -460,21 +459,21 @@ def plan(batch, length, width, programs):
 
 @functools.lru_cache(256)
 def dropout_arguments(dropout):
-    """The largest word that is dropped, as a signed 32-bit integer, or None where none is; and 1 over the fp32 chance to stay."""
+    """The largest dropped word as a signed 32-bit integer, or None if none is dropped; and 1 / (1 - dropout) in fp32."""
     words = round(dropout * 2**32)
     (kept,) = struct.unpack("f", struct.pack("f", 1.0 - dropout))
     return (((words - 1) ^ 0x80000000) - 0x80000000 if words else None), 1.0 / kept
 
 
 def row_stride(conditioning):
-    """Elements from one sample's row to the next; 0 where one row serves all."""
+    """Elements from one sample's row to the next; 0 if one row serves all."""
     return conditioning.stride(0) if conditioning.shape[0] > 1 else 0
 
 
 def norm_forward(x, shift, scale, weight, eps, y, mean, rstd):
     """Fill y [B, L, D], mean and rstd [B, L, 1] fp32.
 
-    Here and below tensors are contiguous, but rows of conditioning may be apart.
+    Here and below tensors are contiguous, except that rows of conditioning may be apart.
     """
     batch, length, width = x.shape
     grid, rows, chunk, chunks, tile_rows, warps = plan(batch, length, width, BRIEF)
@@ -501,10 +500,10 @@ def norm_forward(x, shift, scale, weight, eps, y, mean, rstd):
 
 
 def as_one_sample(x, conditioning):
-    """Batch, length and width to launch for, and whether each row has a number of its own.
+    """Batch, length and width to launch for, and whether each row has its own sample id.
 
-    Single tokens [R, 1, D] under one row of conditioning, as the last block has them, go together as one sample of R rows: a
-    program, and a line of partial sums, for each of them would be most of the work.
+    Single tokens [R, 1, D] with one row of conditioning, as in the last block, run as one sample of R rows. A program and a line
+    of partial sums for each would be most of the work.
     """
     batch, length, width = x.shape
     if length == 1 and conditioning.shape[0] == 1:
@@ -555,7 +554,7 @@ def gated_forward(
 
 
 def norm_backward(dy, x, scale, weight, mean, rstd, dx, dshift, dscale, dweight):
-    """Fill dx [B, L, D], dshift and dscale as scale, and dweight [D] where there is a weight."""
+    """Fill dx [B, L, D], dshift and dscale as scale, and dweight [D] if there is a weight."""
     batch, length, width = x.shape
     grid, rows, chunk, chunks, tile_rows, warps = plan(batch, length, width, RESIDENT)
     partials = mean.new_empty((2, grid[0] * grid[1], width))
@@ -604,7 +603,7 @@ def gated_backward(
     dscale,
     dweight,
 ):
-    """Fill dresidual and dbranch [B, L, D], dgate, dshift and dscale as scale, and dweight [D] where there is a weight.
+    """Fill dresidual and dbranch [B, L, D], dgate, dshift and dscale as scale, and dweight [D] if there is a weight.
 
     One of dtotal and dy may be None, for zeros.
     """
@@ -650,11 +649,11 @@ def gated_backward(
 
 
 SUM_COLUMNS, SUM_ROWS = 32, 128
-"""What a program of the second stage reads at a time: 128-byte pieces of rows, and 32 numbers a lane in flight."""
+"""Columns and rows that a program of the second stage reads at a time: 128 bytes of a row, 32 numbers a lane in flight."""
 
 
 def sums(partials, splits, scale, weight, dshift, dscale, dgate, dweight):
-    """Add partials [2 or 3, B * splits, D] up, over each sample or, where conditioning is one row, over all."""
+    """Add up partials [2 or 3, B * splits, D] over each sample, or over all if conditioning is one row."""
     k, programs, width = partials.shape
     groups = scale.shape[0]
     wanted = groups * k + (weight is not None and groups != 1)

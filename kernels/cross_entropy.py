@@ -1,9 +1,9 @@
-"""The row pass of linear_cross_entropy: a slab of logits becomes its own gradient, row by row, and leaves losses.
+"""The row pass of linear_cross_entropy: turn a slab of logits into its own gradient, and write each row's loss.
 
-Memory bounds it. One program owns one row and goes over it in blocks, twice: for the sum, made relative to the largest logit so
-far, and for the gradient, which overwrites the row (6 bytes a bf16 logit; the second read finds much of a row in the second-level
-cache). Where only losses are asked for it goes once. One kernel serves any number of columns: a row in a single block would have
-to be padded to a power of two and kept in registers.
+Memory bounds it. One program owns one row and goes over it in blocks, twice: for the sum, relative to the largest logit so far,
+and for the gradient, which overwrites the row (6 bytes a bf16 logit; the second read finds much of a row in the second-level
+cache). For losses alone it goes once. Blocks serve any number of columns: a whole row in one block would be padded to a power of
+two and kept in registers.
 
 The target is kept apart from the others, as in csrc/cross_entropy/rule.h. The bias's gradient is the column sums, in two stages.
 """
@@ -15,10 +15,10 @@ import triton.language as tl
 
 @triton.jit
 def exp(x):
-    """e^x for x <= 0 to a few units in the last place; tl.exp is off by 2^-24 times x, which a loss of 1e-12 would show."""
+    """e^x for x <= 0 to a few units in the last place; tl.exp is off by 2^-24 x, which is visible in a loss of 1e-12."""
     n = tl.floor(x * 1.4426950408889634 + 0.5)
     r = (x - n * 0.693359375) + n * 2.12194440e-4
-    return tl.where(x < -87.0, 0.0, tl.exp2(r * 1.4426950408889634) * tl.exp2(n))  # NaN is not less and stays
+    return tl.where(x < -87.0, 0.0, tl.exp2(r * 1.4426950408889634) * tl.exp2(n))  # NaN compares false and stays
 
 
 @triton.jit
@@ -30,8 +30,8 @@ def log1p(x):
 
 @triton.jit
 def load_target(Logits, Hidden, Weight, Bias, Rates, i, target, inside, elapsed, width, BLOCK_D: tl.constexpr):
-    """The target's logit: hidden . weight[target] + bias[target] in fp32 where hidden is given, else as stored; less elapsed
-    times its rate where there are rates. -inf outside.
+    """The target's logit: hidden . weight[target] + bias[target] in fp32 if hidden is given, else as stored; with rates, minus
+    elapsed * rate. -inf if the target is out of range.
     """
     if Hidden is not None:
         shares = tl.zeros((BLOCK_D,), tl.float32)
@@ -52,8 +52,8 @@ def load_target(Logits, Hidden, Weight, Bias, Rates, i, target, inside, elapsed,
 
 @triton.jit
 def sum_up(Logits, Rates, column, columns, elapsed, BLOCK: tl.constexpr):
-    """Of a row without its target: the largest logit, and the sums of e^x, of e^x x and of e^x rate, where x = z - largest. With
-    rates, z is the logit less elapsed times its rate.
+    """For a row without its target: the largest logit, and the sums of e^x, e^x x and e^x rate for x = z - largest. z is the
+    logit; with rates, minus elapsed * rate.
     """
     largest = tl.full((), float("-inf"), tl.float32)
     sums = tl.zeros((BLOCK,), tl.float32)
@@ -72,7 +72,7 @@ def sum_up(Logits, Rates, column, columns, elapsed, BLOCK: tl.constexpr):
         factor = exp(shift)
         x = z - base
         power = exp(x)
-        moments = factor * (moments + sums * shift) + power * tl.maximum(x, -1e4)  # the last is 0 where x is -inf
+        moments = factor * (moments + sums * shift) + power * tl.maximum(x, -1e4)  # the last term is 0 if x is -inf
         sums = sums * factor + power
         if Rates is not None:
             rated = rated * factor + power * rate
@@ -82,8 +82,8 @@ def sum_up(Logits, Rates, column, columns, elapsed, BLOCK: tl.constexpr):
 
 @triton.jit
 def finish(of_others, others, moment, at_target, w):
-    """As in csrc/cross_entropy/rule.h: nll, max_probability, entropy; then largest, scale and the target's gradient; then the
-    shares of the others and of the target, and the factor that makes a sum of the others theirs.
+    """As in csrc/cross_entropy/rule.h: nll, max_probability, entropy; largest, scale and the target's gradient; the
+    probabilities of the others and of the target, and the factor from a sum over the others to its share.
     """
     first = at_target >= of_others
     largest = tl.where(first, at_target, of_others)
@@ -123,7 +123,7 @@ def write_gradient(Logits, Rates, column, columns, largest, scale, of_target, el
 
 @triton.jit
 def write_row(Nll, MaxProbability, Entropy, Velocity, i, nll, max_probability, entropy, velocity):
-    """What is known of a row as a whole."""
+    """Write one row's results."""
     tl.store(Nll + i, nll)
     if Velocity is not None:
         tl.store(Velocity + i, velocity)
@@ -160,7 +160,7 @@ def _cross_entropy_kernel(
     w = tl.full((), 1.0, tl.float32)
     if TokenWeight is not None:
         w = tl.load(TokenWeight + i)
-    if w == 0.0:  # its logits may be anything, and are not read
+    if w == 0.0:  # logits may be anything, and are not read
         zero = w * 0.0
         write_row(Nll, MaxProbability, Entropy, Velocity, i, zero, zero, zero, zero)
         if GRADIENT:
@@ -194,7 +194,7 @@ def _cross_entropy_kernel(
 def _column_sum_kernel(
     Gradient, Sums, rows, columns, stride, rows_of_split, ADD: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr
 ):
-    """Reads the slab once. A program owns BLOCK_N columns of one split of the rows, and a line of Sums [splits, columns]."""
+    """Reads the slab once. A program owns BLOCK_N columns of one split of the rows; Sums is [splits, columns]."""
     split = tl.program_id(1)
     o_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
     last = tl.minimum((split + 1) * rows_of_split, rows)
@@ -238,7 +238,7 @@ def cross_entropy_(
     elapsed,
     velocity,
 ):
-    """cross_entropy_ of atat_fast/ops/linear_cross_entropy/row_pass.py. All but logits is contiguous, and logits' columns are."""
+    """cross_entropy_ of atat_fast/ops/linear_cross_entropy/row_pass.py. Tensors are contiguous; rows of logits may be apart."""
     rows, columns = logits.shape
     if rows == 0 or columns == 0:
         return
@@ -269,17 +269,17 @@ def cross_entropy_(
 
 
 def configuration(columns, width):
-    """The compile-time sizes for rows of this length: 16 logits a thread, in blocks of at most 4,096. So many, their sums and
-    their moments stay in 80 registers, at which three programs share a multiprocessor and have 24 KB of loads in flight. With
-    rates it is 128, and two programs.
+    """The compile-time sizes for rows of this length: 16 logits a thread, in blocks of at most 4,096. These, their sums and
+    moments fit 80 registers, so three programs share a multiprocessor, with 24 KB of loads in flight. With rates it is 128
+    registers and two programs.
     """
     block = min(4096, max(128, triton.next_power_of_2(columns)))
     return {"BLOCK": block, "BLOCK_D": min(1024, max(16, triton.next_power_of_2(width))), "num_warps": max(1, block // 512)}
 
 
 def sum_columns(slab, sums, block_m=16, block_n=256, ctas=1024, most_splits=32):
-    """Add the column sums of slab [rows, columns] to sums [columns] fp32. Rows are split so that programs fill a GPU, by a rule
-    that knows shapes alone. Each split has a line of partial sums.
+    """Add the column sums of slab [rows, columns] to sums [columns] fp32. Rows are split so that programs fill a GPU; the split
+    depends on shapes only. Each split has a line of partial sums.
     """
     rows, columns = slab.shape
     strips = triton.cdiv(columns, block_n)

@@ -1,11 +1,11 @@
-"""linear_categorical: rows times the vocabulary head, noise added, and the best id of each row kept; no logit reaches memory.
+"""linear_categorical: multiply rows by the vocabulary head, add noise, keep each row's best id; no logit reaches memory.
 
 Bound by the weight, which every block of rows reads once (from the second-level cache after the first block), and by the noise:
 for every two logits ten rounds of Philox, about 100 integer operations, and four logarithms. One program owns BLOCK_M rows and a
 split of the vocabulary, and goes over its columns in pairs of tiles: ids 2 p and 2 p + 1 share one counter of the generator, so
 the even and the odd ids of a tile are two products with one set of random words. Each lane keeps its own best score and id; a
-row's winner is found when the columns are done, and that of all splits by a second, small kernel. Nothing is added up in an order
-that could vary.
+program finds its rows' winners after the last column, and a second, small kernel takes the best of the splits. Results are the
+same bits in every run.
 """
 
 import torch
@@ -14,7 +14,7 @@ import triton.language as tl
 
 from .philox import gumbel64, philox4x32
 
-MULTIPROCESSORS = 132  # of the largest GPU this is meant for; only how the vocabulary is split depends on it
+MULTIPROCESSORS = 132  # of the largest GPU this is meant for; only the split of the vocabulary depends on it
 
 
 @triton.jit
@@ -32,7 +32,7 @@ def product(p_hidden, Weight, o_v, m_m, m_v, width, BLOCK_M: tl.constexpr, BLOCK
 
 @triton.jit
 def compete(score, id, m_v, best, winner):
-    """Keep the higher score of each lane, and of equals the one there was. NaN is the highest there is, with id -1."""
+    """Keep each lane's higher score, and of equals the earlier one. NaN is the highest score, with id -1."""
     wrong = score != score
     score = tl.where(m_v[None, :], tl.where(wrong, float("inf"), score), float("-inf"))
     wins = score > best
@@ -71,7 +71,7 @@ def _linear_categorical_kernel(
     winner = tl.full((BLOCK_M, BLOCK_P), -1, tl.int32)
     for part in range(first, last, BLOCK_P):
         o_p = part + tl.arange(0, BLOCK_P)
-        # What is the same for a whole row or tile stays a vector or a scalar until the rounds mix it.
+        # Counter words that a whole row or tile shares stay vectors or scalars until the rounds mix them.
         w0, w1, w2, w3 = philox4x32(
             index.to(tl.uint32)[:, None],
             (index >> 32).to(tl.uint32)[:, None],
@@ -91,9 +91,7 @@ def _linear_categorical_kernel(
             id = tl.broadcast_to(o_v.to(tl.int32)[None, :], (BLOCK_M, BLOCK_P))
             best, winner = compete(score * inverse_temperature + noise, id, m_v, best, winner)
     largest = tl.max(best, 1)
-    id = tl.min(
-        tl.where(best == largest[:, None], winner, 2147483647), 1
-    )  # of equals the lowest; -1, of a NaN, is below them all
+    id = tl.min(tl.where(best == largest[:, None], winner, 2147483647), 1)  # of equals the lowest id; NaN's, -1, is below all
     tl.store(Scores + split.to(tl.int64) * rows + o_m, largest, mask=m_m)
     tl.store(Ids + split.to(tl.int64) * rows + o_m, id, mask=m_m)
 

@@ -1,10 +1,10 @@
-"""mask_tokens: hide exactly k tokens of each sequence and list the rows the loss will want. One launch.
+"""mask_tokens: hide exactly k tokens of each sequence and list the rows that the loss needs. One launch.
 
-What it moves is small (ids in and out, 12 bytes a hidden token), so launches and latency bound it. One program owns one
-sequence. First it holds all keys in registers and finds the k-th smallest bit by bit from the top: 32 compare-and-count passes,
-no sort, no memory. Then it goes over the sequence in tiles, makes the keys again (Philox costs less than keeping them beside
-everything else) and writes. Where a sequence's rows begin is a sum over num_masked, so programs never wait for each other,
-nothing is atomic, and rows come out in position order.
+It moves little (ids in and out, 12 bytes a hidden token), so launches and latency bound it. One program owns one sequence. First
+it holds all keys in registers and finds the k-th smallest bit by bit from the top: 32 compare-and-count passes, no sort, no
+memory. Then it goes over the sequence in tiles, makes the keys again (Philox costs less than keeping them) and writes. A
+sequence's rows begin at a sum over num_masked, so programs never wait for each other, nothing is atomic, and rows come out in
+position order.
 """
 
 import triton
@@ -15,7 +15,7 @@ from .philox import gumbel, random_words
 
 @triton.jit
 def ordered(value):
-    """Unsigned integers in the order of floats; what is not a number comes last."""
+    """Unsigned integers in the order of floats; NaN comes last."""
     bits = value.to(tl.uint32, bitcast=True)
     bits = tl.where(bits >= 0x80000000, bits ^ 0xFFFFFFFF, bits | 0x80000000)
     return tl.where(value == value, bits, 0xFFFFFFFF).to(tl.uint32)
@@ -23,7 +23,7 @@ def ordered(value):
 
 @triton.jit
 def count_under(tiles, limit, TILE: tl.constexpr):
-    """How many keys are under the limit."""
+    """The number of keys under the limit."""
     under = tl.zeros((TILE,), tl.int32)
     for i in tl.static_range(len(tiles)):
         under += (tiles[i] < limit).to(tl.int32)
@@ -42,14 +42,14 @@ def smallest(tiles, wanted, TILE: tl.constexpr):
 
 @triton.jit
 def load_counts(NumMasked, o_b, B, L):
-    """How many rows each sequence has, clamped to its length."""
+    """The number of rows of each sequence, clamped to its length."""
     counts = tl.load(NumMasked + o_b, mask=o_b < B, other=0)
     return tl.minimum(tl.maximum(counts, 0), L).to(tl.int32)
 
 
 @triton.jit
 def load_free(Eligible, Frozen, start, o, m, ELIGIBLE: tl.constexpr, FROZEN: tl.constexpr):
-    """Which positions are not frozen, and which of them may be hidden."""
+    """Masks of the positions that are not frozen, and of those that may be hidden."""
     m_free = m
     if FROZEN:
         m_free = m & (tl.load(Frozen + start + o, mask=m, other=1) == 0)
@@ -70,7 +70,7 @@ def make_keys(Scores, start, first, o, m, seed, step, stream, tilt, TILTED: tl.c
 
 @triton.jit
 def hide(keys, m_may, threshold, ties):
-    """Keys under the threshold, and the first `ties` of those that equal it. Also how many equal it."""
+    """Mask of the keys under the threshold and the first `ties` of those equal to it; and how many equal it."""
     tie = m_may & (keys == threshold)
     rank = tl.cumsum(tie.to(tl.int32), 0)
     return m_may & ((keys < threshold) | (tie & (rank <= ties))), tl.sum(tie.to(tl.int32), 0)
@@ -78,7 +78,7 @@ def hide(keys, m_may, threshold, ties):
 
 @triton.jit
 def pad(Rows, Weights, begin, end, stride, o_t, TILE: tl.constexpr):
-    """Row 0 with weight 0 in tiles that begin at begin, begin + stride, ..."""
+    """Write row 0 with weight 0 in tiles that begin at begin, begin + stride, ..."""
     for p in range(begin, end, stride):
         m = p + o_t < end
         tl.store(Rows + p + o_t, tl.zeros((TILE,), tl.int64), mask=m)
@@ -119,7 +119,7 @@ def _mask_tokens_kernel(
     seed = tl.load(Seed)
     step = tl.load(Step)
 
-    # Counts are clamped to the length here and to what may be hidden below: no data leads outside a buffer.
+    # Counts are clamped, here to the length and below to what may be hidden: no data can lead outside a buffer.
     o_b = tl.arange(0, BLOCK_B)
     counts = load_counts(NumMasked, o_b, B, L)
     offset = tl.sum(tl.where(o_b < b, counts, 0), 0)
@@ -135,14 +135,14 @@ def _mask_tokens_kernel(
         both += m_free.to(tl.int32) + (m_may.to(tl.int32) << 16)
         keys = make_keys(Scores, start, first, o, m, seed, step, stream, tilt, TILTED)
         tiles = tiles + (tl.where(m_may, keys, 0xFFFFFFFF).to(tl.uint32),)  # type: ignore[assignment]  # noqa: RUF005
-        tl.debug_barrier()  # one tile after the other: all at once do not fit the registers
+        tl.debug_barrier()  # one tile after another: all at once do not fit the registers
     both = tl.sum(both, 0)
     free = both & 0xFFFF
     wanted = tl.minimum(slots, both >> 16)
     threshold = smallest(tiles, wanted, TILE)
-    ties = wanted - count_under(tiles, threshold, TILE)  # 0 where nothing is wanted: the threshold is 0 then
+    ties = wanted - count_under(tiles, threshold, TILE)  # 0 if nothing is wanted: the threshold is 0 then
 
-    # Rounded as PyTorch's: weights are the same bits everywhere, and Triton's own division is off by a unit in the last place.
+    # Rounded as in PyTorch, so that weights are the same bits everywhere: Triton's `/` is off by a unit in the last place.
     weight = tl.div_rn((free + 1).to(tl.float32), tl.maximum(wanted, 1).to(tl.float32))
     if WEIGHTING == 3:  # ce: a plain mean over the batch
         total = tl.sum(counts, 0)
@@ -155,7 +155,7 @@ def _mask_tokens_kernel(
         weight = tl.div_rn(all_free.to(tl.float32), tl.maximum(total, 1).to(tl.float32))
     slope = -tilt if WEIGHTING == 1 else focus
     largest = weight * 0.0
-    if (WEIGHTING == 1) | (WEIGHTING == 2):  # order and importance: a softmax over what is hidden
+    if (WEIGHTING == 1) | (WEIGHTING == 2):  # order and importance: a softmax over hidden tokens
         largest += float("-inf")
         share = weight * 0.0
         left = ties
@@ -194,7 +194,7 @@ def _mask_tokens_kernel(
             weights *= tl.exp(slope * tl.load(Scores + start + o, mask=m, other=0.0) - largest)
         tl.store(Weights + offset + rank, weights, mask=m_out)
 
-    # Padding: slots of this sequence that a clamped count left over, and this program's share of what follows the last row.
+    # Padding: slots that a clamped count of this sequence left over, and this program's share of those after the last row.
     pad(Rows, Weights, offset + taken, tl.minimum(offset + slots, num_rows), TILE, o_t, TILE)
     total = tl.sum(load_counts(NumMasked, o_b, B, L), 0)
     pad(Rows, Weights, total + b * TILE, num_rows, B * TILE, o_t, TILE)
@@ -253,9 +253,9 @@ def mask_tokens(
 
 
 def configuration(length):
-    """The compile-time sizes for sequences of this length: two keys of a tile a thread. Registers bound them: 16 warps may have
-    128 each, 32 may have 64. Said aloud, for ptxas would otherwise spill a few to fit more programs on a multiprocessor than
-    there are sequences.
+    """The compile-time sizes for sequences of this length: a thread has two keys of a tile. Registers limit them: 128 a thread
+    with 16 warps, 64 with 32. The limit is given because ptxas would otherwise spill some, to fit more programs on a
+    multiprocessor than there are sequences.
     """
     block = triton.next_power_of_2(length)
     tile = min(block, 1024)

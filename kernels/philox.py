@@ -1,7 +1,7 @@
 """Philox4x32-10 on blocks of counters: docs/philox.md, in Triton. Words are uint32.
 
-A round is two 32 x 32 -> 64 products, spelled as the multiply-high instruction and a wrapping multiply; all of it is integer
-work that hides behind the memory traffic of the kernels that call it.
+A round is two 32 x 32 -> 64 products, each a multiply-high and a wrapping multiply; this integer work hides behind the memory
+traffic of the kernels that call it.
 """
 
 import triton
@@ -51,7 +51,7 @@ def gumbel(word):
 
 @triton.jit
 def gumbel64(high, low):
-    """The same of u = (high * 2^32 + low + 0.5) / 2^64: values up to 45, where 32 bits end at 22.9."""
+    """The same for u = (high * 2^32 + low + 0.5) / 2^64: values reach 45; with 32 bits they end at 22.9."""
     under = high < 0x80000000
     top = tl.where(under, high, high ^ 0xFFFFFFFF).to(tl.float32)
     small = (

@@ -1,14 +1,14 @@
 """rotary: turn queries and keys of a projection by their position, in place, into a copy or into three tensors. One launch.
 
 Bound by memory: in place, queries and keys are read and written once; out of place the values are copied in the same launch.
-One program owns a few heads of BLOCK_R rows: of each its query, its key and, out of place, its value. They share one load of
-the tables, whose fp32 words would otherwise be half as many bytes as the data. A row's halves are next to each other, so both
-are read with 16-byte accesses wherever half a head is 16 bytes or more, and the two together fill whole cache lines. Both are
-loaded before either is stored, which is what lets the outputs be the inputs themselves. The backward is the same kernel with
-INVERSE. Queries, keys and values have pointers of their own: what is packed is three views, what is apart needs no packing first.
+One program owns a few heads of BLOCK_R rows: the query, the key and, out of place, the value of each. They share one load of the
+tables, whose fp32 words would otherwise be half as many bytes as the data. A row's halves are next to each other, so both are
+read with 16-byte accesses if half a head is 16 bytes or more, and together they fill whole cache lines. Both are loaded before
+either is stored, so the output may be the input. The backward is the same kernel with INVERSE. Queries, keys and values have
+their own pointers: a packed tensor is passed as three views, and three tensors need no packing.
 
-With NORM each query and key is scaled to unit root-mean-square before it is turned. Its mean square is a sum over the threads
-that hold it, a few of one warp, and moves nothing but the 4 bytes of its reciprocal root, which the backward reads.
+With NORM each query and key is scaled to unit root-mean-square before it is turned. The mean square is a sum over a few threads
+of one warp. The only extra traffic is its reciprocal root, 4 bytes, which the backward reads.
 """
 
 import triton
@@ -17,7 +17,7 @@ import triton.language as tl
 
 @triton.jit
 def places(rows, L, HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.constexpr):
-    """This program's rows and elements of half a head, which of them there are, and each row's sequence and position."""
+    """This program's rows and elements of half a head, their masks, and each row's sequence and position."""
     o_r = tl.program_id(0) * BLOCK_R + tl.arange(0, BLOCK_R)[:, None]
     o_e = tl.arange(0, BLOCK_E)[None, :]
     m_r = o_r < rows
@@ -30,7 +30,7 @@ def places(rows, L, HALF: tl.constexpr, BLOCK_E: tl.constexpr, BLOCK_R: tl.const
 
 @triton.jit
 def turn(Out, In, Rstd, out, at, rstd, cos, sin, o_e, m, m_r, eps, NORM: tl.constexpr, HALF: tl.constexpr):
-    """Rotate the halves at In + at, scaled first where NORM, by the angle of (cos, sin) into Out + out."""
+    """Rotate the halves at In + at by the angle of (cos, sin) into Out + out; if NORM, scale them first."""
     a = tl.load(In + at + o_e, mask=m, other=0.0)
     b = tl.load(In + at + HALF + o_e, mask=m, other=0.0)
     x, y = a.to(tl.float32), b.to(tl.float32)
@@ -92,11 +92,10 @@ def _rotary_kernel(
 
 @triton.jit
 def turn_back(Dx, Grad, Out, Rstd, dx, grad, out, rstd, cos, sin, inverse, o_e, m, m_r, HALF: tl.constexpr):
-    """The gradient of `turn` with NORM into Dx + dx, from its own output at Out + out and what comes from above, Grad + grad.
+    """The gradient of `turn` with NORM into Dx + dx, from its output at Out + out and the upstream gradient at Grad + grad.
 
-    With x the input, r its reciprocal root-mean-square, R the turn and <> the mean over a head: out = R r x and
-    dx = r (R^T g - r x <R^T g . r x>). R^T R = cos^2 + sin^2, one up to rounding, or not where tables are scaled; so
-    r x = R^T out / (cos^2 + sin^2), and the mean is <g . out> whatever the tables. What is masked is 0 in g and in out.
+    dx = r (R^T g - y <g . out>) with y = R^T out / (cos^2 + sin^2) and <> the mean over a head: see docs/ops/rotary.md. Masked
+    elements are 0 in g and in out.
     """
     ga = tl.load(Grad + grad + o_e, mask=m, other=0.0)
     gb = tl.load(Grad + grad + HALF + o_e, mask=m, other=0.0)
@@ -154,21 +153,21 @@ def _rotary_backward_kernel(
 
 
 def parts(tensor):
-    """Queries, keys and values [B, L, H, E]: of a packed tensor [B, L, 3, H, E] its views, or the three that are given."""
+    """Queries, keys and values [B, L, H, E]: views of a packed tensor [B, L, 3, H, E], or the given tensors."""
     return tensor.unbind(2) if hasattr(tensor, "unbind") else tensor
 
 
 IN_PLACE = {"maxnreg": 64}
-"""Said aloud, for ptxas would else spill a few of fp32's 64 registers to fit one more program."""
+"""Without the limit ptxas spills some of fp32's 64 registers to fit one more program."""
 
 
 def rotary(out, qkv, cos, sin, inverse, rstd=None, eps=None):
-    """Rotate qkv into out, which may be qkv itself; otherwise values are copied too.
+    """Rotate qkv into out, which may be qkv itself; if not, values are copied too.
 
-    Each is packed, [B, L, 3, H, E], or three tensors [B, L, H, E] of equal strides, and a row's heads are dense.
+    Each is packed, [B, L, 3, H, E], or three tensors [B, L, H, E] of equal strides; a row's heads are dense.
     cos, sin: [L, E / 2] fp32, contiguous.
-    eps: where given, queries and keys are scaled to unit root-mean-square first. rstd: None, or [B, L, 2, H] fp32, contiguous,
-         which then holds the scales.
+    eps: if given, queries and keys are scaled to unit root-mean-square first. rstd: None, or [B, L, 2, H] fp32, contiguous, a
+         buffer for the scales.
     """
     outs, ins = parts(out), parts(qkv)
     batch, length, heads, size = ins[0].shape
@@ -201,8 +200,8 @@ def rotary(out, qkv, cos, sin, inverse, rstd=None, eps=None):
 def normed_backward(dqkv, grad, out, rstd, cos, sin):
     """The gradient of `rotary` with eps, into dqkv, from its output, its rstd and the upstream gradient.
 
-    dqkv [B, L, 3, H, E] is contiguous; out's queries and keys are rows at equal distance, and its values are not read; grad is
-    as qkv in `rotary`.
+    dqkv [B, L, 3, H, E] is contiguous. out's queries and keys have equal strides, and its values are not read. grad is as qkv in
+    `rotary`.
     """
     grads, outs = parts(grad), parts(out)
     batch, length, heads, size = grads[0].shape
@@ -229,10 +228,10 @@ def normed_backward(dqkv, grad, out, rstd, cos, sin):
 
 
 def configuration(heads, size):
-    """The compile-time sizes: a load of half a head by four warps is 1,024 elements, 16 bytes of bf16 a thread, and up to four
-    heads share the tables. Loads of one head wait for the stores of the one before, which may be to the same place; at the 48
-    registers this takes, ten programs on a multiprocessor keep 40 kB in flight, twice what the memory's latency asks for. With
-    a norm nine do at 56 registers; its backward, with 80, has six and twice as many loads in each.
+    """The compile-time sizes: four warps load 1,024 elements at a time, 16 bytes of bf16 a thread, and up to four heads share
+    the tables. A head's loads wait for the stores of the head before, which may be to the same place. At 48 registers, ten
+    programs on a multiprocessor keep 40 kB in flight, twice what the memory's latency needs; with a norm it is nine at 56
+    registers, and in its backward six at 80, with twice as many loads each.
     """
     block = triton.next_power_of_2(size // 2)
     shared = next(n for n in (4, 2, 1) if heads % n == 0)

@@ -15,7 +15,7 @@
 namespace atat_fast {
 namespace {
 
-// A thread is given tasks until they hold this many elements: for fewer, waking it takes longer than the work.
+// A thread gets tasks of at least this many elements: for fewer, waking it takes longer than the work.
 constexpr int64_t kElementsPerThread = 1 << 15;
 // Columns that the second stage adds up at a time.
 constexpr int64_t kColumns = 256;
@@ -57,8 +57,8 @@ void load(float* out, const Conditioning& rows, int64_t group, int64_t count) {
   load(out, rows.values, group * rows.stride, count);
 }
 
-// Rows that go through each pass together: a pass ends in a few operations that wait for one another, and the next row's can
-// begin meanwhile. The block stays in the first-level cache.
+// Rows that go through each pass together: a pass ends in a few dependent operations, and the next row can begin meanwhile. The
+// block stays in the first-level cache.
 constexpr int64_t kMostRows = 8;
 inline int64_t block_rows(int64_t width) { return std::min(kMostRows, std::max<int64_t>(1, 2048 / width)); }
 
@@ -77,7 +77,7 @@ class Scratch {
     std::fill_n(zeros, width, 0.0f);
   }
 
-  // What a task's rows have in common.
+  // The conditioning that a task's rows share.
   void condition(const NormArguments& a, int64_t group) {
     load(gain, a.scale, group, width_);
     if (a.weight.data != nullptr) {

@@ -1,4 +1,4 @@
-// adaptive_layer_norm and gated_residual_norm from torch's tensors to plain pointers: checks, contiguous copies where they are
+// adaptive_layer_norm and gated_residual_norm from torch's tensors to plain pointers: checks, contiguous copies if they are
 // needed, and outputs.
 #pragma once
 
@@ -13,7 +13,7 @@ namespace {
 
 constexpr const char* kOp = "adaptive norm";
 
-// Reads one call's tensors, and holds the copies that had to be made of them.
+// Reads one call's tensors, and holds copies of those that are not contiguous.
 class NormCall {
  public:
   NormCall(const Tensor& stream, const Tensor& scale)
@@ -33,7 +33,7 @@ class NormCall {
     return given ? values(*given, name, elements) : Values{};
   }
 
-  // Rows of conditioning are read where they lie, apart or not, if each is in one piece.
+  // Rows of conditioning are read in place, apart or not, if each is contiguous.
   Conditioning rows(const Tensor& given, const char* name) {
     STD_TORCH_CHECK(given.dim() == 2 && given.size(1) == width, "rows of conditioning disagree");
     if (width > 1 && given.stride(1) != 1) return {values(given, name, groups * width), groups == 1 ? 0 : width};

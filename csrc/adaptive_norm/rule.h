@@ -1,4 +1,4 @@
-// What adaptive_layer_norm and gated_residual_norm work on, how their rows are cut into tasks, and which elements dropout drops.
+// Arguments of adaptive_layer_norm and gated_residual_norm, the cut of their rows into tasks, and which elements dropout drops.
 // Plain C++.
 #pragma once
 
@@ -46,7 +46,7 @@ inline uint64_t first_counter(int64_t id, int64_t position, int64_t length, int6
   return (static_cast<uint64_t>(id) * static_cast<uint64_t>(length) + static_cast<uint64_t>(position)) * groups;
 }
 
-// What forward and backward share. Tensors of [batch, length, width] are contiguous.
+// Arguments that forward and backward share. Tensors of [batch, length, width] are contiguous.
 struct NormArguments {
   bool gated;           // gated_residual_norm; else there is no branch, no gate, no dropout and no total
   int64_t batch, length, width;

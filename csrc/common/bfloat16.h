@@ -8,7 +8,7 @@
 
 namespace atat_fast {
 
-using Half = uint16_t;  // bf16; fp16 has no place in this library
+using Half = uint16_t;  // bf16; this library has no fp16
 
 ATAT_FAST_INLINE float float_from_bits(uint32_t bits) {
   float value;

@@ -1,4 +1,4 @@
-// What CUDA sources need of torch beside tensors, and the check of a CUDA call.
+// torch's stream and the driver's CUDA version, and the check of a CUDA call.
 #pragma once
 
 #include <cuda_runtime_api.h>
@@ -10,7 +10,7 @@ namespace atat_fast {
 // Whether `current_stream` can answer: not under a CPU-only torch, nor if the library does not name libtorch.so as needed.
 bool reaches_stream();
 
-// The newest CUDA that the driver serves, such as 13000, or 0 without a driver. Touches no device.
+// The newest CUDA that the driver supports, such as 13000, or 0 without a driver. Touches no device.
 int64_t cuda_driver();
 
 // The stream torch would launch on now. Launch on this one only: graph capture and record_stream miss kernels on any other.

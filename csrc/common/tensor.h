@@ -1,5 +1,5 @@
-// torch's tensors, and the checks that every op's arguments go through. All is in unnamed namespaces: torch hides its tensors in
-// each file of a library, and what takes them must be as hidden.
+// torch's tensors, and the checks of every op's arguments. All is in unnamed namespaces: torch's tensor classes have hidden
+// visibility in each file, so functions that take them must have it too.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -54,7 +54,7 @@ inline bool is_half(const char* op, ScalarType type) {
 // Whether 16 bytes can be read or written here at once. Null, for a tensor that was not given, counts.
 inline bool is_aligned(const void* pointer) { return reinterpret_cast<uintptr_t>(pointer) % 16 == 0; }
 
-// Reads the tensors of one call of `op`. They lie on the device of the first; copies that are made live as long as the reader.
+// Reads the tensors of one call of `op`, which must be on the device of the first. Copies live as long as the reader.
 class Reader {
  public:
   Reader(const char* op, const Tensor& first)
@@ -67,7 +67,7 @@ class Reader {
                     " lies on another device than the first tensor");
   }
 
-  // The elements in a row, copied if they lie apart.
+  // The elements, contiguous: copied if they are not.
   const void* read(const Tensor& given, const char* name, ScalarType type, int64_t elements) {
     check(given, name, type, elements);
     if (given.is_contiguous()) return given.const_data_ptr();
@@ -85,7 +85,7 @@ class Reader {
     return given ? read<T>(*given, name, elements) : nullptr;
   }
 
-  // The elements where they lie, which must be in a row: for what is written, or too large to copy.
+  // The elements in place, which must be contiguous: for outputs, and for tensors too large to copy.
   void* in_place(const Tensor& given, const char* name, ScalarType type, int64_t elements) const {
     check(given, name, type, elements);
     STD_TORCH_CHECK(given.is_contiguous(), op_, ": ", name, " must be contiguous");

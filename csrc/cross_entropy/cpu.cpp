@@ -1,6 +1,6 @@
 // The row pass of linear_cross_entropy on the CPU: a slab of logits becomes its own gradient in place. A row goes in blocks that
 // stay in the first-level cache: each block once for its largest logit and its exponentials relative to that, and once more, when
-// the row's sum is known, to scale them. How rows are cut into tasks depends on their number alone, so the bias's gradient is the
+// the row's sum is known, to scale them. The cut of rows into tasks depends on their number only, so the bias's gradient is the
 // same bits for any number of threads.
 
 #include "../common/rows.h"
@@ -80,7 +80,7 @@ ATAT_FAST_VECTORISED float dot(const float* a, const float* b, int64_t count) {
   return sum;
 }
 
-// Logits to z - elapsed * rate, and a gradient without rates to one with them.
+// Turns logits z into z - elapsed * rate. The next function turns a gradient without rates into one with them.
 ATAT_FAST_VECTORISED void age(float* z, const float* rates, float elapsed, int64_t count) {
   for (int64_t i = 0; i < count; ++i) z[i] -= elapsed * rates[i];
 }
@@ -89,7 +89,7 @@ ATAT_FAST_VECTORISED void scale_by_rates(float* gradient, const float* rates, fl
   for (int64_t i = 0; i < count; ++i) gradient[i] *= rates[i] - speed;
 }
 
-// A row is worked on where it lies only if it is fp32 and becomes the gradient.
+// A row is computed in place only if it is fp32 and becomes the gradient.
 bool in_place(const RowArguments& a) { return !a.half && a.gradient; }
 
 // Working memory of one thread: a row in fp32, and each block's part and sum of rate * e^(z - its largest).
@@ -103,7 +103,7 @@ struct Scratch {
   std::vector<float> rated;
 };
 
-// Computed again from the inputs if they are given, because a stored bf16 logit is rounded.
+// The target's logit, computed again from the inputs if they are given, because a stored bf16 logit is rounded.
 template <typename T>
 float target_logit(const RowArguments& a, int64_t i, int64_t target) {
   if (a.hidden == nullptr) return widened(static_cast<const T*>(a.logits)[i * a.stride + target]);

@@ -4,12 +4,12 @@
 // time of one logit; 18 sum it up and 8 make it its gradient. So a row is read from global memory once, and waits in shared
 // memory until its sum is known. The sum grows while the row is read, relative to the largest logit so far. A row of 50,304 bf16
 // logits takes 101,120 bytes, which fits an sm_89 once and an sm_90 twice (of 30,592 columns: once and three times). A CTA ends
-// with its row: while one waits for memory or writes, the others on the chip are elsewhere in their rows, and starting one costs
-// a microsecond of the ten or twenty that a row takes. A row too long for shared memory is read a second time for its gradient.
-// If only losses are asked for, nothing is kept and a CTA needs little shared memory.
+// with its row: while it waits for memory, others on the chip compute, and starting one costs a microsecond of the ten or twenty
+// that a row takes. A row too long for shared memory is read a second time for its gradient. For losses alone nothing is kept,
+// and a CTA needs little shared memory.
 //
-// Threads take 16 bytes at a time and write what they have read themselves; all that a CTA's threads exchange is one sum. Sums
-// have a fixed order, so results are the same bits on every run.
+// Threads take 16 bytes at a time and write the elements they read themselves; a CTA's threads exchange one sum only. Sums have a
+// fixed order, so results are the same bits on every run.
 //
 // The bias's gradient is the column sums of the slab that was written, in two stages without atomics.
 //
@@ -32,7 +32,7 @@ constexpr int kReadThreads = 512;  // of a CTA that keeps no row
 constexpr int kMaxRowWarps = kMaxRowThreads / 32;
 constexpr int kAhead = 4;  // 16-byte loads that a thread has in flight
 
-// What each warp adds to the row's sum: its part, and its share of the target's logit. The head of a CTA's shared memory; the row
+// A warp's share of the row's sum: its part, and its share of the target's logit. It heads a CTA's shared memory; the row
 // follows. `rated` is the sum of rate * e^(z - largest) over the others.
 template <bool kRates>
 struct WarpPart {
@@ -81,7 +81,7 @@ inline int kept_row_threads(int64_t bytes, int64_t shared_of_multiprocessor) {
   return static_cast<int>(threads < kMinRowThreads ? kMinRowThreads : threads);
 }
 
-// No more threads than there is work for, in whole warps.
+// At most as many threads as there is work for, in whole warps.
 template <typename T>
 int row_threads(int64_t columns, int most) {
   const int64_t threads = (chunk_count<T>(columns) + 31) / 32 * 32;
@@ -145,8 +145,8 @@ struct ChunkedRow {
   }
 };
 
-// The exponential of a gradient's element. For bf16 it is the device's own power of two: its error of 2^-22 times the exponent,
-// and 0 for what is under 2^-126, are nothing beside the rounding to bf16.
+// The exponential of a gradient's element. For bf16 it is the device's own power of two: the rounding to bf16 hides its error of
+// 2^-22 times the exponent, and its 0 for results under 2^-126.
 template <typename T>
 __device__ inline float gradient_exp(float x) {
 #ifdef __CUDA_ARCH__
@@ -183,7 +183,7 @@ __device__ inline WarpPart<kRates> no_part() {
   return part;
 }
 
-// The whole CTA's, known to all its threads, which all call it, once.
+// The whole CTA's share, returned to all its threads. All of them call it, once.
 template <bool kRates>
 __device__ inline WarpPart<kRates> merge_cta(WarpPart<kRates> part, WarpPart<kRates>* of_warps) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;

@@ -1,5 +1,5 @@
-// The arithmetic of one row of linear_cross_entropy that host and device share: how parts of a row are summed up, and what
-// follows for the loss and its gradient. Plain C++, so that all of it is tested on the host.
+// The arithmetic of one row of linear_cross_entropy that host and device share: the sum of a row's parts, and from it the loss
+// and its gradient. Plain C++, so that all of it is tested on the host.
 #pragma once
 
 #include <cmath>
@@ -59,7 +59,7 @@ struct RowResult {
   float others_share, own_share;  // of the probability: all but the target's, and the target's
 };
 
-// What is reported of row i.
+// Writes the results of row i.
 ATAT_FAST_INLINE void report(const RowArguments& a, int64_t i, const RowResult& result) {
   a.nll[i] = result.nll;
   if (a.max_probability != nullptr) a.max_probability[i] = result.max_probability;
@@ -88,8 +88,8 @@ ATAT_FAST_INLINE RowResult finish(RowPart others, float at_target, float weight)
   return result;
 }
 
-// What rates change: the gradient is `at_target` at the target and `scale` * e^(z - largest) * (rate - speed) elsewhere. `speed`
-// is the reported velocity: the sum of rate * p, less the target's rate.
+// With rates: the gradient is `at_target` at the target and `scale` * e^(z - largest) * (rate - speed) elsewhere. `speed` is the
+// reported velocity: the sum of rate * p, minus the target's rate.
 struct RateResult {
   float speed, at_target;
 };

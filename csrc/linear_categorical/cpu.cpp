@@ -13,7 +13,7 @@
 namespace atat_fast {
 namespace {
 
-constexpr int64_t kBlock = 512;  // columns; even, so that a block begins with a part of its own
+constexpr int64_t kBlock = 512;  // columns; even, so that a block begins with a new part of the stream
 
 // log(2^exponent (1 + x)) for 1 + x in [sqrt(1/2), sqrt(2)): Cephes' logf, good to about a unit in the last place.
 ATAT_FAST_INLINE float log_of(float x, float exponent) {

@@ -11,7 +11,7 @@
 namespace atat_fast {
 namespace {
 
-// A thread is given sequences until they hold this many tokens.
+// A thread gets sequences of about this many tokens at a time.
 constexpr int64_t kTokensPerTask = 8192;
 
 ATAT_FAST_VECTORISED void fill_words(uint32_t* words, int64_t length, uint64_t first, uint64_t seed, uint32_t step,
@@ -104,7 +104,7 @@ void mask_sequence(const MaskArguments& a, int64_t b, int64_t offset, float ce_w
 
   fill_noisy(static_cast<Id*>(a.noisy) + start, static_cast<const Id*>(a.tokens) + start, scratch.hidden.data(), a.length,
              static_cast<Id>(a.mask_id));
-  // Only counts that no caller may pass leave slots beyond num_rows or beyond `count`. The latter weigh nothing.
+  // Only invalid counts leave slots beyond num_rows or beyond `count`. The latter have weight 0.
   const int64_t slots = std::min<int64_t>(clamp_count(a.num_masked[b], a.length), a.num_rows - offset);
   if (slots <= 0) return;
   const auto kept = static_cast<int32_t>(std::min<int64_t>(count, slots));

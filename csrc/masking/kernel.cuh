@@ -36,7 +36,7 @@ inline int thread_count(int64_t length) {
   return static_cast<int>(32 * (warps < 4 ? 4 : warps > kMaxWarps ? kMaxWarps : warps));
 }
 
-// Sum over the CTA, known to all its threads. Every thread calls it; the order of addition is fixed.
+// Sum over the CTA, returned to all its threads. Every thread calls it; the order of addition is fixed.
 __device__ inline int32_t cta_sum(int32_t value, SharedHead& shared) {
   const int lane = threadIdx.x % 32, warp = threadIdx.x / 32, warps = blockDim.x / 32;
   value = __reduce_add_sync(kWholeWarp, value);
@@ -101,7 +101,7 @@ __device__ inline void store_group(T* to, const T (&in)[kGroup], int count, bool
   }
 }
 
-// The whole of one sequence's work, seen from one thread.
+// All of one sequence's work, for one thread.
 template <typename Id>
 struct MaskSequence {
   const MaskArguments& a;
@@ -113,7 +113,7 @@ struct MaskSequence {
   const int64_t b = blockIdx.x;
   const int64_t start = b * a.length;
   const int groups = static_cast<int>(group_count(a.length));
-  // Loops over groups take as many turns in every thread of the CTA, since all of it meets inside them.
+  // Loops over groups take equally many turns in every thread of the CTA, because all threads synchronise inside them.
   const int turns = (groups + static_cast<int>(blockDim.x) - 1) / static_cast<int>(blockDim.x);
 
   int64_t offset = 0, total = 0;  // where this sequence's rows begin, where all rows end
@@ -130,7 +130,7 @@ struct MaskSequence {
 
   __device__ void place_rows() {
     int64_t before = 0, all = 0;
-    for (int64_t i = threadIdx.x % 32; i < a.batch; i += 32) {  // every warp for itself: the array is small
+    for (int64_t i = threadIdx.x % 32; i < a.batch; i += 32) {  // each warp sums it all: the array is small
       const int32_t count = clamp_count(a.num_masked[i], a.length);
       before += i < b ? count : 0;
       all += count;
@@ -253,7 +253,7 @@ struct MaskSequence {
     }
   }
 
-  // Softmax over what is hidden: the largest exponent and the sum. Each thread reads back what it wrote in hide().
+  // Softmax over hidden tokens: the largest exponent and the sum. Each thread reads back what it wrote in hide().
   __device__ void softmax(float& largest, float& sum) {
     const auto each = [&](auto&& visit) {
       for (int group = threadIdx.x; group < groups; group += blockDim.x) {
@@ -332,7 +332,7 @@ struct MaskSequence {
       weight = static_cast<float>(free + 1) / sum;
     }
     write(weight, largest);
-    // Slots that a clamped count left over, then this CTA's share of what follows the last row.
+    // Slots that a clamped count left over, then this CTA's share of those after the last row.
     pad(offset + wanted + threadIdx.x, offset + slots, blockDim.x);
     pad(total + b * blockDim.x + threadIdx.x, a.num_rows, static_cast<int64_t>(gridDim.x) * blockDim.x);
   }

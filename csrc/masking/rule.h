@@ -45,7 +45,7 @@ ATAT_FAST_INLINE uint32_t ordered(float value) {
 // Small keys are hidden first. Without a tilt the key is the word itself, so nothing is rounded.
 ATAT_FAST_INLINE uint32_t tilted_key(uint32_t word, float score, float tilt) { return ordered(gumbel(word) - tilt * score); }
 
-// What is hidden: keys under `key`, and the first `ties` positions whose key is `key`.
+// Hidden are keys under `key`, and the first `ties` positions whose key is `key`.
 struct Threshold {
   uint32_t key;
   int32_t ties;
@@ -57,7 +57,7 @@ ATAT_FAST_INLINE Threshold hide_all() { return {UINT32_MAX, INT_MAX}; }
 constexpr int kDigitBits = 8;
 constexpr int kBins = 1 << kDigitBits;
 
-// Which bin holds the rank-th smallest (from 1), its rank inside that bin, and how many the bin holds.
+// The bin that holds the rank-th smallest (from 1), its rank inside that bin, and how many the bin holds.
 struct Found {
   uint32_t digit;
   int32_t rank;

@@ -15,8 +15,7 @@ namespace {
 // T is the type of elements. W is the type they are computed in, and that of tables and reciprocal root-mean-squares.
 
 // Turns one row's `turned` heads at x into y, which may be x. If kNorm, each head is scaled first, and rstd gets the scales. All
-// of a row's scales are found before it is turned: a sum ends in operations that wait for one another, and the next head's can
-// begin meanwhile.
+// of a row's scales are computed first: a sum ends in dependent operations, and the next head's sum can begin meanwhile.
 template <typename T, typename W, bool kNorm, int64_t kSize>
 ATAT_FAST_VECTORISED void turn_row(T* y, W* rstd, const T* x, const W* c, const W* s, int64_t turned, int64_t any, W sign,
                                    W eps) {
@@ -37,10 +36,9 @@ ATAT_FAST_VECTORISED void turn_row(T* y, W* rstd, const T* x, const W* c, const 
   }
 }
 
-// The gradient of the above with kNorm, from y and its gradient g. With x the input, r its reciprocal root-mean-square, R the
-// turn and <> the mean over a head, y = R r x and dx = r (R^T g - r x <R^T g . r x>). R^T R = cos^2 + sin^2, which need not be
-// one: tables may be scaled. So r x = R^T y / (cos^2 + sin^2), and the mean is <g . y> for any tables. Scratch holds half a head
-// of those sums' reciprocals and a mean for each head.
+// The gradient of the above with kNorm, from y and its gradient g: dx = r (R^T g - z <g . y>) with z = R^T y / (cos^2 + sin^2),
+// r the scale, R the turn and <> the mean over a head (docs/ops/rotary.md). Scratch holds half a head of reciprocals of
+// cos^2 + sin^2, and a mean for each head.
 template <typename T, typename W, int64_t kSize>
 ATAT_FAST_VECTORISED void turn_row_back(T* dx, const T* g, const T* y, const W* rstd, const W* c, const W* s, W* scratch,
                                         int64_t turned, int64_t any) {
@@ -62,7 +60,7 @@ ATAT_FAST_VECTORISED void turn_row_back(T* dx, const T* g, const T* y, const W* 
   }
 }
 
-// Where the rows of a packed tensor lie.
+// The rows of a packed tensor in memory.
 template <typename T>
 struct Rows {
   T* data;
