@@ -1,1 +1,1 @@
-"""Several ranks: who they are, how a model is spread over them, what lies where."""
+"""Several ranks: how they meet, and how a model is spread over them."""

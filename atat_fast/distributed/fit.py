@@ -1,11 +1,11 @@
-"""Does a run fit its cards, and how is it shared: arithmetic of memory, and one rule. Nothing is started or timed.
+"""Whether a run fits its cards, and how it is shared over them: arithmetic of memory and one rule. Nothing is started or timed.
 
     ddp     every card holds everything
     fsdp    weights, gradients, moments and average are spread over all cards; blocks are gathered when they are needed
-    hsdp    they are spread over some cards, and each such group holds a copy
+    hsdp    as fsdp within groups of cards; each group holds a copy
 
 parallel.mode auto is ddp if that fits a card, else fsdp. If neither fits, the run is refused with the largest micro-batch that
-does. What is counted for activations is in `activation_bytes`; weights, gradients, moments and the average are exact.
+does. Weights, gradients, moments and the average are counted exactly; `activation_bytes` estimates activations.
 """
 
 from __future__ import annotations
@@ -20,21 +20,21 @@ from atat_fast.ops.linear_cross_entropy.slabs import default_budget
 
 GIB = 1 << 30
 RESERVED_BYTES = 3 * GIB // 2
-"""Context, workspaces of libraries, and what the allocator cannot use. An assumption."""
+"""CUDA's context, libraries' workspaces, and memory lost to fragmentation. An assumption."""
 NCCL_BYTES = GIB // 4
-"""What NCCL keeps for its channels. An assumption."""
+"""NCCL's buffers for its channels. An assumption."""
 BUCKET_BYTES = 25 << 20
 """DDP's bucket of gradients."""
 BLOCKS_IN_FLIGHT = 3
 """Gathered blocks that exist at once if blocks are freed after use: the one at work, the next one, and one being freed."""
 MOMENT_BYTES = {"fp32": 4.0, "bf16": 2.0, "8bit": 1.0 + 4 / 256}
-"""Bytes of one moment of one parameter; 8-bit ones have an fp32 scale for every 256."""
+"""Bytes of one moment of one parameter; 8-bit moments have an fp32 scale for every 256."""
 BYTES = {"fp32": 4, "bf16": 2}
 
 
 @dataclass(frozen=True)
 class Sizes:
-    """Parameters of a run: all that are trained, those of the blocks, the number of blocks, and ids in the vocabulary."""
+    """Counts of a run: trained parameters, those of them in blocks, blocks, and ids in the vocabulary."""
 
     total: int
     blocks: int
@@ -46,7 +46,7 @@ class Sizes:
 class Layout:
     """How a run is shared over `world` ranks.
 
-    mode: none, ddp, fsdp or hsdp.   shard: ranks that hold one copy of the parameters between them; 1 under ddp.
+    mode: none, ddp, fsdp or hsdp.   shard: number of ranks over which one copy of the parameters is spread; 1 under ddp.
     keep_gathered: whether a block's weights stay gathered between its forward and its backward pass.   reason: why, in words.
     """
 
@@ -74,7 +74,7 @@ class Layout:
 
 @dataclass(frozen=True)
 class Card:
-    """What memory arithmetic asks of a device: its bytes, its kind (cuda or cpu), and the size of a number in products."""
+    """A device for memory arithmetic: its bytes, its kind (cuda or cpu), and the bytes of a number in products."""
 
     memory: int
     kind: str
@@ -82,7 +82,7 @@ class Card:
 
 
 def check_parallel(config: Config, world: int, on_host: int) -> None:
-    """Raise UsageError for settings that no run has, or that do not fit `world` ranks, `on_host` of them on each host."""
+    """Raise UsageError for settings that are invalid, or do not fit `world` ranks, `on_host` of them on each host."""
     parallel = config.parallel
     mode, shard = parallel.mode, parallel.shard_size
     if not parallel.timeout > 0:
@@ -111,7 +111,7 @@ def check_parallel(config: Config, world: int, on_host: int) -> None:
 
 
 def layouts(config: Config, world: int, on_host: int) -> list[Layout]:
-    """The layouts that the settings leave open, the plainest first."""
+    """The layouts that the settings allow, simplest first."""
     wanted = config.parallel
     if world == 1:
         return [Layout("none", 1, 1)]
@@ -125,9 +125,9 @@ def layouts(config: Config, world: int, on_host: int) -> list[Layout]:
 
 
 def choose(config: Config, sizes: Sizes, world: int, on_host: int, card: Card, micro_batch: int, passes: int) -> Layout:
-    """The first layout that fits. If none does, one that was asked for is taken all the same, and auto is refused.
+    """The first layout that fits. If none does, the smallest, if its mode was asked for or one process runs; `reason` says so.
 
-    Raises UsageError with the largest micro-batch that would fit.
+    Raises UsageError with the largest micro-batch that fits, if mode is auto and nothing fits several ranks.
     """
     found = layouts(config, world, on_host)
     needs = [sum(card_memory(config, sizes, layout, card, micro_batch, passes).values()) for layout in found]
@@ -152,12 +152,12 @@ def choose(config: Config, sizes: Sizes, world: int, on_host: int, card: Card, m
         f"{f'at most {most} fit' if most else 'not even one sequence fits'}: try {', '.join([*advice, 'more cards'])}"
     )
     if world > 1 and config.parallel.mode == "auto":
-        raise UsageError(f"this run does not fit: {sentence}; --parallel.mode {layout.mode} starts it all the same")
+        raise UsageError(f"this run does not fit: {sentence}; --parallel.mode {layout.mode} starts it anyway")
     return replace(layout, reason=sentence)
 
 
 def card_memory(config: Config, sizes: Sizes, layout: Layout, card: Card, micro_batch: int, passes: int = 1) -> dict[str, int]:
-    """Bytes one card holds at once, by what holds them. passes: micro-batches of a step, whose gradients wait unsharded."""
+    """Bytes one card holds at once, by use. passes: micro-batches of a step; with several, gradients wait unsharded."""
     own = -(-sizes.total // layout.shard)
     blocks, rest, small = sizes.blocks, sizes.total - sizes.blocks, card.element
     gathered = BYTES[config.parallel.param_dtype] if layout.shard > 1 else 4
@@ -185,8 +185,8 @@ def activation_bytes(model: ModelConfig, rows: int, element: int, checkpoint: in
     """Bytes that the forward pass over `rows` tokens keeps for the backward pass. element: size of a number in products.
 
     A row of a block keeps, in units of the width: two residual sums (fp32), two norms' outputs, q, k, v before and after
-    rotation, attention's output, two branches, and the MLP's inside before and after its activation. With checkpointing every
-    n-th block keeps the residual sum and norm's output it began with, and one of them is whole while it runs again.
+    rotation, attention's output, two branches, and the MLP's hidden values before and after its activation. With checkpointing
+    every n-th block keeps its input only (a residual sum and a norm's output), and one such block is whole while it runs again.
     """
     width, recomputed = model.dim, model.layers // checkpoint if checkpoint else 0
     per_row = 2 * 4 * width + (2 + 6 + 1 + 2 + 2 * model.mlp_ratio) * element * width
@@ -197,8 +197,8 @@ def activation_bytes(model: ModelConfig, rows: int, element: int, checkpoint: in
 def bytes_sent(config: Config, sizes: Sizes, layout: Layout, passes: int) -> dict[str, float]:
     """Bytes a card sends in a step, by collective, in rings: (n - 1) / n of the data for a gather or a scatter, twice for a sum.
 
-    Under sharding what is no block (embedding, head, modulation) is gathered in fp32, once a pass; blocks are gathered again
-    before their backward pass if their weights are freed.
+    If parameters are sharded, those outside blocks (embedding, head, modulation) are gathered in fp32, once a pass; blocks are
+    gathered again before their backward pass if their weights are freed.
     """
     sent: dict[str, float] = {}
     reduced = BYTES[config.parallel.reduce_dtype]
@@ -214,7 +214,7 @@ def bytes_sent(config: Config, sizes: Sizes, layout: Layout, passes: int) -> dic
 
 
 def largest_micro_batch(config: Config, sizes: Sizes, layout: Layout, card: Card, passes: int = 1) -> int:
-    """Most sequences a pass can have before memory is full; 0 if not even one fits."""
+    """The most sequences of a pass that fit into memory; 0 if not even one does."""
 
     def fits(batch: int) -> bool:
         return sum(card_memory(config, sizes, layout, card, batch, passes).values()) <= card.memory
@@ -229,7 +229,7 @@ def largest_micro_batch(config: Config, sizes: Sizes, layout: Layout, card: Card
 
 
 def describe_fit(config: Config, sizes: Sizes, layout: Layout, card: Card, micro_batch: int, passes: int) -> list[str]:
-    """What a card holds and sends, and what each memory option would change, as lines for --dry_run."""
+    """Lines for --dry_run: what a card holds and sends, and what each memory option would change."""
     held = card_memory(config, sizes, layout, card, micro_batch, passes)
     total, most = sum(held.values()), largest_micro_batch(config, sizes, layout, card, passes)
     fits = "fits" if total <= card.memory else "DOES NOT FIT"
@@ -252,7 +252,7 @@ def describe_fit(config: Config, sizes: Sizes, layout: Layout, card: Card, micro
 
 
 def options(config: Config, layout: Layout) -> list[tuple[str, Config]]:
-    """Settings that buy memory for time or rounding, one at a time, each with the words that ask for it."""
+    """Settings that save memory and cost time or precision, one at a time: (the option as typed, the config)."""
     parallel, optim = config.parallel, config.optim
     found = [
         (f"parallel.activation_checkpointing {n}", replace(config, parallel=replace(parallel, activation_checkpointing=n)))

@@ -1,7 +1,7 @@
-"""The processes of a run: how torchrun's ranks find each other, agree, vote to stop, and part.
+"""The processes of a run: how torchrun's ranks find each other, agree, vote to stop, and leave.
 
-Every rank runs the same program on its part of each batch. What one of them finds wrong at the start all of them raise, so that
-one sentence is printed and every process leaves with the same status. In one process all of this is nothing.
+Every rank runs the same program on its part of each batch. If one finds an error at the start, all raise it, so that one sentence
+is printed and every process exits with the same status. In a single process these calls do nothing.
 """
 
 from __future__ import annotations
@@ -26,18 +26,18 @@ from torch.distributed.rendezvous import rendezvous
 from atat_fast.errors import UsageError, first_line
 
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-"""What torchrun tells each of several processes besides WORLD_SIZE."""
+"""Variables that torchrun sets for each of several processes, besides WORLD_SIZE."""
 SLACK = 120.0
-"""Seconds beyond `parallel.timeout` after which PyTorch itself gives up: the watch, which knows names, should be first."""
+"""Seconds after `parallel.timeout` at which PyTorch itself gives up: the watch, which names the rank, should come first."""
 PATIENCE = datetime.timedelta(days=1)
-"""How long a word between hosts may take: one may be tokenising, or writing to a slow disk. The watch sees to the rest."""
+"""Timeout of the gloo groups: a host may be tokenising, or writing to a slow disk. The watch catches ranks that hang."""
 GO_ON, STOP, FAILED = 0, 1, 2
-"""Votes after a step, by rising weight: go on, save and stop, writing a checkpoint failed."""
+"""Votes after a step; the highest wins: go on, save and stop, writing a checkpoint failed."""
 
 
 @dataclass(frozen=True)
 class Launch:
-    """What the launcher says of this process: its number among all and on its host, and how often the run was restarted."""
+    """What the launcher set for this process: its number among all and on its host, and how often the run was restarted."""
 
     rank: int = 0
     size: int = 1
@@ -48,7 +48,7 @@ class Launch:
 
     @classmethod
     def of(cls, environment: Mapping[str, str] = os.environ) -> Launch:
-        """From the environment. Raises UsageError where several processes were started and one was not told which it is."""
+        """From the environment. Raises UsageError if WORLD_SIZE is above 1 and a variable is missing or invalid."""
         size = _number(environment, "WORLD_SIZE", 1)
         restarts = _number(environment, "TORCHELASTIC_RESTART_COUNT", 0)
         name = f"{environment.get('TORCHELASTIC_RUN_ID', '')}@{socket.gethostname()}:{os.getppid()}"
@@ -76,12 +76,12 @@ def _number(environment: Mapping[str, str], key: str, default: int) -> int:
 
 
 class Ranks:
-    """The ranks of a run as one of them sees them. `start` joins them; `leave` parts.
+    """The ranks of a run as one of them sees them. `start` joins them; `leave` leaves.
 
     Attributes:
-        rank, size: This one's number and how many there are.
-        control: A gloo group for words between hosts, which no device waits for; None in one process.
-        disk: Another one, for the thread that writes checkpoints.
+        rank, size: This rank's number, and the number of ranks.
+        control: A gloo group for messages between hosts, for which no device waits; None in one process.
+        disk: Another gloo group, for the thread that writes checkpoints.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -95,7 +95,7 @@ class Ranks:
     def start(cls, device: str, timeout: float, launch: Launch | None = None) -> Ranks:
         """Join the ranks the launcher started: gloo on CPUs, nccl on cards. device: cpu or cuda.
 
-        Raises UsageError for fewer cards than ranks, or where there is no meeting point at MASTER_ADDR.
+        Raises UsageError if there are fewer cards than ranks, or MASTER_ADDR does not answer.
         """
         ranks = cls(launch or Launch.of())
         if ranks.size == 1:
@@ -115,7 +115,7 @@ class Ranks:
         try:
             dist.init_process_group(
                 "gloo" if card is None else "cpu:gloo,cuda:nccl",
-                # The launcher's store remembers the addresses of processes that it has started again since.
+                # A prefix for each restart: the launcher's store still holds the addresses of earlier processes.
                 store=PrefixStore(f"atat_fast/{at.restarts}", store),
                 rank=at.rank,
                 world_size=at.size,
@@ -136,7 +136,7 @@ class Ranks:
 
     @property
     def first(self) -> bool:
-        """Whether this is rank 0, which speaks for all."""
+        """Whether this is rank 0, which prints for all."""
         return self.rank == 0
 
     def gather(self, value: Any, group: Any = None) -> list[Any]:
@@ -156,12 +156,12 @@ class Ranks:
         return box[0]
 
     def total(self, values: Tensor) -> Tensor:
-        """The sum over ranks of a tensor on the CPU, in fp64, added up in the order of ranks."""
+        """The sum over ranks of a CPU tensor, in fp64, added in rank order."""
         return torch.stack([v.double() for v in self.gather(values)]).sum(0) if self.size > 1 else values
 
     @contextlib.contextmanager
     def agree(self) -> Iterator[None]:
-        """What is wrong with the user's input on one rank within is raised on all of them, as the first of them says it."""
+        """If the block raises a UsageError on any rank, raise the first such rank's on all of them."""
         problem: str | None = None
         try:
             yield
@@ -175,7 +175,7 @@ class Ranks:
                 raise UsageError(found if rank == 0 else f"rank {rank}: {found}")
 
     def require_same(self, what: str, values: Mapping[str, Any]) -> None:
-        """Raise UsageError on all ranks where one of them has another value of anything. what: 'settings' and the like."""
+        """Raise UsageError on all ranks if a value differs on any of them. what: a word for the values, such as 'settings'."""
         everyone = self.gather(dict(values))
         for rank, theirs in enumerate(everyone):
             for name in everyone[0].keys() | theirs.keys():
@@ -186,9 +186,9 @@ class Ranks:
                     )
 
     def vote(self, wish: int) -> int:
-        """The weightiest wish of all ranks as of the call before this one (this one's own, in one process).
+        """The highest wish of all ranks at the previous call; in one process, this call's own.
 
-        The answer to a vote is read at the next one, so no rank waits for another's step, and all of them act at the same step.
+        The result of a vote is read at the next one, so no rank waits for another's step, and all act at the same step.
         """
         if self.size == 1:
             return wish
@@ -198,7 +198,7 @@ class Ranks:
         return decided
 
     def last_vote(self) -> int:
-        """What the vote still under way decides; GO_ON where there is none. It must be called by all ranks or none."""
+        """The result of the vote still under way; GO_ON without one. All ranks must call it, or none."""
         if self._vote is None:
             return GO_ON
         (ballot, work), self._vote = self._vote, None
@@ -211,7 +211,7 @@ class Ranks:
             self.gather(None)
 
     def leave(self) -> None:
-        """Part from the others, however things stand."""
+        """Leave the process group, even after an error."""
         if self.size > 1 and dist.is_initialized():
             self.control = self.disk = None
             with contextlib.suppress(RuntimeError):
@@ -219,13 +219,13 @@ class Ranks:
 
 
 def lost_contact(error: RuntimeError) -> bool:
-    """Whether this is how a process hears that another one is gone: it does not know which, or why."""
+    """Whether this error means that another rank died. The error does not say which, or why."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)
 
 
 def leave_to_rank_0(status: int, seconds: float = 20.0) -> NoReturn:
-    """End a rank that has nothing to add to rank 0's sentence: it waits until the launcher ends it, for if it left first, the
-    launcher would end rank 0 before it has spoken.
+    """End a rank that has nothing to add to rank 0's error. It first waits for the launcher to end it: if it exited before rank
+    0 printed, the launcher would kill rank 0.
     """
 
     def end(number: int, frame: FrameType | None) -> NoReturn:

@@ -1,4 +1,4 @@
-"""Tensors that may be spread over ranks: the part that lies here, the whole, and a part cut from a whole."""
+"""Tensors that may be sharded over ranks: this rank's part, the whole, and a part cut from a whole."""
 
 from __future__ import annotations
 
@@ -11,27 +11,27 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 def local(tensor: Tensor) -> Tensor:
-    """The part of a tensor that lies here, sharing its memory."""
+    """This rank's part of a tensor, sharing its memory."""
     return cast(DTensor, tensor.detach()).to_local() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """All of a tensor: a collective call where it is sharded."""
+    """The whole tensor; a collective call if it is sharded."""
     return cast(DTensor, tensor.detach()).full_tensor() if isinstance(tensor, DTensor) else tensor.detach()
 
 
 def part_like(full: Tensor, like: Tensor) -> Tensor:
-    """A tensor that every rank has, as it lies here of `like`: the shard where that is sharded."""
+    """This rank's part of `full`, which every rank has, sharded as `like` is."""
     if not isinstance(like, DTensor):
         return full
-    # Nothing is sent: every rank cuts its own part.
+    # src_data_rank None sends nothing: every rank cuts its own part.
     placed = distribute_tensor(full, like.device_mesh, like.placements, src_data_rank=None)
     return placed.to_local()
 
 
 @torch.no_grad()
 def load_parts(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy whole tensors on the CPU into tensors of any spread, by name."""
+    """Copy whole CPU tensors into tensors of the same names, sharded or not."""
     for name, target in targets.items():
         mine = local(target)
         mine.copy_(part_like(values[name].to(mine.device), target))

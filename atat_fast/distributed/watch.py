@@ -1,8 +1,8 @@
-"""A watch over ranks that depend on each other: when nothing moves any more, it says which one holds the others back.
+"""A watch over ranks that wait for each other: if they stop, it names the rank that holds the others back.
 
-The training loop marks its way: every mark is one more on a counter that all ranks count alike. A thread tells the others,
-through the launcher's store, how far its own rank is. Once a rank has not moved for `timeout` seconds, it looks at the others:
-one that says nothing any more, or is behind the rest, is named, and all ranks end with status 1, which a launcher restarts.
+The training loop calls `mark`, which adds one to a counter; every rank counts the same marks. A thread publishes this rank's
+count through the launcher's store. After `timeout` seconds without a mark it reads the others', names the rank that is silent or
+behind, and all ranks exit with status 1, after which a launcher restarts them.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from atat_fast.distributed.ranks import Ranks
 
 
 class RankState(NamedTuple):
-    """How far a rank is. patient: whether it may take as long as it likes."""
+    """How far a rank is. patient: whether it has no time limit now."""
 
     marks: int
     step: int
@@ -33,9 +33,9 @@ class RankState(NamedTuple):
 
 
 class Watch:
-    """Marks of this rank, and a thread that watches the others'; in one process nothing is watched.
+    """Counts this rank's marks, and watches the other ranks in a thread; does nothing in a single process.
 
-    timeout: seconds without a mark after which the run is given up.
+    timeout: seconds without a mark after which the run ends.
     """
 
     def __init__(self, ranks: Ranks, timeout: float) -> None:
@@ -47,7 +47,7 @@ class Watch:
         self._thread: threading.Thread | None = None
         if ranks.size > 1:
             self._interval = min(5.0, timeout / 4)
-            # A connection of its own: the process group may be waiting in its one.
+            # Its own connection: the process group may be waiting in the other one.
             self._store = PrefixStore(
                 f"atat_fast/watch/{ranks.launch.restarts}",
                 TCPStore(
@@ -59,18 +59,18 @@ class Watch:
                 ),
             )
             self._tell()
-            ranks.barrier()  # every rank has told something
+            ranks.barrier()  # every rank has published a state
             self._thread = threading.Thread(target=self._run, name="watch", daemon=True)
             self._thread.start()
 
     def mark(self, step: int, doing: str) -> None:
-        """This rank begins to do something that all ranks do at this place of their way."""
+        """Count one mark: this rank begins `doing`, which every rank does at this point."""
         self.state = self.state._replace(marks=self.state.marks + 1, step=step, doing=doing)
         self._moved = time.monotonic()
 
     @contextlib.contextmanager
     def patient(self, doing: str) -> Iterator[None]:
-        """Within, this rank does something that others wait for, and may take its time."""
+        """No time limit within: this rank does something slow that others wait for."""
         before = self.state
         self.state = before._replace(doing=doing, patient=True)
         try:
@@ -95,14 +95,14 @@ class Watch:
         return [news for news, *_ in told], [RankState(*state) for _, *state in told]
 
     def _run(self) -> None:
-        with contextlib.suppress(RuntimeError):  # the store went away with the launcher, which ends this process too
+        with contextlib.suppress(RuntimeError):  # the store ends with the launcher, which ends this process too
             while not self._done.wait(self._interval):
                 self._tell()
                 if not self.state.patient and time.monotonic() - self._moved > self.timeout:
                     self._look()
 
     def _look(self) -> None:
-        """Find out who holds the others back; end the process where somebody does."""
+        """Find the ranks that hold the others back; if there are any, end the process."""
         marks, (before, _) = self.state.marks, self._read()
         if self._done.wait(3 * self._interval):
             return
@@ -119,12 +119,12 @@ class Watch:
         if self.ranks.rank == speaker:
             print(f"error: {verdict(now, behind, silent, self.timeout)}", file=sys.stderr, flush=True)
         else:
-            time.sleep(2.0)  # the launcher ends all ranks once one has left: first the sentence
+            time.sleep(2.0)  # once one rank exits, the launcher ends all: let the speaker print first
         os._exit(1)
 
 
 def verdict(states: list[RankState], behind: list[int], silent: list[int], seconds: float) -> str:
-    """The sentence a run ends with."""
+    """The sentence that the run ends with."""
     waited = f"for {seconds:g} seconds (parallel.timeout)"
     if len(behind) == len(states):
         where = states[0]

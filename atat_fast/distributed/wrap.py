@@ -1,9 +1,9 @@
-"""A model over ranks: DDP, FSDP2 or HSDP around the parts of a run, applied from outside to plain modules.
+"""A model over ranks: DDP, FSDP2 or HSDP, applied from outside to a run's plain modules.
 
-A run's modules live under one roof, and whatever computes with them is called inside it: DDP and FSDP prepare and clean up at its
-door. Under FSDP every block is a group of its own, and so is the head, whose whole weight is a plain tensor while its `forward`
-runs, which is what the fused loss takes; the rest (embeddings, last norm, modulation, the estimator) is the roof's.
-Losses are shares of the global batch's mean, so gradients are added over ranks, not averaged.
+A run's modules are in one `Roof`. Computation with them runs inside its forward, where DDP and FSDP have their hooks. Under FSDP
+every block is its own group, and so is the head: while its `forward` runs its weight is a whole plain tensor, as the fused loss
+needs. The rest (embeddings, last norm, modulation, the estimator) is the roof's group.
+Losses are shares of the global batch's mean, so gradients are summed over ranks, not averaged.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ T = TypeVar("T")
 
 
 class Roof(nn.Module):
-    """The modules of a run under one name; called with a function, it gives what the function gives."""
+    """The modules of a run as one module. Calling it with a function returns the function's result."""
 
     def __init__(self, model: nn.Module, estimator: nn.Module | None) -> None:
         super().__init__()
@@ -44,7 +44,7 @@ class Roof(nn.Module):
 class Parallel:
     """The modules of a run, spread as a Layout says.
 
-    Made before optimizers and averages, which hold what it leaves: plain parameters, or DTensors under FSDP.
+    Make it before optimizers and averages: it replaces parameters by DTensors under FSDP.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Parallel:
         self.mesh: DeviceMesh | None = None
         self._call: Any = self.roof
         if layout.mode == "ddp":
-            with warnings.catch_warnings():  # torch 2.13 has another name for it, and 2.11 has not
+            with warnings.catch_warnings():  # torch 2.13 renamed an argument; 2.11 has the old name only
                 warnings.simplefilter("ignore", FutureWarning)
                 self._call = DistributedDataParallel(self.roof, broadcast_buffers=False, gradient_as_bucket_view=True)
             if config.reduce_dtype == "bf16":
@@ -65,7 +65,7 @@ class Parallel:
 
     def _shard(self, model: Any, config: ParallelConfig, device: str) -> None:
         layout = self.layout
-        # A block's branch is a view of a product; nothing writes to it.
+        # The warning does not apply: a block's branch is a view of a product, and nothing writes to it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
         if layout.mode == "hsdp":
             copies = self.ranks // layout.shard
@@ -80,7 +80,7 @@ class Parallel:
             inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=not layout.keep_gathered)
-        if not model.config.tie_embeddings:  # tied, they are one parameter, which is the roof's
+        if not model.config.tie_embeddings:  # if tied, the one parameter is the roof's
             fully_shard(model.head, mesh=mesh, mp_policy=whole, reshard_after_forward=False)  # its gradient is made in forward
         fully_shard(self.roof, mesh=mesh, mp_policy=whole, reshard_after_forward=False)
 
@@ -90,16 +90,16 @@ class Parallel:
         return self.mesh is not None
 
     def inside(self, function: Callable[[], T]) -> T:
-        """function(), with parameters whole inside of modules that are called."""
+        """function(), in which parameters are whole inside of modules while they are called."""
         return cast(T, self._call(function))
 
     def backward(self, loss: Tensor) -> None:
-        """Add this micro-batch's gradients: DDP and FSDP average over ranks what is to be a sum."""
+        """Add this micro-batch's gradients. The factor turns DDP's and FSDP's average over ranks into a sum."""
         (loss * self.ranks if self.ranks > 1 else loss).backward()
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
-        """A forward and backward pass within; gradients are summed over ranks in the last one of a step only."""
+        """Around one forward and backward pass: sum gradients over ranks only if it is the last of a step."""
         if self.sharded:
             roof = cast(FSDPModule, self.roof)
             roof.set_requires_gradient_sync(last)
@@ -122,23 +122,23 @@ class Parallel:
                     module.reshard()
 
     def clip(self, parameters: Iterable[nn.Parameter], most: float) -> Tensor:
-        """Scale gradients down to a global norm of `most`; the norm they had, a plain 0-d tensor."""
+        """Scale gradients down to a global norm of `most`. Returns the norm before, a plain 0-d tensor."""
         norm = torch.nn.utils.clip_grad_norm_(parameters, most or math.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
 def compile_blocks(model: nn.Module) -> None:
-    """torch.compile block by block: hooks of DDP and FSDP run between graphs, gradients of one block are ready before the next
-    one's, and what is computed again is a graph too. Blocks share their graphs.
+    """torch.compile block by block. So hooks of DDP and FSDP run between graphs, a block's gradients are ready before the next
+    one's, and recomputation is a graph too. Blocks share their graphs.
     """
     blocks: list[Any] = list(cast(nn.ModuleList, model.blocks))
     limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks) + limit)  # dropout's place is part of a graph
+    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks) + limit)  # dropout's layer is part of a graph
     for block in blocks:
         block.run = torch.compile(block.run)
 
 
 def recompute_blocks(model: nn.Module, every: int) -> None:
-    """Compute every n-th block again in the backward pass; 0 is none."""
+    """Compute every `every`-th block again in the backward pass; 0 for none."""
     for i, block in enumerate(cast("list[Any]", model.blocks)):
         block.recompute = every > 0 and (i + 1) % every == 0

@@ -1,1 +1,1 @@
-"""The machine: what it computes on, what cards can do, what they report."""
+"""The machine: the device a run computes on, tables of cards, and what cards report."""

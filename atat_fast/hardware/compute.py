@@ -1,4 +1,4 @@
-"""What a run computes on: device, precision, compilation, and the facts that belong beside every number it prints."""
+"""What a run computes on: device, precision, compilation, and the facts about them that it records."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ PEAK_BF16_FLOPS = {
     "H100": 989e12,
     "H200": 989e12,
 }
-"""Dense bf16 products with fp32 sums, from the vendors' data sheets; the first name found in a device's name counts."""
+"""FLOP/s of dense bf16 products with fp32 sums, from data sheets; the first key that is part of a device's name counts."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class Compute:
     compile: bool
 
     def autocast(self) -> contextlib.AbstractContextManager[Any]:
-        """bf16 autocast over fp32 master weights, or nothing where the dtype is fp32."""
+        """bf16 autocast over fp32 master weights; nothing if the dtype is fp32."""
         if self.dtype is torch.float32:
             return contextlib.nullcontext()
         return torch.autocast(self.device.type, dtype=self.dtype)
@@ -53,8 +53,8 @@ class Compute:
 
 
 def resolve(config: TrainConfig, prefix: str = "--train.") -> Compute:
-    """Turn the `auto`s of a TrainConfig into choices, and say where one that was made is a slow one. Raises UsageError for cuda
-    where there is none. prefix: what stands before device and dtype in the options that a message names.
+    """Turn the `auto`s of a TrainConfig into choices; print a note if the dtype asked for is slow here. prefix: the start of
+    option names in messages. Raises UsageError if device is cuda and torch sees none.
     """
     if config.device == "cuda" and not torch.cuda.is_available():
         raise UsageError(f"{prefix}device is cuda, but torch sees no CUDA device here; use {prefix}device cpu")
@@ -73,7 +73,7 @@ def resolve(config: TrainConfig, prefix: str = "--train.") -> Compute:
 
 @functools.cache
 def _say_slow(prefix: str) -> None:
-    """Once a process, on one rank of a host."""
+    """Print the note once a process, on one rank of a host."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         print(
             f"note: this CPU has no instructions for bf16 and multiplies it {processor.times_slower():.0f} times slower than "
@@ -83,7 +83,7 @@ def _say_slow(prefix: str) -> None:
 
 
 def device_name(device: torch.device) -> str:
-    """What people call it."""
+    """The product name: a GPU's, or 'CPU (model)'."""
     if device.type == "cuda":
         return torch.cuda.get_device_name(device)
     model = platform.processor()
@@ -94,7 +94,7 @@ def device_name(device: torch.device) -> str:
 
 
 def peak_flops(device: torch.device) -> float | None:
-    """Floating-point operations a second the device is sold with, or None where that is not known."""
+    """The data sheet's FLOP/s in bf16, or None if unknown."""
     if device.type != "cuda":
         return None
     name = torch.cuda.get_device_name(device)
@@ -130,7 +130,7 @@ def _version(package: str) -> str | None:
 
 
 def _commit() -> str | None:
-    """The commit of the checkout this package runs from, or None where it is installed."""
+    """The commit of the checkout this package runs from, or None if it is installed."""
     root = Path(__file__).resolve().parents[2]
     if not (root / ".git").exists():
         return None

@@ -1,7 +1,7 @@
 """Cards a run can be planned for, and the memory of the device that it runs on.
 
-Memory is what nvidia-smi reports for such a card, and peaks are those of `compute.PEAK_BF16_FLOPS`. How fast a step is on a card
-that nobody measured is bench/project.py's question.
+Memory is as nvidia-smi reports it; peaks are from `compute.PEAK_BF16_FLOPS`. bench/project.py projects the time of a step on a
+card that was not measured.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ MIB = 1 << 20
 
 @dataclass(frozen=True)
 class Device:
-    """One card: what --parallel.device calls it, its name, bytes of memory, and whether cards read each other's memory."""
+    """One card: its key for --parallel.device, its name, bytes of memory, and whether cards read each other's memory."""
 
     key: str
     name: str
     memory: int
     p2p: bool
     cards: int = 8
-    """Most of them in one host."""
+    """The most in one host."""
 
     @property
     def flops(self) -> float:
@@ -54,7 +54,7 @@ def named(key: str) -> Device:
 
 
 def of_name(name: str) -> Device | None:
-    """The device whose name is part of what a driver calls it, or None. The table's H100 is the SXM card alone."""
+    """The device whose name is part of a driver's name for it, or None. The table's H100 is the SXM card only."""
     return next((device for device in TABLE.values() if device.name in name and "PCIe" not in name), None)
 
 

@@ -1,7 +1,7 @@
-"""What the cards of a run are doing, from the driver (NVML): how busy, full and hot, on how much power, and what holds them back.
+"""What the driver (NVML) reports of a run's cards: utilisation, memory, temperature, power, clocks, and why they are throttled.
 
-`nvidia-ml-py` and a driver are optional: without them there are no such figures, and nothing else changes. Reading a card takes
-tens of milliseconds (PCIe rates are sampled over 20 ms), so a thread of its own does it; the training loop waits for nothing.
+`nvidia-ml-py` and a driver are optional: without them only these figures are missing. Reading a card takes tens of milliseconds
+(PCIe rates are sampled over 20 ms), so a thread does it and the training loop does not wait.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 SECONDS_BETWEEN = 2.0
-"""Between two readings of a card."""
+"""Seconds between two readings of a card."""
 GIB = 1 << 30
 
 THROTTLING = {
@@ -27,13 +27,13 @@ THROTTLING = {
     "nvmlClocksEventReasonHwThermalSlowdown": "heat (hardware)",
     "nvmlClocksEventReasonHwPowerBrakeSlowdown": "power brake",
 }
-"""NVML's reasons to lower clocks that a user should know of; being idle and clocks set by hand are none."""
+"""NVML's reasons for lowered clocks, in words; without idling and clocks set by hand, which users need not know."""
 
 Reading = dict[str, float | list[str]]
 
 
 class Card:
-    """One card as NVML knows it. Raises whatever NVML raises where there is no driver or no such card."""
+    """One card, read through NVML. Raises NVML's error if there is no driver or no such card."""
 
     def __init__(self, uuid: str) -> None:
         self._nvml: Any = importlib.import_module("pynvml")
@@ -41,14 +41,14 @@ class Card:
         self._handle = self._nvml.nvmlDeviceGetHandleByUUID(uuid)
 
     def read(self) -> Reading:
-        """What the driver says now; a figure that this card does not give is left out.
+        """The driver's figures now, without those that this card does not give.
 
         gpu_utilisation, memory_utilisation: share of the last sampling period in which a kernel ran, and in which memory was
         read or written. memory_used_gib of the whole card, watts, watts_limit, celsius, clock_mhz, throttled (reasons in words),
         pcie_sent_mb_s and pcie_received_mb_s (seen from the card).
         """
         nvml, handle, found = self._nvml, self._handle, {}
-        # Cards and drivers lack one figure or another: each is asked for by itself.
+        # Cards and drivers lack different figures, so each is read by itself.
         with contextlib.suppress(nvml.NVMLError):
             rates = nvml.nvmlDeviceGetUtilizationRates(handle)
             found["gpu_utilisation"], found["memory_utilisation"] = rates.gpu / 100, rates.memory / 100
@@ -70,7 +70,7 @@ class Card:
         return found
 
     def _throttled(self) -> list[str]:
-        """Reasons for lowered clocks, in words. Older bindings know the call under its older name."""
+        """Reasons for lowered clocks, in words. Older bindings have an older name for the call."""
         nvml = self._nvml
         ask = getattr(nvml, "nvmlDeviceGetCurrentClocksEventReasons", None) or nvml.nvmlDeviceGetCurrentClocksThrottleReasons
         bits = ask(self._handle)
@@ -80,17 +80,17 @@ class Card:
 
 
 def card_of(device: torch.device) -> Card | None:
-    """The card under a torch device, or None where there is none, no driver, or no nvidia-ml-py."""
+    """The card of a torch device, or None without a card, a driver or nvidia-ml-py."""
     if device.type != "cuda":
         return None
     try:
         return Card(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
-    except Exception:  # each of the many ways in which a machine has no such figures
+    except Exception:  # a machine can lack these figures in many ways
         return None
 
 
 def summarise(readings: Sequence[Reading]) -> Reading:
-    """Means of a card's readings; of `throttled`, every reason that came up, and `throttled_share` of the readings with any."""
+    """Means of a card's readings. `throttled` is every reason seen, and `throttled_share` the share of readings with one."""
     if not readings:
         return {}
     row: Reading = {}
@@ -104,7 +104,7 @@ def summarise(readings: Sequence[Reading]) -> Reading:
 
 
 class Monitor:
-    """Reads a card again and again in a thread of its own. `row` gives what it saw since the last time, and forgets it."""
+    """Reads a card at intervals in a thread. `row` returns a summary of the readings since the last call."""
 
     def __init__(self, card: Card | None, seconds: float = SECONDS_BETWEEN) -> None:
         self._card, self._seconds = card, seconds
@@ -120,14 +120,14 @@ class Monitor:
         while not self._done.is_set():
             try:
                 reading = self._card.read()
-            except Exception:  # a driver that goes away must not take the run with it
+            except Exception:  # a driver that fails must not end the run
                 return
             with self._lock:
                 self._readings.append(reading)
             self._done.wait(self._seconds)
 
     def row(self) -> Reading:
-        """The summary since the last call; nothing where nobody reads."""
+        """The summary since the last call; empty without a card."""
         with self._lock:
             readings, self._readings = self._readings, []
         return summarise(readings)
@@ -140,10 +140,10 @@ class Monitor:
 
 
 class Stopwatch:
-    """Time that this rank spends on its own: reading and forward passes, in which under ddp no other rank takes part.
+    """This rank's own time: reading and forward passes, which under ddp involve no other rank.
 
-    Under fsdp forward passes gather weights, so that every rank waits in them for a slow one; then only a slow host shows.
-    On a GPU events are recorded, and nothing waits for them before `seconds` is asked, after the device was waited for anyway.
+    Under fsdp forward passes gather weights, so every rank waits in them for a slow one, and only a slow host shows.
+    On a GPU it records events. `seconds` reads them, after the caller has waited for the device anyway.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -159,13 +159,13 @@ class Stopwatch:
 
     @contextlib.contextmanager
     def own(self) -> Iterator[None]:
-        """What happens within is this rank's own."""
+        """Count the time of the block."""
         begin = self._now()
         yield
         self._pairs.append((begin, self._now()))
 
     def seconds(self) -> float:
-        """Mean time within `own` since the last call, 0 where there was none."""
+        """Mean seconds of an `own` block since the last call; 0 without one."""
         pairs, self._pairs = self._pairs, []
         if not pairs:
             return 0.0
@@ -175,7 +175,7 @@ class Stopwatch:
 
 
 def stragglers(seconds: float, gather: Callable[[float], Sequence[float]]) -> dict[str, float]:
-    """Which rank is slowest: `seconds` is this rank's own time (`Stopwatch`), and `gather` gives every rank's, in their order.
+    """Which rank is slowest. seconds: this rank's own time (`Stopwatch`); gather(seconds): every rank's, in rank order.
 
     slowest_rank, slowest_seconds, median_seconds, and spread = slowest / median - 1: the share of a step that the others wait.
     """
@@ -187,9 +187,9 @@ def stragglers(seconds: float, gather: Callable[[float], Sequence[float]]) -> di
 
 
 def by_card(rows: Sequence[Reading]) -> Reading:
-    """One row of all ranks' cards: means, of temperature and throttling the worst, and which card that is.
+    """One row for all ranks' cards: means, the highest temperature and share of throttling, and which ranks are throttled.
 
-    rows: every rank's `Monitor.row`, in the order of ranks. Nothing where no rank has a card to read.
+    rows: every rank's `Monitor.row`, in rank order. Empty if no rank has a card.
     """
     if not any(rows):
         return {}
