@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from exact import chi_square
 
 from atat_fast.audit.masks import (
     MASKINGS,
@@ -26,25 +27,22 @@ from atat_fast.audit.masks import (
     uniform_law,
     weighted_cross_entropy,
 )
+from atat_fast.audit.schedules import counts_table, identity_table
+from atat_fast.config import DiffusionConfig
+from atat_fast.diffusion.masking import hide_for_training
 from atat_fast.diffusion.noise import LogLinear
+from atat_fast.ops import mask_tokens
 
-JOINTS = [(3, 4, 0), (2, 5, 1), (4, 3, 2)]
+SEES = ("visible", "clean")
 
 
-@pytest.mark.parametrize(("vocabulary", "length", "seed"), JOINTS)
-def test_the_exact_count_bound_is_the_entropy_at_the_best_model(vocabulary, length, seed):
+@pytest.mark.parametrize(("vocabulary", "length", "seed"), [(3, 4, 0), (2, 5, 1), (4, 3, 2)])
+def test_bounds_are_the_entropy_at_the_best_model(vocabulary, length, seed):
     joint = Joint.random(vocabulary, length, seed=seed)
     assert exact_count_value(joint) == pytest.approx(joint.entropy(), abs=1e-10)
-
-
-@pytest.mark.parametrize(("vocabulary", "length", "seed"), JOINTS)
-def test_the_bernoulli_bound_is_the_entropy_up_to_the_clipping(vocabulary, length, seed):
-    joint = Joint.random(vocabulary, length, seed=seed)
-    wide = bernoulli_value(joint, LogLinear(1e-12, 40.0))
-    assert wide == pytest.approx(joint.entropy(), abs=1e-10)
-    clipped = bernoulli_value(joint, LogLinear(1e-4, 20.0))
-    missing = joint.entropy() - clipped  # rates below 1e-4: at most a token's entropy for each position there
-    assert 0 < missing < 1e-4 * length * math.log(vocabulary)
+    assert bernoulli_value(joint, LogLinear(1e-12, 40.0)) == pytest.approx(joint.entropy(), abs=1e-10)
+    missing = joint.entropy() - bernoulli_value(joint, LogLinear(1e-4, 20.0))
+    assert 0 < missing < 1e-4 * length * math.log(vocabulary)  # rates below 1e-4: at most a token's entropy for each position
 
 
 def test_the_masked_cross_entropy_of_everything_is_the_sum_of_marginal_entropies():
@@ -82,78 +80,53 @@ def test_positions_may_be_chosen_freely_by_position_but_then_uniform_weights_are
     """Scores of position alone leak nothing, so the posterior is right; the (L + 1) / k weights then no longer add up to the
     entropy: such a policy needs the `order` weights, the chance of being revealed next.
     """
-    joint = Joint.random(3, 4, seed=0)
-    score = torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64)
-    tilt = 3.0
+    joint, tilt = Joint.random(3, 4, seed=0), 3.0
+    score, x = torch.tensor([0.0, 0.2, 0.7, 1.0], dtype=torch.float64), joint.sequences
     law = plackett_luce_law(lambda s: score.expand(s.shape), tilt)
     assert abs(exact_count_value(joint, law) - joint.entropy()) > 0.01
     ordered = 0.0
     for k in range(1, 5):
-        for hidden, chance in law(joint.sequences, k).items():
-            odds = torch.exp(-tilt * score[list(hidden)])
-            next_one = odds / odds.sum()
-            whole = {i: masked_cross_entropy_of(joint, hidden, i, chance) for i in hidden}
-            ordered += sum(float(next_one[j]) * whole[i] for j, i in enumerate(hidden))
+        for hidden, chance in law(x, k).items():
+            odds, weight = torch.exp(-tilt * score[list(hidden)]), joint.chance * chance
+            visible = [j for j in range(4) if j not in hidden]
+            same = (x[:, None, visible] == x[None, :, visible]).all(2)
+            for i, next_one in zip(hidden, odds / odds.sum(), strict=True):  # the loss of one hidden position
+                both = same & (x[:, None, i] == x[None, :, i])
+                ordered -= float(next_one * (weight * ((both * weight).sum(1) / (same * weight).sum(1)).log()).sum())
     assert ordered == pytest.approx(joint.entropy(), abs=1e-10)
 
 
-def masked_cross_entropy_of(joint, hidden, i, chance):
-    """The share of one hidden position: with the others hidden too, but only i counted."""
-    rest = tuple(j for j in hidden if j != i)
-    visible = [j for j in range(joint.length) if j not in hidden]
-    weight = joint.chance * chance
-    total = 0.0
-    for x in range(len(weight)):
-        same = (joint.sequences[:, visible] == joint.sequences[x, visible]).all(1)
-        both = same & (joint.sequences[:, i] == joint.sequences[x, i])
-        total -= float(weight[x] * (weight[both].sum() / weight[same].sum()).log())
-    assert rest == tuple(sorted(rest))
-    return total
+TWO_STAGE = {(sees, tilt): importance_law(learned_example, sees=sees, tilt=tilt) for sees in SEES for tilt in (0.0, 2.0)}
 
 
-@pytest.mark.parametrize("law", [uniform_law, plackett_luce_law(context_score, 1.5)])
-def test_laws_are_distributions_over_masks(law):
-    joint = Joint.random(3, 4, seed=0)
+@pytest.mark.parametrize("law", [uniform_law, plackett_luce_law(context_score, 1.5), *TWO_STAGE.values()])
+def test_laws_are_distributions_over_masks_and_uniform_without_a_tilt(law):
+    sequences = Joint.random(3, 4, seed=0).sequences
     for k in range(5):
-        chances = law(joint.sequences, k)
+        chances = law(sequences, k)
+        total = sum(chances.values())
         assert set(chances) <= set(subsets(4, k))
-        torch.testing.assert_close(sum(chances.values()), torch.ones(len(joint.chance), dtype=torch.float64))
+        torch.testing.assert_close(total, torch.ones_like(total))
+        if law in (uniform_law, *(TWO_STAGE[sees, 0.0] for sees in SEES)):
+            every = torch.stack([*chances.values()])
+            torch.testing.assert_close(every, torch.full_like(every, 1 / len(every)))
 
 
 def test_the_kernel_follows_the_law_that_is_audited():
     """mask_tokens' tilted masks have the frequencies of the audit's Plackett-Luce law."""
-    from atat_fast.ops import mask_tokens
-
     joint, tilt, k, trials = Joint.random(3, 4, seed=0), 2.0, 2, 4000
     law = plackett_luce_law(context_score, tilt)(joint.sequences, k)
     for which in (0, 17, 80):
         x = joint.sequences[which].expand(trials, 4)
-        noisy, _, _ = mask_tokens(
-            x, [k] * trials, mask_id=9, seed=which, step=0, sample_ids=torch.arange(trials), scores=context_score(x), tilt=tilt
-        )
-        codes = ((noisy == 9) * 2 ** torch.arange(4)).sum(1)
-        for hidden, chance in law.items():
-            p = float(chance[which])
-            seen = float((codes == sum(2**i for i in hidden)).double().mean())
-            assert abs(seen - p) < 5 * math.sqrt(p * (1 - p) / trials) + 1e-9
+        place = {"mask_id": 9, "seed": which, "step": 0, "sample_ids": torch.arange(trials)}
+        noisy, _, _ = mask_tokens(x, [k] * trials, scores=context_score(x), tilt=tilt, **place)
+        assert chi_square(noisy == 9, {tuple(i in m for i in range(4)): float(p[which]) for m, p in law.items()}) < 5
 
 
-def test_the_table_in_the_docs_is_in_step():
+def test_the_tables_in_the_docs_are_in_step():
     text = (Path(__file__).resolve().parents[2] / "docs" / "atat.md").read_text(encoding="utf-8")
-    assert f"<!-- audit -->\n{table()}\n<!-- /audit -->" in text, "run python bench/report.py"
-
-
-def test_two_stage_laws_are_distributions_and_uniform_without_a_tilt():
-    joint = Joint.random(3, 4, seed=0)
-    for sees in ("visible", "clean"):
-        for k in range(1, 5):
-            for tilt in (0.0, 2.0):
-                law = importance_law(learned_example, sees=sees, tilt=tilt)(joint.sequences, k)
-                torch.testing.assert_close(sum(law.values()), torch.ones(81, k, dtype=torch.float64))
-                if tilt == 0:
-                    torch.testing.assert_close(
-                        torch.stack(list(law.values())), torch.full((len(law), 81, k), 1 / len(law)).double()
-                    )
+    for name, made in (("audit", table()), ("audit_counts", counts_table()), ("audit_identity", identity_table())):
+        assert f"<!-- {name} -->\n{made}\n<!-- /{name} -->" in text, "run python bench/report.py"
 
 
 def test_clean_scores_give_the_plackett_luce_law():
@@ -196,17 +169,13 @@ def test_only_the_plain_process_is_the_bound():
 @pytest.mark.parametrize("masking", MASKINGS)
 def test_factors_are_those_of_the_masks_that_are_drawn(masking, weighting):
     """count_factors against weights and counts of hide_for_training: E over steps of sum(weights) / L by k."""
-    from atat_fast.config import DiffusionConfig
-    from atat_fast.diffusion.masking import hide_for_training
-
     length, total, steps = 4, 512, 6
-    x, ids = torch.zeros(total, length, dtype=torch.int64), torch.arange(total)
-    config = DiffusionConfig(masking=masking, weighting=weighting)
+    x, place = torch.zeros(total, length, dtype=torch.int64), {"first": 0, "total": total, "mask_id": 1, "seed": 0}
     by_count = torch.zeros(length + 1, dtype=torch.float64)
     for step in range(steps):
-        batch = hide_for_training(x, config, first=0, total=total, mask_id=1, sample_ids=ids, seed=0, step=step)
-        k = (batch.noisy == 1).sum(1)
-        by_count.index_add_(0, k[batch.rows // length], batch.weights.double())
+        config = DiffusionConfig(masking=masking, weighting=weighting)
+        batch = hide_for_training(x, config, sample_ids=torch.arange(total), step=step, **place)
+        by_count.index_add_(0, (batch.noisy == 1).sum(1)[batch.rows // length], batch.weights.double())
     factors = count_factors(length, masking, weighting, LogLinear())
     for k in range(1, length + 1):  # of each of the k hidden tokens a share 1 / k
         assert float(by_count[k]) / (total * steps) / k == pytest.approx(factors[k], rel=0.12), k

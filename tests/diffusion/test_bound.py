@@ -6,45 +6,28 @@ import math
 
 import pytest
 import torch
+from exact import MASK, Exact
 
 from atat_fast.audit.masks import Joint
 from atat_fast.diffusion.bound import collapsed_standard_error, estimate_nll, evaluation_strata
-
-
-def exact_model(joint):
-    """-log p*(x_i | visible) of the joint, for MaskedBatch."""
-
-    def nll(masked):
-        noisy, length = masked.noisy, joint.length
-        out = []
-        for row, target in zip(masked.rows.tolist(), masked.target.tolist(), strict=True):
-            z, i = noisy[row // length], row % length
-            fits = ((z == 99) | (joint.sequences == z)).all(1)
-            given = joint.chance[fits].sum()
-            out.append(-(joint.chance[fits & (joint.sequences[:, i] == target)].sum() / given).log())
-        return torch.stack(out).float()
-
-    return nll
 
 
 @pytest.mark.parametrize("draws", [1, 3])
 def test_strata_are_each_used_once(draws):
     strata = evaluation_strata(101, draws, seed=1)
     assert torch.equal(strata.flatten().sort().values, torch.arange(101 * draws))
-    if draws > 1:  # a sequence's draws lie in different parts of the range
-        spread = strata.max(1).values - strata.min(1).values
-        assert spread.min() > 101 * draws / 3
+    # a sequence's draws lie in different parts of the range
+    assert draws == 1 or (strata.max(1).values - strata.min(1).values).min() > 101 * draws / 3
 
 
 @pytest.mark.parametrize("draws", [1, 2])
 def test_the_estimate_finds_the_entropy_and_knows_its_error(draws):
     joint = Joint.random(3, 4, seed=0)
-    model = exact_model(joint)
-    errors, claimed = [], []
+    errors, claimed, model = [], [], Exact(joint)
     for seed in range(60):
         generator = torch.Generator().manual_seed(seed)
         data = joint.sequences[torch.multinomial(joint.chance, 60, replacement=True, generator=generator)]
-        found = estimate_nll(model, lambda f, c, x=data: x[f : f + c], 60, mask_id=99, draws=draws, batch=17, seed=seed)
+        found = estimate_nll(model.nll, lambda f, c, x=data: x[f : f + c], 60, mask_id=MASK, draws=draws, batch=17, seed=seed)
         errors.append(found.nll - joint.entropy() / 4)
         claimed.append(found.se)
     errors = torch.tensor(errors)
@@ -52,38 +35,26 @@ def test_the_estimate_finds_the_entropy_and_knows_its_error(draws):
     assert 0.75 < float(torch.tensor(claimed).mean() / errors.std()) < 1.35
 
 
-def test_masks_do_not_depend_on_the_batch_or_the_model():
-    joint = Joint.random(3, 4, seed=0)
-    data = joint.sequences[:40]
-    seen = {}
+def test_masks_do_not_depend_on_the_batch_or_the_model_and_a_constant_loss_is_found():
+    masks = {}
+    for batch, loss in ((7, 2.0), (40, 5.0)):
 
-    def record(name):
-        def nll(masked):
-            seen.setdefault(name, []).append(masked.noisy)
-            return torch.ones(len(masked.rows))
+        def nll(masked, batch=batch, loss=loss):
+            masks.setdefault(batch, []).append(masked.noisy)
+            return torch.full((len(masked.rows),), loss)
 
-        return nll
-
-    for name, batch in (("small", 7), ("whole", 40)):
-        estimate_nll(record(name), lambda f, c: data[f : f + c], 40, mask_id=99, draws=1, batch=batch, seed=3)
-    assert torch.equal(torch.cat(seen["small"]), torch.cat(seen["whole"]))
-
-
-def test_numbers_that_follow():
-    found = estimate_nll(
-        lambda m: torch.full((len(m.rows),), 2.0), lambda f, c: torch.zeros(c, 8, dtype=torch.int64), 9,
-        mask_id=99, draws=1, batch=4, seed=0,
-    )  # fmt: skip
-    assert found.nll == pytest.approx(2.0) and found.se == pytest.approx(0.0)
-    assert found.perplexity == pytest.approx(math.exp(2)) and found.bits_per_token() == pytest.approx(2 / math.log(2))
-    assert found.bits_per_byte(4.0) == pytest.approx(0.5 / math.log(2))
+        found = estimate_nll(
+            nll, lambda f, c: torch.arange(f * 8, (f + c) * 8).view(c, 8), 40, mask_id=999, draws=1, batch=batch, seed=3
+        )
+        assert found.nll == pytest.approx(loss) and found.se == pytest.approx(0.0)
+        assert found.perplexity == pytest.approx(math.exp(loss)) and found.bits_per_token() == pytest.approx(loss / math.log(2))
+        assert found.bits_per_byte(4.0) == pytest.approx(loss / 4 / math.log(2))
+    assert torch.equal(torch.cat(masks[7]), torch.cat(masks[40]))
 
 
 def test_the_collapsed_error_groups_neighbours():
-    values = torch.tensor([1.0, 3.0, 10.0, 14.0, 11.0], dtype=torch.float64)
-    strata = torch.tensor([0, 1, 2, 3, 4])
-    last = torch.tensor([10.0, 14.0, 11.0], dtype=torch.float64)
-    expected = math.sqrt(2 * 2.0 + 3 * float(last.var())) / 5
-    assert collapsed_standard_error(values, strata) == pytest.approx(expected)
-    assert collapsed_standard_error(values[[3, 0, 4, 1, 2]], strata[[3, 0, 4, 1, 2]]) == pytest.approx(expected)
+    values, strata = torch.tensor([1.0, 3.0, 10.0, 14.0, 11.0], dtype=torch.float64), torch.arange(5)
+    expected = math.sqrt(2 * 2.0 + 3 * float(values[2:].var())) / 5
+    for order in ([0, 1, 2, 3, 4], [3, 0, 4, 1, 2]):
+        assert collapsed_standard_error(values[order], strata[order]) == pytest.approx(expected)
     assert collapsed_standard_error(values[:1], strata[:1]) == math.inf

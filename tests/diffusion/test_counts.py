@@ -1,12 +1,12 @@
-"""Laws of the count: the bound is kept, draws follow them, and mirrored pairs estimate what single masks do."""
+"""Counts and their laws: the bound is kept, draws follow the law evenly, the same on any cut of the batch, alone or in pairs."""
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import pytest
 import torch
+from exact import MASK, Exact, chi_square
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,19 +15,51 @@ from atat_fast.config import Config, DiffusionConfig, ModelConfig, TrainConfig
 from atat_fast.data.loader import SequenceLoader
 from atat_fast.diffusion.counts import bell, bound_weights, count_chances, draw_counts, expected_share, mask_counts, weighting_at
 from atat_fast.diffusion.masking import hide_for_training
+from atat_fast.diffusion.noise import LogLinear, stratified_uniforms
 from atat_fast.errors import UsageError
 from atat_fast.training.plan import check
 
 BELL = DiffusionConfig(counts="bell", counts_centre=0.3, counts_width=0.25)
+MIRROR = DiffusionConfig(mirror=True)
+PAIRINGS = ("antithetic", "stratified", "independent")
 
 
-def chi_square(seen, chances):
-    """The statistic over its degrees of freedom, in standard deviations from its mean."""
-    expected = chances * seen.sum()
-    some = expected > 0
-    assert int(seen[~some].sum()) == 0
-    value, freedom = float(((seen - expected)[some] ** 2 / expected[some]).sum()), int(some.sum()) - 1
-    return (value - freedom) / math.sqrt(2 * freedom)
+@given(st.integers(1, 300), st.integers(1, 40), st.integers(0, 2**31), st.integers(0, 10**6))
+def test_pairs_add_up_to_the_length(length, pairs, seed, step):
+    k = mask_counts(length, 0, 2 * pairs, 2 * pairs, seed=seed, step=step)
+    assert ((k[::2] + k[1::2]) == length).all() and (k >= 0).all() and (k <= length).all()
+
+
+@given(st.integers(1, 30), st.integers(1, 30), st.sampled_from(PAIRINGS), st.booleans(), st.data())
+def test_any_slice_of_the_batch_is_the_same_as_the_whole(length, total, pairing, bells, data):
+    first = data.draw(st.integers(0, total))
+    count = data.draw(st.integers(0, total - first))
+    options = {"seed": 5, "step": 9, "pairing": pairing, "chances": bell(length, 0.3, 0.2) if bells else None}
+    whole = mask_counts(length, 0, total, total, **options)
+    assert torch.equal(whole[first : first + count], mask_counts(length, first, count, total, **options))
+
+
+@pytest.mark.parametrize("bells", [False, True])
+@pytest.mark.parametrize("pairing", PAIRINGS)
+@pytest.mark.parametrize(("length", "total"), [(7, 6), (20, 5), (3, 1)])
+def test_each_count_comes_as_often_as_the_law_says(pairing, length, total, bells):
+    """Over steps, one slot a step picked so that every slot takes part: draws are then independent and chi-square applies."""
+    chances = bell(length, 0.3, 0.25) if bells else None
+    seen, options = torch.zeros(length + 1), {"seed": 3, "pairing": pairing, "chances": chances}
+    for step in range(1200):
+        seen[mask_counts(length, (step * 7919) % total, 1, total, step=step, **options)] += 1
+    far = chi_square(seen, torch.full((length + 1,), 1 / (length + 1)) if chances is None else chances)
+    assert far < 5 and (far > -5 or (total > 1 and pairing != "independent"))  # slots that hold other strata may come closer
+
+
+def test_a_batch_follows_the_law_as_evenly_as_it_can():
+    """Sorted counts of a stratified batch of 64 are within one stratum of the law's quantiles."""
+    chances = bell(100, 0.3, 0.2)
+    cumulated = torch.cat([torch.zeros(1), chances.cumsum(0)])
+    counts = mask_counts(100, 0, 64, 64, seed=1, step=5, chances=chances).sort().values
+    place = torch.arange(64, dtype=torch.float64)
+    assert (cumulated[counts] <= (place + 1) / 64 + 1e-12).all() and (cumulated[counts + 1] >= place / 64 - 1e-12).all()
+    assert torch.equal((stratified_uniforms(0, 64, 64, seed=3, step=1).sort().values * 64).long(), torch.arange(64))
 
 
 @pytest.mark.parametrize(("vocabulary", "length", "seed"), [(3, 4, 0), (2, 5, 1), (4, 3, 2)])
@@ -62,38 +94,6 @@ def test_draws_are_the_laws_quantiles(raw, data):
         assert float(chances[:k].sum()) <= value + 1e-12 and value - 1e-12 <= float(chances[: k + 1].sum())
 
 
-@pytest.mark.parametrize("pairing", ["antithetic", "stratified", "independent"])
-@pytest.mark.parametrize(("length", "total"), [(7, 6), (20, 5), (3, 1)])
-def test_each_count_comes_as_often_as_the_law_says(pairing, length, total):
-    """Over steps, one slot a step picked so that every slot takes part: draws are then independent and chi-square applies."""
-    chances = bell(length, 0.3, 0.25)
-    seen = torch.zeros(length + 1, dtype=torch.float64)
-    options = {"seed": 3, "pairing": pairing, "chances": chances}
-    for step in range(1200):
-        slot = (step * 7919) % total
-        seen[mask_counts(length, slot, 1, total, step=step, **options)] += 1
-    if total == 1 or pairing == "independent":
-        assert abs(chi_square(seen, chances)) < 5
-    else:  # slots hold different strata: together they are the law, and closer to it than independent draws
-        assert chi_square(seen, chances) < 5
-
-
-def test_the_batch_follows_the_law_as_evenly_as_it_can():
-    """The sorted counts of a stratified batch of 64 are within one stratum of the law's quantiles."""
-    chances = bell(100, 0.3, 0.2)
-    cumulated = torch.cat([torch.zeros(1), chances.cumsum(0)])
-    counts = mask_counts(100, 0, 64, 64, seed=1, step=5, chances=chances).sort().values
-    place = torch.arange(64, dtype=torch.float64)
-    assert (cumulated[counts] <= (place + 1) / 64 + 1e-12).all() and (cumulated[counts + 1] >= place / 64 - 1e-12).all()
-
-
-def test_any_slice_of_a_bell_batch_is_the_same_as_the_whole():
-    options = {"seed": 5, "step": 9, "chances": bell(30, 0.3, 0.2)}
-    whole = mask_counts(30, 0, 11, 11, **options)
-    for first, count in itertools.product(range(11), range(1, 4)):
-        assert torch.equal(whole[first : first + count], mask_counts(30, first, min(count, 11 - first), 11, **options))
-
-
 def test_the_bell_gives_way_to_uniform_counts_where_it_is_told_to():
     config = DiffusionConfig(counts="bell", counts_anneal_from=0.6)
     start, end = bell(10, 0.35, 0.2), torch.full((11,), 1 / 11, dtype=torch.float64)
@@ -106,13 +106,17 @@ def test_the_bell_gives_way_to_uniform_counts_where_it_is_told_to():
     assert expected_share(config, 10, 1.0) == expected_share(DiffusionConfig(), 10) == 0.5
 
 
-def test_the_weighting_switches_exactly_once():
-    config = DiffusionConfig(weighting="uniform", ce_until=0.3)
-    names = [weighting_at(config, step / 50) for step in range(50)]
-    assert names == ["ce"] * 15 + ["uniform"] * 35
-    before, after = (batch(config, progress=p)[0].weights for p in (14 / 50, 15 / 50))
-    assert torch.equal(before, batch(DiffusionConfig(weighting="ce"))[0].weights)
-    assert torch.equal(after, batch(DiffusionConfig(weighting="uniform"))[0].weights)
+def test_the_schedule_is_the_log_linear_one_within_its_clipping():
+    schedule = LogLinear(1e-4, 20.0)
+    t = torch.linspace(0, 1, 1001, dtype=torch.float64)
+    sigma = schedule.sigma(t)
+    assert sigma[0] == pytest.approx(1e-4, rel=1e-9) and sigma[-1] == pytest.approx(20.0, rel=1e-9)
+    torch.testing.assert_close(-torch.expm1(-sigma), schedule.rate(t), rtol=1e-12, atol=1e-12)
+    t = t[1:-1].clone().requires_grad_()
+    (slope,) = torch.autograd.grad(schedule.sigma(t).sum(), t)
+    torch.testing.assert_close(schedule.weight(t).detach(), slope / torch.expm1(schedule.sigma(t).detach()), rtol=1e-7, atol=0)
+    middle = torch.tensor([0.1, 0.5, 0.9])
+    torch.testing.assert_close(schedule.weight(middle), 1 / middle.double(), rtol=2e-3, atol=0)  # 1 / t up to the clipping
 
 
 def batch(config, first=0, count=32, total=32, length=50, step=0, progress=0.0):
@@ -124,41 +128,66 @@ def batch(config, first=0, count=32, total=32, length=50, step=0, progress=0.0):
     return hide_for_training(tokens, config, **options), tokens
 
 
-MIRROR = DiffusionConfig(mirror=True)
-
-
-CUT = [
-    BELL,
-    MIRROR,
-    DiffusionConfig(mirror=True, weighting="ce"),
-    DiffusionConfig(counts="bell", weighting="ce"),
-    DiffusionConfig(pairing="stratified"),
-]
+CUT = [BELL, MIRROR] + [
+    DiffusionConfig(**settings)
+    for settings in (
+        {}, {"weighting": "ce"}, {"masking": "bernoulli"}, {"masking": "bernoulli", "weighting": "ce"}, {"pairing": "stratified"},
+        {"pairing": "independent"}, {"masking": "bernoulli", "pairing": "independent"}, {"mirror": True, "weighting": "ce"},
+        {"counts": "bell", "weighting": "ce"},
+    )
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("config", CUT)
-def test_masks_and_weights_are_the_same_however_the_batch_is_cut(config):
+def test_a_batch_says_what_it_hid_and_is_the_same_however_it_is_cut(config):
     whole, tokens = batch(config)
     hidden = whole.noisy == 99
     assert torch.equal(hidden.flatten().nonzero().flatten(), whole.rows)
     assert torch.equal(tokens.flatten()[whole.rows], whole.target) and torch.equal(whole.noisy[~hidden], tokens[~hidden])
-    torch.testing.assert_close(whole.hidden_share, hidden.float().mean(1))
-    if config.weighting == "ce":
-        torch.testing.assert_close(whole.weights.sum(), torch.tensor(float(tokens.numel())))
+    assert whole.weights.dtype is torch.float32 and len(whole.weights) == len(whole.rows) and whole.tokens == tokens.numel()
+    if config.masking == "exact":
+        assert config.counts == "bell" or config.pairing != "antithetic" or len(whole.rows) == tokens.numel() // 2
+        torch.testing.assert_close(whole.hidden_share, hidden.float().mean(1))
+        if config.weighting == "ce":
+            torch.testing.assert_close(whole.weights.sum(), torch.tensor(float(tokens.numel())))
     for size in (1, 2, 8):
         parts = [batch(config, first, size)[0] for first in range(0, 32, size)]
-        assert torch.equal(whole.noisy, torch.cat([part.noisy for part in parts]))
-        assert torch.equal(whole.weights, torch.cat([part.weights for part in parts]))
-        assert torch.equal(whole.target, torch.cat([part.target for part in parts]))
+        for name in ("noisy", "weights", "target"):
+            assert torch.equal(getattr(whole, name), torch.cat([getattr(part, name) for part in parts]))
 
 
-def test_bell_weights_are_those_of_the_law():
-    masked, _ = batch(BELL)
-    weights = bound_weights(bell(50, 0.3, 0.25))
-    counts = (masked.noisy == 99).sum(1)
-    torch.testing.assert_close(masked.weights, weights[counts].float().repeat_interleave(counts))
-    sums = [float(batch(BELL, step=s)[0].weights.sum()) / (32 * 50) for s in range(200)]
-    assert sum(sums) / 200 == pytest.approx(1, abs=0.02)  # a model that pays c nats for every token has a bound of c
+def test_bernoulli_hides_each_token_on_its_own_at_the_schedules_rate():
+    config, shares, rates, both = DiffusionConfig(masking="bernoulli", pairing="independent"), [], [], []
+    for step in range(400):
+        masked, _ = batch(config, step=step)
+        hidden, rate = (masked.noisy == 99).double(), masked.hidden_share.double()
+        shares.append(hidden.mean(1))
+        rates.append(rate)
+        both.append((hidden[:, 0] * hidden[:, 1] - rate**2).mean())
+    share, rate = torch.cat(shares), torch.cat(rates)
+    z = (share - rate) / (rate * (1 - rate) / 50).sqrt().clamp(min=1e-9)
+    assert abs(float(z.mean())) < 5 / math.sqrt(len(z)) and abs(float(z.var()) - 1) < 0.1
+    assert abs(float(torch.stack(both).mean())) < 0.02 and abs(float(rate.mean()) - 0.5) < 0.02
+
+
+@pytest.mark.parametrize("config", [DiffusionConfig(), DiffusionConfig(masking="bernoulli"), BELL])
+def test_the_weighted_loss_of_a_constant_model_is_its_constant(config):
+    """A model that pays c nats for every token has a bound of c nats a token, so weights must sum to the number of tokens."""
+    sums = [float(batch(config, step=s)[0].weights.sum()) / (32 * 50) for s in range(300)]
+    assert sum(sums) / len(sums) == pytest.approx(1, abs=0.03 if config.masking == "bernoulli" else 0.02)
+    if config is BELL:
+        masked, _ = batch(config)
+        counts = (masked.noisy == 99).sum(1)
+        of_law = bound_weights(bell(50, 0.3, 0.25))[counts].float().repeat_interleave(counts)
+        torch.testing.assert_close(masked.weights, of_law)
+
+
+def test_the_weighting_switches_exactly_once():
+    config = DiffusionConfig(weighting="uniform", ce_until=0.3)
+    assert [weighting_at(config, step / 50) for step in range(50)] == ["ce"] * 15 + ["uniform"] * 35
+    for step, weighting in ((14, "ce"), (15, "uniform")):
+        want = batch(DiffusionConfig(weighting=weighting))[0].weights
+        assert torch.equal(batch(config, progress=step / 50)[0].weights, want)
 
 
 def test_a_mirrored_pair_hides_every_token_once_and_a_count_of_nothing_meets_all():
@@ -170,59 +199,33 @@ def test_a_mirrored_pair_hides_every_token_once_and_a_count_of_nothing_meets_all
     assert len(masked.rows) == 1
 
 
-def mask_frequencies(config, length, steps):
-    """How often each (slot, set of hidden positions) came, [2, 2^length]."""
-    seen = torch.zeros(2, 2**length, dtype=torch.float64)
-    for step in range(steps):
-        masked, _ = batch(config, count=2, total=2, length=length, step=step)
-        codes = ((masked.noisy == 99) * 2 ** torch.arange(length)).sum(1)
-        seen[torch.arange(2), codes] += 1
-    return seen
-
-
 def test_each_slot_of_a_mirrored_pair_draws_uniform_masks():
     """P(M) = 1 / (L + 1) / C(L, |M|) for the drawn slot and for its complement: so each slot alone is the bound's estimate."""
     length = 4
-    sizes = [bin(code).count("1") for code in range(2**length)]
-    law = torch.tensor([1 / (length + 1) / math.comb(length, k) for k in sizes], dtype=torch.float64)
-    seen = mask_frequencies(MIRROR, length, 1500)
+    law = torch.tensor([1 / (length + 1) / math.comb(length, code.bit_count()) for code in range(2**length)])
+    seen = torch.zeros(2, 2**length)
+    for step in range(1500):
+        masked, _ = batch(MIRROR, count=2, total=2, length=length, step=step)
+        seen[torch.arange(2), ((masked.noisy == 99) * 2 ** torch.arange(length)).sum(1)] += 1
+    folded = lambda t: (t + t.flip(0))[: 2 ** (length - 1)]  # a mask and its complement  # noqa: E731
     for slot in range(2):  # with two slots a pair's u lies in (0, 1/2) for the first and beyond for the second
-        both = seen[slot] + seen[slot][[2**length - 1 - code for code in range(2**length)]]
-        folded = law + law[[2**length - 1 - code for code in range(2**length)]]
-        assert chi_square(both[: 2 ** (length - 1)], folded[: 2 ** (length - 1)]) < 5
+        assert chi_square(folded(seen[slot]), folded(law)) < 5
     assert chi_square(seen.sum(0), law) < 5
-
-
-def exact_nll(joint, masked):
-    """-log p*(x_i | visible) of each hidden token under the joint."""
-    out = []
-    for row, target in zip(masked.rows.tolist(), masked.target.tolist(), strict=True):
-        z, i = masked.noisy[row // joint.length], row % joint.length
-        fits = ((z == 99) | (joint.sequences == z)).all(1)
-        out.append(-(joint.chance[fits & (joint.sequences[:, i] == target)].sum() / joint.chance[fits].sum()).log())
-    return torch.stack(out).float() if out else torch.zeros(0)
-
-
-def estimates(joint, config, steps):
-    """The training loss of the best model, one step after another, on batches of 8 slots drawn from the joint."""
-    values = []
-    for step in range(steps):
-        generator = torch.Generator().manual_seed(step)
-        chosen = torch.multinomial(joint.chance, 8, replacement=True, generator=generator)
-        if config.mirror:
-            chosen = chosen[:4].repeat_interleave(2)
-        tokens = joint.sequences[chosen]
-        masked = hide_for_training(
-            tokens, config, first=0, total=8, mask_id=99, sample_ids=torch.arange(8) + 8 * step, seed=1, step=step
-        )
-        values.append(float((masked.weights * exact_nll(joint, masked)).sum()) / masked.tokens)
-    return torch.tensor(values, dtype=torch.float64)
 
 
 @pytest.mark.parametrize("config", [MIRROR, BELL, DiffusionConfig(pairing="stratified")])
 def test_the_training_loss_of_the_best_model_is_the_entropy(config):
+    """One step after another, on batches of 8 slots drawn from the joint."""
     joint = Joint.random(3, 4, seed=0)
-    found = estimates(joint, config, 150)
+    model, values = Exact(joint), []
+    for step in range(150):
+        generator = torch.Generator().manual_seed(step)
+        chosen = torch.multinomial(joint.chance, 8, replacement=True, generator=generator)
+        tokens = joint.sequences[chosen[:4].repeat_interleave(2) if config.mirror else chosen]
+        place = {"first": 0, "total": 8, "mask_id": MASK, "sample_ids": torch.arange(8) + 8 * step, "seed": 1, "step": step}
+        masked = hide_for_training(tokens, config, **place)
+        values.append(float((masked.weights * model.nll(masked)).sum()) / masked.tokens)
+    found = torch.tensor(values, dtype=torch.float64)
     assert abs(float(found.mean()) - joint.entropy() / 4) < 4 * float(found.std()) / math.sqrt(len(found))
 
 
@@ -265,11 +268,10 @@ def test_the_loader_gives_each_sequence_twice_whatever_the_cut():
     ],
 )
 def test_settings_that_make_no_sense_together(settings, batch_size, message):
-    config = Config(
-        model=ModelConfig(length=64), diffusion=DiffusionConfig(**settings), train=TrainConfig(global_batch=batch_size)
-    )
+    diffusion, train = DiffusionConfig(**settings), TrainConfig(global_batch=batch_size)
+    config = Config(model=ModelConfig(length=64), diffusion=diffusion, train=train)
     with pytest.raises(UsageError, match=message):
         check(config)
-    if settings.get("counts_width") == 0.05:  # fine where nothing has to be made up for
+    if settings.get("counts_width") == 0.05:  # fine if nothing has to be made up for
         config.diffusion.weighting = "ce"
         check(config)

@@ -18,18 +18,6 @@ def levels(kind, *progress, **settings):
     return [curriculum.at(p).level for p in progress]
 
 
-def test_linear_runs_through_the_seeds_phases():
-    places = [0.0, 0.15, 0.3, 0.5, 0.7, 0.9, 0.95, 0.975, 1.0]
-    assert levels("linear", *places) == pytest.approx([-1, -0.5, 0, 0.5, 1, 1, 1, 0.5, 0])
-    curriculum = Curriculum(CurriculumConfig(kind="linear"))
-    phases = [curriculum.at(step / 50_000).phase for step in (0, 14_999, 15_000, 34_999, 35_000, 49_999)]
-    assert phases == ["easy", "easy", "mixed", "mixed", "hard", "hard"]
-
-
-def test_step_keeps_each_phases_level():
-    assert levels("step", 0, 0.29, 0.3, 0.69, 0.7, 0.94, cooldown=0.0) == [-1, -1, 0, 0, 1, 1]
-
-
 def test_exponential_runs_ahead_of_linear_to_the_same_ends():
     for a, b, end in zip(levels("exponential", 0, 0.3, 0.7), levels("linear", 0, 0.3, 0.7), (-1, 0, 1), strict=True):
         assert a == pytest.approx(b) == pytest.approx(end)
@@ -43,28 +31,14 @@ def test_no_jumps(kind):
     assert path[-1] == 0 and min(path) == -1 and max(path) == 1
 
 
-@pytest.mark.parametrize("kind", ["linear", "step", "exponential", "adaptive"])
-def test_every_curriculum_ends_at_the_uniform_process(kind):
-    curriculum = Curriculum(CurriculumConfig(kind=kind, levels=[2.0, -1.0, 0.5]))
-    assert curriculum.at(1.0).level == 0
-    half = {"adaptive": 1.0}.get(kind, 0.25)
-    assert curriculum.at(0.975).level == pytest.approx(half)
-
-
-def test_none_is_level_one_throughout():
-    assert levels("none", 0.0, 0.5, 0.99, 1.0) == [1, 1, 1, 1]
-
-
-def test_any_number_of_phases():
-    settings = {"phases": ["a", "b"], "boundaries": [0.5], "levels": [0.0, 3.0], "cooldown": 0.0}
-    assert levels("linear", 0.0, 0.25, 0.5, 1.0, **settings) == [0, 1.5, 3, 3]
-    one = {"phases": ["all"], "boundaries": [], "levels": [2.0], "cooldown": 0.1}
-    assert levels("step", 0.0, 0.89, 0.95, **one) == pytest.approx([2, 2, 1])
+def test_every_curriculum_ends_at_the_uniform_process():
+    for kind, half in {"linear": 0.25, "step": 0.25, "exponential": 0.25, "adaptive": 1.0}.items():
+        assert levels(kind, 1.0, 0.975, levels=[2.0, -1.0, 0.5]) == [0, pytest.approx(half)]
 
 
 def test_adaptive_goes_on_when_the_loss_stops_falling():
     curriculum = Curriculum(CurriculumConfig(kind="adaptive", patience=2, threshold=0.1))
-    ended = [curriculum.observe(loss) for loss in (5.0, 4.0, 3.95, 3.85, 3.8, 3.8)]
+    ended = [curriculum.observe(loss) for loss in (5.0, 4.0, 3.95, 3.85, 3.8, math.nan)]
     assert ended == [False, False, False, False, False, True]  # 3.85 is 0.15 below the phase's best of 4.0
     assert curriculum.at(0.5).phase == "mixed"
     assert [curriculum.observe(9.0) for _ in range(3)] == [False, False, True]  # a new phase has no best to beat
@@ -72,26 +46,21 @@ def test_adaptive_goes_on_when_the_loss_stops_falling():
     assert not any(curriculum.observe(9.0) for _ in range(20)) and curriculum.at(0.5).level == 1
 
 
-def test_adaptive_takes_no_comfort_from_nan():
-    curriculum = Curriculum(CurriculumConfig(kind="adaptive", patience=2))
-    assert [curriculum.observe(math.nan) for _ in range(2)] == [False, True]
-
-
 def test_the_adaptive_state_goes_through_json():
-    curriculum = Curriculum(CurriculumConfig(kind="adaptive", patience=3))
-    losses = [5.0, 4.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, 3.0]
+    make = lambda: Curriculum(CurriculumConfig(kind="adaptive", patience=3))  # noqa: E731
+    assert make().state() == {"phase": 0, "best": None, "stale": 0}
+    losses, whole = [5.0, 4.0, 4.0, 4.0, 4.0, 3.0, 3.0, 3.0, math.nan], make()
+    for loss in losses:
+        whole.observe(loss)
+    assert whole.phase == 2
     for stop in range(len(losses)):
-        whole, parts = (Curriculum(CurriculumConfig(kind="adaptive", patience=3)) for _ in range(2))
+        before, resumed = make(), make()
         for loss in losses[:stop]:
-            parts.observe(loss)
-        resumed = Curriculum(CurriculumConfig(kind="adaptive", patience=3))
-        resumed.load(json.loads(json.dumps(parts.state(), allow_nan=False)))
-        for loss in losses:
-            whole.observe(loss)
+            before.observe(loss)
+        resumed.load(json.loads(json.dumps(before.state(), allow_nan=False)))
         for loss in losses[stop:]:
             resumed.observe(loss)
-        assert (resumed.state() == whole.state() and whole.phase == 2) or stop == 0
-    assert curriculum.state() == {"phase": 0, "best": None, "stale": 0}
+        assert resumed.state() == whole.state()
 
 
 def test_words_for_people():
@@ -132,3 +101,27 @@ def test_adaptive_without_values_to_look_at_is_refused():
     check_curriculum(config, max_steps=1000, eval_every=1000, log_every=1)
     with pytest.raises(UsageError, match=r"values of the train loss.*make train.log_every 249 or less"):
         check_curriculum(config, max_steps=1000, eval_every=1, log_every=1000)
+
+
+TWO = {"phases": ["a", "b"], "boundaries": [0.5], "levels": [0.0, 3.0], "cooldown": 0.0}
+ONE = {"phases": ["all"], "boundaries": [], "levels": [2.0], "cooldown": 0.1}
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "wanted"),
+    [
+        ("none", {}, {0.0: 1, 0.5: 1, 0.99: 1, 1.0: 1}),
+        ("linear", {}, {0.0: -1, 0.15: -0.5, 0.3: 0, 0.5: 0.5, 0.7: 1, 0.9: 1, 0.95: 1, 0.975: 0.5, 1.0: 0}),
+        ("step", {"cooldown": 0.0}, {0: -1, 0.29: -1, 0.3: 0, 0.69: 0, 0.7: 1, 0.94: 1}),
+        ("linear", TWO, {0.0: 0, 0.25: 1.5, 0.5: 3, 1.0: 3}),
+        ("step", ONE, {0.0: 2, 0.89: 2, 0.95: 1}),
+    ],
+)
+def test_levels_run_through_the_phases(kind, settings, wanted):
+    assert levels(kind, *wanted, **settings) == pytest.approx([*wanted.values()])
+
+
+def test_phases_have_names():
+    curriculum = Curriculum(CurriculumConfig(kind="linear"))
+    phases = [curriculum.at(step / 50_000).phase for step in (0, 14_999, 15_000, 34_999, 35_000, 49_999)]
+    assert phases == ["easy", "easy", "mixed", "mixed", "hard", "hard"]

@@ -3,24 +3,16 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
+from exact import MASK, Exact, chi_square
 from hypothesis import given
 from hypothesis import strategies as st
+from small import SIZE, small_dit
 
 from atat_fast.audit.masks import Joint, frequency_example, plackett_luce_law
-from atat_fast.audit.schedules import (
-    LAWS,
-    MODELS,
-    count_law_above,
-    counts_table,
-    enumerate_joint,
-    identity_above,
-    identity_table,
-    schedule_loss,
-)  # fmt: skip
+from atat_fast.audit.schedules import LAWS, MODELS, count_law_above, enumerate_joint, identity_above, schedule_loss  # fmt: skip
 from atat_fast.comparison.recipes import with_recipe
 from atat_fast.config import Config, DiffusionConfig, ImportanceConfig, load_preset
 from atat_fast.diffusion.bound import estimate_nll
@@ -30,12 +22,10 @@ from atat_fast.diffusion.masking import hide_for_training
 from atat_fast.diffusion.uniform import UNIFORM, hide
 from atat_fast.errors import UsageError
 from atat_fast.hardware.compute import Compute
-from atat_fast.models import DiT
 from atat_fast.training.loss import Objective
 from atat_fast.training.plan import check, describe_schedule
 
 JOINTS = [(3, 4, 0), (2, 4, 2)]
-MASK = 9
 
 
 @pytest.mark.parametrize(("vocabulary", "length", "seed"), JOINTS)
@@ -50,27 +40,17 @@ def test_a_model_that_is_told_the_time_meets_the_entropy_and_others_do_not_fall_
         assert 1e-3 < found[MODELS[1]][1] < 0.25 * found[MODELS[2]][1] and found[MODELS[1]][2] < found[MODELS[2]][2]
 
 
-def test_time_integrates_out_to_the_race():
-    """The chance of a mask over all times is that of the race to leave it, times the mean time it is left for."""
-    found = enumerate_joint(Joint.random(3, 4, seed=0), 1.0)
-    torch.testing.assert_close(found.flow.sum(2), found.share, rtol=1e-7, atol=1e-10)
-
-
 def test_no_other_model_is_better_than_the_posterior():
-    """Bounds of random models, whether they know the time or not, are above the entropy."""
+    """Bounds of random models, whether they know the time or not, are above the entropy. Over all times the chance of a mask is
+    that of the race to leave it, times the mean time it is left for.
+    """
     joint = Joint.random(3, 4, seed=0)
     found = enumerate_joint(joint, 1.0)
-    for times in (1, len(found.times)):
+    torch.testing.assert_close(found.flow.sum(2), found.share, rtol=1e-7, atol=1e-10)
+    for best in (found.flow.sum(2, keepdim=True).log(), found.flow.log()):
         for spread in (0.01, 0.1, 1.0):
-            best = torch.log(found.flow.sum(2, keepdim=True) if times == 1 else found.flow)
-            log_mu = torch.log_softmax(best + spread * torch.randn(*best.shape[:2], times, dtype=torch.float64), 1)
+            log_mu = torch.log_softmax(best + spread * torch.randn(best.shape, dtype=torch.float64), 1)
             assert float(schedule_loss(found, log_mu)) > joint.entropy() + 1e-6
-
-
-def test_the_tables_in_the_docs_are_in_step():
-    text = (Path(__file__).resolve().parents[2] / "docs" / "atat.md").read_text(encoding="utf-8")
-    for name, table in (("audit_counts", counts_table()), ("audit_identity", identity_table())):
-        assert f"<!-- {name} -->\n{table}\n<!-- /{name} -->" in text, "run python bench/report.py"
 
 
 @pytest.mark.parametrize("law", LAWS)
@@ -85,44 +65,26 @@ def rates_of(strength, vocabulary=3):
     return torch.exp(-strength * torch.arange(vocabulary) / (vocabulary - 1))
 
 
-def posterior(joint):
-    """A model of logits: log p(v | visible) [B * L, V] of a batch's noisy sequences, under uniform masks."""
-
-    def logits(noisy):
-        fits = ((noisy[:, None, :] == MASK) | (joint.sequences[None] == noisy[:, None, :])).all(2).double() * joint.chance
-        own = torch.nn.functional.one_hot(joint.sequences, int(joint.sequences.max()) + 1).double()
-        return torch.log(torch.einsum("bs,slv->blv", fits, own) / fits.sum(1)[:, None, None]).flatten(0, 1)
-
-    return logits
-
-
-def losses(masked, logits):
-    """Loss of each hidden token under the schedule, straight from the definition."""
-    rates = masked.tilt.rates.double()
-    log_mu = torch.log_softmax(logits(masked.noisy)[masked.rows] - masked.tilt.elapsed.double()[:, None] * rates, 1)
-    own = rates[masked.target]
-    return -own * log_mu.gather(1, masked.target[:, None])[:, 0] + (log_mu.exp() * rates).sum(1) - own
-
-
 @pytest.mark.parametrize("strength", [1.0, -1.0])
 @pytest.mark.parametrize("law", ["uniform", "bell"])
 def test_what_is_drawn_estimates_what_is_audited(strength, law):
     """Masks, weights and times of the schedule against the integral over time, for a model that needs all three."""
     joint, total = Joint.random(3, 4, seed=0), 24_000
     schedule, config = IdentitySchedule(rates_of(strength)), DiffusionConfig(counts=law, counts_width=0.4)
-    found = enumerate_joint(joint, strength)
+    found, model = enumerate_joint(joint, strength), Exact(joint)
     log_mu = torch.log_softmax(found.posterior.log()[:, :, None] - found.rates[:, None] * found.times, 1)
     want = float(schedule_loss(found, log_mu))
     assert want > joint.entropy()
     x = joint.sequences[torch.multinomial(joint.chance, total, replacement=True)]
-    masked = hide_for_training(
-        x, config, first=0, total=total, mask_id=MASK, sample_ids=torch.arange(total), seed=1, step=0, choose=schedule.hide
-    )
-    values = torch.zeros(total, dtype=torch.float64)
-    values.index_add_(0, masked.rows // 4, masked.weights.double() * losses(masked, posterior(joint)))
-    assert abs(float(values.mean()) - want) < 4.5 * float(values.std()) / math.sqrt(total)
-    flat = values.new_zeros(total).index_add_(0, masked.rows // 4, losses(masked, posterior(joint)) * 5 / 2)
-    assert abs(float(flat.mean()) - want) > 4.5 * float(flat.std()) / math.sqrt(total)  # the test would notice wrong weights
+    place = {"first": 0, "total": total, "mask_id": MASK, "sample_ids": torch.arange(total), "seed": 1, "step": 0}
+    masked = hide_for_training(x, config, choose=schedule.hide, **place)
+    # the loss of each hidden token, straight from the definition
+    rates, logits = masked.tilt.rates.double()[:3], model.logits(model.features(masked.noisy, rows=masked.rows))[:, :3]
+    log_mu, own = torch.log_softmax(logits - masked.tilt.elapsed.double()[:, None] * rates, 1), rates[masked.target]
+    losses = -own * log_mu.gather(1, masked.target[:, None])[:, 0] + (log_mu.exp() * rates).sum(1) - own
+    for weights, right in ((masked.weights.double(), True), (5 / 2, False)):  # wrong weights are noticed
+        values = torch.zeros(total, dtype=torch.float64).index_add_(0, masked.rows // 4, weights * losses)
+        assert (abs(float(values.mean()) - want) < 4.5 * float(values.std()) / math.sqrt(total)) == right
 
 
 def test_masks_follow_the_race_and_times_follow_their_law_given_the_mask():
@@ -132,21 +94,18 @@ def test_masks_follow_the_race_and_times_follow_their_law_given_the_mask():
     law = plackett_luce_law(lambda x: frequency_example(x, x, 0), 1.5)(joint.sequences, k)
     for which in (5, 17, 48):
         x = joint.sequences[which].expand(trials, 4)
-        counts = torch.full((trials,), k)
-        masked = schedule.hide(x, counts, mask_id=MASK, sample_ids=torch.arange(trials), seed=which, step=0)
-        codes, elapsed = ((masked.noisy == MASK) * 2 ** torch.arange(4)).sum(1), masked.tilt.elapsed[::k].double()
+        masked = schedule.hide(x, torch.full((trials,), k), mask_id=MASK, sample_ids=torch.arange(trials), seed=which, step=0)
+        chosen, elapsed, own = masked.noisy == MASK, masked.tilt.elapsed[::k].double(), rates[x[0]]
         assert torch.equal(masked.tilt.elapsed[::k], masked.tilt.elapsed[1::k])
-        own = rates[x[0]]
-        for hidden, chance in law.items():
-            here, p = codes == sum(2**i for i in hidden), float(chance[which])
-            assert abs(float(here.double().mean()) - p) < 5 * math.sqrt(p * (1 - p) / trials)
+        assert chi_square(chosen, {tuple(i in m for i in range(4)): float(p[which]) for m, p in law.items()}) < 5
+        for hidden in law:
+            here = chosen[:, list(hidden)].all(1)
             total = float(own[list(hidden)].sum())
             torch.testing.assert_close(masked.weights.view(-1, k)[here], torch.full((int(here.sum()), k), 5 / total))
             seen = [i for i in range(4) if i not in hidden]
             density = torch.exp(-s * total) * (1 - torch.exp(-s[:, None] * own[seen])).prod(1)
             for moment in (lambda s: torch.exp(-s), lambda s: s):
-                want = float((moment(s) * density).sum() / density.sum())
-                got = moment(elapsed[here])
+                want, got = float((moment(s) * density).sum() / density.sum()), moment(elapsed[here])
                 assert abs(float(got.mean()) - want) < 5 * float(got.std()) / math.sqrt(len(got)) + 1e-3
 
 
@@ -160,79 +119,60 @@ def test_rates_average_to_one_over_the_text(vocabulary, strength, data):
         return
     rates = identity_rates(scores, counts, strength)
     assert (rates > 0).all() and float((rates.double() * counts).sum() / counts.sum()) == pytest.approx(1, rel=1e-5)
-    order = torch.argsort(scores)
-    assert ((rates[order].diff() * -strength) >= -1e-6 * rates.max()).all()
+    assert ((rates[torch.argsort(scores)].diff() * -strength) >= -1e-6 * rates.max()).all()
     schedule = IdentitySchedule(rates)
     back = torch.exp(-schedule.tilt * schedule.scores.double())
     torch.testing.assert_close(back / back.sum(), rates.double() / rates.double().sum(), rtol=1e-4, atol=1e-9)
 
 
-SMALL = {"dim": 16, "layers": 1, "heads": 2, "length": 12, "conditioning_dim": 8, "dropout": 0.0}
-
-
 def objective(strength=None, **diffusion):
-    config = Config()
-    for name, value in SMALL.items():
-        setattr(config.model, name, value)
-    config.diffusion = DiffusionConfig(**diffusion, schedule="log_linear" if strength is None else "token_identity")
-    torch.manual_seed(0)
-    model = DiT(11, 10, **vars(config.model))
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(0.2 * torch.randn_like(p))
+    config = Config(diffusion=DiffusionConfig(**diffusion, schedule="log_linear" if strength is None else "token_identity"))
+    vars(config.model).update(SIZE)
+    model = small_dit(layers=1)
     identity = UNIFORM if strength is None else IdentitySchedule(identity_rates(torch.rand(11), torch.ones(11), strength))
     return Objective(model, config, Compute(torch.device("cpu"), torch.float32, False), seed=3, total=8, process=identity)
+
+
+X, IDS = torch.randint(0, 10, (8, 12), generator=torch.Generator().manual_seed(0)), torch.arange(8)
 
 
 @pytest.mark.parametrize("diffusion", [{}, {"weighting": "ce"}, {"counts": "bell", "counts_width": 0.4}], ids=str)
 def test_equal_rates_are_the_uniform_process(diffusion):
     """The same masks bit for bit, the same weights, and the same loss and gradient but for rounding."""
-    plain, equal, tilted = objective(**diffusion), objective(0.0, **diffusion), objective(1.0, **diffusion)
-    x, ids = torch.randint(0, 10, (8, 12)), torch.arange(8)
-    masks = [o.hide(x, ids, first=0, step=5) for o in (plain, equal, tilted)]
+    plain, equal, tilted = three = [objective(strength, **diffusion) for strength in (None, 0.0, 1.0)]
+    masks = [o.hide(X, IDS, first=0, step=5) for o in three]
     assert torch.equal(masks[0].noisy, masks[1].noisy) and not torch.equal(masks[0].noisy, masks[2].noisy)
     torch.testing.assert_close(masks[0].weights, masks[1].weights)
-    results = [o.loss(x, ids, first=0, step=5)[0] for o in (plain, equal, tilted)]
+    results = [o.loss(X, IDS, first=0, step=5)[0] for o in three]
     torch.testing.assert_close(results[0], results[1], rtol=1e-5, atol=0)
     assert abs((results[0] - results[2]).item()) > 1e-3
     for loss in results:
         loss.backward()
-    grads = [[p.grad for p in o.parameters()] for o in (plain, equal, tilted)]
-    for a, b in zip(*grads[:2], strict=True):
-        torch.testing.assert_close(a, b, rtol=1e-3, atol=1e-6)
-    cut = [tilted.loss(x[i : i + 4], ids[i : i + 4], first=i, step=5)[0] for i in (0, 4)]
+    for a, b in zip(plain.parameters(), equal.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-6)
+    cut = [tilted.loss(X[i : i + 4], IDS[i : i + 4], first=i, step=5)[0] for i in (0, 4)]
     torch.testing.assert_close(sum(cut), results[2])
 
 
+@pytest.mark.parametrize("weighting", ["uniform", "ce"])
 @pytest.mark.parametrize("counts", ["uniform", "bell"])
-def test_ce_weighs_by_the_count_and_the_rates_alone(counts):
-    o = objective(1.0, weighting="ce", counts=counts)
-    x, ids = torch.randint(0, 10, (8, 12)), torch.arange(8)
-    masked = o.hide(x, ids, first=0, step=2)
-    k = (masked.noisy == 10).sum(1)
-    total = torch.where(masked.noisy == 10, o.process.rates[x], 0.0).sum(1)
-    own = masked.rows // 12
-    torch.testing.assert_close(masked.weights, (96 / len(masked.rows) * k / total)[own])
-
-
-def test_bell_weights_are_divided_by_the_law():
-    o = objective(1.0, counts="bell", counts_width=0.4)
-    x, ids = torch.randint(0, 10, (8, 12)), torch.arange(8)
-    masked = o.hide(x, ids, first=0, step=2)
-    chances = bell(12, 0.35, 0.4)
-    k = mask_counts(12, 0, 8, 8, seed=3, step=2, chances=chances)
-    assert torch.equal(k, (masked.noisy == 10).sum(1))
-    total = torch.where(masked.noisy == 10, o.process.rates[x], 0.0).sum(1)
-    torch.testing.assert_close(masked.weights, (bound_weights(chances)[k] * k / total).float()[masked.rows // 12])
+def test_weights_are_the_laws_or_constant_over_the_mean_rate_of_what_is_hidden(weighting, counts):
+    o = objective(1.0, weighting=weighting, counts=counts, counts_width=0.4)
+    masked = o.hide(X, IDS, first=0, step=2)
+    hidden, chances = masked.noisy == 10, bell(12, 0.35, 0.4) if counts == "bell" else torch.full((13,), 1 / 13).double()
+    k = hidden.sum(1)
+    assert counts == "uniform" or torch.equal(k, mask_counts(12, 0, 8, 8, seed=3, step=2, chances=chances))
+    by_count = 96 / len(masked.rows) if weighting == "ce" else bound_weights(chances)[k]
+    want = by_count * k / torch.where(hidden, o.process.rates[X], 0.0).sum(1)
+    torch.testing.assert_close(masked.weights, want.float()[masked.rows // 12])
 
 
 def test_the_schedules_own_bound_with_equal_rates_is_the_uniform_one():
-    x = torch.randint(0, 10, (30, 12))
-    model = objective().model
+    x, model = torch.randint(0, 10, (30, 12)), small_dit(layers=1)
 
+    @torch.no_grad()
     def nll(masked):
-        with torch.no_grad():
-            return model.nll(masked.noisy, masked.rows, masked.target, tilt=masked.tilt)
+        return model.nll(masked.noisy, masked.rows, masked.target, tilt=masked.tilt)
 
     def estimate(**options):
         return estimate_nll(nll, lambda f, c: x[f : f + c], 30, mask_id=10, draws=2, batch=7, seed=4, **options)
@@ -243,20 +183,12 @@ def test_the_schedules_own_bound_with_equal_rates_is_the_uniform_one():
 
 
 def test_nothing_and_everything_hidden():
-    schedule = IdentitySchedule(rates_of(2.0))
-    x = torch.randint(0, 3, (3, 5))
-    masked = schedule.hide(x, torch.tensor([0, 5, 1]), mask_id=MASK, sample_ids=torch.arange(3), seed=0, step=0)
-    assert (
-        len(masked.rows) == 6
-        and masked.weights.isfinite().all()
-        and (masked.tilt.elapsed > 0).all()
-        and masked.tilt.elapsed.isfinite().all()
-    )
-    none = schedule.hide(x, torch.zeros(3, dtype=torch.long), mask_id=MASK, sample_ids=torch.arange(3), seed=0, step=0)
-    assert len(none.rows) == len(none.tilt.elapsed) == 0
-    assert torch.equal(
-        hide(x, torch.zeros(3, dtype=torch.long), mask_id=MASK, sample_ids=torch.arange(3), seed=0, step=0).noisy, x
-    )
+    x, place = torch.randint(0, 3, (3, 5)), {"mask_id": MASK, "sample_ids": torch.arange(3), "seed": 0, "step": 0}
+    zeros = torch.zeros(3, dtype=torch.long)
+    masked, none = (IdentitySchedule(rates_of(2.0)).hide(x, counts, **place) for counts in (torch.tensor([0, 5, 1]), zeros))
+    assert len(masked.rows) == 6 and masked.weights.isfinite().all()
+    assert (masked.tilt.elapsed > 0).all() and masked.tilt.elapsed.isfinite().all()
+    assert len(none.rows) == len(none.tilt.elapsed) == 0 and torch.equal(hide(x, zeros, **place).noisy, x)
 
 
 @pytest.mark.parametrize(
@@ -270,11 +202,9 @@ def test_nothing_and_everything_hidden():
     ],
 )
 def test_settings_that_cannot_be(diffusion, importance, message):
-    config = Config(
-        diffusion=DiffusionConfig(schedule="token_identity", **diffusion), importance=ImportanceConfig(**importance)
-    )  # fmt: skip
+    diffusion = DiffusionConfig(schedule="token_identity", **diffusion)
     with pytest.raises(UsageError, match=message):
-        check(config)
+        check(Config(diffusion=diffusion, importance=ImportanceConfig(**importance)))
 
 
 def test_the_recipe_and_the_plan_say_what_is_done():

@@ -18,33 +18,38 @@ from atat_fast.evaluation import generation
 from atat_fast.evaluation.generation import Sample, distinct, entropy, measure_samples, read_samples, read_texts, tokens_of
 from atat_fast.hardware.compute import resolve
 
+BYTES, COMPUTE = make_tokenizer("bytes"), resolve(TrainConfig(device="cpu", dtype="fp32"))
+END = "<|endoftext|>"
+WORDS = ["<unk>", "a", "b", "c", "d"]
 
-def test_entropy_by_hand():
+
+def test_entropy_and_distinct_by_hand():
     assert entropy("aaaa") == 0.0
-    assert entropy("ab") == pytest.approx(math.log(2))
     assert entropy("aaab") == pytest.approx(0.75 * math.log(4 / 3) + 0.25 * math.log(4))
     assert entropy(list(range(50))) == pytest.approx(math.log(50))
-
-
-def test_distinct_by_hand():
     assert distinct(["abab", "ab"], 1) == 2 / 6
     assert distinct(["abab", "ab"], 2) == 2 / 4  # ab ba ab, ab: none reaches from one text into the next
     assert distinct(["abc"], 3) == 1.0
     assert math.isnan(distinct(["ab", ""], 3))
 
 
+def lines(tmp_path, *rows, name="rows.jsonl"):
+    written = (row if isinstance(row, str) else json.dumps(row, ensure_ascii=False) for row in rows)
+    (tmp_path / name).write_text("".join(row + "\n" for row in written))
+    return str(tmp_path / name)
+
+
+def samples(tmp_path, texts, name="samples.jsonl"):
+    return lines(tmp_path, *({"text": text} for text in texts), name=name)
+
+
 def test_texts_of_a_file(tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"text": "one", "prompt": "o"}\n{"text": "", "prompt": "o"}\n')
-    assert read_texts(str(tmp_path / "a.jsonl")) == ["one", ""]
-    (tmp_path / "b.jsonl").write_text('{"text": ""}\n')
-    with pytest.raises(UsageError, match=r"samples .*b\.jsonl hold no text"):
-        read_texts(str(tmp_path / "b.jsonl"))
-
-
-def samples(tmp_path, texts):
-    path = tmp_path / "samples.jsonl"
-    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
-    return str(path)
+    assert read_texts(lines(tmp_path, {"text": "one", "prompt": "o"}, {"text": "", "prompt": "o"})) == ["one", ""]
+    with pytest.raises(UsageError, match=r"samples .*rows\.jsonl hold no text"):
+        read_texts(lines(tmp_path, {"text": ""}))
+    assert tokens_of(Sample("ab", [97, 98, 200]), BYTES) == [97, 98, 200]
+    eos = BYTES.eos_id  # an end in a text is a token
+    assert tokens_of(Sample(f"ab{END}c{END}{END}"), BYTES) == [97, 98, eos, 99, eos, eos] and tokens_of(Sample(""), BYTES) == []
 
 
 def door(capsys, tmp_path, *arguments):
@@ -63,15 +68,6 @@ def test_the_door_measures_words_or_a_models_tokens(trained_run, tmp_path, capsy
     assert found["unit"] == "tokens of bytes" and found["tokens"] == 8 and found["distinct_1"] == 4 / 8
 
 
-def lines(tmp_path, *rows):
-    path = tmp_path / "rows.jsonl"
-    path.write_text("".join((row if isinstance(row, str) else json.dumps(row, ensure_ascii=False)) + "\n" for row in rows))
-    return str(path)
-
-
-END = "<|endoftext|>"
-
-
 def test_ids_of_a_file_are_what_is_counted(trained_run, tmp_path, capsys):
     """What the sampler writes: broken UTF-8 is one token, not the three of U+FFFD, and an end of document one, not 13 letters."""
     from atat_fast import sample
@@ -87,15 +83,8 @@ def test_ids_of_a_file_are_what_is_counted(trained_run, tmp_path, capsys):
     assert words["unit"] == "words" and words["texts_with_ids"] == 0
 
 
-def test_an_end_in_a_text_is_a_token():
-    byte = make_tokenizer("bytes")
-    assert tokens_of(Sample("ab", [97, 98, 200]), byte) == [97, 98, 200]
-    assert tokens_of(Sample(f"ab{END}c{END}{END}"), byte) == [97, 98, byte.eos_id, 99, byte.eos_id, byte.eos_id]
-    assert tokens_of(Sample(""), byte) == []
-
-
 def test_a_file_of_both_with_blank_lines_and_empty_samples(trained_run, tmp_path, capsys):
-    eos = make_tokenizer("bytes").eos_id
+    eos = BYTES.eos_id
     rows = (
         {"text": "ab\u2028c", "prompt": "a"}, "", {"ids": [97, 255, eos]}, "   ", {"ids": [97, eos], "text": f"a{END}"},
         {"text": f"a{END}", "ids": None}, {"ids": [], "text": ""}, {"text": ""},
@@ -124,47 +113,42 @@ def test_a_file_of_both_with_blank_lines_and_empty_samples(trained_run, tmp_path
 def test_lines_that_are_no_samples_are_one_sentence(row, message, tmp_path):
     path = lines(tmp_path, {"ids": [97], "text": "a"}, row)
     with pytest.raises(UsageError, match=message) as raised:
-        read_samples(path, make_tokenizer("bytes"))
+        read_samples(path, BYTES)
     assert "\n" not in str(raised.value)
 
 
 def test_files_without_a_sample_are_one_sentence(tmp_path):
-    byte = make_tokenizer("bytes")
-    compute = resolve(TrainConfig(device="cpu", dtype="fp32"))
     for rows in ([{"ids": []}], [{"text": " "}], [""]):
         with pytest.raises(UsageError, match="hold no text"):
-            measure_samples(lines(tmp_path, *rows), tokenizer=byte, causal_lm=None, reference=None, batch=1, compute=compute)
+            measure_samples(lines(tmp_path, *rows), tokenizer=BYTES, causal_lm=None, reference=None, batch=1, compute=COMPUTE)
     with pytest.raises(UsageError, match=r"line 1 of .* has no text; give --run or --model, whose tokenizer reads its ids"):
         read_samples(lines(tmp_path, {"ids": [97]}), None)
-    (tmp_path / "wide.jsonl").write_bytes('{"text": "ab", "ids": [97, 98]}'.encode("utf-16"))
-    assert read_samples(str(tmp_path / "wide.jsonl"), byte) == [("ab", [97, 98])]
-    (tmp_path / "latin.jsonl").write_bytes('{"text": "\u00e9", "ids": [97]}'.encode("latin-1"))
-    with pytest.raises(UsageError, match=r"latin\.jsonl is not UTF-8 at byte 10"):
-        read_samples(str(tmp_path / "latin.jsonl"), byte)
+    path = tmp_path / "rows.jsonl"
+    path.write_bytes('{"text": "ab", "ids": [97, 98]}'.encode("utf-16"))
+    assert read_samples(str(path), BYTES) == [("ab", [97, 98])]
+    path.write_bytes('{"text": "\u00e9", "ids": [97]}'.encode("latin-1"))
+    with pytest.raises(UsageError, match=r"rows\.jsonl is not UTF-8 at byte 10"):
+        read_samples(str(path), BYTES)
 
 
 def test_a_causal_lm_reads_its_own_end_for_ours(tmp_path, monkeypatch):
     seen = []
 
     class Reader:
-        def __init__(self, *_):
-            self.end = "</s>"
+        end = "</s>"
+
+        def __init__(self, *_): ...
 
         def perplexity(self, texts, batch):
             seen.extend(texts)
             return {}
 
     monkeypatch.setattr(generation, "CausalLM", Reader)
-    byte, compute = make_tokenizer("bytes"), resolve(TrainConfig(device="cpu", dtype="fp32"))
-    path = lines(tmp_path, {"ids": [97, byte.eos_id, 98]}, {"text": f"c{END}"})
-    for tokenizer in (byte, None):
-        if tokenizer is None:
-            path = lines(tmp_path, {"text": f"a{END}"})
-        measure_samples(path, tokenizer=tokenizer, causal_lm="x", reference=None, batch=1, compute=compute)
+    ours = ({"ids": [97, BYTES.eos_id, 98]}, {"text": f"c{END}"})
+    for tokenizer, rows in ((BYTES, ours), (None, ({"text": f"a{END}"},))):
+        path = lines(tmp_path, *rows)
+        measure_samples(path, tokenizer=tokenizer, causal_lm="x", reference=None, batch=1, compute=COMPUTE)
     assert seen == ["a</s>b", "c</s>", f"a{END}"]  # without a tokenizer nothing is known of an end
-
-
-WORDS = ["<unk>", "a", "b", "c", "d"]
 
 
 @pytest.fixture
@@ -192,17 +176,14 @@ def test_generative_perplexity_is_the_models_own(causal_lm, tmp_path, capsys):
     folder, model = causal_lm
     texts = ["a b c d a", "d d", "c", "a b " * 7]  # the third has nothing to score, the last fills two windows
     found, printed = door(capsys, tmp_path, "--samples", samples(tmp_path, texts), "--causal_lm", folder, "--batch", 2)
-    nll, count = [], []
-    for text in texts:
+    nll, count = [0.0] * 4, [0] * 4
+    for i, text in enumerate(texts):
         ids = [WORDS.index(word) for word in text.split()]
-        parts = [0.0, 0]
         for first in range(0, len(ids), 8):
             window = torch.tensor([ids[first : first + 8]])
             logp = torch.log_softmax(model(window).logits.double(), -1)
-            parts[0] -= float(logp[0, :-1].gather(1, window[0, 1:, None]).sum())
-            parts[1] += window.shape[1] - 1
-        nll.append(parts[0])
-        count.append(parts[1])
+            nll[i] -= float(logp[0, :-1].gather(1, window[0, 1:, None]).sum())
+            count[i] += window.shape[1] - 1
     assert found["causal_tokens"] == sum(count) == 4 + 1 + 0 + 7 + 5
     mean = sum(nll) / sum(count)
     assert found["causal_nll"] == pytest.approx(mean, rel=1e-5)
@@ -213,16 +194,14 @@ def test_generative_perplexity_is_the_models_own(causal_lm, tmp_path, capsys):
 
 
 def test_mauve_gets_features_of_both_sides(causal_lm, tmp_path, capsys, monkeypatch):
-    folder, model = causal_lm
-    seen = {}
+    (folder, model), seen = causal_lm, {}
 
     def compute_mauve(*, p_features, q_features, verbose):
         seen.update(p=p_features, q=q_features)
         return types.SimpleNamespace(mauve=0.5)
 
     monkeypatch.setitem(sys.modules, "mauve", types.SimpleNamespace(compute_mauve=compute_mauve))
-    people = tmp_path / "people.jsonl"
-    people.write_text('{"text": "c c"}\n{"text": "a b c"}\n{"text": "never read: one for each sample"}\n')
+    people = samples(tmp_path, ["c c", "a b c", "never read: one for each sample"], name="people.jsonl")
     path = samples(tmp_path, ["a b c", "d"])
     found, printed = door(capsys, tmp_path, "--samples", path, "--causal_lm", folder, "--reference", people)
     assert found["mauve"] == 0.5 and "MAUVE            0.5000" in printed
@@ -235,47 +214,35 @@ def test_mauve_gets_features_of_both_sides(causal_lm, tmp_path, capsys, monkeypa
 
 def test_mauve_where_it_is_installed(causal_lm, tmp_path, capsys):
     pytest.importorskip("mauve", reason="mauve-text is not installed")
-    folder, _ = causal_lm
-    texts = [" ".join(WORDS[1 + (i * j) % 4] for j in range(1, 6)) for i in range(12)]
-    path = samples(tmp_path, texts)
-    people = tmp_path / "people.jsonl"
-    people.write_text("".join(json.dumps({"text": "d d d d d"}) + "\n" for _ in texts))
-    values = []
-    for reference in (path, people):
-        found, _ = door(capsys, tmp_path, "--samples", path, "--causal_lm", folder, "--reference", reference)
-        values.append(found["mauve"])
-    assert 0 < values[1] < values[0] <= 1  # nearer to itself than to one word over and over
-
-
-def test_models_that_are_not_there_are_one_sentence(tmp_path, monkeypatch):
-    path = samples(tmp_path, ["a b"])
-    monkeypatch.setitem(sys.modules, "transformers", None)
-    with pytest.raises(
-        UsageError, match=r"needs the package transformers, which is not installed: pip install 'atat_fast\[eval\]'"
-    ):
-        evaluate.main(["--samples", path, "--causal_lm", "gpt2"])
+    path = samples(tmp_path, [" ".join(WORDS[1 + (i * j) % 4] for j in range(1, 6)) for i in range(12)])
+    people = samples(tmp_path, ["d d d d d"] * 12, name="people.jsonl")
+    own, one_word = (
+        door(capsys, tmp_path, "--samples", path, "--causal_lm", causal_lm[0], "--reference", reference)[0]["mauve"]
+        for reference in (path, people)
+    )
+    assert 0 < one_word < own <= 1
 
 
 @pytest.mark.parametrize(
     ("name", "message"),
     [
+        ("without transformers", r"needs the package transformers, which is not installed: pip install 'atat_fast\[eval\]'"),
+        ("without mauve", "needs the package mauve-text, which is not installed"),
         ("nobody/nothing", "causal LM nobody/nothing is no folder here, it is not in the local cache, and the hub cannot be"),
         ("./nothing", r"there is no folder \./nothing, and it is no hub id"),
         ("empty", "causal LM empty cannot be loaded: "),
     ],
 )
-def test_causal_lms_that_cannot_be_had(name, message, tmp_path, monkeypatch):
-    pytest.importorskip("transformers", reason="transformers is not installed")
+def test_causal_lms_that_cannot_be_had_are_one_sentence(name, message, tmp_path, monkeypatch, request):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "empty").mkdir()
+    path, missing = samples(tmp_path, ["a b"]), name.removeprefix("without ")
+    if missing != "transformers":
+        pytest.importorskip("transformers", reason="transformers is not installed")
+    more = ["--reference", path] if missing == "mauve" else []
+    model = str(request.getfixturevalue("causal_lm")[0]) if missing == "mauve" else name
+    if missing != name:
+        monkeypatch.setitem(sys.modules, missing, None)
     with pytest.raises(UsageError, match=message) as raised:
-        evaluate.main(["--samples", samples(tmp_path, ["a b"]), "--causal_lm", name])
+        evaluate.main(["--samples", path, "--causal_lm", model, *more])
     assert "\n" not in str(raised.value)
-
-
-def test_without_mauve_a_reference_says_so(causal_lm, tmp_path, monkeypatch):
-    folder, _ = causal_lm
-    monkeypatch.setitem(sys.modules, "mauve", None)
-    path = samples(tmp_path, ["a b"])
-    with pytest.raises(UsageError, match="needs the package mauve-text, which is not installed"):
-        evaluate.main(["--samples", path, "--causal_lm", str(folder), "--reference", path])

@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from atat_fast.diffusion.bound import estimate_nll
+from atat_fast.diffusion.process import MaskedBatch
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.precision import antithetic_counts, antithetic_pair, estimate_to
 
@@ -19,28 +20,15 @@ MASK = 9
 
 def known_nll(masked):
     """Depends on the token, its place and on how much is hidden around it, as a model's would: [R]."""
-    length = masked.noisy.shape[1]
-    rows = masked.rows
+    length, rows = masked.noisy.shape[1], masked.rows
     hidden = (masked.noisy == MASK).sum(1)[rows // length].float()
-    left = torch.where(rows % length > 0, masked.noisy.flatten()[(rows - 1).clamp(min=0)], 0) == MASK
-    return masked.target.float() * 0.3 + hidden / length + 0.7 * left.float() * (rows % length > 0)
+    left = (masked.noisy.flatten()[(rows - 1).clamp(min=0)] == MASK) & (rows % length > 0)
+    return masked.target.float() * 0.3 + hidden / length + 0.7 * left.float()
 
 
-def exact(x):
-    """The bound of each sequence, nats a token, over every mask there is."""
-    from atat_fast.diffusion.process import MaskedBatch
-
-    length, values = x.shape[1], torch.zeros(len(x), dtype=torch.float64)
-    for k in range(1, length + 1):
-        masks = list(itertools.combinations(range(length), k))
-        for chosen in masks:
-            for b in range(len(x)):
-                rows = torch.tensor(chosen)
-                noisy = x[b : b + 1].clone()
-                noisy[0, rows] = MASK
-                one = MaskedBatch(noisy, rows, x[b, rows], torch.ones(k), torch.tensor([k / length]), length)
-                values[b] += known_nll(one).double().sum() / k / len(masks) / length
-    return values
+def to(x, *, se=1e-9, most_draws=10_000, batch=16, seed=0, nll=known_nll, **more):
+    options = {"mask_id": MASK, "se": se, "most_draws": most_draws, "batch": batch, "seed": seed} | more
+    return estimate_to(nll, lambda i, n: x[i : i + n], len(x), **options)
 
 
 @settings(deadline=None, max_examples=25)
@@ -74,85 +62,57 @@ def test_the_two_masks_of_a_pair_cover_the_sequence_and_share_one_token(length, 
 def test_the_value_is_the_bounds_and_the_error_is_the_masks():
     """Against every mask there is: errors are asked for, met, and true; the text's own spread is no part of them."""
     x = torch.randint(0, 8, (16, 4), generator=torch.Generator().manual_seed(1))
-    truth = exact(x)
-    misses = []
+    truth, misses = torch.zeros(16, dtype=torch.float64), []
+    for k in range(1, 5):
+        masks = list(itertools.combinations(range(4), k))
+        for chosen, b in itertools.product(map(torch.tensor, masks), range(16)):
+            noisy = x[b].index_fill(0, chosen, MASK)[None]
+            one = MaskedBatch(noisy, chosen, x[b, chosen], torch.ones(k), torch.tensor([k / 4]), 4)
+            truth[b] += known_nll(one).double().sum() / k / len(masks) / 4
     for seed in range(24):
-        found = estimate_to(
-            known_nll, lambda i, n: x[i : i + n], len(x), mask_id=MASK, se=0.015, most_draws=4_000, batch=16, seed=seed
-        )
+        found = to(x, se=0.015, most_draws=4_000, seed=seed)
         assert found.met and found.estimate.se <= 0.015 and found.draws % 2 == 0
         assert found.se_text > 3 * found.estimate.se  # the sequences differ by far more than their masks do
         misses.append((found.estimate.nll - float(truth.mean())) / found.estimate.se)
         assert torch.allclose(found.estimate.values, truth, atol=0.5)
     assert max(map(abs, misses)) < 4
     assert sum(miss * miss for miss in misses) / len(misses) < 1.8  # 1 in expectation
-
-
-def test_a_smaller_error_takes_more_draws_and_batches_do_not_matter():
-    x = torch.randint(0, 8, (10, 6))
-    runs = [
-        estimate_to(known_nll, lambda i, n: x[i : i + n], 10, mask_id=MASK, se=se, most_draws=10_000, batch=batch, seed=0)
-        for se, batch in ((0.06, 3), (0.015, 3), (0.015, 10))
-    ]
-    assert runs[1].draws >= 4 * runs[0].draws and runs[1].estimate.se <= 0.015
-    assert runs[1].draws == runs[2].draws and runs[1].estimate.nll == pytest.approx(runs[2].estimate.nll, rel=1e-12)
+    wide, narrow, whole = (to(x, se=se, batch=batch) for se, batch in ((0.06, 3), (0.015, 3), (0.015, 16)))
+    assert narrow.draws >= 4 * wide.draws and narrow.draws == whole.draws
+    assert narrow.estimate.nll == pytest.approx(whole.estimate.nll, rel=1e-12)  # however they are cut
 
 
 def test_antithetic_pairs_beat_independent_draws():
     """As many forward passes leave less error than the same number of draws, both without control variates."""
     x = torch.randint(0, 8, (1, 8)).expand(16, 8)  # one text: all that varies is masks
-
-    def tokens(i, n):
-        return x[i : i + n]
-
-    def spread(one):
-        return float(torch.tensor([one(seed) for seed in range(40)], dtype=torch.float64).var())
-
-    def pairs(seed):
-        return estimate_to(
-            known_nll, tokens, 16, mask_id=MASK, se=1e-9, most_draws=4, batch=16, seed=seed, control=False
-        ).estimate.nll
-
-    def plain(seed):
-        return estimate_nll(known_nll, tokens, 16, mask_id=MASK, draws=4, batch=16, seed=seed, control=False).nll
-
-    assert spread(pairs) < 0.7 * spread(plain)
+    options = {"mask_id": MASK, "draws": 4, "batch": 16, "control": False}
+    pairs = torch.tensor([to(x, most_draws=4, seed=seed, control=False).estimate.nll for seed in range(40)])
+    plain = [estimate_nll(known_nll, lambda i, n: x[i : i + n], 16, seed=seed, **options).nll for seed in range(40)]
+    assert float(pairs.var()) < 0.7 * float(torch.tensor(plain).var())
 
 
 def test_control_variates_take_off_what_rarity_explains():
     """A loss that is a token's rarity and little else: the same draws, a far smaller error, and the error is still true."""
     x = (torch.rand(24, 12, generator=torch.Generator().manual_seed(2)) ** 3 * 8).long()  # small tokens are common
-
     rarity = -torch.log(torch.bincount(x.flatten(), minlength=8) / x.numel())
-
-    def nll(masked):
-        return rarity[masked.target] + 0.1 * known_nll(masked)
-
-    def run(seed, control):
-        return estimate_to(
-            nll, lambda i, n: x[i : i + n], 24, mask_id=MASK, se=1e-9, most_draws=12, batch=7, seed=seed, control=control
-        ).estimate
-
-    plain, ours = ([run(seed, control) for seed in range(12)] for control in (False, True))
+    nll = lambda masked: rarity[masked.target] + 0.1 * known_nll(masked)  # noqa: E731
+    plain, ours = (
+        [to(x, most_draws=12, batch=7, seed=seed, nll=nll, control=control).estimate for seed in range(12)]
+        for control in (False, True)
+    )
     assert all(b.se < 0.5 * a.se for a, b in zip(plain, ours, strict=True))
-    spread = torch.tensor([e.nll for e in ours], dtype=torch.float64)
-    assert 0.5 < float(spread.std()) / (sum(e.se for e in ours) / len(ours)) < 1.7
-    truth = torch.tensor([e.nll for e in plain], dtype=torch.float64)
-    assert abs(float(spread.mean() - truth.mean())) < 4 * float(truth.std()) / len(truth) ** 0.5
+    truth, found = (torch.tensor([e.nll for e in estimates], dtype=torch.float64) for estimates in (plain, ours))
+    assert 0.5 < float(found.std()) / (sum(e.se for e in ours) / len(ours)) < 1.7
+    assert abs(float(found.mean() - truth.mean())) < 4 * float(truth.std()) / len(truth) ** 0.5
 
 
 def test_what_cannot_be_reached_is_told():
     x = torch.randint(0, 8, (3, 5))
-
-    def run(**changes):
-        options = {"se": 0.01, "most_draws": 60, "batch": 3, "seed": 0} | changes
-        return estimate_to(known_nll, lambda i, n: x[i : i + n], 3, mask_id=MASK, **options)
-
-    short = run(se=1e-6, most_draws=6)
+    short = to(x, se=1e-6, most_draws=6)
     assert not short.met and short.draws == 6 and math.isfinite(short.estimate.se)
-    assert run(se=100.0).draws >= 2 * (1 + 60 / 3)  # an error is believed only with some draws behind it
+    assert to(x, se=100.0, most_draws=60).draws >= 2 * (1 + 60 / 3)  # an error is believed only with some draws behind it
     for bad in (0.0, -1.0, math.inf, math.nan):
         with pytest.raises(UsageError, match="must be above 0"):
-            run(se=bad)
+            to(x, se=bad)
     with pytest.raises(UsageError, match="4 or more, got 3"):
-        run(most_draws=3)
+        to(x, most_draws=3)

@@ -1,4 +1,4 @@
-"""What a reader sees of token ids some of which are hidden: in the terminal, and on the page that replays a sample."""
+"""Tokens that hold the end of one character and the beginning of the next."""
 
 from __future__ import annotations
 
@@ -19,29 +19,20 @@ from atat_fast.evaluation.trajectory import Recorder, page, show
 
 TEXT = "a你好 😀\n\te\u0301é 👩‍👩‍👧🇩🇪🇫🇷 नमस्ते שלום مرحبا 👍🏽."
 BYTES = make_tokenizer("bytes")
+WORDS = ["[MASK]", "\u2581the", "\u2581a", "b"]
 
 
 def sentencepiece():
     """Words with their spaces, and bytes for all other characters, which are decoded one by one until all are there."""
-    words = ["[MASK]", "\u2581the", "\u2581a", "b"]
-    vocabulary = {word: i for i, word in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    vocabulary = {word: i for i, word in enumerate([*WORDS, *(f"<0x{byte:02X}>" for byte in range(256))])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[], byte_fallback=True))
-    backend.decoder = decoders.Sequence(
-        [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
-    )
+    parts = [decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    backend.decoder = decoders.Sequence(parts)
     backend.add_special_tokens(["[MASK]"])
-    return Ours(backend, "sentencepiece"), lambda text: [len(words) + byte for byte in text.encode()]
+    return Ours(backend, "sentencepiece")
 
 
-def wordpiece():
-    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "un": 2, "##known": 3, ".": 4}, unk_token="[UNK]"))
-    backend.decoder = decoders.WordPiece()
-    return Ours(backend, "wordpiece")
-
-
-def bpe():
-    """Byte-level BPE whose tokens hold the end of one character and the beginning of the next."""
-    return make_tokenizer("bpe-275", ["你好世界 你好世界 naïve naïve 😀😀 "] * 20)
+BPE = make_tokenizer("bpe-275", ["你好世界 你好世界 naïve naïve 😀😀 "] * 20)
 
 
 def texts(tokenizer, ids):
@@ -60,10 +51,9 @@ def test_a_character_of_several_tokens_is_one_piece():
     ]  # fmt: skip
 
 
-@pytest.mark.parametrize("make", [lambda: BYTES, bpe])
-def test_pieces_add_up_to_the_text_whatever_the_bytes(make):
-    tokenizer, rng = make(), random.Random(0)
-    pieces = Pieces(tokenizer.decode, tokenizer.mask_id)
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE])
+def test_pieces_add_up_to_the_text_whatever_the_bytes(tokenizer):
+    rng, pieces = random.Random(0), Pieces(tokenizer.decode, tokenizer.mask_id)
     for _ in range(300):
         letters = bytes(rng.choice(b"a \xe4\xbd\xa0\xf0\x9f\x98\x80\xc3\xa9\xef\xbf\xbd") for _ in range(12))
         ids = list(letters) if tokenizer is BYTES else [rng.randrange(tokenizer.model_vocab_size - 2) for _ in range(12)]
@@ -87,14 +77,13 @@ def test_pieces_add_up_to_the_text_whatever_the_bytes(make):
     ],
 )
 def test_what_is_visible_of_a_partly_hidden_character_is_one_sign(hidden, shown):
-    assert texts(BYTES, masked(BYTES, BYTES.encode("a你好"), hidden)) == shown
-    tokenizer, encode = sentencepiece()
-    assert texts(tokenizer, masked(tokenizer, encode("a你好"), hidden)) == shown
+    for tokenizer, first in ((BYTES, 0), (sentencepiece(), len(WORDS))):
+        ids = [first + byte for byte in "a你好".encode()]
+        assert texts(tokenizer, masked(tokenizer, ids, hidden)) == shown
 
 
-@pytest.mark.parametrize("make", [lambda: BYTES, bpe])
-def test_nothing_broken_is_shown_while_valid_text_is_filled_in(make):
-    tokenizer = make()
+@pytest.mark.parametrize("tokenizer", [BYTES, BPE])
+def test_nothing_broken_is_shown_while_valid_text_is_filled_in(tokenizer):
     ids, rng = tokenizer.encode("你好世界 naïve 😀😀" + TEXT), random.Random(0)
     assert len(texts(tokenizer, ids)) < len(ids)
     for _ in range(200):
@@ -105,25 +94,26 @@ def test_nothing_broken_is_shown_while_valid_text_is_filled_in(make):
         assert BROKEN not in "".join(text or "" for text in shown)
 
 
-def test_what_stays_broken_is_shown_as_the_text_will_have_it():
-    assert texts(BYTES, [0x80, 0x80, 97, 0xE4, 98, 0xE4, 0xBD]) == [BROKEN, BROKEN, "a", BROKEN, "b", BROKEN]
-
-
-def test_a_mark_without_its_letter_does_not_sit_on_its_neighbour():
-    assert texts(BYTES, [BYTES.mask_id, *"\u0301a".encode()]) == [None, PART + "\u0301", "a"]
+@pytest.mark.parametrize(
+    ("ids", "shown"),
+    [  # broken bytes, a mark without its letter, and control characters
+        ([0x80, 0x80, 97, 0xE4, 98, 0xE4, 0xBD], [BROKEN, BROKEN, "a", BROKEN, "b", BROKEN]),
+        ([BYTES.mask_id, *"\u0301a".encode()], [None, PART + "\u0301", "a"]),
+        ([*b"\x1b[31m\r\n\t\x00\x7f"], ["^[", *"[31m", "^M", "\n", "\t", "^@", "^?"]),
+        ([*"\x85\u202eabc\u2066".encode()], ["[U+0085]", "[U+202E]", *"abc", "[U+2066]"]),
+    ],
+)
+def test_what_is_no_plain_text_is_shown_by_signs(ids, shown):
+    assert texts(BYTES, ids) == shown
 
 
 def test_spaces_are_those_of_the_whole_text():
-    mask = (words := wordpiece()).mask_id
+    backend = Tokenizer(models.WordPiece({"[UNK]": 0, "the": 1, "un": 2, "##known": 3, ".": 4}, unk_token="[UNK]"))
+    backend.decoder = decoders.WordPiece()
+    words, pieces = Ours(backend, "wordpiece"), sentencepiece()
     assert texts(words, [1, 2, 3, 4]) == ["the", " un", "known", "."]
-    assert texts(words, [1, mask, 3, mask, 1]) == ["the", None, "known", None, " the"]
-    pieces, _ = sentencepiece()
+    assert texts(words, [1, words.mask_id, 3, words.mask_id, 1]) == ["the", None, "known", None, " the"]
     assert texts(pieces, [1, 2, 3]) == ["the", " a", "b"] and texts(pieces, [0, 1, 0, 3]) == [None, " the", None, "b"]
-
-
-def test_control_characters_are_shown_by_signs():
-    ids = BYTES.encode("\x1b[31m\r\n\t\x00\x7f\x85\u202eabc\u2066")
-    assert "".join(texts(BYTES, ids)) == "^[[31m^M\n\t^@^?[U+0085][U+202E]abc[U+2066]"
 
 
 def test_the_view_marks_a_character_by_all_its_tokens():
@@ -134,23 +124,25 @@ def test_the_view_marks_a_character_by_all_its_tokens():
     assert view.plain == f"a{HIDDEN}" and str(view.spans[-1].style) == "red"
 
 
-def record(ids, hidden, mask_id, at_once=1, scores=None):
-    """`hidden` positions revealed from the last to the first."""
-    tokens = torch.tensor([[mask_id if i in hidden else token for i, token in enumerate(ids)]])
-    recorder = Recorder(tokens, mask_id, scores=scores)
-    order = sorted(hidden, reverse=True)
-    for step in range(0, len(order), at_once):
-        for i in order[step : step + at_once]:
-            tokens[0, i] = ids[i]
+def record(hidden, scores=None):
+    """A page of "a你b", whose `hidden` tokens are revealed from the last to the first."""
+    ids = BYTES.encode("a你b")
+    tokens = torch.tensor([masked(BYTES, ids, hidden)])
+    recorder = Recorder(tokens, BYTES.mask_id, scores=scores)
+    for step, i in enumerate(sorted(hidden, reverse=True)):
+        tokens[0, i] = ids[i]
         recorder(step, tokens)
-    return recorder
+    return page(recorder, Pieces(BYTES.decode, BYTES.mask_id), {"run": "x"})
 
 
 def data_of(html):
     return json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.DOTALL)[1])
 
 
-def test_a_page_without_importance_and_with_hiding_again():
+def test_a_page_has_the_pieces_of_every_step_and_of_hiding_again():
+    data = data_of(record({1, 2, 3}))
+    assert data["start"] == ["a", None, None, None, "b"]
+    assert [shown for _, _, shown in data["steps"]] == [[[3, PART]], [[2, PART], [3, ""]], [[1, "你"], [2, ""]]]
     recorder = Recorder(torch.tensor([[1, 9, 9]]), 9)
     for step, tokens in enumerate(([1, 4, 9], [1, 4, 9], [1, 9, 5], [1, 6, 5])):
         recorder(step, torch.tensor([tokens]))
@@ -162,13 +154,6 @@ def test_a_page_without_importance_and_with_hiding_again():
     assert data["importance"] is None and data["facts"]["what"] == f"</script><b>{BROKEN}"
     assert data["start"] == ["<1>", None, None] and data["given"] == [True, False, False]
     assert data["steps"] == [[0, [1], [[1, "<4>"]]], [2, [1, 2], [[1, None], [2, "<5>"]]], [3, [1], [[1, "<6>"]]]]
-
-
-def test_a_page_has_the_pieces_of_every_step():
-    ids = BYTES.encode("a你b")
-    data = data_of(page(record(ids, {1, 2, 3}, BYTES.mask_id), Pieces(BYTES.decode, BYTES.mask_id), {}))
-    assert data["start"] == ["a", None, None, None, "b"]
-    assert [shown for _, _, shown in data["steps"]] == [[[3, PART]], [[2, PART], [3, ""]], [[1, "你"], [2, ""]]]
 
 
 DOCUMENT = """
@@ -187,13 +172,10 @@ console.log(JSON.stringify(frames.map((_, k) => {
 @pytest.mark.skipif(shutil.which("node") is None, reason="node is not installed")
 def test_the_pages_script_draws_every_frame(tmp_path):
     """The script itself, on a document of a few lines: spans, classes and shades of a character of three tokens."""
-    ids = BYTES.encode("a你b")
-    scores = lambda seen, share: torch.tensor([[0.0, 0.75, 0.5, 0.25, 0.0]])  # noqa: E731
-    html = page(record(ids, {2, 3}, BYTES.mask_id, scores=scores), Pieces(BYTES.decode, BYTES.mask_id), {"run": "x"})
+    html = record({2, 3}, scores=lambda seen, share: torch.tensor([[0.0, 0.75, 0.5, 0.25, 0.0]]))
     script = re.search(r"<script>(.*)</script>", html, re.DOTALL)[1]
-    (tmp_path / "page.js").write_text(
-        DOCUMENT + f"made.data = {{textContent: {json.dumps(json.dumps(data_of(html)))}}};{script}{DRAW}"
-    )
+    data = f"made.data = {{textContent: {json.dumps(json.dumps(data_of(html)))}}};"
+    (tmp_path / "page.js").write_text(DOCUMENT + data + script + DRAW)
     done = subprocess.run(["node", tmp_path / "page.js"], capture_output=True, text=True, timeout=60, check=True)
     start, one, two = json.loads(done.stdout)
     a, b, away = ["a", "given", "", "given"], ["b", "given", "", "given"], ["", "", "", ""]

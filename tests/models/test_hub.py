@@ -7,19 +7,19 @@ import os
 import pickle
 import re
 import shutil
-import subprocess
-import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from small import small_dit
 
 from atat_fast import evaluate, push
 from atat_fast.cli import run_door
 from atat_fast.config import ImportanceConfig
-from atat_fast.data import network as network
+from atat_fast.data import network
 from atat_fast.data.tokenizers import make_tokenizer
 from atat_fast.diffusion.identity import IdentitySchedule
 from atat_fast.errors import UsageError
@@ -30,25 +30,22 @@ from atat_fast.models.importance import ImportanceEstimator
 
 
 def small(**changes):
-    torch.manual_seed(2)
     tokenizer = make_tokenizer("bytes")
-    settings = {"dim": 16, "layers": 2, "heads": 2, "length": 12, "dropout": 0.0} | changes
-    model = DiT(tokenizer.model_vocab_size, tokenizer.mask_id, **settings)
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.add_(torch.randn_like(parameter) * 0.2)
-    return model, tokenizer
+    return small_dit(tokenizer.model_vocab_size, tokenizer.mask_id, **changes), tokenizer
 
 
 @pytest.fixture
 def folder(tmp_path):
-    model, tokenizer = small()
-    return hub.save_pretrained(tmp_path / "model", hub.Saved(model, tokenizer))
+    return hub.save_pretrained(tmp_path / "model", hub.Saved(*small()))
 
 
 def logits(model):
     ids = torch.tensor([[104, 257, 257, 111]])
     return model.eval().logits(model.features(ids, torch.tensor([0.5])))
+
+
+def contents(folder):
+    return {f.name: f.read_bytes() for f in folder.iterdir()}
 
 
 @pytest.mark.parametrize("changes", [{}, {"tie_embeddings": True}, {"time_conditioning": True, "qk_norm": True}])
@@ -57,10 +54,9 @@ def test_a_model_comes_back(changes, tmp_path):
     config = ImportanceConfig(source="full", width=8, layers=1, heads=2)
     estimator = ImportanceEstimator(config, 16, 12, torch.arange(258))
     rates = IdentitySchedule(torch.rand(258) + 0.1)
-    saved = hub.Saved(model, tokenizer, estimator, {"step": 7}, rates)
-    folder = hub.save_pretrained(tmp_path / "model", saved)
+    folder = hub.save_pretrained(tmp_path / "model", hub.Saved(model, tokenizer, estimator, {"step": 7}, rates))
     assert {f.name for f in folder.iterdir()} == set(hub.FILES)
-    back = hub.from_pretrained(folder)
+    back = hub.from_pretrained(folder, longest=12)
     assert torch.equal(logits(back.model), logits(model)) and back.model.config == model.config
     assert back.tokenizer.fingerprint == tokenizer.fingerprint and back.facts["step"] == 7
     assert back.estimator is not None and back.estimator.config == config
@@ -68,6 +64,16 @@ def test_a_model_comes_back(changes, tmp_path):
     for name, value in estimator.state_dict().items():
         assert torch.equal(back.estimator.state_dict()[name], value), name
     assert torch.equal(logits(DiT.from_pretrained(folder)), logits(model))  # the hub library's own way reads it too
+    with pytest.raises(UsageError, match="takes at most 12 tokens, and 13 are asked"):
+        hub.from_pretrained(folder, longest=13)
+
+
+def test_a_folder_of_an_earlier_version_or_without_its_tokenizer_is_read(folder):
+    settings = json.loads((folder / "config.json").read_text())
+    assert settings.pop("model_type") == "atat_fast"
+    (folder / "config.json").write_text(json.dumps(settings))
+    (folder / "tokenizer.json").unlink()
+    assert torch.equal(logits(hub.from_pretrained(folder, tokenizer="bytes").model), logits(small()[0]))
 
 
 @pytest.mark.parametrize("rates", [torch.ones(257), torch.zeros(258), torch.full((258,), torch.nan), None])
@@ -77,14 +83,12 @@ def test_rates_that_are_none_are_refused(folder, rates):
         hub.from_pretrained(folder)
 
 
-def test_nothing_is_pickled_and_no_code_is_saved(folder):
+def test_pickles_are_refused_unread_and_none_is_saved(folder):
     assert {f.suffix for f in folder.iterdir()} == {".json", ".safetensors", ".md"}
-    assert "auto_map" not in (folder / "config.json").read_text()
+    assert "auto_map" not in (folder / "config.json").read_text()  # no code either
     for f in folder.glob("*.json"):
         json.loads(f.read_text())
 
-
-def test_pickles_are_refused_unread(folder):
     class Bomb:
         def __reduce__(self):
             return (os.mkdir, (str(folder / "exploded"),))
@@ -96,50 +100,15 @@ def test_pickles_are_refused_unread(folder):
     assert not (folder / "exploded").exists()
 
 
-def test_the_tokenizer_is_one_that_transformers_reads(folder):
+def test_the_tokenizer_is_one_that_transformers_reads_and_pads_with(folder):
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    ours = make_tokenizer("bytes")
-    text = "for i in range(3): café"
+    ours, text = make_tokenizer("bytes"), "for i in range(3): café"
     assert theirs(text)["input_ids"] == ours.encode(text)
-    assert theirs.decode(ours.encode(text)) == text
+    assert theirs.decode(ours.encode(text)) == text and len(theirs) == ours.model_vocab_size
     assert (theirs.mask_token_id, theirs.eos_token_id, theirs.model_max_length) == (ours.mask_id, ours.eos_id, 12)
     assert theirs("a [MASK]")["input_ids"] == [*ours.encode("a "), ours.mask_id]
-
-
-def test_batches_of_a_saved_tokenizer_are_padded(folder, tmp_path):
-    """By transformers too; a vocabulary's own padding comes before the end of document."""
-    transformers = pytest.importorskip("transformers", reason="transformers is not installed")
-    ours = make_tokenizer("bytes")
-    theirs = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     assert theirs(["a", "bcd"], padding=True)["input_ids"] == [[97, ours.eos_id, ours.eos_id], [*b"bcd"]]
-    assert len(theirs) == ours.model_vocab_size
-
-
-def test_what_a_saved_folder_says_of_itself(folder, tmp_path):
-    assert json.loads((folder / "config.json").read_text())["model_type"] == "atat_fast"
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    assert settings["pad_token"] == settings["eos_token"] == "<|endoftext|>"
-    (path := tmp_path / "padded").mkdir()
-    own = json.loads((folder / "tokenizer.json").read_text())
-    own["added_tokens"].append(own["added_tokens"][0] | {"id": 258, "content": "<pad>"})
-    (path / "tokenizer.json").write_text(json.dumps(own))
-    make_tokenizer(str(path)).save(path, longest=12)
-    assert json.loads((path / "tokenizer_config.json").read_text())["pad_token"] == "<pad>"
-
-
-def test_a_folder_of_an_earlier_version_is_read(folder):
-    settings = json.loads((folder / "config.json").read_text())
-    del settings["model_type"]
-    (folder / "config.json").write_text(json.dumps(settings))
-    assert torch.equal(logits(hub.from_pretrained(folder).model), logits(small()[0]))
-
-
-def test_a_push_that_fails_names_a_folder_that_is_there(trained_run, tmp_path):
-    out = tmp_path / "kept"
-    with pytest.raises(UsageError, match=f"push it later with  hf upload me/small {out}"):
-        push.main(["--run", str(trained_run), "--push", "me/small", "--out", str(out)])
-    assert (out / "model.safetensors").is_file()
 
 
 def change(folder, name, **values):
@@ -183,27 +152,24 @@ def test_folders_that_are_not_right_are_one_sentence(spoil, message, folder):
     assert "\n" not in str(raised.value)
 
 
-def test_a_model_without_its_tokenizer_takes_one(folder):
-    (folder / "tokenizer.json").unlink()
-    assert torch.equal(logits(hub.from_pretrained(folder, tokenizer="bytes").model), logits(small()[0]))
+def test_what_is_there_is_not_written_over_and_a_full_disk_leaves_it(folder, monkeypatch):
+    saved, before = hub.Saved(*small(dim=8)), contents(folder)
 
+    def refused(message, **options):
+        with pytest.raises(UsageError, match=message):
+            hub.save_pretrained(folder, saved, **options)
 
-def test_longer_text_than_the_model_takes_is_refused(folder):
-    assert hub.from_pretrained(folder, longest=12).model.config.length == 12
-    with pytest.raises(UsageError, match="takes at most 12 tokens, and 13 are asked"):
-        hub.from_pretrained(folder, longest=13)
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
 
-
-def test_what_is_there_is_not_written_over(folder):
-    saved = hub.Saved(*small(dim=8))
-    before = {f.name: f.read_bytes() for f in folder.iterdir()}
-    with pytest.raises(UsageError, match="is already there"):
-        hub.save_pretrained(folder, saved)
+    refused("is already there")
     (folder / "notes.txt").write_text("mine")
-    with pytest.raises(UsageError, match=r"holds more than a saved model .notes\.txt."):
-        hub.save_pretrained(folder, saved, overwrite=True)
+    refused(r"holds more than a saved model .notes\.txt.", overwrite=True)
     (folder / "notes.txt").unlink()
-    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
+    with monkeypatch.context() as patch:
+        patch.setattr(hub, "model_card", full)
+        refused(r"cannot write to .*model: No space left", overwrite=True)
+    assert contents(folder) == before
     hub.save_pretrained(folder, saved, overwrite=True)
     assert hub.from_pretrained(folder).model.config.dim == 8
     with pytest.raises(UsageError, match="its folder does not exist"):
@@ -211,20 +177,7 @@ def test_what_is_there_is_not_written_over(folder):
     assert [f.name for f in folder.parent.iterdir()] == ["model"]  # nothing is left beside it
 
 
-def test_a_full_disk_leaves_what_was_there(folder, monkeypatch):
-    before = {f.name: f.read_bytes() for f in folder.iterdir()}
-
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(hub, "model_card", full)
-    with pytest.raises(UsageError, match=r"cannot write to .*model: No space left"):
-        hub.save_pretrained(folder, hub.Saved(*small(dim=8)), overwrite=True)
-    assert {f.name: f.read_bytes() for f in folder.iterdir()} == before
-    assert [f.name for f in folder.parent.iterdir()] == ["model"]
-
-
-def test_a_run_is_saved_with_a_card_of_its_own(trained_run, tmp_path, capsys):
+def test_a_run_is_saved_with_a_card_of_its_own(trained_run, corpus, tmp_path, capsys):
     assert push.main(["--run", str(trained_run), "--out", str(tmp_path / "out"), "--license", "mit"]) == 0
     printed = capsys.readouterr().out
     assert "read " in printed and "model.safetensors" in printed and "note " not in printed
@@ -240,7 +193,8 @@ def test_a_run_is_saved_with_a_card_of_its_own(trained_run, tmp_path, capsys):
     for words in ("text.jsonl", "documents", "tokens seen", "Weights: mit.", "importance estimator"):
         assert words in card, words
     everything = "".join(f.read_text() for f in (tmp_path / "out").iterdir() if f.suffix != ".safetensors")
-    assert str(trained_run.parents[1]) not in everything  # where it was trained is nobody's business
+    for place in (trained_run.parents[1], corpus.parent):  # where it was trained is nobody's business
+        assert str(place) not in everything
 
 
 def test_a_card_says_what_nobody_said():
@@ -259,12 +213,11 @@ def test_samples_stay_inside_their_block(text):
 
 
 @pytest.mark.slow
-def test_a_saved_model_has_the_same_nll_in_a_fresh_process(trained_run, tmp_path):
-    """Both through the door, the folder moved away from where it was written, and torch.load out of reach."""
+def test_a_saved_model_has_the_same_nll_in_a_fresh_process(trained_run, corpus, tmp_path, python):
+    """Both through the command, the folder moved away from where it was written, and torch.load out of reach."""
     assert evaluate.main(["--run", str(trained_run), "--json", str(tmp_path / "run.json"), "--dtype", "fp32"]) == 0
     assert push.main(["--run", str(trained_run), "--out", str(tmp_path / "written")]) == 0
-    elsewhere = tmp_path / "elsewhere"
-    elsewhere.mkdir()
+    (elsewhere := tmp_path / "elsewhere").mkdir()
     shutil.move(tmp_path / "written", elsewhere / "model")
     code = (
         "import sys, pickle, torch\n"
@@ -273,65 +226,50 @@ def test_a_saved_model_has_the_same_nll_in_a_fresh_process(trained_run, tmp_path
         "from atat_fast import evaluate\n"
         "sys.exit(evaluate.main(sys.argv[1:]))"
     )
-    root = trained_run.parents[1]
-    done = subprocess.run(
-        [
-            sys.executable,
-            "-c",
-            code,
-            "--model",
-            "model",
-            "--corpus",
-            root / "text.jsonl",
-            "--json",
-            "out.json",
-            "--dtype",
-            "fp32",
-        ],
-        cwd=elsewhere,
-        env=os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "ATAT_FAST_CACHE": str(tmp_path / "cache")},
-        capture_output=True,
-        text=True,
-    )
+    options = ("--model", "model", "--corpus", corpus, "--json", "out.json", "--dtype", "fp32")
+    done = python("-c", code, *options, cwd=elsewhere, ATAT_FAST_CACHE=str(tmp_path / "cache"))
     assert done.returncode == 0, done.stderr
     run, model = (json.loads(Path(p).read_text()) for p in (tmp_path / "run.json", elsewhere / "out.json"))
     assert model["nll"] == pytest.approx(run["nll"], rel=1e-6) and model["nll_se"] == pytest.approx(run["nll_se"], rel=1e-5)
     assert model["tokens_sha256"] == run["tokens_sha256"] and model["step"] == run["step"]
 
 
-class Api:
-    """Stands for the hub: keeps what is uploaded."""
+def test_pushing(trained_run, tmp_path, monkeypatch, capsys):
+    made, sent = [], {}
 
-    def __init__(self, refuse=None):
-        self.refuse, self.made, self.sent = refuse, [], {}
+    def upload_folder(*, repo_id, folder_path, allow_patterns, commit_message):
+        sent[repo_id] = {name: value for name, value in contents(Path(folder_path)).items() if name in allow_patterns}
 
-    def create_repo(self, repository, **options):
-        if self.refuse:
-            raise self.refuse
-        self.made.append((repository, options))
+    def create_repo(repository, **options):
+        made.append((repository, options))
         return f"hub/{repository}"
 
-    def upload_folder(self, *, repo_id, folder_path, allow_patterns, commit_message):
-        self.sent[repo_id] = {f.name: f.read_bytes() for f in Path(folder_path).iterdir() if f.name in allow_patterns}
-
-
-def test_pushing(trained_run, monkeypatch, capsys):
-    api = Api()
+    api = SimpleNamespace(create_repo=create_repo, upload_folder=upload_folder)
+    command, out = ["--run", str(trained_run), "--push", "me/small"], tmp_path / "kept"
+    with pytest.raises(UsageError, match=f"push it later with  hf upload me/small {out}"):  # the hub cannot be reached
+        push.main([*command, "--out", str(out)])
+    assert (out / "model.safetensors").is_file()
+    capsys.readouterr()
     monkeypatch.setattr(huggingface_hub, "HfApi", lambda: api)
     monkeypatch.setattr(network, "reachable", lambda: True)
-    assert push.main(["--run", str(trained_run), "--push", "me/small", "--private"]) == 0
-    assert api.made == [("me/small", {"private": True, "exist_ok": True, "repo_type": "model"})]
-    assert set(api.sent["me/small"]) == set(hub.FILES) - {hub.SCHEDULE} and b"me/small" in api.sent["me/small"]["README.md"]
+    assert push.main([*command, "--private"]) == 0
+    assert made == [("me/small", {"private": True, "exist_ok": True, "repo_type": "model"})]
+    assert set(sent["me/small"]) == set(hub.FILES) - {hub.SCHEDULE} and b"me/small" in sent["me/small"]["README.md"]
     printed = capsys.readouterr().out
     assert "pushed hub/me/small" in printed and "nobody stated a licence" in printed and "wrote" not in printed
-
-    monkeypatch.setattr(huggingface_hub, "HfApi", lambda: Api(RuntimeError("401 Unauthorized\nmore")))
+    api.create_repo = lambda *_, **__: (_ for _ in ()).throw(RuntimeError("401 Unauthorized\nmore"))
     with pytest.raises(UsageError, match="me/small cannot be pushed: 401 Unauthorized; log in"):
-        push.main(["--run", str(trained_run), "--push", "me/small"])
+        push.main(command)
 
 
 def test_loading_from_the_hub_takes_the_files_it_knows(folder, monkeypatch):
     asked = {}
+    for name, message in (
+        ("nowhere", r"there is no folder nowhere, and it is no hub id"),
+        ("me/not-cached", "neither a folder here nor in the local cache, and the hub cannot be reached"),
+    ):
+        with pytest.raises(UsageError, match=message):
+            hub.from_pretrained(name)
 
     def download(repository, **options):
         asked.update(options, repository=repository)
@@ -354,19 +292,11 @@ BAD = [
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_the_door_refuses_in_one_sentence(arguments, message, trained_run, tmp_path, monkeypatch, capsys):
+def test_the_command_refuses_in_one_sentence(arguments, message, trained_run, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (tmp_path / "there").mkdir()
     with pytest.raises(SystemExit) as left:
         run_door(push.main, [str(trained_run) if part == "RUN" else part for part in arguments])
-    error = capsys.readouterr().err
+    error = capsys.readouterr().err  # what was read may have been told before
     assert left.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1, error
     assert [f.name for f in tmp_path.iterdir()] == ["there"]
-
-
-def test_ids_that_are_no_folder_and_not_to_be_had():
-    with pytest.raises(UsageError, match=r"there is no folder nowhere, and it is no hub id"):
-        hub.from_pretrained("nowhere")
-    with pytest.raises(UsageError, match="neither a folder here nor in the local cache, and the hub cannot be reached"):
-        hub.from_pretrained("me/not-cached")

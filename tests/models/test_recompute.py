@@ -6,28 +6,23 @@ import weakref
 
 import pytest
 import torch
+from small import small_dit
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from atat_fast.distributed.wrap import recompute_blocks
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
 from atat_fast.ops import documents_of
 
-SIZE = {"dim": 32, "layers": 4, "heads": 2, "length": 16, "conditioning_dim": 8, "dropout": 0.2}
 OPTIONS = [
-    {},
-    {"time_conditioning": True},
-    {"qk_norm": True, "activation": "relu2", "tie_embeddings": True},
-    {"dropout": 0.0},
+    {}, {"time_conditioning": True}, {"qk_norm": True, "activation": "relu2", "tie_embeddings": True}, {"dropout": 0.0},
     {"document_mask": True},
-]
+]  # fmt: skip
 
 
 def build(every, **options):
-    torch.manual_seed(1)
-    model = DiT(19, 18, **(SIZE | options))
-    with torch.no_grad():  # away from the all-zero start, where half of the model has no gradient
-        for p in model.parameters():
-            p.add_(0.1 * torch.randn_like(p))
+    model = small_dit(19, scale=0.1, seed=1, **{"dim": 32, "layers": 4, "length": 16, "dropout": 0.2} | options)
     recompute_blocks(model, every)
     return model
 
@@ -38,12 +33,10 @@ def step(model, *, dtype=torch.float32, forward=None):
     tokens, share = torch.randint(0, 18, (3, 16)), torch.tensor([0.2, 0.5, 0.9])
     documents = documents_of(tokens, 5) if model.config.document_mask else None
     rows = torch.tensor([0, 3, 4, 20, 21, 40, 47])
-    noisy = tokens.flatten().index_fill(0, rows, 18).view(3, 16)
+    noisy, target = tokens.flatten().index_fill(0, rows, 18).view(3, 16), tokens.flatten()[rows]
     randomness = Randomness(7, torch.tensor(3), torch.arange(3))
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=dtype is torch.bfloat16):
-        loss, _ = (model if forward is None else forward)(
-            noisy, rows, tokens.flatten()[rows], torch.ones(7), share, randomness, documents
-        )
+        loss, _ = (model if forward is None else forward)(noisy, rows, target, torch.ones(7), share, randomness, documents)
     loss.backward()
     return loss.detach(), {name: p.grad for name, p in model.named_parameters()}
 
@@ -60,35 +53,20 @@ def test_losses_and_gradients_are_the_same_bits(options, dtype):
             assert same, (every, name)
 
 
-def noted(model):
-    """Numbers of the model's blocks, in the order in which they are run from now on."""
-    runs = []
-
-    def note(i, plain):
-        return lambda *arguments: runs.append(i) or plain(*arguments)
-
-    for i, block in enumerate(model.blocks):
-        block.run = note(i, block.run)
-    return runs
-
-
-def test_every_n_th_block_is_run_again_and_no_other():
+def test_every_n_th_block_is_run_again_and_no_other_and_in_an_evaluation_none():
     for every, again in ((0, []), (1, [0, 1, 2, 3]), (2, [1, 3]), (3, [2]), (9, [])):
-        model = build(every)
-        runs = noted(model)
+        model, runs = build(every), []
+        for i, block in enumerate(model.blocks):
+            block.run = lambda *arguments, i=i, plain=block.run, runs=runs: runs.append(i) or plain(*arguments)
         step(model)
         assert runs[:4] == [0, 1, 2, 3] and sorted(runs[4:]) == again
+        runs.clear()
+        with torch.no_grad():
+            model.features(torch.zeros(1, 16, dtype=torch.int64))
+        assert runs == [0, 1, 2, 3]
 
 
-def test_an_evaluation_runs_every_block_once():
-    model = build(1)
-    runs = noted(model)
-    with torch.no_grad():
-        model.features(torch.zeros(1, 16, dtype=torch.int64))
-    assert runs == [0, 1, 2, 3]
-
-
-class Peak(torch.utils._python_dispatch.TorchDispatchMode):
+class Peak(TorchDispatchMode):
     """The most bytes that tensors made within have held at once, by their storages' lives."""
 
     def __init__(self):
@@ -97,21 +75,16 @@ class Peak(torch.utils._python_dispatch.TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         out = function(*args, **(kwargs or {}))
-        for t in torch.utils._pytree.tree_leaves(out):
-            if isinstance(t, torch.Tensor):
-                storage = t.untyped_storage()
-                key = storage._cdata
-                if key not in self.alive:
-                    size = storage.nbytes()
-                    self.alive[key] = size
-                    self.now += size
-                    self.most = max(self.most, self.now)
-                    weakref.finalize(storage, self._gone, key, size)
+        for t in tree_leaves(out):
+            if isinstance(t, torch.Tensor) and (key := (storage := t.untyped_storage())._cdata) not in self.alive:
+                self.alive[key] = storage.nbytes()
+                self.now += storage.nbytes()
+                self.most = max(self.most, self.now)
+                weakref.finalize(storage, self._gone, key)
         return out
 
-    def _gone(self, key, size):
-        if self.alive.pop(key, None) is not None:
-            self.now -= size
+    def _gone(self, key):
+        self.now -= self.alive.pop(key, 0)
 
 
 def test_peak_memory_falls():
@@ -131,20 +104,13 @@ def test_peak_memory_falls():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("options", [{"time_conditioning": True}])
-def test_it_compiles_as_a_block_and_as_a_whole(options):
-    loss, gradients = step(build(0, **options))
-    whole = build(2, **options)
-    compiled, other = step(whole, forward=torch.compile(whole, fullgraph=True))
-    torch.testing.assert_close(compiled, loss, rtol=1e-5, atol=1e-6)
-    for name, gradient in gradients.items():
-        if gradient is not None:
-            torch.testing.assert_close(other[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
-    parts = build(1, **options)
+def test_it_compiles_as_a_block_and_as_a_whole():
+    loss, gradients = step(build(0, time_conditioning=True))
+    whole, parts = build(2, time_conditioning=True), build(1, time_conditioning=True)
     for block in parts.blocks:
         block.run = torch.compile(block.run)
-    by_block, others = step(parts)
-    torch.testing.assert_close(by_block, loss, rtol=1e-5, atol=1e-6)
-    for name, gradient in gradients.items():
-        if gradient is not None:
-            torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-5, msg=name)
+    for compiled, others in (step(whole, forward=torch.compile(whole, fullgraph=True)), step(parts)):
+        torch.testing.assert_close(compiled, loss, rtol=1e-5, atol=1e-6)
+        for name, gradient in gradients.items():
+            if gradient is not None:
+                torch.testing.assert_close(others[name], gradient, rtol=1e-3, atol=1e-5, msg=name)

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
-
 import pytest
 import torch
+from exact import chi_square
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small import small_dit
 
-from atat_fast.config import ModelConfig
-from atat_fast.models import DiT
 from atat_fast.sampling.categorical import (
     Cut,
     certainty,
@@ -36,37 +34,25 @@ def test_the_shortlist_is_the_fewest_likeliest(rows, ids, top_k, top_p, temperat
     values, kept = shortlist(logits, Cut(temperature, top_k, top_p))
     for row in range(rows):
         order = sorted(range(ids), key=lambda v, row=row: -float(logits[row, v]))[: top_k or ids]
-        shares = torch.softmax(logits[row, order] / temperature, 0)
-        count = (
-            len(order)
-            if top_p == 1
-            else next((n for n in range(1, len(order) + 1) if float(shares[:n].sum()) >= top_p - 1e-12), len(order))
-        )
+        sums = torch.softmax(logits[row, order] / temperature, 0).cumsum(0)
+        count = len(order) if top_p == 1 else min(1 + int((sums < top_p - 1e-12).sum()), len(order))
         got = kept[row][values[row] > -torch.inf].tolist()
-        assert got == order[: len(got)] and abs(len(got) - count) <= (abs(float(shares[:count].sum()) - top_p) < 1e-9)
+        assert got == order[: len(got)] and abs(len(got) - count) <= (abs(float(sums[count - 1]) - top_p) < 1e-9)
         torch.testing.assert_close(values[row, : len(got)], logits[row, got] / temperature)
 
 
 @pytest.mark.parametrize("cut", [Cut(top_k=3), Cut(top_p=0.8), Cut(0.5, 4, 0.9), Cut(2.0)])
 def test_draws_follow_what_is_left(cut):
     p = torch.tensor([0.4, 0.0, 0.25, 0.2, 0.1, 0.05], dtype=torch.float64)
-    trials = 20_000
-    drawn = draw_shortlisted(p.log().expand(trials, 6), torch.arange(trials), cut, SEED, STEP)
+    drawn = draw_shortlisted(p.log().expand(20_000, 6), torch.arange(20_000), cut, SEED, STEP)
     values, ids = shortlist(p.log()[None], cut)
     law = torch.zeros(6, dtype=torch.float64).index_add_(0, ids[0], torch.softmax(values[0], 0))
-    seen = torch.bincount(drawn, minlength=6)
-    assert (seen[law == 0] == 0).all() and law[1] == 0
-    expected = trials * law[law > 0]
-    chi2 = float(((seen[law > 0] - expected) ** 2 / expected).sum())
-    degrees = len(expected) - 1
-    assert chi2 < degrees + 5 * math.sqrt(2 * max(1, degrees))
+    assert law[1] == 0 and chi_square(torch.bincount(drawn, minlength=6), law) < 5
 
 
 def test_what_is_cut_off_does_not_change_the_noise_of_the_rest():
-    logits = torch.randn(200, 50)
-    names = torch.arange(200)
-    every = draw_shortlisted(logits, names, Cut(), SEED, STEP)
-    few = draw_shortlisted(logits, names, Cut(top_k=10), SEED, STEP)
+    logits, names = torch.randn(200, 50), torch.arange(200)
+    every, few = (draw_shortlisted(logits, names, cut, SEED, STEP) for cut in (Cut(), Cut(top_k=10)))
     inside = (logits.topk(10).indices == every[:, None]).any(1)
     assert 20 < int(inside.sum()) < 200 and torch.equal(every[inside], few[inside])
 
@@ -85,25 +71,20 @@ def test_the_likeliest_of_equals_is_the_lowest_id():
 
 def test_certainty():
     p = torch.tensor([[0.7, 0.2, 0.1, 0.0], [0.25, 0.25, 0.5, 0.0], [1.0, 0.0, 0.0, 0.0]], dtype=torch.float64)
-    logits = p.log() + 5
-    close = {"rtol": 0, "atol": 1e-6}
-    torch.testing.assert_close(certainty_of(logits, "confidence").double(), p.amax(1).log(), **close)
-    entropy = -torch.where(p > 0, p * p.clamp(min=1e-30).log(), 0.0).sum(1)
-    torch.testing.assert_close(certainty_of(logits, "entropy").double(), -entropy, **close)
-    torch.testing.assert_close(certainty_of(logits, "margin").double(), torch.tensor([0.5, 0.25, 1.0]).double(), **close)
+    top = p.sort(1, descending=True).values
+    want = {"confidence": top[:, 0].log(), "entropy": torch.special.xlogy(p, p).sum(1), "margin": top[:, 0] - top[:, 1]}
+    for order, value in want.items():
+        torch.testing.assert_close(certainty_of(p.log() + 5, order).double(), value, rtol=0, atol=1e-6)
 
 
 def test_a_head_that_is_shown_stores_no_logits_and_says_the_same():
-    torch.manual_seed(0)
-    model = DiT(50, 0, **vars(ModelConfig(dim=16, layers=1, heads=2, length=8, conditioning_dim=8)))
+    model = small_dit(50, 0)
     torch.nn.init.normal_(model.head.weight)
-    features = torch.randn(40, 16)
+    features, names, ids = torch.randn(40, 16), torch.arange(40), torch.randint(1, 50, (40,))
     head = output_head(model, features)
     for order in ("confidence", "entropy", "margin"):
-        torch.testing.assert_close(
-            certainty(model, features, order, head), certainty(model, features, order), rtol=1e-5, atol=1e-5
-        )
-    names, ids = torch.arange(40), torch.randint(1, 50, (40,))
+        shown = certainty(model, features, order, head)
+        torch.testing.assert_close(shown, certainty(model, features, order), rtol=1e-5, atol=1e-5)
     with torch.no_grad():
         fused = make_drawer(model, Cut(0.7), SEED)(features, names, STEP)
         stored = draw_shortlisted(model.logits(features), names, Cut(0.7), SEED, STEP)

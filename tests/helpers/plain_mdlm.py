@@ -1,7 +1,6 @@
 """MDLM's network in PyTorch's own modules, under the published names, as a stranger's code base would hold it.
 
-Written from the published description. `filled` gives it random weights everywhere, the zero-initialised modulation and head
-included, so that nothing of the network is hidden behind a zero.
+Written from the published description.
 """
 
 from __future__ import annotations
@@ -10,6 +9,7 @@ import math
 
 import torch
 import torch.nn.functional as F
+from small import filled
 from torch import nn
 
 VOCABULARY, WIDTH, HEADS, LAYERS, CONDITIONING = 13, 16, 2, 3, 8
@@ -156,13 +156,6 @@ class Diffusion(nn.Module):
     def checkpoint(self):
         ema = {"decay": 0.5, "num_updates": 1, "shadow_params": self.shadow_params}
         return {"state_dict": self.state_dict(), "ema": ema, "global_step": 7, "optimizer_states": [{"state": {}}]}
-
-
-def filled(model, scale=0.2):
-    with torch.no_grad():
-        for p in model.parameters():
-            p.add_(scale * torch.randn_like(p))
-    return model
 
 
 def subs_loss(model, tokens, noisy, weight, sigma, mask_id=MASK):
