@@ -17,8 +17,10 @@ from types import SimpleNamespace
 from typing import NamedTuple
 
 import jsonargparse
+import plain_mdlm
 import pytest
 import torch
+from torch.distributed.run import get_args_parser
 
 from atat_fast import push, train
 from atat_fast.errors import UsageError
@@ -28,9 +30,7 @@ BENCH, LAUNCH = ROOT / "bench", ROOT / "docs" / "launch"
 PAGES = [
     path for path in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))) if path.is_file()
 ]
-
 pytestmark = pytest.mark.skipif(not LAUNCH.is_dir(), reason="the pages are part of a checkout, and here are its tests alone")
-
 CANNOT_RUN = {
     ("docs/mdlm.md", "kuleshov-group/mdlm-owt"): "loads 650 MB from the hub",
     ("docs/hub.md", "push_to_hub("): "uploads to the hub",
@@ -69,15 +69,11 @@ TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text(encoding="utf-8") for
 PYTHON = [block for page, text in TEXTS.items() for block in blocks_of(text, page) if block.kind == "python"]
 
 
-# Python
-
-
 def run_blocks(blocks, namespace, folder):
     """Run a page's blocks in one namespace, each as a file, which Triton's kernels have to be in."""
     for block in blocks:
-        file = folder.parent / f"{folder.name}-{block.line}.py"
-        source = "\n" * (block.line - 1) + block.text  # so that an error names the page's line
-        file.write_text(source, encoding="utf-8")
+        file, source = folder.parent / f"{folder.name}-{block.line}.py", "\n" * (block.line - 1) + block.text
+        file.write_text(source, encoding="utf-8")  # with the page's line numbers, which an error then names
         if any(page == block.page and words in block.text for page, words in CANNOT_RUN):
             check_calls(block.text)
         else:
@@ -107,11 +103,8 @@ def given_run(folder, trained):
 
 def given_mdlm(folder, trained):
     """What MDLM's own code brings: its checkpoint, and its Lightning module as `diffusion`."""
-    spec = importlib.util.spec_from_file_location("plain_mdlm", Path(__file__).parent / "models" / "plain_mdlm.py")
-    plain = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(plain)
-    diffusion = plain.Diffusion()
-    diffusion.mask_index = plain.MASK
+    diffusion = plain_mdlm.Diffusion()
+    diffusion.mask_index = plain_mdlm.MASK
     torch.save(diffusion.checkpoint(), folder / "last.ckpt")
     return {"diffusion": diffusion}
 
@@ -141,8 +134,7 @@ def trained(tmp_path_factory):
 
 @pytest.mark.parametrize("page", sorted({block.page for block in PYTHON}))
 def test_the_python_of_a_page_runs_as_written(page, trained, tmp_path, monkeypatch):
-    folder = tmp_path / "empty"
-    folder.mkdir()
+    (folder := tmp_path / "empty").mkdir()
     monkeypatch.chdir(folder)
     names = GIVEN.get(page, lambda *_: {})(folder, trained)
     run_blocks([block for block in PYTHON if block.page == page], names, folder)
@@ -153,8 +145,6 @@ def test_the_python_of_a_page_runs_as_written(page, trained, tmp_path, monkeypat
         y = names["blocks_forward"](torch.randn(3, 5, 8), *rest)
         assert y.shape == (3, 5, 8) and y.isfinite().all()
 
-
-# Commands
 
 RUN = ("sample", "evaluate", "push", "convert", "ops")
 """Commands that are run, on a small model. train ends where --dry_run does, and of others the options are parsed."""
@@ -212,11 +202,9 @@ def at_its_parser(main, give):
                 raise Parsed(give(self, lambda: original(self, *arguments, **options)))
 
             patch.setattr(kind, "parse_args", parse)
-        try:
+        with pytest.raises(Parsed) as parsed:
             main()
-        except Parsed as parsed:
-            return parsed.args[0]
-    raise AssertionError("no options were read")
+    return parsed.value.args[0]
 
 
 def check(command, stdin=""):
@@ -232,8 +220,6 @@ def check(command, stdin=""):
         return
     program, *words = words
     if program == "torchrun":
-        from torch.distributed.run import get_args_parser
-
         given = get_args_parser().parse_args(words)
         check_python(["-m" if given.module else "", given.training_script, *given.training_script_args], stdin, command)
     elif program.startswith("python"):
@@ -250,10 +236,9 @@ def check(command, stdin=""):
     elif program == "pip":
         extras = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["optional-dependencies"]
         assert words[0] == "install" and set(re.findall(r"atat_fast\[([\w-]+)\]", " ".join(words))) <= set(extras), words
-    elif program == "pytest":
-        assert all((ROOT / word).exists() for word in words if "/" in word), words
     else:
-        assert program in (".venv/bin/pre-commit", ".venv/bin/pytest"), program
+        assert program in ("pytest", ".venv/bin/pre-commit", ".venv/bin/pytest"), program
+        assert program != "pytest" or all((ROOT / word).exists() for word in words if "/" in word), words
 
 
 def check_python(words, stdin, command):
@@ -302,12 +287,11 @@ def test_the_commands_of_a_page_are_taken(page, trained, tmp_path, monkeypatch):
     shutil.copy("last.ckpt", "mdlm.ckpt")
     if page == "docs/evaluation.md":
         assert push.main(["--run", "runs/demo", "--out", "demo"]) == 0
-    for command in COMMANDS:
-        if command.page == page:
-            try:
-                check(command)
-            except (Exception, SystemExit) as error:
-                raise AssertionError(f"{page}:{command.line}: {command.text}") from error
+    for command in (command for command in COMMANDS if command.page == page):
+        try:
+            check(command)
+        except (Exception, SystemExit) as error:
+            raise AssertionError(f"{page}:{command.line}: {command.text}") from error
 
 
 def check_page(text, folder):
@@ -350,8 +334,6 @@ def test_every_exception_is_of_a_block_or_command_that_is_there():
     for words in (*PARSED_ONLY, *TAKEN):
         assert any(words in command.text for command in COMMANDS), words
 
-
-# Options that messages name
 
 COMMANDS_WITH_OPTIONS = ("train", "evaluate", "sample", "report", "compare", "playground", "convert", "push")
 OTHERS = {

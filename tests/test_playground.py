@@ -22,6 +22,9 @@ from atat_fast.errors import UsageError
 from atat_fast.evaluation.pieces import HIDDEN, PART, Pieces
 from atat_fast.models import hub
 
+BYTES = make_tokenizer("bytes")
+MASK = BYTES.mask_id
+
 
 @pytest.fixture(scope="module")
 def player(trained_run):
@@ -43,14 +46,11 @@ def play(player, ids, **options):
 
 
 def test_blanks_are_masks():
-    tokenizer = make_tokenizer("bytes")
-    mask = tokenizer.mask_id
-
     def read(text, blank=2, append=0, longest=20):
-        return playground.read_text(tokenizer, text, blank=blank, append=append, longest=longest)
+        return playground.read_text(BYTES, text, blank=blank, append=append, longest=longest)
 
-    assert read("a[MASK]b ___ c") == [97, mask, 98, 32, mask, mask, 32, 99]
-    assert read("a_______b") == [97, mask, mask, 98] and read("a__b", append=1) == [*b"a__b", mask]
+    assert read("a[MASK]b ___ c") == [97, MASK, 98, 32, MASK, MASK, 32, 99]
+    assert read("a_______b") == [97, MASK, MASK, 98] and read("a__b", append=1) == [*b"a__b", MASK]
     with pytest.raises(UsageError, match="there is nothing to fill in"):
         read("no blank __ here")
     with pytest.raises(UsageError, match="this is 21 tokens, and the model takes at most 20"):
@@ -60,24 +60,25 @@ def test_blanks_are_masks():
 @pytest.mark.parametrize("with_estimator", [True, False])
 def test_tokens_appear_one_after_another_and_stay(player, with_estimator):
     one = player if with_estimator else plain(player)
-    ids = playground.read_text(one.tokenizer, "ab ___ c", blank=6, append=0, longest=16)
-    mask, shown = one.model.mask_id, play(one, ids)
-    assert shown[0].ids == ids and shown[0].step == 0 and shown[-1].done and mask not in shown[-1].ids
+    ids = playground.read_text(BYTES, "ab ___ c", blank=6, append=0, longest=16)
+    shown = play(one, ids)
+    assert shown[0].ids == ids and shown[0].step == 0 and shown[-1].done and MASK not in shown[-1].ids
     for before, after in itertools.pairwise(shown):
-        assert all(old in (new, mask) for old, new in zip(before.ids, after.ids, strict=True))
-        assert after.given == [token != mask for token in ids]
+        assert all(old in (new, MASK) for old, new in zip(before.ids, after.ids, strict=True))
+        assert after.given == [token != MASK for token in ids]
         assert not any(new and given for new, given in zip(after.new, after.given, strict=True))
         assert all(0 <= shade <= 1 for shade in after.shades)
     assert any(shade > 0 for shade in shown[-1].shades)
     assert all(shade == 0 for shade, given in zip(shown[-1].shades, shown[-1].given, strict=True) if given)
     assert play(one, ids)[-1].ids == shown[-1].ids  # a seed repeats itself
+    cold = {tuple(play(one, [MASK] * 8, sampler="confidence", temperature=0.0, seed=s)[-1].ids) for s in range(3)}
+    assert len(cold) == 1  # temperature 0 takes the likeliest
 
 
 @torch.no_grad()
 def test_shades_are_the_estimators_scores_or_the_chance_of_error(player):
-    ids = playground.read_text(player.tokenizer, "ab[MASK]c", blank=1, append=0, longest=16)
+    ids, share = [97, 98, MASK, 99], torch.tensor([0.25])
     z = torch.tensor([ids])
-    share = torch.tensor([0.25])
     score = torch.sigmoid(player.estimator.network(player.model.embedding(z), share))[0, 2]
     assert play(player, ids)[-1].shades[2] == pytest.approx(float(score), abs=1e-5)
     last = play(plain(player), ids)[-1]
@@ -98,12 +99,6 @@ def test_a_reader_that_leaves_or_is_told_to_ends_the_sampler(player, how):
         left.set()
         assert not any(moment.done for moment in moments)
     until(lambda: not sampler.is_alive())
-
-
-def test_temperature_0_takes_the_likeliest(player):
-    ids = [player.model.mask_id] * 8
-    runs = [play(player, ids, sampler="confidence", temperature=0.0, seed=seed)[-1].ids for seed in range(3)]
-    assert runs[0] == runs[1] == runs[2]
 
 
 def until(true, seconds=20):
@@ -192,37 +187,33 @@ def test_stop_and_leaving_end_the_sampler_of_their_page_alone(page):
     assert [said for _, said, _ in fill("a[MASK]", "ancestral", 4, 0.0, 1, 0, 0, page.asks("a"))][-1] == "done"
 
 
-def test_the_page_says_what_is_seen_and_what_a_token_is(page, player):
+def test_the_page_says_what_is_seen_what_a_token_is_and_which_samplers_there_are(page, player):
     said = page.made["legend"].values[0]
     for part in (HIDDEN, PART, "a letter of English, a part of others", "newly drawn", "given", "importance estimator", "[MASK]"):
         assert part in said
     assert page.made["temperature"].values[:2] == (0.0, 2.0)
     words = playground.Player(player.model, SimpleNamespace(name="gpt2"), None, player.compute, "words")
     assert "a word or a part of one" in playground.legend(words) and "has none" in playground.legend(words)
+    assert playground._usable("ddpm_cache", player) and playground._usable("importance", player)
+    assert not playground._usable("importance", plain(player))
+    assert not playground._usable("ddpm_cache", SimpleNamespace(model=SimpleNamespace(time_conditioning=True)))
 
 
-def drawn(ids, given, new, tokenizer):
-    """The HTML of these tokens, and its text."""
-    frame = playground.Frame(1, 2, ids, given, new, [0.5] * len(ids))
-    body = playground.picture(frame, Pieces(tokenizer.decode, tokenizer.mask_id)).split("</style>")[1]
-    return body, html.unescape(re.sub("<[^>]*>", "", body))
+WRITTEN = "<b>é</b> & x"
 
 
-def test_a_picture_shows_part_of_a_character_by_one_sign():
-    tokenizer = make_tokenizer("bytes")
-    ids = [*"你é".encode()]
-    ids[1] = tokenizer.mask_id
-    body, text = drawn(ids, [True, False, False, False, True], [False, False, True, True, False], tokenizer)
-    assert text == f"{PART}{HIDDEN}{PART}é" and body.count('class="drawn new"') == 2
-
-
-def test_a_picture_shows_text_and_nothing_else():
-    tokenizer, written = make_tokenizer("bytes"), "<b>é</b> & x"
-    ids = [*written.encode(), tokenizer.mask_id]
-    known = len(ids) - 3
-    body, text = drawn(ids, [True] * known + [False] * 3, [False] * known + [False, True, False], tokenizer)
-    assert "<b>" not in body and text == written + HIDDEN
-    assert [body.count(f'class="{kind}"') for kind in ("drawn", "drawn new", "hidden")] == [1, 1, 1]
+@pytest.mark.parametrize(
+    ("ids", "kinds", "text", "classes"),
+    [
+        ([0xE4, MASK, 0xA0, 0xC3, 0xA9], "g.nng", f"{PART}{HIDDEN}{PART}é", {"drawn new": 2}),
+        ([*WRITTEN.encode(), MASK], "g" * 11 + ".n.", WRITTEN + HIDDEN, {"drawn": 1, "drawn new": 1, "hidden": 1}),
+    ],
+)
+def test_a_picture_shows_text_and_nothing_else(ids, kinds, text, classes):
+    frame = playground.Frame(1, 2, ids, [k == "g" for k in kinds], [k == "n" for k in kinds], [0.5] * len(ids))
+    body = playground.picture(frame, Pieces(BYTES.decode, MASK)).split("</style>")[1]
+    assert html.unescape(re.sub("<[^>]*>", "", body)) == text and "<b>" not in body
+    assert {kind: body.count(f'class="{kind}"') for kind in classes} == classes
     assert "--i:0.500" in body and 'data-done="false"' in body
 
 
@@ -238,46 +229,45 @@ def test_a_model_without_its_tokenizer_is_played_with_another(player, tmp_path):
         playground.to_play_with(arguments(run="runs/small", tokenizer="bytes"))
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_bad_input_is_one_sentence(trained_run, monkeypatch, refused):
+    for options, message in (
         ([], "say what to play with: --run runs/NAME, or --model FOLDER"),
         (["--run", "a", "--model", "b"], "say what to play with"),
         (["--run", "a", "--port", "0"], "--port must be in 1..65535, got 0"),
-    ],
-)
-def test_bad_input_is_one_sentence(options, message, refused):
-    assert refused(playground.main, *options).startswith(message)
-
-
-def test_without_gradio_one_sentence_says_how_to_get_it(trained_run, monkeypatch, refused):
+    ):
+        assert refused(playground.main, *options).startswith(message)
     monkeypatch.setitem(sys.modules, "gradio", None)
     said = refused(playground.main, "--run", trained_run)
     assert said == "the playground needs the package gradio, which is not installed: pip install 'atat_fast[playground]'"
 
 
-def browser():
-    """Playwright's Chromium, or the system's. Skips where there is none."""
+@pytest.fixture
+def chromium():
+    """Playwright's Chromium, or the system's. Skips if there is none."""
     sync = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
     try:
         manager = sync.sync_playwright().start()
     except Exception as error:
         pytest.skip(f"playwright does not start: {error}")
-    system = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
-    for path in (None, system):
-        try:
-            return manager, manager.chromium.launch(executable_path=path, args=["--no-sandbox"])
-        except Exception:
-            continue
-    manager.stop()
-    pytest.skip("there is no Chromium to run")
+    try:
+        system = next((path for name in ("chromium", "chromium-browser", "google-chrome") if (path := shutil.which(name))), None)
+        for path in (None, system):
+            try:
+                made = manager.chromium.launch(executable_path=path, args=["--no-sandbox"])
+            except Exception:
+                continue
+            yield made
+            made.close()
+            return
+        pytest.skip("there is no Chromium to run")
+    finally:
+        manager.stop()
 
 
 @pytest.mark.slow
-def test_the_page_in_a_browser(trained_run, tmp_path):
+def test_the_page_in_a_browser(trained_run, tmp_path, chromium):
     """Text is typed, filled in and shaded; its given words stay; an error has a box of its own; nobody else is asked."""
     pytest.importorskip("gradio", reason="gradio is not installed")
-    manager, chromium = browser()
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -286,7 +276,7 @@ def test_the_page_in_a_browser(trained_run, tmp_path):
         cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:
-        address = f"http://127.0.0.1:{port}"
+        address, asked = f"http://127.0.0.1:{port}", []
         for _ in range(240):
             try:
                 urllib.request.urlopen(address, timeout=5).close()
@@ -295,7 +285,6 @@ def test_the_page_in_a_browser(trained_run, tmp_path):
                 assert server.poll() is None, "the page's server ended"
                 time.sleep(0.5)
         page = chromium.new_page()
-        asked = []
         page.on("request", lambda request: asked.append(request.url))
         page.goto(address)
         page.locator("#text textarea").fill("ab[MASK][MASK] c ___")
@@ -308,29 +297,17 @@ def test_the_page_in_a_browser(trained_run, tmp_path):
         assert said.startswith("ab") and " c " in said and "[MASK]" not in said and "_" not in said[:5]
         drawn = done.locator(".drawn").first
         assert 0 < float(drawn.get_attribute("title")) < 1
-        colour = drawn.evaluate("e => getComputedStyle(e).backgroundColor")
-        assert colour not in ("rgba(0, 0, 0, 0)", "transparent")
+        assert drawn.evaluate("e => getComputedStyle(e).backgroundColor") not in ("rgba(0, 0, 0, 0)", "transparent")
         assert "importance estimator's score" in page.inner_text("body")
 
         page.locator("#text textarea").fill("nothing to do")
         page.locator("#fill").click()
-        told = page.get_by_text("there is nothing to fill in")
-        told.wait_for(timeout=60_000)
+        page.get_by_text("there is nothing to fill in").wait_for(timeout=60_000)
         assert page.locator("#canvas").get_by_text("there is nothing to fill in").count() == 0
         assert page.locator("#stop").is_visible() and "a letter of English" in page.locator("#legend").inner_text()
         if shot := os.environ.get("ATAT_FAST_SCREENSHOT"):
             page.screenshot(path=shot)
-        elsewhere = [url for url in asked if not url.startswith((address, "data:", "blob:"))]
-        assert not elsewhere, elsewhere
+        assert all(url.startswith((address, "data:", "blob:")) for url in asked), asked
     finally:
         server.terminate()
         server.wait(timeout=30)
-        chromium.close()
-        manager.stop()
-
-
-def test_samplers_that_cannot_run_are_not_offered(player):
-    assert playground._usable("ddpm_cache", player) and playground._usable("importance", player)
-    assert not playground._usable("importance", plain(player))
-    timed = SimpleNamespace(model=SimpleNamespace(time_conditioning=True))
-    assert not playground._usable("ddpm_cache", timed)

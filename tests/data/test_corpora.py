@@ -7,6 +7,7 @@ import time
 
 import pyarrow as pa
 import pytest
+from huggingface_hub import constants
 from hypothesis import given
 from hypothesis import strategies as st
 from pyarrow import parquet
@@ -207,12 +208,6 @@ def test_of_one_document_the_end_is_held_out(text, fraction):
     assert held.provenance() == {"held_out": "the end of its one document"}
 
 
-def test_one_text_file_is_held_out_at_a_paragraph(tmp_path):
-    (tmp_path / "book.txt").write_text("".join(f"Paragraph {i} has words.\nAnd a line.\n\n" for i in range(400)))
-    (train,), (valid,) = both(local(tmp_path / "book.txt"))
-    assert valid.startswith("Paragraph") and train.endswith("line.\n\n") and len(valid) == pytest.approx(0.05 * 14_800, rel=0.1)
-
-
 @pytest.mark.parametrize(
     ("name", "content", "parts"),
     [
@@ -259,7 +254,7 @@ def test_settings_that_cannot_be_met_are_one_sentence(part, corpus, settings, tm
     fails(part, corpus, **settings)
 
 
-def test_which_documents_are_held_out_depends_on_each_alone_and_neither_side_is_empty():
+def test_which_documents_are_held_out_depends_on_each_alone_and_neither_side_is_empty(tmp_path):
     texts = [f"document {i}" for i in range(2000)]
     train, valid = both(HeldOut(lambda: texts, 0.1, "c", ""))
     assert sorted(train + valid) == sorted(texts) and 150 < len(valid) < 250
@@ -267,27 +262,17 @@ def test_which_documents_are_held_out_depends_on_each_alone_and_neither_side_is_
     for fraction in (1e-9, 0.5, 1 - 1e-9):
         sides = [*map(len, both(HeldOut(lambda: texts[:3], fraction, "c", "")))]
         assert min(sides) >= 1 and sum(sides) == 3
-
-
-def test_max_documents_cuts_each_side(tmp_path):
-    path = rows(tmp_path / "a.jsonl", *({"text": f"text {i}"} for i in range(100)))
-    whole = both(local(path, valid_fraction=0.5))
-    assert both(local(path, valid_fraction=0.5, max_documents=3)) == (whole[0][:3], whole[1][:3])
+    path = rows(tmp_path / "a.jsonl", *({"text": text} for text in texts[:100]))
+    whole, cut = (both(local(path, valid_fraction=0.5, **options)) for options in ({}, {"max_documents": 3}))
+    assert cut == (whole[0][:3], whole[1][:3])
+    (tmp_path / "book.txt").write_text("".join(f"Paragraph {i} has words.\nAnd a line.\n\n" for i in range(400)))
+    (train,), (valid,) = both(local(tmp_path / "book.txt"))  # one text is held out at a paragraph
+    assert valid.startswith("Paragraph") and train.endswith("line.\n\n") and len(valid) == pytest.approx(0.05 * 14_800, rel=0.1)
 
 
 def test_wikitext_lines_become_articles():
-    first = [
-        "",
-        " = First = \n",
-        "",
-        " Text of it . \n",
-        "",
-        " = = Section = = \n",
-        "",
-        " The sum is \n",
-        " = 1 + 2 = \n",
-        " three . \n",
-    ]
+    first = ["", " = First = \n", "", " Text of it . \n", "", " = = Section = = \n"]
+    first += ["", " The sum is \n", " = 1 + 2 = \n", " three . \n"]
     second = ["", " = Second one = \n", "", " = = = Deep = = = \n", " End . \n", ""]
     found = list(articles(first + second))
     assert [text.splitlines()[0] for text in found] == [" = First = ", " = Second one = "]
@@ -340,21 +325,17 @@ def test_any_data_set_of_the_hub_can_be_read(online):
     assert "a, b" in fails("more than one text column", "hub:owner/name")
 
 
-def test_failures_of_the_hub_are_one_sentence(monkeypatch):
+def test_failures_of_the_hub_are_one_sentence_and_found_at_once(monkeypatch):
     def refuse(*args, **kwargs):
         raise ValueError("Config name is missing.\nPlease pick one among ['a', 'b']")
 
     started = time.monotonic()
     assert "python-docs" in fails("hub cannot be reached", "wikitext103")
     assert time.monotonic() - started < 10
-    monkeypatch.setattr(network, "reachable", lambda: True)
-    monkeypatch.setattr("datasets.load_dataset", refuse)
-    fails("data set owner/name cannot be loaded: Config name is missing", "hub:owner/name")
-
-
-def test_a_dead_hub_is_found_dead_at_once(monkeypatch):
-    from huggingface_hub import constants
-
+    with monkeypatch.context() as patch:
+        patch.setattr(network, "reachable", lambda: True)
+        patch.setattr("datasets.load_dataset", refuse)
+        fails("data set owner/name cannot be loaded: Config name is missing", "hub:owner/name")
     monkeypatch.delenv("HF_HUB_OFFLINE")
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")

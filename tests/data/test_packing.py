@@ -30,16 +30,9 @@ def one_by_one(config, tokenizer, split):
     return ids, len(documents), sum(len(text.encode()) for text in documents)
 
 
-def folders(config):
-    return [path for path in Path(config.cache_dir).iterdir() if path.is_dir()]
-
-
 @pytest.fixture
 def no_packing(monkeypatch):
-    def forbid():
-        monkeypatch.setattr(packing, "_write_split", lambda *args, **kwargs: pytest.fail("tokenised again"))
-
-    return forbid
+    return lambda: monkeypatch.setattr(packing, "_write_split", lambda *args, **kwargs: pytest.fail("tokenised again"))
 
 
 @pytest.fixture
@@ -101,7 +94,7 @@ def test_token_counts_and_entropy_are_those_of_the_whole_split(config, monkeypat
     assert train.unigram_entropy() == pytest.approx(-sum(p * math.log(p) for p in shares))
 
 
-def test_a_second_call_opens_what_is_there(config, no_packing):
+def test_a_second_call_opens_what_is_there_and_an_earlier_versions_folder_too(config, no_packing):
     config.tokenizer = "bpe-300"
     first = prepare(config)
     no_packing()
@@ -111,6 +104,10 @@ def test_a_second_call_opens_what_is_there(config, no_packing):
     assert prepare(config, tokenizer=first.tokenizer).folder == first.folder
     line = second.describe()
     assert "stories.txt" in line and f"{first.train.num_tokens:,} tokens for training" in line and "\n" not in line
+    manifest = json.loads((first.folder / "manifest.json").read_text())
+    assert [counts.pop("unknown_share") for counts in manifest["splits"].values()] == [0.0, 0.0]
+    (first.folder / "manifest.json").write_text(json.dumps(manifest))
+    assert prepare(config).train.unknown_share == 0.0
 
 
 def test_other_settings_have_other_folders(config, tmp_path):
@@ -128,18 +125,15 @@ def test_other_settings_have_other_folders(config, tmp_path):
     assert not list((tmp_path / "cache").glob("*part*"))
 
 
-def test_a_given_tokenizer_is_used(config):
+def test_a_given_tokenizer_is_used_and_bpe_is_trained_on_the_training_split_alone(config, tmp_path):
     given = make_tokenizer("bpe-280", ["some other text about other things"] * 50)
     config.tokenizer = "bpe-280"
     dataset = prepare(config, tokenizer=given)
     assert dataset.folder != prepare(config).folder
     assert dataset.tokenizer is given and dataset.manifest["tokenizer"]["fingerprint"] == given.fingerprint
     assert dataset.train.tokens.tolist() == one_by_one(config, given, "train")[0]
-
-
-def test_bpe_is_trained_on_the_training_split_alone(config, tmp_path):
     (tmp_path / "held.txt").write_text("zyzzyva " * 500)
-    config.valid, config.tokenizer = str(tmp_path / "held.txt"), "bpe-300"
+    config.valid = str(tmp_path / "held.txt")
     assert len(prepare(config).tokenizer.encode("zyzzyva")) == len("zyzzyva")
 
 
@@ -195,18 +189,19 @@ def test_ctrl_c_ends_tokenising_and_leaves_nothing(config, method, monkeypatch):
         threading.Timer(0.1, signal.pthread_kill, (threading.main_thread().ident, signal.SIGINT)).start()
         over.wait(5)
 
-    over = threading.Event()
-    tokenizer = make_tokenizer("bpe-270", ["some text about things"] * 50)
+    over, tokenizer = threading.Event(), make_tokenizer("bpe-270", ["some text about things"] * 50)
     monkeypatch.setattr(packing, "_batches", lambda documents, tokenizer: [[(text, True) for text in documents]])
     monkeypatch.setattr(tokenizer, method, deaf)
     before, begin = os.environ.get("TOKENIZERS_PARALLELISM"), time.monotonic()
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            prepare(config, tokenizer=tokenizer)
-    finally:
-        over.set()
-    assert time.monotonic() - begin < 2 and not folders(config)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(config, tokenizer=tokenizer)
+    over.set()
+    assert time.monotonic() - begin < 2 and not left_of(config)
     assert os.environ.get("TOKENIZERS_PARALLELISM") == before
+
+
+def left_of(config):
+    return [path for path in Path(config.cache_dir).iterdir() if path.is_dir()]
 
 
 @pytest.mark.parametrize(("ending", "share"), [("", 0.0), (" \U0001f600", 1 / 8), ("x" * 400 + "\u0416", 0.0)])
@@ -225,15 +220,6 @@ def test_the_share_of_unknown_characters_is_kept_and_told_if_it_is_large(config,
         assert "bytes or bpe-N, which lose nothing" in caplog.text
 
 
-def test_a_folder_without_the_share_still_opens(config, no_packing):
-    path = prepare(config).folder / "manifest.json"
-    manifest = json.loads(path.read_text())
-    assert [counts.pop("unknown_share") for counts in manifest["splits"].values()] == [0.0, 0.0]
-    path.write_text(json.dumps(manifest))
-    no_packing()
-    assert prepare(config).train.unknown_share == 0.0
-
-
 def test_a_cache_that_cannot_be_written_is_one_sentence(config, tmp_path, monkeypatch):
     def full(descriptor):
         raise OSError(errno.ENOSPC, "No space left on device")
@@ -241,7 +227,7 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(config, tmp_path, monkey
     monkeypatch.setattr(packing.os, "fsync", full)
     with pytest.raises(UsageError, match="no space is left"):
         prepare(config)
-    assert not folders(config)
+    assert not left_of(config)
     (tmp_path / "file").write_text("")
     config.cache_dir = str(tmp_path / "file" / "cache")
     with pytest.raises(UsageError, match=r"cannot write token files in .*ATAT_FAST_CACHE"):
@@ -279,4 +265,4 @@ def test_processes_that_prepare_at_once_agree(config):
     assert [process.returncode for process in processes] == [0, 0] and len(answers) == 1
     config.tokenizer = "bpe-300"
     assert prepare(config).tokenizer.fingerprint in answers.pop(), "another process trains the same tokenizer"
-    assert len(folders(config)) == 1
+    assert len(left_of(config)) == 1

@@ -76,59 +76,47 @@ def test_without_the_library_the_specification_runs_and_says_so(monkeypatch):
     registry._choose.cache_clear()
 
 
-def test_the_table_names_every_op(capsys):
+def test_the_table_names_every_op_and_says_what_attention_calls(capsys, monkeypatch):
     table.main()
     printed = capsys.readouterr().out
     assert all(op in printed for op in registry.ops())
-    assert "not cuda: it runs on CUDA tensors" in printed and "tensors on cpu: first of cpp > torch > triton" in printed
-
-
-def test_the_table_says_what_attention_calls(capsys, monkeypatch):
-    table.main()
-    printed = capsys.readouterr().out
-    assert "attention              head dimension 64, float32: sdpa_flash, also products, sdpa_math" in printed
-    assert "within documents, float32: sdpa_flash" in printed and "not flash_attn: it runs on CUDA tensors" in printed
+    for words in (
+        "not cuda: it runs on CUDA tensors", "tensors on cpu: first of cpp > torch > triton",
+        "within documents, float32: sdpa_flash",
+        "attention              head dimension 64, float32: sdpa_flash, also products, sdpa_math",
+        "not flash_attn: it runs on CUDA tensors",
+    ):  # fmt: skip
+        assert words in printed
     monkeypatch.setenv("ATAT_FAST_ATTENTION", "cudnn")
     table.main()
     assert "none: attention cannot use 'cudnn' here" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
-    ("capability", "reason"),
+    ("library_is", "capability", "reason"),
     [
-        ((8, 9), None),
-        ((9, 0), None),
-        ((12, 0), None),  # by PTX
-        ((8, 6), 'holds sm_89, sm_90 and PTX of compute_90, and this device is sm_86; ATAT_FAST_CUDA_ARCHS="8.6" `pip install'),
-        ((7, 5), 'and this device is sm_75; ATAT_FAST_CUDA_ARCHS="7.5"'),
+        ({}, (8, 9), None),
+        ({}, (9, 0), None),
+        ({}, (12, 0), None),  # by PTX
+        ({}, (8, 6), 'holds sm_89, sm_90 and PTX of compute_90, and this device is sm_86; ATAT_FAST_CUDA_ARCHS="8.6" `pip'),
+        ({}, (7, 5), 'and this device is sm_75; ATAT_FAST_CUDA_ARCHS="7.5"'),
+        ({"targets": (89,)}, (8, 9), None),
+        ({"targets": (89,)}, (9, 0), "holds sm_89, and this device is sm_90"),
+        ({"driver": 12080}, (9, 0), "needs CUDA 13.0, and the driver supports CUDA up to 12.8; install a newer driver, or build"),
+        ({"driver": 13000, "runtime": 13020}, (9, 0), None),  # within a major version an older driver serves a newer runtime
+        ({"reaches": False}, (9, 0), "was linked without libtorch.so"),
+        ({"reaches": False, "torch": None}, (9, 0), "was built without CUDA"),
     ],
 )
-def test_a_library_claims_the_cards_it_was_built_for(answers, monkeypatch, capability, reason):
+def test_a_library_claims_the_cards_it_was_built_for_if_its_torch_and_driver_serve_it(
+    answers, monkeypatch, library_is, capability, reason
+):
+    vars(answers).update(library_is)
+    if "torch" in library_is:
+        monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    found = registry.missing("cuda", GPU)
-    assert found is None if reason is None else reason in found and "\n" not in found
-
-
-def test_a_library_of_one_architecture_does_not_claim_another(answers, monkeypatch):
-    answers.targets = (89,)
-    assert library.describe_targets() == "sm_89" and library.cuda_problem((8, 9)) is None
-    assert "holds sm_89, and this device is sm_90" in library.cuda_problem((9, 0))
-
-
-def test_an_old_driver_is_told_before_a_launch_fails(answers):
-    answers.driver = 12080
-    want = "the compiled library needs CUDA 13.0, and the driver supports CUDA up to 12.8; install a newer driver, or build"
-    assert library.cuda_problem((9, 0)).startswith(want)
-    answers.driver = 13000
-    answers.runtime = 13020  # within a major version an older driver serves a newer runtime
-    assert library.cuda_problem((9, 0)) is None
-
-
-def test_a_library_that_reaches_no_stream_is_no_backend(answers, monkeypatch):
-    answers.reaches = False
-    assert "was linked without libtorch.so" in library.cuda_problem((9, 0))
-    monkeypatch.setattr(torch.version, "cuda", None)
-    assert "was built without CUDA" in library.cuda_problem((9, 0))
+    for found in (registry.missing("cuda", GPU), library.cuda_problem(capability)):
+        assert found is None if reason is None else found and reason in found and "\n" not in found
 
 
 def test_an_older_library_is_told_in_one_sentence(monkeypatch):
@@ -186,13 +174,12 @@ def test_attention_under_deterministic_algorithms_has_a_kernel(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     _choose.cache_clear()
     try:
-        assert choose_attention(GPU, torch.bfloat16, 64) == "cudnn"
-        torch.use_deterministic_algorithms(True)
-        assert choose_attention(GPU, torch.bfloat16, 64) == "sdpa_flash"
-        with pytest.raises(ValueError, match="cannot use 'cudnn' here: torch refuses it under use_deterministic_algorithms"):
-            choose_attention(GPU, torch.bfloat16, 64, asked="cudnn")
-        torch.use_deterministic_algorithms(False)
-        assert choose_attention(GPU, torch.bfloat16, 64) == "cudnn"
+        for deterministic, kernel in ((False, "cudnn"), (True, "sdpa_flash"), (False, "cudnn")):
+            torch.use_deterministic_algorithms(deterministic)
+            assert choose_attention(GPU, torch.bfloat16, 64) == kernel
+            if deterministic:
+                with pytest.raises(ValueError, match="cannot use 'cudnn' here: torch refuses it under use_deterministic_algor"):
+                    choose_attention(GPU, torch.bfloat16, 64, asked="cudnn")
     finally:
         torch.use_deterministic_algorithms(False)
         _choose.cache_clear()
@@ -200,17 +187,13 @@ def test_attention_under_deterministic_algorithms_has_a_kernel(monkeypatch):
 
 def test_names_and_rows_may_be_integers_of_any_width():
     tokens, ids = torch.randint(0, 9, (2, 5)), torch.tensor([3, 8])
-    hide = lambda ids, counts: mask_tokens(tokens, counts, mask_id=9, seed=1, step=2, sample_ids=ids)  # noqa: E731
-    want = hide(ids, torch.tensor([2, 4]))
-    assert all(torch.equal(a, b) for a, b in zip(hide(ids.int(), torch.tensor([2, 4], dtype=torch.uint8)), want, strict=True))
-    x, row = torch.randn(2, 5, 8), torch.randn(1, 8)
+    x, row, qkv, out = torch.randn(2, 5, 8), torch.randn(1, 8), torch.randn(24, 8), torch.randn(8, 8)
+    hide = lambda ids: mask_tokens(tokens, ids.clamp(max=5), mask_id=9, seed=1, step=2, sample_ids=ids)[0]  # noqa: E731
     drop = lambda ids: gated_residual_norm(x, x, row, row, row, dropout=0.5, sample_ids=ids)[0]  # noqa: E731
-    assert torch.equal(drop(ids.int()), drop(ids))
     draw = lambda ids: linear_categorical(x[:, 0], torch.eye(8), ids, seed=3)  # noqa: E731
-    assert torch.equal(draw(ids.short()), draw(ids))
-    qkv, out = torch.randn(24, 8), torch.randn(8, 8)
     some = lambda rows: self_attention(x, qkv, out, *rotary_table(5, 4), heads=2, rows=rows)  # noqa: E731
-    assert torch.equal(some(ids.int()), some(ids))
+    for op in (hide, drop, draw, some):
+        assert all(torch.equal(op(ids.to(kind)), op(ids)) for kind in (torch.uint8, torch.int16, torch.int32))
     with pytest.raises(ValueError, match=r"rows is a bool mask; pass row numbers, rows.nonzero\(\).flatten\(\)"):
         some(torch.ones(10, dtype=torch.bool))
     with (

@@ -1,9 +1,10 @@
-"""Every differentiable op in the ways of differentiating beside `backward`: the number that its specification gives."""
+"""Name: the op, its specification, shapes of its arguments."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch.autograd import forward_ad
 
 from atat_fast.ops import (
@@ -44,16 +45,11 @@ def gated(reference=False, **options):
 
 def attend(x, qkv, out, reference=False, norm=False, rows=None):
     if not reference:
-        return self_attention(
-            x, qkv, out, COS, SIN, heads=2, qk_norm=norm, rows=rows, implementation="sdpa_math" if not transformed() else None
-        )
-    packed = rotary_reference(torch.nn.functional.linear(x, qkv).view(2, 5, 3, 2, 4), COS, SIN, norm=norm)
-    y = torch.nn.functional.linear(attention_reference(packed), out)
+        how = None if registry.transformed() else "sdpa_math"
+        return self_attention(x, qkv, out, COS, SIN, heads=2, qk_norm=norm, rows=rows, implementation=how)
+    packed = rotary_reference(F.linear(x, qkv).view(2, 5, 3, 2, 4), COS, SIN, norm=norm)
+    y = F.linear(attention_reference(packed), out)
     return y if rows is None else y.flatten(0, 1)[rows]
-
-
-def transformed():
-    return registry.transformed()
 
 
 TARGET, ROWS, WEIGHTS = torch.tensor([3, 0, 6, 2]), torch.tensor([4, 1, 1, 2]), torch.tensor([0.5, -2.0, 1.5, 3.0])
@@ -62,11 +58,10 @@ RATES = (torch.linspace(0.5, 2, 7), torch.tensor([0.0, 0.4, 1.0, 2.0]))
 
 def head(rated=False, **options):
     rates = dict(zip(("rates", "elapsed"), RATES, strict=True)) if rated else {}
+    options = {"rows": ROWS, "forbidden": 5} | rates | options
 
     def op(h, w, b, weights, backend):
-        return linear_cross_entropy(
-            h, w, TARGET, bias=b, token_weight=weights, rows=ROWS, forbidden=5, **rates, **options, backend=backend
-        )
+        return linear_cross_entropy(h, w, TARGET, bias=b, token_weight=weights, **options, backend=backend)
 
     def reference(h, w, b, weights):
         wide = {name: value.to(h.dtype) for name, value in rates.items()}
@@ -76,87 +71,69 @@ def head(rated=False, **options):
     return op, reference, [(6, 4), (7, 4), (7,), (4,)]
 
 
-def smoothed():
-    labels = torch.where(torch.arange(4) == 1, -100, TARGET)
-
-    def reference(h, w, b):
-        return torch.nn.functional.cross_entropy(torch.nn.functional.linear(h[ROWS], w, b), labels, label_smoothing=0.2)
-
-    options = {"label_smoothing": 0.2, "reduction": "mean"}
-    op = lambda h, w, b, backend: linear_cross_entropy(h, w, labels, bias=b, rows=ROWS, **options, backend=backend)  # noqa: E731
-    return op, reference, [(6, 4), (7, 4), (7,)]
-
-
-def products(qkv, backend):
-    return attention(qkv, implementation=None if transformed() else "products")
-
-
 QKV = (2, 5, 3, 2, 4)
+NORM = {"norm": True, "eps": 0.1}
+BLOCK = [(2, 5, 8), (24, 8), (8, 8)]
+LABELS = torch.where(torch.arange(4) == 1, -100, TARGET)
+SMOOTH = {"label_smoothing": 0.2, "reduction": "mean"}
+PLAIN = lambda *t, backend: adaptive_layer_norm(*t, backend=backend)  # noqa: E731
 CASES = {
-    "adaptive_layer_norm": (
-        lambda *t, backend: adaptive_layer_norm(*t, backend=backend), adaptive_layer_norm_reference, norms(2),
-    ),
-    "adaptive_layer_norm, one row": (
-        lambda *t, backend: adaptive_layer_norm(*t, backend=backend), adaptive_layer_norm_reference, norms(1),
-    ),
+    "adaptive_layer_norm": (PLAIN, adaptive_layer_norm_reference, norms(2)),
+    "adaptive_layer_norm, one row": (PLAIN, adaptive_layer_norm_reference, norms(1)),
     "gated_residual_norm": (gated(), gated(True), [(2, 5, 8), (2, 5, 8), (2, 8), (2, 8), (2, 8), (8,)]),
     "gated_residual_norm, dropout, one row": (
         gated(dropout=True), gated(True, dropout=True), [(2, 5, 8), (2, 5, 8), (1, 8), (1, 8), (1, 8), (8,)],
     ),
     "rotary": (lambda t, backend: rotary(t, COS, SIN, backend=backend), lambda t: rotary_reference(t, COS, SIN), [QKV]),
     "rotary, norm": (
-        lambda t, backend: rotary(t, COS, SIN, norm=True, eps=0.1, backend=backend),
-        lambda t: rotary_reference(t, COS, SIN, norm=True, eps=0.1), [QKV],
+        lambda t, backend: rotary(t, COS, SIN, **NORM, backend=backend), lambda t: rotary_reference(t, COS, SIN, **NORM), [QKV],
     ),
     "rotary_split": (
         lambda t, backend: rotary_split(t, COS, SIN, backend=backend), lambda t: rotary_reference(t, COS, SIN).unbind(2), [QKV],
     ),
     "rotary_split, norm": (
-        lambda t, backend: rotary_split(t, COS, SIN, norm=True, eps=0.1, backend=backend),
-        lambda t: rotary_reference(t, COS, SIN, norm=True, eps=0.1).unbind(2), [QKV],
+        lambda t, backend: rotary_split(t, COS, SIN, **NORM, backend=backend),
+        lambda t: rotary_reference(t, COS, SIN, **NORM).unbind(2), [QKV],
     ),
-    "attention, products": (products, attention_reference, [QKV]),
+    "attention, products": (
+        lambda t, backend: attention(t, implementation=None if registry.transformed() else "products"),
+        attention_reference, [QKV],
+    ),
     "self_attention": (
-        lambda *t, backend: attend(*t, rows=torch.tensor([7, 2])), lambda *t: attend(*t, True, rows=torch.tensor([7, 2])),
-        [(2, 5, 8), (24, 8), (8, 8)],
+        lambda *t, backend: attend(*t, rows=torch.tensor([7, 2])), lambda *t: attend(*t, True, rows=torch.tensor([7, 2])), BLOCK,
     ),
-    "self_attention, norm": (
-        lambda *t, backend: attend(*t, norm=True), lambda *t: attend(*t, True, True), [(2, 5, 8), (24, 8), (8, 8)],
-    ),
+    "self_attention, norm": (lambda *t, backend: attend(*t, norm=True), lambda *t: attend(*t, True, True), BLOCK),
     "linear_cross_entropy": head(),
     "linear_cross_entropy, low_memory": head(low_memory=True),
     "linear_cross_entropy, none": head(reduction="none"),
     "linear_cross_entropy, rates": head(rated=True),
     "linear_cross_entropy, none, rates": head(rated=True, reduction="none"),
-    "linear_cross_entropy, smoothed mean": smoothed(),
+    "linear_cross_entropy, smoothed mean": (
+        lambda h, w, b, backend: linear_cross_entropy(h, w, LABELS, bias=b, rows=ROWS, **SMOOTH, backend=backend),
+        lambda h, w, b: F.cross_entropy(F.linear(h[ROWS], w, b), LABELS, label_smoothing=0.2), [(6, 4), (7, 4), (7,)],
+    ),
 }  # fmt: skip
 
 
 def prepared(name, backend):
     """One number of the tensors, by the op and by its specification in fp64, and the tensors with a direction for each."""
     op, reference, shapes = CASES[name]
-    dtype = F64 if backend == "torch" else F32
     if backend == "cpp" and CPP is not None:
         pytest.skip(CPP)
     generator = torch.Generator().manual_seed(len(name))
-    draw = lambda shape: torch.randn(shape, generator=generator, dtype=F64)  # noqa: E731
-    inputs, along = [draw(s) for s in shapes], [draw(s) for s in shapes]
+    draw = lambda shapes: tuple(torch.randn(s, generator=generator, dtype=F64) for s in shapes)  # noqa: E731
+    inputs, along = draw(shapes), draw(shapes)
     if len(shapes) == 4 and name.startswith("linear"):
-        inputs[-1] = WEIGHTS.double()
-    seen = reference(*inputs)
-    cotangents = [draw(t.shape) for t in (seen if isinstance(seen, tuple) else (seen,))]
+        inputs = (*inputs[:-1], WEIGHTS.double())
+    parts = lambda found: found if isinstance(found, tuple) else (found,)  # noqa: E731
+    cotangents = draw(t.shape for t in parts(reference(*inputs)))
 
     def number(f):
-        def of(*given):
-            found = f(*given)
-            parts = found if isinstance(found, tuple) else (found,)
-            return sum((torch.sin(p) * c.to(p.dtype)).sum() for p, c in zip(parts, cotangents, strict=True))
+        pairs = lambda given: zip(parts(f(*given)), cotangents, strict=True)  # noqa: E731
+        return lambda *given: sum((torch.sin(p) * c.to(p.dtype)).sum() for p, c in pairs(given))
 
-        return of
-
-    as_given = lambda tensors: tuple(t.to(dtype) for t in tensors)  # noqa: E731
-    by_op = number(lambda *given: op(*given, backend=backend))
-    return by_op, number(reference), as_given(inputs), as_given(along), tuple(inputs), tuple(along)
+    as_given = lambda tensors: tuple(t.to(F64 if backend == "torch" else F32) for t in tensors)  # noqa: E731
+    return number(lambda *given: op(*given, backend=backend)), number(reference), as_given(inputs), as_given(along), inputs, along
 
 
 def close(got, want):
@@ -267,27 +244,25 @@ def test_rotation_in_place_keeps_its_tangent():
 
 
 def test_kernels_without_such_derivatives_are_refused_by_name():
-    qkv = torch.randn(QKV)
+    qkv, table = torch.randn(QKV), COS.clone().requires_grad_()
     with pytest.raises(ValueError, match="attention by 'sdpa_flash' has no forward-mode derivative"):
         torch.func.jvp(lambda t: attention(t, implementation="sdpa_flash"), (qkv,), (qkv,))
-    table = COS.clone().requires_grad_()
     with pytest.raises(ValueError, match=r"requires a gradient, but tables get none; pass cos.detach\(\)"):
         rotary(qkv, table, SIN)
-    _, got = torch.func.jvp(lambda c: rotary(qkv, c, SIN), (COS,), (SIN,))  # where there is one
-    _, want = torch.func.jvp(lambda c: rotary_reference(qkv, c, SIN), (COS,), (SIN,))
-    torch.testing.assert_close(got, want)
+    got, want = (torch.func.jvp(lambda c, f=f: f(qkv, c, SIN), (COS,), (SIN,))[1] for f in (rotary, rotary_reference))
+    torch.testing.assert_close(got, want)  # forward mode has one
 
 
 def test_kernels_without_second_derivatives_are_refused_with_the_way_out(monkeypatch):
     x, qkv, out = torch.randn(2, 5, 8).requires_grad_(), torch.randn(24, 8), torch.randn(8, 8)
-    twice = lambda: torch.autograd.grad(  # noqa: E731
-        self_attention(x, qkv, out, COS, SIN, heads=2).square().sum(), x, create_graph=True
-    )[0]
+
+    def twice():
+        y = self_attention(x, qkv, out, COS, SIN, heads=2)
+        return torch.autograd.grad(y.square().sum(), x, create_graph=True)[0]
+
     monkeypatch.setenv("ATAT_FAST_ATTENTION", "sdpa_flash")
-    first = twice()
-    with pytest.raises(
-        RuntimeError, match="no second derivative; ask for implementation='sdpa_math', or set ATAT_FAST_ATTENTION"
-    ):
+    first, way_out = twice(), "no second derivative; ask for implementation='sdpa_math', or set ATAT_FAST_ATTENTION"
+    with pytest.raises(RuntimeError, match=way_out):
         torch.autograd.grad(first.square().sum(), x)
     monkeypatch.setenv("ATAT_FAST_ATTENTION", "sdpa_math")
     torch.testing.assert_close(twice(), first, rtol=1e-3, atol=1e-3)
