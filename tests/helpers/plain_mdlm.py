@@ -60,14 +60,14 @@ class Rotary(nn.Module):
 
 
 class Block(nn.Module):
-    def __init__(self, width, heads, conditioning, dropout):
+    def __init__(self, width, heads, conditioning, dropout, qk_norm, activation):
         super().__init__()
-        self.n_heads, self.dropout = heads, dropout
+        self.n_heads, self.dropout, self.qk_norm = heads, dropout, qk_norm
         self.norm1 = Norm(width)
         self.attn_qkv = nn.Linear(width, 3 * width, bias=False)
         self.attn_out = nn.Linear(width, width, bias=False)
         self.norm2 = Norm(width)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(approximate="tanh"), nn.Linear(4 * width, width))
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
         self.adaLN_modulation = nn.Linear(conditioning, 6 * width)
 
     def forward(self, x, cos, sin, c):
@@ -75,6 +75,8 @@ class Block(nn.Module):
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, -1)
         qkv = self.attn_qkv(self.norm1(x) * (1 + scale1) + shift1).view(batch, length, 3, self.n_heads, -1)
         q, k, v = qkv.unbind(2)
+        if self.qk_norm:
+            q, k = (F.rms_norm(u, u.shape[-1:]) for u in (q, k))
         q, k = rotate(q, cos.to(q.dtype), sin.to(q.dtype)), rotate(k, cos.to(k.dtype), sin.to(k.dtype))
         scores = torch.einsum("blhe,bmhe->bhlm", q, k) / math.sqrt(q.shape[-1])
         attended = torch.einsum("bhlm,bmhe->blhe", scores.softmax(-1), v).reshape(batch, length, width)
@@ -95,15 +97,24 @@ class Output(nn.Module):
         return self.linear(self.norm_final(x) * (1 + scale) + shift)
 
 
+class SquaredRelu(nn.Module):
+    def forward(self, x):
+        return F.relu(x) ** 2
+
+
 class DIT(nn.Module):
+    """qk_norm and relu2 are ours, and not MDLM's."""
+
     def __init__(
-        self, vocabulary=VOCABULARY, width=WIDTH, heads=HEADS, layers=LAYERS, conditioning=CONDITIONING, dropout=0.0
+        self, vocabulary=VOCABULARY, width=WIDTH, heads=HEADS, layers=LAYERS, conditioning=CONDITIONING, dropout=0.0,
+        qk_norm=False, activation="gelu",
     ):  # fmt: skip
         super().__init__()
+        act = nn.GELU(approximate="tanh") if activation == "gelu" else SquaredRelu()
         self.vocab_embed = Embed(vocabulary, width)
         self.sigma_map = SigmaMap(conditioning)
         self.rotary_emb = Rotary(width // heads)
-        self.blocks = nn.ModuleList(Block(width, heads, conditioning, dropout) for _ in range(layers))
+        self.blocks = nn.ModuleList(Block(width, heads, conditioning, dropout, qk_norm, act) for _ in range(layers))
         self.output_layer = Output(width, vocabulary, conditioning)
         for zeroed in (*(block.adaLN_modulation for block in self.blocks), self.output_layer.adaLN_modulation):
             nn.init.zeros_(zeroed.weight)
@@ -111,13 +122,17 @@ class DIT(nn.Module):
         nn.init.zeros_(self.output_layer.linear.weight)
         nn.init.zeros_(self.output_layer.linear.bias)
 
-    def forward(self, indices, sigma):
-        x = self.vocab_embed(indices)
-        c = F.silu(self.sigma_map(sigma))
+    def run(self, indices, sigma):
+        """Logits, and what each block returns."""
+        x, c, states = self.vocab_embed(indices), F.silu(self.sigma_map(sigma)), []
         cos, sin = self.rotary_emb(x)
         for block in self.blocks:
             x = block(x, cos, sin, c)
-        return self.output_layer(x, c)
+            states.append(x)
+        return self.output_layer(x, c), states
+
+    def forward(self, indices, sigma):
+        return self.run(indices, sigma)[0]
 
 
 class Hub(DIT):
@@ -127,14 +142,8 @@ class Hub(DIT):
         time_conditioning = False
 
     def forward(self, indices, sigma, output_hidden_states=False):
-        states = []
-        x = self.vocab_embed(indices)
-        c = F.silu(self.sigma_map(torch.zeros_like(sigma)))
-        cos, sin = self.rotary_emb(x)
-        for block in self.blocks:
-            x = block(x, cos, sin, c)
-            states += [x] if output_hidden_states else []
-        return self.output_layer(x, c), states
+        logits, states = self.run(indices, torch.zeros_like(sigma))
+        return logits, states if output_hidden_states else []
 
 
 class Diffusion(nn.Module):
