@@ -33,10 +33,9 @@ from atat_fast.runs.telemetry import Telemetry
 from atat_fast.training import records
 from atat_fast.training.optimizers import learning_rate
 from atat_fast.training.parts import build_parts, check_start
-from atat_fast.training.run_state import Checkpoints, load_state, new_state
+from atat_fast.training.run_state import Checkpoints, Window, load_state, new_state
 from atat_fast.training.step import train_step
 from atat_fast.training.stops import Diverged, Interrupted, catch_signals
-from atat_fast.training.window import Window
 
 __all__ = ["Diverged", "Interrupted", "Trainer"]
 

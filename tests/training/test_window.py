@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from atat_fast.distributed.ranks import Launch, Ranks
-from atat_fast.training.window import Window
+from atat_fast.training.run_state import Window
 
 
 def window(rank=0, size=1):
