@@ -1,11 +1,11 @@
-"""adaptive_layer_norm and gated_residual_norm beside what people write for them, and beside fused layer norms.
+"""adaptive_layer_norm and gated_residual_norm beside plain PyTorch and fused layer norms.
 
     pytest bench/bench_adaptive_norm.py      a table, and bench/results/<device>/adaptive_norm.json
 
-Each way's results and gradients are compared with fp64 before it is timed. Bytes are the ops' own model, `*_cost`: what any
-implementation has to move. On a GPU every way is timed twice, on tensors that the last call left in the L2 cache (warm) and on
-copies taken in turn that together exceed it twice (cold), and a device-to-device copy of as many bytes is timed in the same run.
-Peers that only normalise (Liger's and apex's layer norm) are given the rest of the op in eager PyTorch.
+Each way's results and gradients are compared with fp64 before it is timed. Bytes are from the ops' cost models, `*_cost`: the
+least that any implementation moves. On a GPU every way is timed twice, on tensors that the last call left in the L2 cache (warm)
+and on copies taken in turn that together are twice as large (cold); a device-to-device copy of as many bytes is timed too.
+Peers that only normalise (Liger's and apex's layer norm) get the rest of the op in eager PyTorch.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ Way = Callable[..., tuple[torch.Tensor, ...]]
 
 
 def plain(norm: Callable[[torch.Tensor, torch.Tensor], torch.Tensor]) -> Way:
-    """The chain as MDLM's blocks write it, around some layer norm without bias."""
+    """The chain as in MDLM's blocks, with `norm` as its layer norm without bias."""
 
     def run(**t: torch.Tensor) -> tuple[torch.Tensor, ...]:
         x = t["x"] if "x" in t else t["residual"] + t["gate"][:, None] * t["branch"]
@@ -77,7 +77,7 @@ def apex_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 
 def ours(backend: str) -> Way:
-    """The op, with autocast to the branch's dtype as in training where that is another than the stream's."""
+    """The op; if the branch's dtype is not the stream's, under autocast to it, as in training."""
 
     def run(**t: torch.Tensor) -> tuple[torch.Tensor, ...]:
         if "x" in t:
@@ -99,11 +99,11 @@ WAYS: dict[str, Callable[[], Way]] = {
     "apex": lambda: plain(apex_norm),
 } | {name: (lambda name=name: ours(name)) for name in BACKENDS}  # type: ignore[misc]
 NEEDS = {"liger": "liger_kernel.ops.layer_norm", "apex": "fused_layer_norm_cuda"}
-"""What has to import, and a GPU with it. (A package called apex on PyPI is another.)"""
+"""Modules that a peer needs, besides a GPU. (The package called apex on PyPI is another project.)"""
 
 
 class Case:
-    """One op at one shape: inputs, upstream gradients, and enough copies of them that no cache holds all."""
+    """One op at one shape: inputs, upstream gradients, and so many copies of them that no cache holds all."""
 
     def __init__(self, op: str, batch: int, length: int, cold: bool) -> None:
         torch.manual_seed(0)
@@ -123,7 +123,7 @@ class Case:
         self.turn = itertools.cycle(self.copies)
 
     def check(self, way: Way) -> None:
-        """Raises AssertionError where a result or gradient is further from fp64 than three times plain PyTorch's."""
+        """Raise AssertionError if a result's or gradient's error against fp64 is more than three times plain PyTorch's."""
         found = []
         for run, dtype in ((way, None), (plain(torch_norm), None), (truth, torch.float64)):
             t = {k: v.detach().to(dtype or v.dtype).requires_grad_() for k, v in self.copies[0].items()}
@@ -155,7 +155,7 @@ class Case:
         return both
 
     def bytes(self, direction: str) -> int:
-        """What the op's cost model says must move."""
+        """Bytes to move, from the op's cost model."""
         cost = adaptive_layer_norm_cost if self.op == "adaptive_layer_norm" else gated_residual_norm_cost
         sizes = {"residual_bytes": STREAM.itemsize, "branch_bytes": BRANCH.itemsize}
         total = cost(self.rows, WIDTH, **sizes)

@@ -1,10 +1,10 @@
-"""attention beside the direct call of what it chooses: scaled_dot_product_attention on strided views, flash-attn packed.
+"""attention beside direct calls of its implementations: scaled_dot_product_attention on strided views, flash-attn packed.
 
     pytest bench/bench_attention.py          a table, and bench/results/<device>/attention.json
 
 Every implementation that runs here, forward and training (forward and backward), with and without document boundaries, each
-checked against the specification first. `over_direct` is the median of each round's time over that of a direct call just before
-it: the choice may cost 3 %.
+checked against the specification first. `over_direct` is the median over rounds of the op's time over that of a direct call just
+before it. The target is at most 1.03.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ KERNELS = {
 
 
 def ready(documents: bool) -> list[str]:
-    """What runs here, fastest first by the op's own order."""
+    """Implementations that run here, in the op's order, fastest first."""
     device = torch.device("cuda", torch.cuda.current_device()) if GPU else DEVICE
     return [name for name, why in explain_attention(device, COMPUTE.dtype, 64, documents=documents).items() if why is None]
 
@@ -59,7 +59,7 @@ class Case:
         self.upstream = torch.randn(batch, length, heads * size, device=DEVICE).to(COMPUTE.dtype)
 
     def direct(self, name: str) -> Callable[[], torch.Tensor]:
-        """What someone who knew the answer would call."""
+        """A direct call of the implementation."""
         batch, length, _, heads, size = self.qkv.shape
         layout = None if self.ids is None else document_layout(Documents(self.ids, 2 * batch), name)
         if name in MODULES:
@@ -73,7 +73,7 @@ class Case:
             q, k, v = (part.transpose(1, 2) for part in self.qkv.unbind(2))
             return F.scaled_dot_product_attention(q, k, v, attn_mask=layout).transpose(1, 2).flatten(2)
 
-        if name in ("sdpa_flash", "products") and not GPU:  # PyTorch's own choice there, which products are against
+        if name in ("sdpa_flash", "products") and not GPU:  # on a CPU: PyTorch's own choice, with which products compare
             return call
 
         def forced() -> torch.Tensor:
@@ -83,7 +83,7 @@ class Case:
         return forced
 
     def ours(self, name: str) -> Callable[[], torch.Tensor]:
-        """The op. Documents are laid out in each call, where the direct call is given the layout, as a model's layers are."""
+        """The op. It makes the document layout in each call; the direct call is given one, as a model's layers are."""
         most = None if self.ids is None else 2 * self.qkv.shape[0]
         return lambda: attention(self.qkv, document_ids=self.ids, most_documents=most, implementation=name)
 
@@ -124,7 +124,7 @@ def test_attention(benchmark: Any, table: OpTable, shape: tuple[int, ...], docum
         assert all(float((run()[:1].double() - exact).norm()) <= limit for run in (direct, ours))
     direct_call, spent = case.timed(direct, kind), []
 
-    def before() -> None:  # in turn with what is timed, so that a busy machine is as busy for both
+    def before() -> None:  # in turn with the timed call, so that a busy machine slows down both
         begin = time.perf_counter()
         direct_call()
         spent.append(time.perf_counter() - begin)

@@ -1,11 +1,11 @@
-"""One whole DiT block, forward and backward: plain MDLM's and ours, in turn, in one run.
+"""One whole DiT block, forward and backward: plain MDLM's and ours, in interleaved rounds.
 
     python bench/bench_block.py [--preset tiny] [--length 0] [--batch 8] [--rounds 15] [--out FOLDER]
 
-A block here is a pre-norm block and the norm that follows it, which is how ours are cut: attention, gated sum and norm, MLP,
-gated sum and norm. Both hold the same weights, and outputs and every gradient must agree before anything is timed. The plain
-block is conditioned by a row a sample, as MDLM does it, ours by one row for all. Rounds are interleaved; figures are medians with
-quartiles. On a GPU both are timed compiled too, in bf16; on a CPU without bf16 hardware in fp32.
+A block here is a pre-norm block and the next norm, as ours are cut: attention, gated sum and norm, MLP, gated sum and norm. Both
+hold the same weights, and outputs and every gradient must agree before anything is timed. The plain block is conditioned by a row
+a sample, as in MDLM, ours by one row for all. Figures are medians with quartiles. On a GPU both are also timed compiled, in bf16;
+on a CPU without bf16 hardware in fp32.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def plain_block(model: PlainMDLM, x: torch.Tensor, c: torch.Tensor) -> Outputs:
 
 
 def our_block(model: DiT, x: torch.Tensor, c: torch.Tensor) -> Outputs:
-    """The same of ours."""
+    """The residual stream after our block, and its norm."""
     length, block = x.shape[1], model.blocks[0]
     packed = model.modulation(c).unflatten(-1, (-1, model.config.dim))
     shift1, scale1, gate1, shift2, scale2, gate2, shift, scale = packed.unbind(1)
@@ -73,7 +73,7 @@ class Variant:
 
 
 def check_agreement(variants: list[Variant], inputs: tuple[torch.Tensor, ...], limit: float) -> float:
-    """The largest difference of an output or a gradient from the first variant's, over its size; raises above the limit."""
+    """The largest difference of an output or a gradient from the first variant's, relative to its size; raises above `limit`."""
     worst, wanted = 0.0, {}
     for variant in variants:
         outputs, grads = variant.step(*inputs)
@@ -90,7 +90,7 @@ def check_agreement(variants: list[Variant], inputs: tuple[torch.Tensor, ...], l
 
 
 def seconds(variant: Variant, inputs: tuple[torch.Tensor, ...], steps: int) -> float:
-    """Of one step."""
+    """Seconds of one step, the mean of `steps`."""
     synchronize(variant.compute.device)
     begin = time.perf_counter()
     for _ in range(steps):
@@ -114,7 +114,7 @@ def measure(args: argparse.Namespace) -> int:
     config.layers, config.dropout, config.length = 1, 0.0, args.length or config.length
     torch.manual_seed(0)
     ours = DiT(8, 7, **vars(config))
-    with torch.no_grad():  # away from the all-zero start, so that every gradient is real
+    with torch.no_grad():  # not the all-zero start, so that no gradient is 0
         for p in ours.parameters():
             p.add_(0.05 * torch.randn_like(p))
     plain = PlainMDLM(8, 7, config)

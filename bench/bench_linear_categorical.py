@@ -1,8 +1,8 @@
-"""linear_categorical beside what people write for it: logits, fp64 noise and argmax; logits, softmax and multinomial.
+"""linear_categorical beside the usual code: logits, fp64 noise and argmax; logits, softmax and multinomial.
 
     pytest bench/bench_linear_categorical.py     a table, and bench/results/<device>/linear_categorical.json
 
-Rows are those one step of a sampler reveals. Every way draws from the same logits, and the op's draws are compared with its
+Rows are as many as one step of a sampler reveals. Every way draws from the same logits; the op's draws are compared with its
 specification before it is timed. `product` is the bare matrix product.
 """
 
@@ -35,7 +35,7 @@ PEERS = ("product", "gumbel fp64", "multinomial")
 
 
 def gumbel_argmax(logits: torch.Tensor) -> torch.Tensor:
-    """As it is usually written since fp32 noise is known to be too coarse."""
+    """The usual draw, with fp64 noise, since fp32's is known to be too coarse."""
     noise = 1e-10 - (torch.rand_like(logits, dtype=torch.float64) + 1e-10).log()
     return (logits.double().exp() / noise).argmax(1)
 

@@ -1,12 +1,12 @@
-"""The vocabulary head and its weighted loss, forward and backward, beside what people use and beside its three bare products.
+"""The vocabulary head and its weighted loss, forward and backward, beside its peers and its three bare matrix products.
 
     pytest bench/bench_linear_cross_entropy.py        tables, and bench/results/<device>/linear_cross_entropy.json
 
 `mdlm` is the head of plain MDLM: fp32 log-probabilities of every token, visible or not, the mask's logit lowered by a million.
-The other peers (bench/peers.py) are given only the rows that count, gathered, which is more than they do for themselves.
-`three products` is the floor: what the same rows cost if nothing but the matrix products were done. Every way's loss and
-gradients are compared before it is timed. Memory is the most a call adds to what stands before it, its gradients included: on a
-CPU of a fresh process (python bench/bench_linear_cross_entropy.py --memory_of WAY ... prints it), on a GPU of the allocator.
+The other peers (bench/peers.py) get only the rows that count, already gathered, which helps them. `three products` is the floor:
+the matrix products of the same rows, and nothing else. Every way's loss and gradients are compared before it is timed. Memory is
+the most that a call adds to what is held before it, its gradients included: on a CPU that of a fresh process
+(python bench/bench_linear_cross_entropy.py --memory_of WAY ... prints it), on a GPU the allocator's.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ BACKENDS = [
 
 @dataclass(frozen=True)
 class Shape:
-    """N tokens of width D, V ids of which the last is the mask, and the share of tokens that is hidden."""
+    """N tokens of width D, V ids, the last of them the mask, and the share of tokens that is hidden."""
 
     n: int
     d: int
@@ -81,7 +81,7 @@ def plain_head(
 
 
 class Case:
-    """One shape's tensors, twice on a GPU so that calls in turn do not find theirs in its cache, and every way to the loss."""
+    """One shape's tensors, and every way to the loss. On a GPU two copies take turns, so that no call finds its own cached."""
 
     def __init__(self, shape: Shape) -> None:
         self.shape = shape
@@ -101,7 +101,7 @@ class Case:
         self.turn = 0
 
     def loss(self, way: str) -> torch.Tensor:
-        """The loss by `way`, on the tensors whose turn it is."""
+        """The loss by `way`, on the next copy of the tensors."""
         h, w = self.hidden[self.turn], self.weight[self.turn]
         if way == "mdlm":
             return plain_head(h, w, self.is_hidden, self.dense_target, self.bias, self.dense_weight)
@@ -127,7 +127,7 @@ class Case:
         return loss.detach(), *torch.autograd.grad(loss, (self.hidden[self.turn], self.weight[self.turn], self.bias))
 
     def call(self, way: str) -> Callable[[], object]:
-        """What is timed."""
+        """The function to time."""
         if way == "three products":
             return self.products()
 
@@ -138,7 +138,7 @@ class Case:
         return timed
 
     def products(self) -> Callable[[], object]:
-        """The three products on the rows that count, by slabs of the same size, results overwritten."""
+        """The three products on the rows that count, in slabs of the same size; results are overwritten."""
         from atat_fast.ops.linear_cross_entropy.slabs import PADDED, default_budget, rows_per_slab
 
         columns = -(-self.shape.v // PADDED) * PADDED if ON_GPU else self.shape.v
@@ -165,19 +165,19 @@ class Case:
 
 
 def without_bias() -> dict[str, str]:
-    """Peers that are here and cannot compute a head that has a bias, as all heads here have."""
+    """Installed peers that do not take a bias, which all heads here have, with the reason."""
     return {name: peer.cannot for name, peer in linear_cross_entropy_peers(DEVICE).items() if not peer.takes_bias}
 
 
 def ways() -> list[str]:
-    """Everything that is compared here, the baseline first."""
+    """Names of all ways, the baseline first."""
     ours = [f"atat_fast {name}" for name in BACKENDS if name != "triton" or ON_GPU]
     peers = [name for name, peer in linear_cross_entropy_peers(DEVICE).items() if peer.takes_bias]
     return ["mdlm", *peers, *ours, f"{ours[0]} low_memory", "three products"]
 
 
 def check(case: Case, names: list[str]) -> dict[str, float]:
-    """Every way's loss, but for those there is no memory for; raises where a loss or a gradient is not that of the first."""
+    """Every way's loss, without those that run out of memory; raises if a loss or a gradient differs from the first way's."""
     losses: dict[str, float] = {}
     want = None
     for name in names:
@@ -189,14 +189,14 @@ def check(case: Case, names: list[str]) -> dict[str, float]:
         want = want or got
         losses[name] = float(got[0])
         for a, b, what in zip(got, want, ("loss", "dhidden", "dweight", "dbias"), strict=True):
-            tolerance = 0.06 if DTYPE is torch.bfloat16 else 1e-4  # of the largest; some peers add a bias's gradient up in bf16
+            tolerance = 0.06 if DTYPE is torch.bfloat16 else 1e-4  # of the largest; some peers sum the bias's gradient in bf16
             difference = float((a.float() - b.float()).abs().max() / b.float().abs().max().clamp(min=1e-9))
             assert difference < tolerance, f"{name}: {what} differs from {names[0]}'s by {difference:.1e} of its largest"
     return losses
 
 
 def memory(shape: Shape, way: str) -> int | None:
-    """Bytes that one call adds at its peak, over the tensors it is given."""
+    """Bytes that one call adds at its peak to the tensors it is given."""
     if way == "three products":
         return None
     if ON_GPU:
@@ -222,14 +222,14 @@ def memory(shape: Shape, way: str) -> int | None:
 
 
 def memory_by_vocabulary() -> dict[str, Any]:
-    """Bytes of a call by way and vocabulary: the picture in docs/ops/linear_cross_entropy.md."""
+    """Bytes of a call by way and vocabulary, for the picture in docs/ops/linear_cross_entropy.md."""
     names = ["mdlm", "eager", f"atat_fast {BACKENDS[0]}", f"atat_fast {BACKENDS[0]} low_memory"]
     sizes = {name: [memory(shape, name) for shape in MEMORY_SHAPES] for name in names}
     return {"n": MEMORY_SHAPES[0].n, "d": MEMORY_SHAPES[0].d, "v": [shape.v for shape in MEMORY_SHAPES], "bytes": sizes}
 
 
 class Report:
-    """Rows gathered by the tests, written as they come: what there is no time or memory for takes nothing with it."""
+    """Rows of the tests, written as they come, so that running out of time or memory loses none."""
 
     def __init__(self) -> None:
         self.path = results_folder(DEVICE) / "linear_cross_entropy.json"
@@ -239,7 +239,7 @@ class Report:
         }  # fmt: skip
 
     def write(self, rows: list[dict[str, Any]], **more: Any) -> None:
-        """Add rows, and whatever else is known, to the file."""
+        """Add rows and other fields to the file."""
         self.record["results"] += rows
         self.record |= more
         self.path.write_text(json.dumps(self.record, indent=1) + "\n")
@@ -247,7 +247,7 @@ class Report:
 
 @pytest.fixture(scope="module")
 def report() -> Iterator[Report]:
-    """What is written; memory by vocabulary comes last."""
+    """The fixture of all tests; at the end it measures memory by vocabulary."""
     found = Report()
     yield found
     if found.record["results"]:
@@ -297,7 +297,7 @@ def test_linear_cross_entropy(report: Report, shape: Shape, capsys: pytest.Captu
 
 
 def main() -> int:
-    """Print the most memory this process has held after some calls of one way."""
+    """Print this process's peak memory after some calls of one way."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--memory_of", required=True, help="a way")
     parser.add_argument("--shape", required=True, help="as JSON: n, d, v, hidden")

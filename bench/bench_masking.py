@@ -1,9 +1,9 @@
-"""mask_tokens beside what people write for it: random keys, a sort, a where, a nonzero, a gather of weights.
+"""mask_tokens beside the usual code: random keys, a sort, a where, a nonzero, a gather of weights.
 
     pytest bench/bench_masking.py            a table, and bench/results/<device>/masking.json
 
-Each backend's result is compared with the specification before it is timed; peers are held to their own promise, k hidden
-tokens a sequence. Bytes are the op's own model, `mask_tokens_cost`: what any implementation has to move.
+Before timing, each backend's result is compared with the specification, and peers are checked for k hidden tokens a sequence.
+Bytes are from the op's cost model, `mask_tokens_cost`: the least that any implementation moves.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ Call = Callable[[], tuple[torch.Tensor, ...]]
 
 
 def eager(tokens: torch.Tensor, counts: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Exact-k masking as it is usually written: two sorts for ranks, and a nonzero that on a GPU waits for the device."""
+    """The usual exact-k masking: two sorts for ranks, and a nonzero, which waits for a GPU."""
     length = tokens.shape[1]
     ranks = torch.rand(tokens.shape, device=tokens.device).argsort(dim=1).argsort(dim=1)
     hidden = ranks < counts[:, None]

@@ -1,11 +1,11 @@
-"""rotary beside what people write for it: rotate-half with a concatenation, the same compiled, and flash-attn's kernel.
+"""rotary beside the usual code, rotate-half with a concatenation, the same compiled, and flash-attn's kernel.
 
     pytest bench/bench_rotary.py             a table, and bench/results/<device>/rotary.json
-    pytest bench/bench_rotary.py -k norm     of the kinds with QK-norm alone; -k "not norm" of the others
+    pytest bench/bench_rotary.py -k norm     only the kinds with QK-norm; -k "not norm" the others
 
 Queries and keys of a packed projection, in place and into a new tensor; `train` is the new tensor and its backward. With
-`norm-` queries and keys are scaled to unit root-mean-square first: by the op in its one pass, and by F.rms_norm in what people
-write. A result is compared with the specification before it is timed. Bytes are the op's own model, `rotary_cost`.
+`norm-` queries and keys are scaled to unit root-mean-square first: by the op in its one pass, in the usual code by F.rms_norm.
+A result is compared with the specification before it is timed. Bytes are from the op's cost model, `rotary_cost`.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ KINDS = ("inplace", "new", "train", NORM + "inplace", NORM + "new", NORM + "trai
 BACKENDS = [name for name, reason in registry.explain("rotary", DEVICE).items() if reason is None]
 PEERS = ["eager", "compiled"] + (["flash-attn"] if GPU and importlib.util.find_spec("flash_attn") else [])
 EPS = torch.finfo(torch.float32).eps
-"""What F.rms_norm and rotary add to a mean square by themselves, of everything narrower than fp64."""
+"""The default eps of F.rms_norm and rotary for dtypes narrower than fp64."""
 
 
 def eager(qkv: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, norm: bool = False) -> torch.Tensor:
-    """As it is usually written, tables in the data's dtype: x cos + rotate_half(x) sin, then a concatenation with the values."""
+    """The usual code, tables in the data's dtype: x cos + rotate_half(x) sin, then a concatenation with the values."""
     turned, values = qkv.split((2, 1), dim=2)
     if norm:
         turned = F.rms_norm(turned, turned.shape[-1:])
@@ -77,13 +77,13 @@ class Case:
         return lambda qkv: rotary(qkv, self.cos, self.sin, norm=norm, inplace=inplace, backend=name)
 
     def results(self, run: Callable[..., torch.Tensor], qkv: torch.Tensor, *tables: torch.Tensor) -> list[torch.Tensor]:
-        """The turned tensor, and the gradient for the upstream, which is that of a tensor somebody else owns."""
+        """The turned tensor, and the gradient of a qkv that is not a leaf."""
         leaf = qkv.clone().requires_grad_()
         out = run(leaf * 1, *tables)
         return [out.detach(), torch.autograd.grad(out, leaf, self.upstream.to(out.dtype))[0]]
 
     def call(self, name: str, kind: str) -> Callable[[], object]:
-        """What is timed, its result checked."""
+        """The function to time, its result checked."""
         inplace, train, norm = kind.endswith("inplace"), kind.endswith("train"), kind.startswith(NORM)
         run = self.way(name, inplace, norm)
         specification = partial(rotary_reference, norm=norm, eps=EPS if norm else None)

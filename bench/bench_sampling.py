@@ -1,4 +1,4 @@
-"""Tokens a second of sampling: the package's samplers beside MDLM's ddpm_cache loop as people run it.
+"""Tokens a second of sampling: the package's samplers beside MDLM's ddpm_cache loop.
 
     python bench/bench_sampling.py                                        on a CPU 1 x 1,024 tokens in 128 steps, about 3 minutes
     python bench/bench_sampling.py --batch 1 8 32 --steps 128 1000        every combination
@@ -6,13 +6,13 @@
 
 The plain loop is MDLM's model (bench/mdlm.py) with the same weights, and MDLM's sampler: at each step fp32 logits of every
 position, a log-softmax and SUBS over all of it, and a Gumbel draw at every position in fp64 (the authors' fp32 noise lowers the
-temperature; see arXiv 2409.02908); where no token of the batch changed, the next step keeps the prediction. The package's
-samplers compute what a step reveals. Before anything is timed, both have to fill their masks and leave the prompt alone, and to
-read the same distribution.
+temperature; see arXiv 2409.02908). If no token of the batch changed, the next step keeps the prediction. The package's samplers
+compute only what a step reveals. Before anything is timed, both must fill their masks, keep the prompt, and use the same
+distribution.
 
-Plain steps are run in between the sampler's, so that a machine that slows down does so for both. A plain step costs the same from
-first to last; where all of them do not fit into --seconds some are timed and the rest is extrapolated, which is written beside
-the figure. Writes sampling.json in bench/results/<device>.
+Plain steps run between the sampler's, so that a slower machine slows down both. All plain steps cost the same; if they do not fit
+into --seconds, some are timed and the total is extrapolated, which the table and the file say. Writes sampling.json in
+bench/results/<device>.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ PLAIN = "plain MDLM loop"
 STEPS = 128
 ROUNDS = 3
 PLAIN_BYTES = 12 << 30
-"""The plain loop is not begun where its logits, which it holds about three times in fp64, would take more."""
+"""The plain loop is skipped if its logits, about three copies in fp64, would take more bytes."""
 
 
 @torch.no_grad()
 def plain_sample(model: PlainMDLM, tokens: Tensor, steps: int, first: int = 0) -> Tensor:
-    """MDLM's ddpm_cache sampler: [B, L] ids with masks to ids after `first` steps of `steps`, or after all where first is 0."""
+    """MDLM's ddpm_cache sampler: [B, L] ids with masks to ids after `first` of `steps` steps, or after all if first is 0."""
     mask, times = model.mask_id, torch.linspace(1, 1e-5, steps + 1).tolist()
     prediction = None
     for step in range(first or steps):
@@ -84,7 +84,7 @@ def plain_model(model: DiT) -> PlainMDLM:
 
 
 def check(model: DiT, plain: PlainMDLM, compute: Compute, ways: Sequence[str], length: int) -> None:
-    """Raise RuntimeError unless every way fills the masks, leaves the prompt alone, and reads the same distribution."""
+    """Raise RuntimeError unless every way fills the masks, keeps the prompt, and uses the same distribution."""
     tokens = torch.full((1, length), model.mask_id, device=compute.device)
     tokens[0, :2] = torch.tensor([1, 2], device=compute.device)
     rows = torch.tensor([2, length - 1], device=compute.device)
@@ -103,10 +103,10 @@ def check(model: DiT, plain: PlainMDLM, compute: Compute, ways: Sequence[str], l
 def one_round(
     model: DiT, plain: PlainMDLM, tokens: Tensor, steps: int, way: str, seed: int, plain_steps: int
 ) -> tuple[float, float]:
-    """Seconds of one whole sampling, and of `plain_steps` steps of the plain loop that are run in between.
+    """Seconds of one whole sampling, and of `plain_steps` steps of the plain loop.
 
-    The plain steps come in up to 16 pieces, between steps of the sampler and outside its time, so that a machine that becomes
-    slower or faster does so for both.
+    The plain steps run in up to 16 pieces between steps of the sampler, and are not part of its time, so that a machine that
+    becomes slower or faster does so for both.
     """
     device, pieces = tokens.device, min(16, steps)
     bounds = [steps * (i + 1) // pieces for i in range(pieces)]
@@ -148,9 +148,9 @@ def time_samplers(
     length: int = 0,
     ways: Sequence[str] = ("ddpm_cache",),
 ) -> dict[str, Any]:
-    """Tokens a second of each way with quartiles over up to three rounds; one round, if there is time for no more.
+    """Tokens a second of each way with quartiles over up to three rounds, as many as there is time for, but at least one.
 
-    About half of `budget` seconds is the plain loop's; where it does not do for all steps in every round, fewer are timed.
+    The plain loop gets about half of `budget` seconds; if that is not enough for all its steps, fewer are timed.
     """
     length = length or model.config.length
     training = model.training

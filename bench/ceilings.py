@@ -1,10 +1,10 @@
-"""What this device reaches at best: the rate of a large matrix product and of a copy, and so the floor under every benchmark.
+"""The best rates of this device, of a large matrix product and of a copy: they bound every benchmark.
 
     python bench/ceilings.py [--device auto] [--out FOLDER]     writes bench/results/<device>/ceilings.json in a few seconds
 
-Random data, interleaved rounds; median and quartiles of each shape, and the rate of its fastest round, which is what a ceiling
-is. It has to be measured on a machine that does nothing else: a CPU that is busy is said to be, here and in the file.
-bench/project.py takes a CPU's peaks from here; a GPU's are its data sheet's, and this says how much of them was reached.
+Random data, interleaved rounds; median and quartiles of each shape. The rate of the fastest round is the ceiling. Measure on an
+idle machine: if a CPU is busy, the output and the file say so. bench/project.py takes a CPU's peaks from here; a GPU's are its
+data sheet's, and this shows how much of them was reached.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ from atat_fast.errors import UsageError
 from atat_fast.hardware.compute import Compute, environment, resolve, short
 
 PRODUCTS = {"cpu": ((512, 512, 512), (2048, 256, 1024)), "cuda": ((8192, 8192, 8192), (32_768, 768, 3072), (8192, 768, 50_304))}
-"""(rows, inner, columns): one square product, and the shapes of an MLP and of a head."""
+"""(rows, inner, columns) of the products: a square one, and the shapes of an MLP and of a head."""
 BUSY = 0.5
-"""Processes for each core, from which on a CPU's rates are not its own."""
+"""Load for each core from which a CPU counts as busy."""
 COPY_BYTES = {"cpu": 256 << 20, "cuda": 4 << 30}
 
 
 def calls(compute: Compute) -> dict[tuple[str, tuple[int, ...]], tuple[Callable[[], Any], float]]:
-    """Every call with what it does: floating-point operations of a product, bytes read and written of a copy."""
+    """Every call with its work: floating-point operations of a product, bytes read and written of a copy."""
     kind, found = compute.device.type, {}
     for n, k, m in PRODUCTS[kind]:
         a = torch.randn(n, k, device=compute.device, dtype=compute.dtype)
@@ -65,7 +65,7 @@ def timed(call: Callable[[], Any], device: torch.device) -> float:
 
 
 def measure(compute: Compute, rounds: int) -> list[dict[str, Any]]:
-    """One row a call: median and quartiles in microseconds, and what the fastest round did, a second."""
+    """One row a call: median and quartiles in microseconds, and the fastest round's rate a second."""
     todo = calls(compute)
     seconds: dict[tuple[str, tuple[int, ...]], list[float]] = {name: [] for name in todo}
     for i in range(rounds + 1):
@@ -106,7 +106,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if args.rounds < 2:
-            raise UsageError(f"--rounds must be at least 2, for there to be quartiles; got {args.rounds}")
+            raise UsageError(f"--rounds must be at least 2, because quartiles need them; got {args.rounds}")
         compute = resolve(TrainConfig(device=args.device))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
@@ -127,7 +127,7 @@ def main(arguments: list[str] | None = None) -> int:
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
     print(f"written to {path}")
     if compute.device.type == "cpu" and load > BUSY * (os.cpu_count() or 1):
-        print(f"this machine was busy (load {load:.1f}): these are no ceilings; measure again when it is idle")
+        print(f"this machine was busy (load {load:.1f}): these are not ceilings; measure again when it is idle")
     return 0
 
 

@@ -1,19 +1,19 @@
-"""Did anything get slower? Two result files of one benchmark, entry by entry.
+"""Compare two result files of one benchmark, entry by entry: did anything get slower?
 
     python bench/compare.py OLD.json NEW.json [--limit 5]
 
-Prints a table and ends with status 1 where an entry got slower, or its memory larger, by more than `--limit` per cent, and with 2
-where the files cannot be compared: not results, different benchmarks, settings or devices.
+Prints a table. Status 1: an entry got slower, or its memory larger, by more than `--limit` per cent. Status 2: the files cannot
+be compared (not results, or of different benchmarks, settings or devices).
 
-What a result file is: a JSON object with `benchmark` (its name), `results`, `environment` (with `device`), and where there are
-any, `settings`. `results` is a list of rows or an object of them by name, to any depth. In a row,
+A result file is a JSON object with `benchmark` (its name), `results`, `environment` (with `device`), and optionally `settings`.
+`results` is a list of rows, or an object of them by name, to any depth. In a row,
 
     tokens_per_second, *_per_second        a rate: more is better
     median, seconds, instructions, *_us    a time or a count (also *_ns, *_ms, *_s, *_seconds, *_instructions): less is better
     *memory*, *workspace*, *peak_bytes     memory (also *peak_mib, ...): less is better
     low*, high*, *_q1, *_min, mean*, ...   the spread of a figure: not compared
-    text, booleans, integers, lists        what the row is: rows of the two files meet where all of these agree
-    other numbers                          what follows from the figures (ratios, speedups), a cost model's bytes: left aside
+    text, booleans, integers, lists        the row's identity: rows of the two files are compared if all of these agree
+    other numbers                          ratios, speedups, a cost model's bytes: not compared
 """
 
 from __future__ import annotations
@@ -37,14 +37,14 @@ LESS = re.compile(r"(^|_)(ns|us|ms|s|seconds|median|instructions)$")
 MORE = re.compile(r"_per_second$")
 
 EFFORT = ("rounds", "steps", "warmup", "warmup_rounds", "repeats", "iterations", "calls", "seed", "seeds")
-"""Settings that say how long was measured, not what."""
+"""Settings of how long was measured, not of what."""
 SAME = ("device", "dtype", "compile", "cpu_threads")
-"""Facts of the environment that make figures comparable; threads count on a CPU only."""
+"""Facts of the environment that must agree; threads on a CPU only."""
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One figure: what it is of, its value, and whether more is better."""
+    """One figure: its row's identity, its name and value, and whether more is better."""
 
     what: str
     metric: str
@@ -54,7 +54,7 @@ class Entry:
 
 @dataclass(frozen=True)
 class Change:
-    """A figure in both files. `percent` is the change of the value; `worse` is by how much it got slower or larger."""
+    """A figure in both files."""
 
     what: str
     metric: str
@@ -64,12 +64,12 @@ class Change:
 
     @property
     def percent(self) -> float:
-        """Change of the value, per cent of the old."""
+        """Change of the value, in per cent of the old."""
         return (self.new / self.old - 1) * 100 if self.old else math.inf * (self.new > 0) if self.new else 0.0
 
     @property
     def worse(self) -> float:
-        """Per cent slower or larger than before; below 0 where it got better. Half the rate is 100 per cent slower."""
+        """Per cent slower or larger than before; below 0 if it got better. Half the rate is 100 per cent slower."""
         if not self.more:
             return self.percent
         return (self.old / self.new - 1) * 100 if self.new else math.inf
@@ -84,12 +84,12 @@ def read(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise UsageError(f"{path} is not JSON ({error})") from None
     if not isinstance(record, dict) or not isinstance(record.get("results"), (list, dict)) or "benchmark" not in record:
-        raise UsageError(f"{path} is no result file: it needs `benchmark` and `results`, as the files in bench/results have")
+        raise UsageError(f"{path} is not a result file: it needs `benchmark` and `results`, as the files in bench/results have")
     return record
 
 
 def direction(name: str) -> bool | None:
-    """Whether more of this is better, or None where it is not compared."""
+    """Whether more of this is better, or None if it is not compared."""
     if SPREAD.search(name) or RATIO.search(name):
         return None
     if MORE.search(name):
@@ -102,7 +102,7 @@ def direction(name: str) -> bool | None:
 
 
 def entries(results: Any, path: Path) -> dict[tuple[str, str], Entry]:
-    """Every figure of a file's `results`, by what it is of. Rows that say the same of themselves differ by their order."""
+    """Every figure of a file's `results`, by its row's identity. Rows of equal identity are numbered in order."""
     found: dict[tuple[str, str], Entry] = {}
 
     def walk(node: Any, what: tuple[str, ...]) -> None:
@@ -132,31 +132,31 @@ def entries(results: Any, path: Path) -> dict[tuple[str, str], Entry]:
 
 
 def is_number(value: Any) -> bool:
-    """Whether it is an int or float, and no boolean."""
+    """Whether it is an int or float, not a boolean."""
     return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def holds_rows(value: Any) -> bool:
-    """Whether there may be rows inside: an object, or a list with one in it."""
+    """Whether it may hold rows: an object, or a list with one in it."""
     return isinstance(value, dict) or (isinstance(value, list) and any(holds_rows(item) for item in value))
 
 
 def identifies(name: str, value: Any) -> bool:
-    """Whether a field says what its row is."""
+    """Whether a field is part of its row's identity."""
     if value is None or isinstance(value, float) or name in EFFORT or direction(name) is not None:
         return False
     return not any(pattern.search(name) for pattern in (SPREAD, RATIO, DERIVED))
 
 
 def text(value: Any) -> str:
-    """A shape as 8 x 1024, anything else as it is."""
+    """A shape as 8 x 1024, anything else as str gives it."""
     if isinstance(value, list):
         return " x ".join(str(item) for item in value)
     return str(value)
 
 
 def check_comparable(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """Raise UsageError where the two measure different things; give what else differs, as sentences."""
+    """Raise UsageError if the two measure different things. Returns other differences, as sentences."""
     if old["benchmark"] != new["benchmark"]:
         raise UsageError(f"the files are of different benchmarks: {old['benchmark']} and {new['benchmark']}")
     a, b = (record.get("environment") or {} for record in (old, new))
@@ -165,7 +165,7 @@ def check_comparable(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
             continue
         if a.get(name) != b.get(name):
             raise UsageError(
-                f"the files differ in {name}: {a.get(name)} and {b.get(name)}; figures compare where they were taken alike"
+                f"the files differ in {name}: {a.get(name)} and {b.get(name)}; compare figures that were taken alike"
             )
     a, b = (record.get("settings") or {} for record in (old, new))
     for name in sorted({*a, *b} - {*EFFORT}):
@@ -177,7 +177,7 @@ def check_comparable(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def compare(old: dict[str, Any], new: dict[str, Any], paths: tuple[Path, Path]) -> tuple[list[Change], list[str]]:
-    """Changes, worst first, and the figures only one file has. Raises UsageError where no figure is in both."""
+    """Changes, worst first, and the figures that only one file has. Raises UsageError if no figure is in both."""
     before, after = entries(old["results"], paths[0]), entries(new["results"], paths[1])
     both = [(before[key], after[key]) for key in before if key in after]
     if not both:
@@ -189,7 +189,7 @@ def compare(old: dict[str, Any], new: dict[str, Any], paths: tuple[Path, Path]) 
 
 
 def amount(value: float) -> str:
-    """Up to six digits, thousands apart."""
+    """As text: whole numbers, and those from 1,000 on, without decimals; others with four digits."""
     return f"{value:,.0f}" if abs(value) >= 1000 or value == int(value) else f"{value:,.4g}"
 
 
@@ -206,7 +206,7 @@ def table(changes: list[Change], limit: float) -> str:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The script: 0, 1 where something got worse, 2 on bad input."""
+    """The script: 0, 1 if something got worse, 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("old", type=Path, help="the result file to compare with")
     parser.add_argument("new", type=Path, help="the result file to judge")

@@ -1,7 +1,7 @@
-"""What is assumed of devices to project a step on them, and the processors that were measured.
+"""Assumptions about devices, from which a step is projected, and processors that were measured.
 
-Peaks and memory are those of `atat_fast.hardware.devices`. All other numbers carry their source in words: a share is assumed
-until a file in bench/results says otherwise, and a CPU is known by what bench/ceilings.py found on it.
+Peaks and memory are from `atat_fast.hardware.devices`. Every other number has its source in words beside it: a share is assumed
+until a file in bench/results measures it, and a CPU's peaks are bench/ceilings.py's measurements.
 """
 
 from __future__ import annotations
@@ -19,11 +19,11 @@ GB = 10**9
 
 @dataclass(frozen=True)
 class Shares:
-    """How much of a device's peaks is assumed to arrive, and what starting a kernel is assumed to cost.
+    """Assumed shares of a device's peaks, and the assumed cost of starting a kernel.
 
-    gemm, attention: of the peak rate, in matrix products of these widths and in attention with heads of 64.
-    bandwidth: of the memory's rate, in kernels that only move data.   gap: seconds between two kernels of a stream.
-    overlap: of the last backward pass, during which gradients are already being summed over cards.
+    gemm, attention: share of the peak rate in matrix products of these widths, and in attention with heads of 64.
+    bandwidth: share of the memory's rate in kernels that only move data.   gap: seconds between two kernels of a stream.
+    overlap: share of the last backward pass that overlaps sums of gradients over cards.
     """
 
     gemm: float
@@ -92,7 +92,7 @@ SHEET = "vendor's data sheet: dense bf16 products with fp32 sums, and memory ban
 
 
 def _card(key: str, bandwidth: float, link: float, link_host: float, shares: Shares, memory: str, link_source: str) -> Device:
-    """A row: what atat_fast.hardware.devices knows of the card, and what is assumed of it here."""
+    """A row: the card's facts in atat_fast.hardware.devices, and what is assumed here."""
     known = devices.TABLE[key]
     return Device(
         key, known.name, known.flops, bandwidth, known.memory, link, link_host, known.p2p, 2, shares, SHEET + memory, link_source
@@ -112,7 +112,7 @@ TABLE = {
 
 
 def of_name(name: str) -> Device | None:
-    """The row of what a driver calls a card, or None."""
+    """The row of a card by the driver's name for it, or None."""
     found = devices.of_name(name)
     return None if found is None else TABLE[found.key]
 
@@ -131,7 +131,7 @@ def named(key: str, results: Path) -> Device:
 
 
 def from_ceilings(record: dict[str, Any]) -> Device:
-    """A processor by what bench/ceilings.py measured on it."""
+    """A processor from a result file of bench/ceilings.py."""
     best = {kind: max(row["rate"] for row in record["results"] if row["kind"] == kind) for kind in ("product", "copy")}
     facts = record["environment"]
     measured = f"bench/ceilings.py on this {facts['device']}, {facts['cpu_threads']} threads, {facts['dtype']}"
@@ -153,9 +153,9 @@ def from_ceilings(record: dict[str, Any]) -> Device:
 
 
 def find(facts: dict[str, Any], results: Path) -> Device | None:
-    """The device of a result file's `environment`, or None where nothing is known of it.
+    """The device of a result file's `environment`, or None if it is unknown.
 
-    A CPU is known by ceilings measured on the same one with as many threads and the same dtype.
+    A CPU is known if `results` has ceilings of the same CPU with as many threads and the same dtype.
     """
     name, path = facts["device"], results / "cpu" / "ceilings.json"
     if name.startswith("CPU"):

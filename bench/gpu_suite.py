@@ -1,22 +1,22 @@
-"""What a GPU has to say, in commands that each end by themselves, the most telling first.
+"""Run the GPU's tests and benchmarks within time limits, the most important first.
 
     python bench/gpu_suite.py --tier 1            at most six minutes with a library built before (make install)
     python bench/gpu_suite.py --tier 2            at most five more
     python bench/gpu_suite.py --tier 3            the tests of single ops that need a GPU, and the slow ones: at most fifteen
     python bench/gpu_suite.py --tier 1 --dry_run  what would run, and each part's limit
-    python bench/gpu_suite.py --unpack DIR/results.json        lay the results into this checkout's bench/results
+    python bench/gpu_suite.py --unpack DIR/results.json        copy the results into this checkout's bench/results
 
-Tier 1: what is here and which backend every op chose; every kernel against fp64; the device's ceilings; the head by backend and
-size of slab; training throughput; the other tests that need a GPU. Tier 2: peers of the head, norms, rotary, attention and
-sampling beside compiled PyTorch, a training run, compute-sanitizer on small shapes, plain MDLM under torch.compile.
+Tier 1: versions and the backend every op chose; every kernel against fp64; the device's ceilings; the head by backend and size of
+slab; training throughput; the other tests that need a GPU. Tier 2: peers of the head, norms, rotary, attention and sampling
+beside compiled PyTorch, a training run, compute-sanitizer on small shapes, plain MDLM under torch.compile.
 
-Each part is a process with a limit of its own. One that fails or runs out of time is recorded and the next begins; a part whose
-package is missing says so and is skipped. In --out stand summary.txt (to read), summary.json (the same, with the end of each
-part's output) and results.json (every JSON file that was written under bench/results), written anew after every part. --wheels
-holds pure-Python wheels of what is missing (liger-kernel, cut-cross-entropy, jsonargparse): they are unpacked beside the run, not
-installed. --small takes shapes that a CPU finishes at once, on a CPU: it shows that every command runs, and measures nothing.
+Each part is a process with its own limit. If one fails or runs out of time, that is recorded and the next begins; a part whose
+package is missing is skipped with a note. After every part --out gets summary.txt (to read), summary.json (the same, with the end
+of each part's output) and results.json (every JSON file written under bench/results). --wheels is a folder of pure-Python wheels
+of missing packages (liger-kernel, cut-cross-entropy, jsonargparse): they are unpacked beside the run, not installed.
+--small runs small shapes on a CPU: it shows that every command runs, and measures nothing.
 
-Status 0: every part that could run did, and passed; without a GPU and without --small that is the first alone. 1: a part failed.
+Status 0: every part that could run did, and passed; without a GPU and without --small only the first can. 1: a part failed.
 2: bad input.
 """
 
@@ -45,11 +45,11 @@ RESULTS = BENCH / "results"
 TAIL_CHARACTERS = 12_000
 LARGEST_FILE = 9 << 20
 STOP_SECONDS = 10.0
-"""What a step has for its last words when its time is over."""
+"""Seconds a step gets to write its results when its time is over."""
 DEVICE_FOLDER = "bench/results/DEVICE"
-"""In a step's command: the folder of this device's results, as bench_*.py name it."""
+"""Placeholder in a step's command: this device's results folder, as bench_*.py name it."""
 PROCESSES, MICRO_BATCH = "PROCESSES", "MICRO_BATCH"
-"""In a step's command: processes that share the device in tests, and sequences of a step, which its memory decides."""
+"""Placeholders in a step's command: processes that share the device in tests, and sequences a step; by the device's memory."""
 SMALL = ("--preset", "small", "--vocabulary", "50258", "--micro_batch", MICRO_BATCH)
 """MDLM's own size, with GPT-2's vocabulary and the mask."""
 LEAST_SECONDS = 5.0
@@ -65,7 +65,7 @@ for name in ("triton", "numpy", "liger_kernel", "cut_cross_entropy", "flash_attn
 print(json.dumps(facts))
 ops.main()
 """
-"""What is printed of a machine: versions beside every figure, and which backend each op chose, with the reasons."""
+"""A script that prints the machine's versions, and which backend each op chose, with the reasons."""
 QUERY = (
     "name,driver_version,memory.total,clocks.sm,clocks.mem,clocks.max.sm,clocks.max.mem,power.draw,power.limit,temperature.gpu,"
     "pcie.link.gen.max,pcie.link.width.max,compute_cap"
@@ -74,7 +74,7 @@ QUERY = (
 
 @dataclass(frozen=True)
 class Step:
-    """One command, and the seconds it may take at most, whatever is left."""
+    """One command, and the most seconds it may take."""
 
     name: str
     command: tuple[str, ...]
@@ -82,12 +82,12 @@ class Step:
     needs_gpu: bool = True
     why: str = ""
     needs: tuple[str, ...] = ()
-    """Modules without which it is skipped."""
+    """Modules it needs; without them it is skipped."""
 
 
 @dataclass
 class Outcome:
-    """How a step ended: passed, failed, timed out, or not run (with the reason)."""
+    """How a step ended: passed, failed, timed out or not run, with the reason."""
 
     name: str
     status: str
@@ -103,9 +103,9 @@ class Outcome:
 
 
 def pytest_step(name: str, seconds: float, *arguments: str, why: str, processes: bool = False) -> Step:
-    """A pytest run that takes nothing from the project's options: --strict-config refuses a machine without pytest-timeout.
+    """A pytest run without the project's options, because --strict-config fails on a machine without pytest-timeout.
 
-    In several processes where they are wanted and pytest-xdist is there.
+    processes: run in several processes if pytest-xdist is installed.
     """
     options = ["-o", "addopts=", "--import-mode=importlib", "-p", "no:cacheprovider", "-ra", "-q"]
     if importlib.util.find_spec("pytest_benchmark") is None and "-m" not in arguments:
@@ -116,12 +116,12 @@ def pytest_step(name: str, seconds: float, *arguments: str, why: str, processes:
 
 
 def steps(tier: int, small: bool = False) -> list[Step]:
-    """A tier's parts, what is worth most first; `small` for a CPU."""
+    """A tier's parts, the most important first; `small` for a CPU."""
     return (first_tier, second_tier, third_tier)[tier - 1](small)
 
 
 def first_tier(small: bool) -> list[Step]:
-    """Is it right, and how fast is it."""
+    """Whether results are right, and how fast they are."""
     python, marker = sys.executable, "not gpu and not slow" if small else "gpu and not slow"
     ceilings, head = ("--rounds", "2") * small, ("--rows", "64", "--width", "32", "--vocabulary", "517", "--rounds", "2") * small
     ops, sizes = (
@@ -131,21 +131,21 @@ def first_tier(small: bool) -> list[Step]:
     if small:
         sizes = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "30")
     out, processes = ("--out", DEVICE_FOLDER), not small
-    only = ("--collect-only",) * small  # on a CPU they are part of the suite that asks for this
+    only = ("--collect-only",) * small  # on a CPU the test suite that calls this runs them itself
     others = ("tests/gpu", "-m", marker, f"--ignore={ops[1]}", "--continue-on-collection-errors", *only)
     variants = ("--variants", "mdlm", "atat_fast", "atat_fast+atat")
     return [
         Step("environment", (python, "-c", FACTS), 25, needs_gpu=False, why="versions, and which backend every op chose"),
         pytest_step("ops", 65, *ops, "-m", marker, *only, why="every kernel against fp64", processes=processes),
-        Step("ceilings", (python, "bench/ceilings.py", *out, *ceilings), 15, why="what the device reaches at best"),
+        Step("ceilings", (python, "bench/ceilings.py", *out, *ceilings), 15, why="the device's best rates"),
         Step("head", (python, "bench/head.py", *out, *head), 20, why="the head by backend and size of slab, and a profile"),
-        Step("throughput", (python, "bench/throughput.py", *sizes, *variants, *out), 120, why="the figure the package is for"),
+        Step("throughput", (python, "bench/throughput.py", *sizes, *variants, *out), 120, why="the package's main figure"),
         pytest_step("tests", 115, *others, why="a step, sampling, evaluation and options on a GPU", processes=processes),
     ]  # fmt: skip
 
 
 def second_tier(small: bool) -> list[Step]:
-    """Beside whom, and what else."""
+    """Peers, sampling, a training run, memory checks."""
     python, found = sys.executable, []
     out, tools = ("--out", DEVICE_FOLDER), ("compute-sanitizer",)
     for name, seconds in (("linear_cross_entropy", 45), ("adaptive_norm", 20), ("rotary", 15), ("attention", 20)):
@@ -161,9 +161,9 @@ def second_tier(small: bool) -> list[Step]:
         Step("training", (*door, "--run.root", "out/runs", *run), 40, why="what make train does", needs=("jsonargparse",))
     )
     memcheck = ("tests/gpu/test_ops.py", "-m", "gpu and slow", "-k", "memcheck")
-    found.append(replace(pytest_step("memcheck", 35, *memcheck, why="no kernel touches memory that is not its own"), needs=tools))
+    found.append(replace(pytest_step("memcheck", 35, *memcheck, why="no kernel touches memory out of bounds"), needs=tools))
     sizes, variants = (*SMALL, "--rounds", "3", "--seconds", "85"), ("mdlm", "mdlm+compile", "atat_fast", "atat_fast+atat")
-    if small:  # which a CPU would compile for most of a minute
+    if small:  # a CPU would compile it for most of a minute
         sizes = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "30")
         variants = ("mdlm", "atat_fast")
     found.append(
@@ -178,16 +178,16 @@ def second_tier(small: bool) -> list[Step]:
 
 
 def third_tier(small: bool) -> list[Step]:
-    """Every other test that needs a GPU: grids of shapes for each op, compute-sanitizer, what takes long."""
+    """Every other test that needs a GPU: grids of shapes for each op, compute-sanitizer, slow tests."""
     marker = "not gpu and not slow" if small else "gpu"
     where = ("tests/ops/philox",) if small else ("tests", "--continue-on-collection-errors")
     return [
-        pytest_step("all tests", 900, *where, "-m", marker, why="grids of shapes, sanitizers, what is slow", processes=not small)
+        pytest_step("all tests", 900, *where, "-m", marker, why="grids of shapes, sanitizers, slow tests", processes=not small)
     ]
 
 
 def find_gpu() -> tuple[str | None, int, str | None]:
-    """(the folder its results go to, its GiB of memory, None) where there is a GPU, else (None, 0, why there is none)."""
+    """(the folder for its results, its GiB of memory, None), or without a GPU (None, 0, the reason)."""
     code = (
         "import sys, torch; torch.cuda.is_available() or sys.exit(3); "
         "print(torch.cuda.get_device_name(), torch.cuda.get_device_properties(0).total_memory >> 30, sep='\\n')"
@@ -203,13 +203,13 @@ def find_gpu() -> tuple[str | None, int, str | None]:
 
 
 def settled(step: Step, folder: Path, memory: int) -> Step:
-    """A step for a device of so many GiB, whose results go to `folder`."""
+    """The step with its placeholders filled in, for a device of `memory` GiB whose results go to `folder`."""
     places = {PROCESSES: str(max(1, min(12, os.cpu_count() or 1, memory // 6))), MICRO_BATCH: "32" if memory >= 60 else "8"}
     return replace(step, command=tuple(places.get(word, word.replace(DEVICE_FOLDER, str(folder))) for word in step.command))
 
 
 def clocks() -> str:
-    """What nvidia-smi says of clocks, power and heat now, or nothing."""
+    """Clocks, power and temperature from nvidia-smi now, or ''."""
     if shutil.which("nvidia-smi") is None:
         return ""
     with contextlib.suppress(OSError, subprocess.TimeoutExpired):
@@ -220,7 +220,7 @@ def clocks() -> str:
 
 
 def ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
-    """Whether the process ends within `seconds`. It is not reaped, so that its number stays its own until `stop` is done."""
+    """Whether the process ends within `seconds`. It is not reaped, so that its id stays valid until `stop` is done."""
     deadline = time.monotonic() + seconds
     while os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is None:
         if time.monotonic() > deadline:
@@ -230,9 +230,9 @@ def ended(process: subprocess.Popen[bytes], seconds: float) -> bool:
 
 
 def stop(process: subprocess.Popen[bytes]) -> int:
-    """End the session that a step was started as, and nothing else: first as Ctrl-C would, so that it writes what it has.
+    """End a step's session, and nothing else: first as Ctrl-C would, so that it writes what it has.
 
-    Returns the status of the step's own process. What a step that has ended left running is ended too.
+    Processes that a finished step left running are ended too. Returns the status of the step's own process.
     """
     if not ended(process, 0):
         os.killpg(process.pid, signal.SIGINT)
@@ -242,11 +242,11 @@ def stop(process: subprocess.Popen[bytes]) -> int:
 
 
 def run_step(step: Step, seconds: float, environment: dict[str, str]) -> Outcome:
-    """Run it for at most `seconds`, then stop it with all it has started."""
+    """Run it for at most `seconds`, then stop it and all it has started."""
     before, begin = clocks(), time.monotonic()
     if (
         signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-    ):  # as in a shell's background: a step would never hear that it is to stop
+    ):  # a background shell ignores it, and steps would inherit that and never stop
         signal.signal(signal.SIGINT, signal.default_int_handler)
     with tempfile.TemporaryFile() as output:
         try:
@@ -282,7 +282,7 @@ def run_step(step: Step, seconds: float, environment: dict[str, str]) -> Outcome
 
 
 def missing(step: Step, no_gpu: str | None, path: str | None = None) -> str | None:
-    """Why a step cannot run here, or None. `path`: where modules are looked for beside this process's own places."""
+    """Why a step cannot run here, or None. path: one more folder in which to look for modules."""
     if step.needs_gpu and no_gpu:
         return f"it needs a GPU, and {no_gpu}"
     for name in step.needs:
@@ -299,7 +299,7 @@ def run_all(
     site: str | None = None,
     then: Callable[[list[Outcome]], None] = lambda outcomes: None,
 ) -> list[Outcome]:
-    """Every step, in order, inside `seconds` and the time the last of them needs to stop; after each, `then` of all so far."""
+    """Run every step in order within `seconds`, plus the time that the last needs to stop; call `then` after each."""
     deadline, outcomes = time.monotonic() + seconds, []
     for step in todo:
         left = deadline - time.monotonic()
@@ -316,11 +316,11 @@ def run_all(
 
 
 def unpack_wheels(folder: Path, target: Path) -> list[str]:
-    """Lay pure-Python wheels out as importable packages under `target`; their names. Raises ValueError for others."""
+    """Unpack pure-Python wheels as packages under `target`. Returns their names. Raises ValueError for other wheels."""
     names = []
     for path in sorted(folder.glob("*.whl")):
         if not path.name.endswith("-none-any.whl"):
-            raise ValueError(f"{path.name} is no pure-Python wheel; install it with pip")
+            raise ValueError(f"{path.name} is not a pure-Python wheel; install it with pip")
         with zipfile.ZipFile(path) as wheel:
             wheel.extractall(target)  # zipfile keeps every member inside the target
         names.append(path.name)
@@ -330,7 +330,7 @@ def unpack_wheels(folder: Path, target: Path) -> list[str]:
 
 
 def written_since(moment: float) -> dict[str, Any]:
-    """Every JSON file under bench/results that was written after `moment`, by its path in it."""
+    """Every JSON file under bench/results written after `moment`, by its path there."""
     found = {}
     for path in sorted(RESULTS.rglob("*.json")):
         if path.stat().st_mtime >= moment and path.stat().st_size < LARGEST_FILE:
@@ -340,7 +340,7 @@ def written_since(moment: float) -> dict[str, Any]:
 
 
 def summarise(out: Path, outcomes: list[Outcome], results: dict[str, Any], heading: list[str]) -> None:
-    """Write the three files, none larger than LARGEST_FILE; of results too many for one the largest are left out, and named."""
+    """Write the three files, none larger than LARGEST_FILE; if results are too large, the largest are left out and named."""
     kept, left_out = dict(results), []
     while len(json.dumps(kept)) > LARGEST_FILE:
         name = max(kept, key=lambda n: len(json.dumps(kept[n])))
@@ -357,16 +357,16 @@ def summarise(out: Path, outcomes: list[Outcome], results: dict[str, Any], headi
 
 
 def unpack(path: Path, results: Path = RESULTS) -> list[Path]:
-    """Lay the files of a results.json into bench/results. Raises ValueError for a name that leads out of it."""
+    """Copy the files of a results.json into bench/results. Raises ValueError for a name that leads out of it."""
     try:
         files = json.loads(path.read_text(encoding="utf-8"))
         assert isinstance(files, dict)
     except (OSError, ValueError, AssertionError):
-        raise ValueError(f"{path} is no results.json of this script") from None
+        raise ValueError(f"{path} is not a results.json of this script") from None
     targets = {name: (results / name).resolve() for name in files}
     for name, target in targets.items():
         if not target.is_relative_to(results.resolve()) or target.suffix != ".json":
-            raise ValueError(f"{path} names {name!r}, which is no JSON file under bench/results; nothing was written")
+            raise ValueError(f"{path} names {name!r}, which is not a JSON file under bench/results; nothing was written")
     for name, target in targets.items():
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_text(json.dumps(files[name], indent=1) + "\n", encoding="utf-8")
@@ -374,7 +374,7 @@ def unpack(path: Path, results: Path = RESULTS) -> list[Path]:
 
 
 def choose(tier: int, only: Sequence[str], small: bool) -> list[Step]:
-    """The tier's steps, or those named. Raises ValueError for a name that is none."""
+    """The tier's steps, or those named. Raises ValueError for an unknown name."""
     every = steps(tier, small)
     names = [step.name for step in every]
     for name in only:
@@ -386,14 +386,14 @@ def choose(tier: int, only: Sequence[str], small: bool) -> list[Step]:
 def main(arguments: list[str] | None = None) -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tier", type=int, choices=(1, 2, 3), default=1, help="1: right and fast? 2: beside whom? 3: the rest")
+    parser.add_argument("--tier", type=int, choices=(1, 2, 3), default=1, help="1: right and fast? 2: against peers; 3: the rest")
     parser.add_argument("--out", type=Path, default=Path("out", "suite"), help="folder for the summary and the results")
     parser.add_argument("--wheels", type=Path, default=None, help="folder of pure-Python wheels to make importable")
     parser.add_argument("--only", nargs="+", default=[], metavar="PART", help="run these parts alone")
-    parser.add_argument("--small", action="store_true", help="shapes for a CPU, which it then runs on")
+    parser.add_argument("--small", action="store_true", help="small shapes, on a CPU")
     parser.add_argument("--dry_run", action="store_true", help="print the parts and their limits, and stop")
     parser.add_argument(
-        "--unpack", type=Path, default=None, metavar="FILE", help="lay a results.json into bench/results and stop"
+        "--unpack", type=Path, default=None, metavar="FILE", help="copy a results.json into bench/results and stop"
     )
     args = parser.parse_args(arguments)
     try:
@@ -415,7 +415,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def suite(out: Path, todo: Sequence[Step], wheels: Path | None, small: bool = False) -> int:
-    """Run the steps, inside the sum of their limits, and write what came of them."""
+    """Run the steps within the sum of their limits, and write their results."""
     begin = time.time()
     out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as site:

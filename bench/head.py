@@ -1,11 +1,11 @@
-"""The head apart: which backend, which size of slab, and where its time goes.
+"""The head by itself: the best backend, the best size of slab, and where its time goes.
 
     python bench/head.py                        R = 4,096 and 8,192 hidden rows of width 768, V = 50,258 on a GPU; half a minute
     python bench/head.py --rows 512 --width 64 --vocabulary 1003 --budgets 1 2 --rounds 2         small, anywhere
 
-For each number of rows: the three bare products (bench_linear_cross_entropy.py's floor) and linear_cross_entropy's forward and
-backward by every backend that runs here, each at every budget of a slab, in interleaved rounds after a check that backends agree.
-Then a profile: the kernels of the fastest backend's call at the default budget, by time. Writes bench/results/<device>/head.json.
+For each number of rows it times the three bare products (bench_linear_cross_entropy.py's floor) and linear_cross_entropy's
+forward and backward on every backend that runs here, each at every budget of a slab, in interleaved rounds, after a check that
+backends agree. Then it profiles the fastest backend's kernels at the default budget. Writes bench/results/<device>/head.json.
 """
 
 from __future__ import annotations
@@ -33,11 +33,11 @@ from atat_fast.ops.linear_cross_entropy.slabs import PADDED, default_budget, row
 DEFAULTS = {"cuda": ((4096, 8192), 768, 50_258, (128, 256, 512, 1024)), "cpu": ((512,), 256, 8003, (16, 64))}
 FLOOR = "three products"
 LIMIT = 0.06
-"""Of the largest entry: how far gradients of two backends may be apart in bf16, which one of them rounds a slab to."""
+"""Largest allowed difference of two backends' gradients, relative to the largest entry; in bf16 one of them rounds a slab."""
 
 
 class Head:
-    """One number of rows: the tensors, the same for every way."""
+    """The tensors for one number of rows, the same for every way."""
 
     def __init__(self, rows: int, width: int, vocabulary: int, compute: Compute) -> None:
         self.rows, self.width, self.vocabulary, self.compute = rows, width, vocabulary, compute
@@ -51,7 +51,7 @@ class Head:
         self.which = torch.randperm(2 * rows)[:rows].sort().values.to(device)
 
     def gradients(self, backend: str, budget: int) -> tuple[torch.Tensor, ...]:
-        """Loss and gradients, slabs of `budget` MB."""
+        """Loss and gradients, with slabs of `budget` MB."""
         loss = linear_cross_entropy(
             self.hidden,
             self.weight,
@@ -66,7 +66,7 @@ class Head:
         return loss.detach(), *torch.autograd.grad(loss, (self.hidden, self.weight, self.bias))
 
     def products(self, budget: int) -> Any:
-        """The three products alone, in slabs as above, into tensors that are there already."""
+        """The three products alone, in the same slabs, into tensors made before."""
         device, dtype = self.compute.device, self.compute.dtype
         on_gpu = device.type == "cuda"
         columns = -(-self.vocabulary // PADDED) * PADDED if on_gpu else self.vocabulary
@@ -90,7 +90,7 @@ class Head:
 
 
 def check(head: Head, backends: list[str], budget: int) -> None:
-    """Raise where the backends' losses or gradients are not one another's."""
+    """Raise RuntimeError if the backends' losses or gradients disagree."""
     want = head.gradients(backends[0], budget)
     for name in backends[1:]:
         for a, b, what in zip(head.gradients(name, budget), want, ("loss", "dhidden", "dweight", "dbias"), strict=True):
@@ -100,7 +100,7 @@ def check(head: Head, backends: list[str], budget: int) -> None:
 
 
 def measure(head: Head, backends: list[str], budgets: list[int], rounds: int) -> list[dict[str, Any]]:
-    """One row a way and budget, in milliseconds; median and quartiles of the rounds."""
+    """One row a way and budget: median and quartiles of the rounds, in milliseconds."""
     calls: dict[tuple[str, int], Any] = {}
     for budget in budgets:
         calls[FLOOR, budget] = head.products(budget)
@@ -163,7 +163,7 @@ def main(arguments: list[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     try:
         if min([args.rounds, *args.rows, *args.budgets], default=1) < 1 or min(args.width, args.vocabulary) < 0:
-            raise UsageError("--rows, --budgets and --rounds must be at least 1; --width and --vocabulary at least 1 where given")
+            raise UsageError("--rows, --budgets and --rounds must be at least 1; --width and --vocabulary at least 1 if given")
         compute = resolve(TrainConfig(device=args.device))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -1,15 +1,14 @@
-"""Instructions that the C++ ops execute, counted: a signal of their cost that a busy machine does not change.
+"""Count the instructions that the C++ ops execute: a measure of their cost that a busy machine does not change.
 
     python bench/instructions.py [--out FOLDER]       writes bench/results/cpu/instructions.json; needs valgrind
     python bench/compare.py OLD.json NEW.json         says whether an op executes more than before
 
-Each op is called as torch calls it, in a process under valgrind's callgrind with one thread; what is executed inside the compiled
-library is counted, function by function, and nothing else is (not Python, not torch). The count is the same in every run of the
-same library on the same kind of processor, so each case is counted twice and the two have to agree. It says nothing of caches or
-of waiting: a time is what bench/bench_*.py measure.
+Each op is called as torch calls it, in a process under valgrind's callgrind with one thread. Only instructions in the compiled
+library and libm count, by function; Python and torch do not. The count is the same in every run of one library on one kind of
+processor, so each case is counted twice and the two must agree. Caches and waiting do not count: bench/bench_*.py measure time.
 
-Without valgrind (`apt-get install valgrind`) it says so and writes nothing. perf counts instructions too, where a processor's
-counters can be read; virtual machines seldom let one.
+Without valgrind (`apt-get install valgrind`) it writes nothing and says why. perf counts instructions too, if a processor's
+counters can be read; virtual machines seldom allow it.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ LIMIT_SECONDS = 1_800
 
 
 def mask_tokens(batch: int, length: int, scored: bool) -> tuple[str, tuple[Any, ...]]:
-    """Antithetic counts, as in training; with scores the keys are tilted Gumbels and the weights those of `importance`."""
+    """Antithetic counts, as in training; with scores, tilted Gumbel keys and the weights of `importance`."""
     torch.manual_seed(0)
     tokens = torch.randint(0, MASK_ID, (batch, length))
     half = torch.randint(0, length + 1, (batch // 2,))
@@ -61,13 +60,13 @@ CASES: dict[str, tuple[dict[str, Any], Any]] = {
     )
     for batch, length, scored in ((8, 1024, False), (8, 1024, True), (32, 4096, False))
 } | {"philox 8192": ({"op": "philox", "shape": [8192]}, functools.partial(philox, 8192))}
-"""What each case is, and how to make the op's name and its arguments."""
+"""Fields of each case's row, and a function that makes the op's name and arguments."""
 
 
 def child(library: Path) -> None:
-    """In the process under callgrind: call each case once to settle, then CALLS times with counting on, a dump after each.
+    """Runs under callgrind: call each case once to warm up, then CALLS times with counting on, and dump after each.
 
-    Only torch is imported here: under valgrind that alone takes a minute.
+    It imports only torch, which takes a minute under valgrind.
     """
     torch.set_num_threads(1)
     torch.ops.load_library(library)
@@ -82,10 +81,10 @@ def child(library: Path) -> None:
 
 
 def count_in(profile: str, library: str) -> Counter[str]:
-    """Instructions by function that a callgrind profile gives to one library and to the C library's mathematics (libm).
+    """Instructions by function in a callgrind profile, of one library and of the C library's mathematics (libm).
 
-    A profile is read line by line: `ob=` and `fn=` say whose the lines are that follow, `calls=` that the next line is the cost
-    of a callee and belongs to it, and a line that begins with a place in the source is a cost.
+    In a profile, `ob=` and `fn=` name the object and function of the next lines; `calls=` says that the next line is a callee's
+    cost, which is not counted here; a line that begins with a place in the source is a cost.
     """
     found: Counter[str] = Counter()
     inside, function, skip = False, "", False
@@ -105,7 +104,7 @@ def count_in(profile: str, library: str) -> Counter[str]:
 
 
 def short(function: str) -> str:
-    """A C++ function's name without arguments and templates' insides, so that a table can hold it."""
+    """A C++ function's name without its arguments and template arguments, short enough for a table."""
     depth, kept = 0, []
     for character in function.replace("(anonymous namespace)::", ""):
         depth += character in "<(" and 1
@@ -117,7 +116,7 @@ def short(function: str) -> str:
 
 
 def profiles(folder: Path, library: Path) -> list[str]:
-    """Run the cases under callgrind; one profile for each counted call, in order. Raises UsageError where that cannot be."""
+    """Run the cases under callgrind. Returns a profile for each counted call, in order. Raises UsageError if that fails."""
     command = ["valgrind", "--tool=callgrind", "--collect-atstart=no", "--compress-strings=no", "--compress-pos=no"]
     command += [
         f"--callgrind-out-file={folder / 'profile'}",
@@ -158,14 +157,14 @@ def measure() -> list[dict[str, Any]]:
         counts = [count_in(text, library.LIBRARY_PATH.name) for text in parts[i * CALLS : (i + 1) * CALLS]]
         totals = [sum(count.values()) for count in counts]
         if len(set(totals)) > 1 or not totals[0]:
-            raise UsageError(f"{name} executed {totals} instructions in {CALLS} equal calls; a count is of use where they agree")
+            raise UsageError(f"{name} executed {totals} instructions in {CALLS} equal calls; counts are useful only if equal")
         largest = {short(function): count for function, count in counts[0].most_common(4)}
         rows.append(what | {"instructions": totals[0], "functions": largest})
     return rows
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The script: 0, or 2 where nothing can be counted."""
+    """The script: 0, or 2 if nothing can be counted."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=RESULTS / "cpu", help="folder of instructions.json")
     parser.add_argument("--child", type=Path, help=argparse.SUPPRESS)

@@ -1,9 +1,9 @@
-"""What the last block's rows are worth: forward and backward with the rows the head reads, and with all of them, in turn.
+"""The last block on the head's rows only: forward and backward with those, and with all rows, in turn.
 
     python bench/last_block.py [--preset tiny] [--vocabulary 4097] [--batch 8] [--rounds 31] [--out FOLDER]
 
-Half of the tokens are hidden. Losses and gradients of the two must agree first. The prediction is the share of floating-point
-operations that is left out; see docs/notes/last_block.md.
+Half of the tokens are hidden. Losses and gradients of the two must agree first. The predicted ratio comes from the floating-point
+operations that are left out; see docs/notes/last_block.md.
 """
 
 from __future__ import annotations

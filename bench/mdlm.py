@@ -1,10 +1,10 @@
-"""MDLM's training step as people run it, in plain PyTorch: the baseline every throughput figure is a ratio to.
+"""MDLM's training step in plain PyTorch, as it is usually run: the baseline of every throughput ratio.
 
 Eager modules, SDPA or flash-attn, fp32 LayerNorm and residual stream, logits of every token in fp32, log-probabilities over the
 whole vocabulary with visible tokens overwritten (SUBS), Bernoulli masks at stratified times, the 1 / t weights, fused AdamW and
-a foreach average. It is written from the published description of the model; parameters carry the names `atat_fast.models.DiT`
-gives them, but for the modulation tables, which are each block's own here (`block_by_block`), so that both can hold the same
-weights and be checked against each other before either is timed.
+a foreach average. It is written from the published description of the model. Parameters have the names of `atat_fast.models.DiT`,
+except for modulation tables, of which each block has its own here (`block_by_block`). So both can hold the same weights and be
+compared before either is timed.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ FLASH_ATTN = importlib.util.find_spec("flash_attn") is not None
 
 
 def mdlm_network(config: ModelConfig) -> ModelConfig:
-    """The sizes of a preset for MDLM's network, which has none of the options beyond it: what both sides are timed as."""
+    """A preset's sizes with every option beyond MDLM's network turned off, for both sides."""
     return dataclasses.replace(config, tie_embeddings=False, qk_norm=False, activation="gelu")
 
 
@@ -53,7 +53,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 
 
 def plain_attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """q, k, v [B, H, L, E] to [B, L, H, E]: flash-attn where it is installed and can run, SDPA elsewhere."""
+    """q, k, v [B, H, L, E] to [B, L, H, E]: by flash-attn if it is installed and can run, else SDPA."""
     if q.is_cuda and q.dtype in (torch.bfloat16, torch.float16) and FLASH_ATTN:
         from flash_attn import flash_attn_func
 
@@ -139,7 +139,7 @@ class PlainMDLM(nn.Module):
         return (nll * weight[:, None]).sum() / tokens.numel()
 
     def fusible_loss(self, tokens: Tensor, noisy: Tensor, weight: Tensor) -> Tensor:
-        """The same number in the form that compiles best: no assignment under a mask, no size that depends on data."""
+        """`loss` in the form that compiles best: no assignment under a mask, no size that depends on data."""
         logits = self.logits(noisy).float()
         never = torch.arange(self.vocab_size, device=logits.device) == self.mask_id
         log_p = torch.log_softmax(torch.where(never, NEVER, logits), dim=-1)
@@ -147,7 +147,7 @@ class PlainMDLM(nn.Module):
         return (torch.where(noisy == self.mask_id, nll, 0.0) * weight[:, None]).sum() / tokens.numel()
 
     def masks(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
-        """(noisy, weight): each token hidden with chance t, times stratified over the batch."""
+        """(noisy, weight): each token is hidden with chance t; times are stratified over the batch."""
         schedule = LogLinear()
         batch = len(tokens)
         t = (torch.rand(batch, device=tokens.device) / batch + torch.arange(batch, device=tokens.device) / batch) % 1

@@ -18,8 +18,8 @@ from atat_fast.hardware.compute import Compute, environment, short
 class OpTable:
     """Rows of times. `time` adds one.
 
-    same: what rows that are compared have in common.   peers: for each speedup_over_NAME, the way it is measured against.
-    settings: what else the file should say.
+    same: fields that are equal in rows to compare.   peers: by NAME of a speedup_over_NAME, the way that it is relative to.
+    settings: more facts for the file.
     """
 
     def __init__(
@@ -38,7 +38,7 @@ class OpTable:
     def time(
         self, benchmark: Any, call: Callable[[], object], *, warmup: int = 5, setup: Any = None, **row: Any
     ) -> dict[str, Any]:
-        """Time a call, the wait for the device included. row: what was called, and its bytes or flops. Returns the row."""
+        """Time a call, including the wait for the device. row: what was called, and its bytes or flops. Returns the row."""
 
         def timed() -> None:
             call()

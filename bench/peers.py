@@ -1,4 +1,4 @@
-"""The programs these kernels are measured against: what is installed here, what each is compared on, with which settings.
+"""The libraries that ops are compared with: which are installed, on which ops, with which settings.
 
     python bench/peers.py        a table
 
@@ -6,10 +6,10 @@
     for name, peer in linear_cross_entropy_peers(device).items():
         loss = peer(hidden, weight, target, bias, token_weight)
 
-A comparison is fair when a peer runs with its defaults and with its best settings, in the same process, on the same random data,
-forward and backward together (some compute the gradient in the forward pass), with its version beside the figure. Peers are
-imported when one is asked for, never at the top. What a peer's call here rests on is said beside it: its published source where
-the peer is no part of torch, since no machine without a GPU can run it.
+A comparison is fair if a peer runs with its defaults and with its best settings, in the same process, on the same random data,
+forward and backward together (some compute the gradient in the forward pass), with its version beside the figure. A peer is
+imported only when it is asked for. Each call says what it was written from: for peers outside torch their published source,
+because they run on a GPU only.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Peer:
-    """A project to compare with. `distribution` is its name to pip, `module` what is imported."""
+    """A project to compare with. `distribution` is its name in pip, `module` the name to import."""
 
     name: str
     distribution: str
@@ -52,7 +52,7 @@ class Peer:
 
 
 def torch_has(name: str) -> str | None:
-    """torch's version where torch.nn.functional has `name`, or None."""
+    """torch's version if torch.nn.functional has `name`, else None."""
     return torch.__version__ if hasattr(F, name) else None
 
 
@@ -62,7 +62,7 @@ class Apex(Peer):
 
     @property
     def version(self) -> str | None:
-        """The installed version of NVIDIA's, told from its namesake by a module only it has."""
+        """The installed version of NVIDIA's apex, which a module that only it has tells from its namesake."""
         found = importlib.util.find_spec("apex")
         places = list(found.submodule_search_locations or ()) if found else []
         return super().version if any((Path(place) / "normalization").is_dir() for place in places) else None
@@ -70,11 +70,11 @@ class Apex(Peer):
 
 @dataclass(frozen=True)
 class Native(Peer):
-    """A part of torch itself: `module` is the name in torch.nn.functional, or empty for what every torch has."""
+    """A part of torch itself: `module` is the name in torch.nn.functional, or empty if every torch has it."""
 
     @property
     def version(self) -> str | None:
-        """torch's, where torch has it."""
+        """torch's version, if torch has it."""
         return torch_has(self.module) if self.module else torch.__version__
 
 
@@ -138,11 +138,11 @@ PEERS = (
         "pip install quack-kernels",
     ),
 )
-"""In the order of the table."""
+"""Every peer, in the table's order."""
 
 
 def versions() -> dict[str, str | None]:
-    """Every peer's version or None: what a result file says beside its figures."""
+    """Every peer's version or None, for result files."""
     return {peer.name: peer.version for peer in PEERS}
 
 
@@ -154,10 +154,10 @@ class HeadPeer:
     """A head and its weighted loss: peer(hidden, weight, target, bias, token_weight) is sum_i token_weight[i] * nll[i].
 
     hidden [N, D] in the compute dtype; weight [V, D] and bias [V] or None, cast to it; target [N] int64; token_weight [N] fp32 or
-    None for ones. With `rows` [R], target and token_weight are [R] and only those rows of hidden are taken, by a gather.
+    None for ones. With `rows` [R], target and token_weight are [R], and only those rows of hidden are gathered and used.
 
-    cannot: what it does not do, and by which detour it is made to; empty where it does all. takes_bias: whether a bias can be
-    given. read: what the call was written from. Every peer is differentiable in hidden, weight, bias and token_weight.
+    cannot: what it does not do, and the detour that does it here; empty if it does all. takes_bias: whether a bias can be given.
+    read: what the call was written from. Every peer is differentiable in hidden, weight, bias and token_weight.
     """
 
     name: str
@@ -175,7 +175,7 @@ class HeadPeer:
         token_weight: Tensor | None = None,
         rows: Tensor | None = None,
     ) -> Tensor:
-        """The loss, in nats. Raises ValueError for a bias that the peer does not take: it is never left out in silence."""
+        """The loss, in nats. Raises ValueError for a bias that the peer does not take; it is never silently left out."""
         if bias is not None and not self.takes_bias:
             raise ValueError(f"{self.name} takes no bias here ({self.cannot}); compare it without one, and say so")
         if rows is not None:
@@ -185,13 +185,13 @@ class HeadPeer:
 
 
 def weighted(nll: Tensor, token_weight: Tensor | None) -> Tensor:
-    """The fp32 weighted sum (fp64 stays)."""
+    """The weighted sum in fp32, or fp64 for fp64 rows."""
     nll = nll if nll.dtype is torch.float64 else nll.float()
     return nll.sum() if token_weight is None else (nll * token_weight).sum()
 
 
 def eager(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None) -> Tensor:
-    """Logits in the compute dtype, log-probabilities in fp32, a gather, a sum: what people write."""
+    """The usual code: logits in the compute dtype, log-probabilities in fp32, a gather, a sum."""
     logits = F.linear(hidden, weight, bias)
     logits = logits if logits.dtype is torch.float64 else logits.float()
     nll = -logits.log_softmax(dim=1).gather(1, target[:, None])[:, 0]
@@ -205,7 +205,7 @@ def compiled_eager() -> Loss:
 
 
 def native(options: Callable[[], Any]) -> Loss:
-    """torch's own; without token weights in its three-product form, with them by row and so with a second computation."""
+    """torch's own: with three products if there are no token weights, else by row, which computes the logits twice."""
 
     def call(hidden: Tensor, weight: Tensor, target: Tensor, bias: Tensor | None, token_weight: Tensor | None) -> Tensor:
         how = {"linear_bias": bias, "options": options()}
@@ -217,7 +217,7 @@ def native(options: Callable[[], Any]) -> Loss:
 
 
 def liger(accumulate: torch.dtype | None, chunks: int | None) -> Loss:
-    """Liger's fused function; row losses where there are token weights, so that their gradients are right."""
+    """Liger's fused function; with token weights by row losses, so that gradients are right."""
     from liger_kernel.transformers.functional import liger_fused_linear_cross_entropy
 
     more: dict[str, Any] = {} if accumulate is None else {"accum_dtype": accumulate}
@@ -233,7 +233,7 @@ def liger(accumulate: torch.dtype | None, chunks: int | None) -> Loss:
 
 
 def cut(settings: dict[str, Any]) -> tuple[Loss, bool]:
-    """Apple's cut cross-entropy with those of `settings` that the installed version knows, and whether that takes a bias."""
+    """Apple's cut cross-entropy with those of `settings` that the installed version has, and whether it takes a bias."""
     from cut_cross_entropy import linear_cross_entropy
 
     known = cut_options()
@@ -276,7 +276,7 @@ def needs(module: str, device: torch.device) -> str | None:
         return "it runs on CUDA tensors"
     try:
         importlib.import_module(module)
-    except Exception as error:  # whatever a foreign package raises while it is imported
+    except Exception as error:  # a foreign package may raise anything while it is imported
         return f"it cannot be imported: {' '.join(str(error).split())[:200]}"
     return None
 
@@ -327,7 +327,7 @@ def linear_cross_entropy_missing(device: torch.device) -> dict[str, str]:
     reasons = {"liger": needs("liger_kernel", device), "cce": needs("cut_cross_entropy", device)}
     if not torch_has("linear_cross_entropy"):
         reasons["torch"] = f"torch {torch.__version__} has no F.linear_cross_entropy; 2.13 and newer have"
-    reasons["quack"] = "every head here has a bias and a vocabulary that is no multiple of 8, for which quack runs the plain loss"
+    reasons["quack"] = "every head here has a bias and a vocabulary not a multiple of 8, for which quack runs the plain loss"
     return {name: reason for name, reason in reasons.items() if reason is not None}
 
 

@@ -1,7 +1,7 @@
 """The `benchmark` fixture of pytest-benchmark for machines without it: `python -m pytest -p plain_benchmark bench/bench_*.py`.
 
-It times what bench/bench_*.py ask for, `benchmark.pedantic`, and gives the statistics they read. It draws no tables and compares
-nothing. bench/gpu_suite.py loads it where pytest-benchmark cannot be imported.
+It has what bench/bench_*.py use: `benchmark.pedantic` and the statistics they read. It draws no tables and compares nothing.
+bench/gpu_suite.py loads it if pytest-benchmark cannot be imported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import pytest
 
 
 class Statistics:
-    """Seconds of the rounds and what pytest-benchmark derives from them."""
+    """Seconds of the rounds, and the figures that pytest-benchmark derives from them."""
 
     def __init__(self, data: list[float]) -> None:
         self.data, self.rounds = data, len(data)
@@ -26,7 +26,7 @@ class Statistics:
 
 
 class Metadata:
-    """Where pytest-benchmark keeps the statistics: `benchmark.stats.stats`."""
+    """Holds the statistics where pytest-benchmark does: `benchmark.stats.stats`."""
 
     def __init__(self, data: list[float]) -> None:
         self.stats = Statistics(data)
@@ -50,7 +50,7 @@ class Benchmark:
         warmup_rounds: int = 0,
         iterations: int = 1,
     ) -> Any:
-        """Call `target` `rounds` times, each time `iterations` in a row, after `warmup_rounds` untimed; give its last result."""
+        """Call `target` in `rounds` rounds of `iterations` calls, after `warmup_rounds` untimed. Returns the last value."""
         assert rounds > 0 and iterations > 0 and not (setup and iterations > 1)
         seconds, result = [], None
         for i in range(warmup_rounds + rounds):
@@ -72,5 +72,5 @@ class Benchmark:
 
 @pytest.fixture
 def benchmark() -> Benchmark:
-    """What pytest-benchmark calls the same."""
+    """pytest-benchmark's fixture of this name."""
     return Benchmark()

@@ -1,4 +1,4 @@
-"""Watts and joules of a GPU, from the driver's own counter of energy (NVML); without nvidia-ml-py there is no such figure."""
+"""Watts and joules of a GPU, from the driver's energy counter (NVML); needs nvidia-ml-py."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import torch
 
 
 class EnergyMeter:
-    """Joules a GPU has used since its driver was loaded, in steps of about 0.1 s; None everywhere where nobody counts them."""
+    """Joules a GPU has used since its driver was loaded, updated about every 0.1 s; None if the machine has no counter."""
 
     def __init__(self, device: torch.device) -> None:
         self._read: Any = None
@@ -20,7 +20,7 @@ class EnergyMeter:
             pynvml.nvmlInit()
             handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{torch.cuda.get_device_properties(device).uuid}")
             pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)  # cards before Volta refuse here
-        except Exception:  # no package, no driver, no such counter: each is a machine without this figure
+        except Exception:  # no package, no driver or no such counter: no figure
             return
         self._read = lambda: pynvml.nvmlDeviceGetTotalEnergyConsumption(handle) / 1e3
 
@@ -30,7 +30,7 @@ class EnergyMeter:
 
 
 def figures(joules: float | None, seconds: float, tokens: float) -> dict[str, float]:
-    """Mean watts and joules per million tokens of work that took `joules`; nothing where they were not counted."""
+    """Mean watts and joules per million tokens of work that took `joules`; empty if they were not counted."""
     if joules is None or seconds <= 0 or tokens <= 0:
         return {}
     return {"watts": joules / seconds, "joules_per_million_tokens": joules / tokens * 1e6}

@@ -1,10 +1,10 @@
 """Where a training step's time goes, op by op: a Chrome trace, and a table against the ops' cost models.
 
-Every event of torch.profiler is given to one group, by the nearest op above it that has a name of its own here; its own time (on
-a GPU, that of the kernels it launched) is counted once. What is left of the step is `between ops`: Python and the profiler's own
-work on a CPU, waiting on a GPU. The groups therefore add up to the step that was profiled; how much slower that one was than a
-step nobody watched is recorded beside it. FLOPs and bytes are what the group has to do at least, from the `*_cost` functions;
-a share of the roofline is that least time over the time taken, where the device's peaks are known (bench/devices.py).
+Every event of torch.profiler belongs to one group, by the nearest op above it that is named here. Its own time (on a GPU, that of
+the kernels it launched) counts once. The rest of the step is `between ops`: Python and the profiler's own work on a CPU, waiting
+on a GPU. So the groups add up to the profiled step; the time of a step without the profiler is recorded beside it. FLOPs and
+bytes are the least that a group must do, from the `*_cost` functions. A share of the roofline is the least time for them over the
+time taken, if the device's peaks are known (bench/devices.py).
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ FALLBACK = (
 
 
 def group_of(event: Any, vocabulary: int) -> str:
-    """The group that an event's own time belongs to."""
+    """The group of an event's own time."""
     name = event.name
     is_product = name in PRODUCTS
     head_shaped = any(vocabulary <= size < vocabulary + 128 for shape in (event.input_shapes or []) for size in (shape or []))
@@ -84,7 +84,7 @@ def group_of(event: Any, vocabulary: int) -> str:
 
 
 def costs(variant: Variant) -> dict[str, Cost]:
-    """What each group of a step has to do at least, for the groups that have a cost model."""
+    """The least work of each group of a step, for the groups that have a cost model."""
     s = variant.setting
     c, size = s.config.model, s.compute.dtype.itemsize
     rows, width, layers = s.batch * c.length, c.dim, c.layers
@@ -93,7 +93,7 @@ def costs(variant: Variant) -> dict[str, Cost]:
     head = linear_cross_entropy_cost(reach, width, s.vocabulary, element_size=size)
     attend = [attention_cost(s.batch, c.length, width, element_size=size, backward=b) for b in (False, True)]
     whole = step_cost(c, s.vocabulary, s.batch, reach).flops - head.flops - 3 * layers * attend[0].flops
-    if ours:  # behind the last attention only the hidden rows go on: its queries, output and MLP
+    if ours:  # the last block's queries, output projection and MLP are needed for hidden rows only
         whole -= 3 * 2 * (2 + 2 * c.mlp_ratio) * width * width * (rows - reach)
     weights = (4 + 2 * c.mlp_ratio) * width * width * layers
     chains = [gated_residual_norm_cost(rows, width, branch_bytes=size, backward=b).bytes for b in (False, True)]
@@ -118,12 +118,12 @@ def costs(variant: Variant) -> dict[str, Cost]:
 
 
 def least_seconds(cost: Cost, device: Device) -> float:
-    """The roofline: the longer of computing and moving at the device's peaks."""
+    """The roofline: the longer of the times for computing and for moving, at the device's peaks."""
     return max(cost.flops / device.flops, cost.bytes / device.bandwidth)
 
 
 def profile(variant: Variant, path: Path, device: Device | None, steps: int = 2) -> dict[str, Any]:
-    """Watch `steps` steps, write the trace to `path`, and give each group's seconds, FLOPs, bytes and share of the roofline."""
+    """Profile `steps` steps and write the trace to `path`. Returns each group's seconds, FLOPs, bytes and roofline share."""
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if variant.device.type == "cuda" else [])
     on_gpu = variant.device.type == "cuda"
     alone = variant.timed(steps)
@@ -138,7 +138,7 @@ def profile(variant: Variant, path: Path, device: Device | None, steps: int = 2)
     seconds: dict[str, float] = {}
     for event in watched.events():
         if event.device_type != torch.autograd.DeviceType.CPU:
-            continue  # a kernel: it is counted at the op that launched it
+            continue  # a kernel, counted at the op that launched it
         own = (event.self_device_time_total if on_gpu else event.self_cpu_time_total) / 1e6 / steps
         if own > 0 and not (event.name.startswith(("part:forward", "part:backward", "ProfilerStep"))):
             group = group_of(event, variant.setting.vocabulary)
@@ -159,7 +159,7 @@ def profile(variant: Variant, path: Path, device: Device | None, steps: int = 2)
 
 
 def write_trace(watched: Any, path: Path) -> str | None:
-    """The Chrome trace as gzip, under 10 MB; its name, or None where it would be larger and is not kept."""
+    """Write the Chrome trace as gzip. Returns its name, or None if it is over 10 MB and not kept."""
     path.parent.mkdir(parents=True, exist_ok=True)
     plain = path.with_suffix("")
     watched.export_chrome_trace(str(plain))
@@ -175,7 +175,7 @@ def op_table(name: str, kept: dict[str, Any]) -> list[str]:
     """A profile as lines."""
     step = kept["step_seconds"]
     lines = [
-        f"{name}: a profiled step of {step * 1e3:,.1f} ms ({step / kept['unwatched_step_seconds']:.2f} of one nobody watched)",
+        f"{name}: a profiled step of {step * 1e3:,.1f} ms ({step / kept['unwatched_step_seconds']:.2f} of an unprofiled one)",
         f"{'op':<28}{'ms':>10}{'share':>8}{'GFLOP':>10}{'MB':>10}{'of roofline':>13}",
     ]
     for group, g in kept["groups"].items():
@@ -187,6 +187,6 @@ def op_table(name: str, kept: dict[str, Any]) -> list[str]:
     lines.append(f"trace: {kept['trace'] or 'not kept: it is larger than 10 MB'}")
     if kept["device"] is None:
         lines.append(
-            "shares of a roofline need the device's peaks: python bench/ceilings.py measures a CPU's, when nothing else runs"
+            "shares of a roofline need the device's peaks: python bench/ceilings.py measures a CPU's, on an idle machine"
         )
     return lines

@@ -1,12 +1,11 @@
-"""A projection: what a training step should take, and hold, on a device nobody has measured yet.
+"""Project the time and memory of a training step on a device that was not measured.
 
     python bench/project.py --device rtx4090 --gpus 6 --preset small [--micro_batch 8] [--length 1024]
                             [--p2p | --no-p2p] [--vocabulary 50258] [--accumulation 1] [--out FILE.json]
 
-Work comes from the ops' own cost models, peaks from atat_fast/hardware/devices.py, and how much of a peak arrives is assumed,
-part by part, and printed. Nothing that this prints was measured, except where it says so: for every device that has a throughput
-file in bench/results it also gives the measured figure and its own error. `--device cpu` projects from what bench/ceilings.py
-measured.
+Work comes from the ops' cost models, and peaks from atat_fast/hardware/devices.py. The share of a peak that each part reaches is
+assumed, and printed. Figures are projections unless they are called measured: for every device with a throughput file in
+bench/results the measured figure and the projection's error are printed too. `--device cpu` uses bench/ceilings.py's peaks.
 
 The parts of a step, each from the ops' cost models:
 
@@ -58,8 +57,8 @@ LABEL = "PROJECTION, not a measurement"
 MOST_CARDS = 8
 GIB = 1 << 30
 
-# Kernels of one pass, counted from the model's own calls: a block's forward has four products, rotary, attention, activation and
-# two norm chains; its backward two products for each, three for attention, two for each chain, bias sums; then casts of weights.
+# Kernels of one pass, counted from the model's calls. A block's forward has four products, rotary, attention, activation and two
+# norm chains; its backward has two for each product, three for attention, two for each chain, bias sums; then casts of weights.
 KERNELS_PER_BLOCK = 32
 KERNELS_PER_SLAB = 6
 KERNELS_PER_PASS = 20
@@ -74,7 +73,7 @@ CAST_BYTES = 16
 
 @dataclass(frozen=True)
 class Part:
-    """One part of a step: what it does, and how long that is projected to take."""
+    """One part of a step: its work, and the projected seconds."""
 
     name: str
     flops: float
@@ -82,7 +81,7 @@ class Part:
     seconds: float
 
     def times(self, n: float) -> Part:
-        """The same, n times."""
+        """This part, n times."""
         return Part(self.name, self.flops * n, self.bytes * n, self.seconds * n)
 
 
@@ -92,7 +91,7 @@ def pass_parts(config: ModelConfig, vocabulary: int, batch: int, parameters: int
     hidden, shares = rows // 2, device.shares
     head = linear_cross_entropy_cost(hidden, width, vocabulary, element_size=size)
     attend = [attention_cost(batch, config.length, width, element_size=size, backward=b) for b in (False, True)]
-    # step_cost counts attention's backward as twice its forward; its own model counts what runs: scores again, five products.
+    # step_cost counts attention's backward as twice its forward; attention_cost counts the five products that run.
     products = step_cost(config, vocabulary, batch, hidden).flops - head.flops - 3 * layers * attend[0].flops
     attention = layers * sum(cost.flops for cost in attend)
 
@@ -150,12 +149,12 @@ class Projection:
 
     @property
     def seconds(self) -> float:
-        """Of a whole step."""
+        """Seconds of a whole step."""
         return sum(part.seconds for part in self.parts)
 
     @property
     def tokens_per_second(self) -> float:
-        """Of all cards."""
+        """Tokens a second of all cards."""
         return self.gpus * self.accumulation * self.micro_batch * self.length / self.seconds
 
     def mfu(self, flops: float) -> float:
@@ -196,15 +195,15 @@ def project(
     accumulation: int = 1,
     reduce_dtype: str = "fp32",
 ) -> Projection:
-    """The projection, every card with the whole model. micro_batch 0 is the largest that fits, up to 32; p2p None is what the
-    device offers; reduce_dtype: what gradients are summed in.
+    """The projection; every card holds the whole model. micro_batch: 0 for the largest that fits, up to 32. p2p: None for the
+    device's own. reduce_dtype: the dtype of gradient sums.
 
-    Raises UsageError for numbers that make no sense, more than eight cards, and a model that does not fit.
+    Raises UsageError for invalid numbers, more than eight cards, or a model that does not fit.
     """
     if not 1 <= gpus <= MOST_CARDS:
         raise UsageError(f"--gpus must be 1 to {MOST_CARDS}, the cards of one machine; got {gpus}")
     if device.key == "cpu" and gpus > 1:
-        raise UsageError(f"--device cpu is one process; leave --gpus {gpus} out")
+        raise UsageError(f"--device cpu is one process; leave out --gpus {gpus}")
     if micro_batch < 0 or accumulation < 1 or vocabulary < 2 or config.model.length < 1:
         raise UsageError("--micro_batch must be at least 0, --accumulation and --length at least 1, --vocabulary at least 2")
     check(config)
@@ -240,7 +239,7 @@ def project(
 
 
 def checked(results: Path) -> list[dict[str, Any]]:
-    """For every throughput file of a known device: tokens a second as measured and as projected, and the error, per cent."""
+    """For every throughput file of a known device: measured and projected tokens a second, and the error in per cent."""
     found = []
     for path in sorted(results.glob("*/throughput*.json")):
         try:
@@ -253,7 +252,7 @@ def checked(results: Path) -> list[dict[str, Any]]:
                 continue
             p = project(device, config, vocabulary=s["vocabulary"], micro_batch=s["micro_batch"])
         except (KeyError, TypeError, ValueError):
-            continue  # another tool's file, or one of an older shape: nothing to check against
+            continue  # another tool's file, or one of an older shape
         row = {"file": path.relative_to(results).as_posix(), "device": record["environment"]["device"]}
         error = (p.tokens_per_second / measured - 1) * 100
         row |= {"measured": measured, "projected": p.tokens_per_second, "error_percent": error}
@@ -262,14 +261,14 @@ def checked(results: Path) -> list[dict[str, Any]]:
 
 
 def verdict(rows: list[dict[str, Any]]) -> list[str]:
-    """What the projection is worth, in sentences."""
+    """The projection's error on measured devices, in sentences."""
     lines = [
         f"error    {r['file']} ({r['device']}): measured {r['measured']:,.0f} tokens/s, projected {r['projected']:,.0f}, "
         f"{r['error_percent']:+.0f} %"
         for r in rows
     ]
     if not any(r["device"].startswith("CPU") for r in rows):
-        lines.append("error    on CPUs unknown: no throughput file has ceilings of the same CPU beside it (bench/ceilings.py)")
+        lines.append("error    on CPUs unknown: no throughput file has ceilings of the same CPU (bench/ceilings.py)")
     if all(r["device"].startswith("CPU") for r in rows):
         lines.append("error    on GPUs unknown: bench/results has no throughput measured on one")
     return lines
@@ -341,11 +340,11 @@ SIX = (
     ("192 sequences a step, bf16 sums", 192, "bf16", False),
     ("24 sequences a step, bf16 sums, were there peer-to-peer", 24, "bf16", True),
 )
-"""Ways to train on six cards: words, sequences a step, dtype of gradient sums, peer-to-peer."""
+"""Ways to train on six cards: (description, sequences a step, dtype of gradient sums, peer-to-peer)."""
 
 
 def six_cards() -> list[dict[str, Any]]:
-    """Preset small on six RTX 4090: minutes for 1.23 billion tokens, and what of a step waits for gradients."""
+    """Preset small on six RTX 4090: minutes for 1.23 billion tokens, and the share of a step that waits for gradients."""
     rows = []
     for what, batch, reduce_dtype, p2p in SIX:
         config = load_preset("small")
@@ -362,7 +361,7 @@ def six_cards() -> list[dict[str, Any]]:
 
 
 def six_verdict(rows: list[dict[str, Any]]) -> str:
-    """Whether six cards do it in 45 minutes, and if not what stands in the way."""
+    """Whether six cards do it in 45 minutes, and if not, why."""
     first, inside = rows[0], [row["what"] for row in rows if row["minutes"] <= MINUTES]
     plain = f"{first['what']}: {first['minutes']:.0f} minutes"
     if first["minutes"] <= MINUTES:
@@ -376,7 +375,7 @@ def six_verdict(rows: list[dict[str, Any]]) -> str:
 
 
 def write_six(path: Path) -> None:
-    """The projections of six cards, as a file that bench/report.py draws."""
+    """Write the projections of six cards as a file for bench/report.py."""
     rows = six_cards()
     record = {"benchmark": "projection", "projection": True, "label": LABEL, "six": rows, "verdict": six_verdict(rows)}
     path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -1,11 +1,11 @@
-"""Redraw what the README and the docs say from the files in bench/results.
+"""Write the tables and pictures of the README and docs from the files in bench/results.
 
     python bench/report.py                      rewrite the tables and pictures
-    python bench/report.py --check              exit 1 where a table is not what the files give
-    python bench/report.py --record runs/demo   first keep a run's settings, facts and metrics under bench/results
-    python bench/report.py --record_compare compare/demo   first keep what a comparison of recipes found there
+    python bench/report.py --check              exit 1 if a table or picture is not what the files give
+    python bench/report.py --record runs/demo   first copy a run's settings, facts and metrics to bench/results
+    python bench/report.py --record_compare compare/demo   first copy a comparison of recipes there
 
-Tables stand between <!-- NAME --> and <!-- /NAME --> in their document. A table for a device appears when its files do.
+A table is between <!-- NAME --> and <!-- /NAME --> in its document, and has rows for the devices that have files.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ RUN_FILES = ("config.yaml", "run.json", "metrics.jsonl")
 
 
 def demo_table(run: Run) -> str:
-    """What `make train` ended with."""
+    """The final figures of `make train`."""
     last, facts = run.evals[-1], run.facts
     gain = last["unigram_entropy"] - last["nll"]
     rows = {
@@ -74,7 +74,7 @@ def tables() -> dict[Path, dict[str, str]]:
 
 
 def pictures() -> dict[str, bytes]:
-    """Every picture whose files are there, by its name in docs/images."""
+    """Every picture that has files, by its name in docs/images."""
     demo, drawn = RESULTS / "cpu" / "demo", {}
     if demo.is_dir():
         drawn["demo.png"] = overview_png(curves_of(read_run(demo)))
@@ -86,7 +86,7 @@ def pictures() -> dict[str, bytes]:
 
 
 def rewrite(text: str, generated: dict[str, str], name_of_document: str = "README.md") -> str:
-    """`text` with each generated table in its place. Raises UsageError where a place is missing."""
+    """`text` with each generated table in its place. Raises UsageError if a place is missing."""
     for name, table in generated.items():
         place = rf"(<!-- {name} -->\n).*?(<!-- /{name} -->)"
         text, count = re.subn(place, lambda m, t=table: f"{m[1]}{t}\n{m[2]}", text, count=1, flags=re.DOTALL)
@@ -96,7 +96,7 @@ def rewrite(text: str, generated: dict[str, str], name_of_document: str = "READM
 
 
 def record(folder: Path) -> None:
-    """Keep what a run's pictures and tables are made from; home folders and the like are not part of it."""
+    """Copy the files of a run from which its pictures and tables are made; none holds paths of this machine."""
     read_run(folder)
     kept = RESULTS / "cpu" / "demo"
     kept.mkdir(parents=True, exist_ok=True)
@@ -105,8 +105,8 @@ def record(folder: Path) -> None:
 
 
 def record_compare(folder: Path) -> Path:
-    """Keep a comparison's compare.json and curves under its device's name, preset and budget: a new one replaces what was
-    compared at the same cost. Raises UsageError where there is none.
+    """Copy a comparison's compare.json and curves under its device, preset and budget; a new one replaces the one at the same
+    cost. Raises UsageError if the folder has none.
     """
     path = folder / "compare.json"
     try:
@@ -132,7 +132,7 @@ def record_compare(folder: Path) -> Path:
 def main(arguments: list[str] | None = None) -> int:
     """The script."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 where a document is out of step")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a document is out of step")
     parser.add_argument("--record", type=Path, help="a run folder of the demo preset to keep")
     parser.add_argument("--record_compare", type=Path, help="a folder of python -m atat_fast.compare to keep")
     args: Any = parser.parse_args(arguments)

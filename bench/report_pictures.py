@@ -1,4 +1,4 @@
-"""Pictures of what benchmarks recorded: tokens a second, memory, and rooflines. Each takes records and gives a PNG's bytes."""
+"""Pictures of benchmark results: tokens a second, memory, rooflines. Each function takes records and returns a PNG's bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def title_of(record: dict[str, Any]) -> str:
 
 
 def throughput_png(record: dict[str, Any]) -> bytes:
-    """Tokens a second with quartiles, what a step adds to memory, and where its time goes, as far as the record has them."""
+    """Tokens a second with quartiles, a step's memory, and where its time goes, as far as the record has them."""
     results = record["results"]
     names = list(results)
     sizes = [results[name].get("step_memory_bytes") for name in names]
@@ -78,7 +78,7 @@ def throughput_png(record: dict[str, Any]) -> bytes:
 
 
 def head_memory_png(results: Path) -> bytes | None:
-    """Memory of one head call against the vocabulary, from the first device that has it, a GPU before a CPU; None without one."""
+    """Memory of one head call by vocabulary, from the first device that has it, GPUs before CPUs; None without one."""
     for path in sorted(results.glob("*/linear_cross_entropy.json"), key=lambda path: (path.parent.name == "cpu", path)):
         record = json.loads(path.read_text(encoding="utf-8"))
         found = record.get("memory_by_vocabulary")
@@ -104,7 +104,7 @@ def head_memory_png(results: Path) -> bytes | None:
 
 
 def latest_throughput_png(results: Path) -> bytes | None:
-    """Bars of the throughput run that says most: a GPU's before a CPU's, then the one with the largest model."""
+    """Bars of one throughput run: a GPU's before a CPU's, then the largest model's."""
     found = [json.loads(path.read_text(encoding="utf-8")) for path in sorted(results.glob("*/throughput-*.json"))]
     if not found:
         return None
@@ -117,9 +117,9 @@ def latest_throughput_png(results: Path) -> bytes | None:
 
 
 def roofline_png(results: Path) -> bytes | None:
-    """Rate against arithmetic intensity of every profiled group whose cost is known, under the roof of its device.
+    """Rate by arithmetic intensity of every profiled group with a cost model, under its device's roofline.
 
-    None where no profile has a device whose peaks are known.
+    None if no profile is of a device whose peaks are known.
     """
     for path in sorted(results.glob("*/throughput-*.json")):
         record = json.loads(path.read_text(encoding="utf-8"))

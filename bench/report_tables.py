@@ -1,6 +1,6 @@
-"""Tables of what benchmarks recorded, in Markdown: each takes the folder of results and gives one, or nothing without files.
+"""Markdown tables of benchmark results. Each function takes the folder of results and returns a table, or '' without files.
 
-A file lies in bench/results/<device>/; its shape is described at the top of bench/compare.py.
+Files are in bench/results/<device>/; the top of bench/compare.py describes them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ MIB = 1 << 20
 
 
 def records(results: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
-    """(device and dtype, record) of every file of that name (a glob), devices in the order of their folders."""
+    """(device and dtype, record) of every file of that name (a glob), in the order of folders."""
     for path in sorted(results.glob(f"*/{name}.json")):
         record = json.loads(path.read_text(encoding="utf-8"))
         facts = record["environment"]
@@ -24,7 +24,7 @@ def records(results: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table; a leading cell equal to the one above it stays empty."""
+    """A table. A leading cell is empty if it equals the one above."""
     lines = ["| " + " | ".join(heads) + " |", "|" + "---|" * len(heads)]
     before: Sequence[str] = ()
     for row in rows:
@@ -93,7 +93,7 @@ def compare(results: Path) -> str:
 
 
 def throughput(results: Path) -> str:
-    """What the README shows of every throughput run."""
+    """The README's columns of every throughput run."""
     rows = []
     for device, record in records(results, "throughput-*"):
         for name, r in record["results"].items():
@@ -115,7 +115,7 @@ def throughput(results: Path) -> str:
 
 
 def throughput_details(results: Path) -> str:
-    """The rest of it: memory, utilisation, energy, losses, and why a variant is missing."""
+    """More columns of every throughput run: memory, utilisation, energy, losses, and why a variant is missing."""
     heads = (
         "device",
         "model",
@@ -146,7 +146,7 @@ def throughput_details(results: Path) -> str:
 
 
 def step_parts(results: Path) -> str:
-    """Milliseconds of a step by part, for the runs that took steps apart."""
+    """Milliseconds of a step by part, for the runs that measured parts."""
     rows, names = [], ()
     for device, record in records(results, "throughput-*"):
         for name, r in record["results"].items():
@@ -235,7 +235,7 @@ def head_sweep(results: Path) -> str:
 
 
 def ceilings(results: Path) -> str:
-    """What devices reached at best."""
+    """The best rates of devices."""
     rows = []
     for device, record in records(results, "ceilings"):
         for r in record["results"]:
@@ -333,7 +333,7 @@ def block(results: Path) -> str:
 
 
 def scaling_measured(results: Path) -> str:
-    """Ranks of one machine, as the trainer ran on them."""
+    """The trainer on several ranks of one machine."""
     rows = []
     for device, record in records(results, "scaling"):
         cores = record["settings"]["cores"]

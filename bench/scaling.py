@@ -1,9 +1,9 @@
-"""How training over ranks of this machine compares with one process: the same losses, and what a rank more costs.
+"""Compare training over several ranks of this machine with one process: losses, and tokens a second.
 
     python bench/scaling.py [--ranks 1 2] [--steps 20] [--modes ddp fsdp] [--out FOLDER]   writes FOLDER/scaling.json
 
-torchrun starts the trainer on 1, 2, ... ranks, gloo between them, the same global batch each time. Ranks of one CPU share its
-cores, so nothing gets faster. Times on cards that nobody had are bench/project.py's.
+torchrun starts the trainer on 1, 2, ... ranks over gloo, with the same global batch each time. Ranks of one CPU share its cores,
+so nothing gets faster. bench/project.py projects times on cards that were not measured.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ from atat_fast.hardware.compute import environment, resolve
 
 
 def measure(ranks: int, mode: str, steps: int, preset: str) -> dict[str, Any]:
-    """Train `steps` steps on `ranks` processes of this machine; losses, and tokens a second without the first line's.
+    """Train `steps` steps on `ranks` processes of this machine. Returns losses, and tokens a second after the first log line.
 
-    Raises UsageError with the trainer's own words where it does not end well.
+    Raises UsageError with the trainer's own error if it fails.
     """
     every = max(1, steps // 4)
     with tempfile.TemporaryDirectory() as root:
@@ -60,7 +60,7 @@ def measure(ranks: int, mode: str, steps: int, preset: str) -> dict[str, Any]:
 
 
 def measured(ranks: list[int], modes: list[str], steps: int, preset: str) -> list[dict[str, Any]]:
-    """Every number of ranks under every mode, and how far its losses are from the first one's."""
+    """`measure` for every number of ranks and mode, with the largest difference of losses from the first one's."""
     rows = [
         measure(n, mode, steps, preset) for n in ranks for mode in (modes if n > 1 else modes[:1])
     ]  # fmt: skip

@@ -6,13 +6,13 @@
 
 A step is everything a trainer does: read tokens, hide some, forward, backward, clip, optimizer, average. The variants begin with
 the same weights, and before anything is timed plain MDLM's and atat_fast's losses and gradients on one masked batch must agree.
-Rounds are interleaved, figures are medians with quartiles. Where a step's time goes comes from steps of their own (without CUDA
-graphs, which show no parts), a CPU's memory from processes of their own, and power, where a GPU's driver counts it, from the
-rounds. It leaves throughput-PRESET-VOCABULARY-MICRO_BATCH.json and .png in bench/results/<device>, with --profile a Chrome trace
-and a table by op too.
+Rounds are interleaved, figures are medians with quartiles. The parts of a step are timed in separate steps (without CUDA graphs,
+which show no parts), a CPU's memory in separate processes, and power, if a GPU's driver counts it, in the rounds. Writes
+throughput-PRESET-VOCABULARY-MICRO_BATCH.json and .png in bench/results/<device>; with --profile also a Chrome trace and a table
+by op.
 
-What there is no time for is left out, from what takes longest on, and said: first the compiled plain variant on a CPU, where it
-compiles for most of a minute, then rounds, then memory. --seconds 0 takes all the time it needs.
+If time is short, the slowest things are left out, and the output says so: first the compiled plain variant on a CPU, which
+compiles for most of a minute, then rounds, then memory. --seconds 0 sets no limit.
 """
 
 from __future__ import annotations
@@ -46,12 +46,12 @@ from atat_fast.hardware.compute import Compute, environment, resolve
 from atat_fast.models.dit import step_cost
 
 DEFAULTS = {"cpu": ("tiny", 30_522), "cuda": ("small", 50_258)}
-"""Preset and vocabulary where nobody says: what a step of takes seconds on two CPU cores, and MDLM's own size on a GPU."""
+"""Default preset and vocabulary: a step takes seconds on two CPU cores; on a GPU it is MDLM's own size."""
 TURN_SECONDS = 1.0
-"""A variant's turn in a round lasts about this long on a GPU, for its counter of energy to move."""
+"""About the length of a variant's turn in a round on a GPU, so that its energy counter moves."""
 COMPILE_SECONDS = 60.0
 CHILD_SECONDS = 12.0
-"""Assumed of a CPU: what compiling the plain step takes, and starting a process and building a model."""
+"""Assumed for a CPU: seconds to compile the plain step, and to start a process and build a model."""
 NO_TIME = "no time left: on a CPU it compiles for most of a minute (--variants and --seconds decide)"
 LARGEST_SECONDS = 120.0
 
@@ -78,7 +78,7 @@ def arguments() -> argparse.ArgumentParser:
 
 
 class Budget:
-    """Seconds that are left of `seconds`; a limit of 0 is none."""
+    """Seconds left of `seconds`; 0 for no limit."""
 
     def __init__(self, seconds: float) -> None:
         self.end = time.monotonic() + seconds if seconds else float("inf")
@@ -89,12 +89,12 @@ class Budget:
 
     @property
     def left(self) -> float:
-        """Seconds, below 0 where it is overdrawn."""
+        """Seconds left, below 0 if it is overdrawn."""
         return self.end - time.monotonic()
 
 
 class Ranks:
-    """The processes that torchrun started, or one."""
+    """The processes that torchrun started, or this one."""
 
     def __init__(self, device: torch.device) -> None:
         self.count, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))
@@ -106,7 +106,7 @@ class Ranks:
             dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
 
     def agree(self, value: float) -> float:
-        """Rank 0's value, on every rank: what is decided by time has to be decided alike."""
+        """Rank 0's value, on every rank, so that all ranks decide alike by time."""
         if self.count == 1:
             return value
         box = torch.tensor(value, dtype=torch.float64, device=self.device)
@@ -125,7 +125,7 @@ class Ranks:
 
 
 def chosen(names: list[str]) -> list[str]:
-    """The variants named, or all, in their order. Raises UsageError for a name that is none."""
+    """The variants named, or all, in their order. Raises UsageError for an unknown name."""
     for name in names:
         if name not in VARIANTS:
             raise UsageError(f"there is no variant {name!r}{nearest(name, VARIANTS)}; variants are {', '.join(VARIANTS)}")
@@ -133,7 +133,7 @@ def chosen(names: list[str]) -> list[str]:
 
 
 def setting_of(args: argparse.Namespace, compute: Compute, ranks: Ranks) -> Setting:
-    """Sizes and data of a run; fills in args.preset and args.vocabulary. Raises UsageError where they make no sense."""
+    """Sizes and data of a run; fills in args.preset and args.vocabulary. Raises UsageError if they are invalid."""
     if args.rounds < 1 or args.micro_batch < 1 or min(args.steps, args.length, args.vocabulary, args.seconds) < 0:
         raise UsageError(
             "--rounds and --micro_batch must be at least 1; --steps, --length, --vocabulary and --seconds at least 0"
@@ -151,14 +151,14 @@ def setting_of(args: argparse.Namespace, compute: Compute, ranks: Ranks) -> Sett
 
 
 def build(name: str, setting: Setting) -> tuple[Variant | None, str]:
-    """The variant after a first step, or None and why there is none."""
+    """(the variant after a first step, ''), or (None, the reason)."""
     on_gpu = setting.compute.device.type == "cuda"
     before = torch.cuda.memory_allocated() if on_gpu else 0
     try:
         variant = Variant(name, setting)
         graphs, variant.graphs = variant.graphs, None
         variant.timed(2 if name == COMPILED or setting.compute.compile else 1)
-        if on_gpu:  # the allocator counts exactly, but not what a graph uses; a CPU is asked in a process of one variant alone
+        if on_gpu:  # the allocator counts exactly, but without graphs; a CPU's memory takes a process of its own
             held = torch.cuda.memory_allocated()
             torch.cuda.reset_peak_memory_stats()
             variant.timed(1)
@@ -176,7 +176,7 @@ def build(name: str, setting: Setting) -> tuple[Variant | None, str]:
 def build_all(
     names: list[str], args: argparse.Namespace, setting: Setting, ranks: Ranks, budget: Budget
 ) -> tuple[Any, Any, float]:
-    """(variants, why others are missing, agreement). Plain and atat_fast first, checked before they are warmed up."""
+    """(variants, reasons of the missing ones, agreement). Plain and atat_fast first, compared before they are warmed up."""
     found: dict[str, Variant] = {}
     reasons: dict[str, str] = {}
     checked = {name: Variant(name, setting) for name in (PLAIN, OURS)}
@@ -184,7 +184,7 @@ def build_all(
     worst = check_agreement(checked[PLAIN], checked[OURS], tokens)
     del checked
     step = 0.0
-    for name in sorted(names, key=lambda n: n == COMPILED):  # the one that time may not allow comes last
+    for name in sorted(names, key=lambda n: n == COMPILED):  # the one that may take too long comes last
         if name == COMPILED and setting.compute.device.type == "cpu" and not args.variants:
             rest = COMPILE_SECONDS + 4 * step + sum(CHILD_SECONDS for _ in found)
             if not ranks.agree(float(budget.allows(rest))):
@@ -202,7 +202,7 @@ def build_all(
 def rounds(
     variants: dict[str, Variant], args: argparse.Namespace, ranks: Ranks, meter: EnergyMeter, budget: Budget
 ) -> tuple[dict[str, list[float]], dict[str, float | None]]:
-    """Seconds a step of every round, and joules of all of a variant's steps. At least two rounds, whatever the time."""
+    """Seconds a step of every round, and joules of all of a variant's steps. At least two rounds, even without time."""
     steps = {}
     for name, variant in variants.items():
         one = variant.timed(1)
@@ -227,7 +227,7 @@ def rounds(
 
 
 def child(kind: str, name: str, args: argparse.Namespace, seconds: float) -> dict[str, Any] | None:
-    """What a process of its own says of one variant's memory, or None where it failed or took too long."""
+    """One variant's memory, measured in a separate process; None if that failed or took too long."""
     passed = [f"--{k}={getattr(args, k)}" for k in ("preset", "vocabulary", "length", "micro_batch", "device", "dtype")]
     command = [
         sys.executable,
@@ -250,7 +250,7 @@ def child(kind: str, name: str, args: argparse.Namespace, seconds: float) -> dic
 
 
 def be_child(args: argparse.Namespace, setting: Setting) -> int:
-    """Print as JSON: the memory of two steps, or the largest micro-batch so far after each that fits."""
+    """In that process: print as JSON the memory of two steps, or after each micro-batch that fits the largest so far."""
     (name,) = args.variants
     on_gpu = setting.compute.device.type == "cuda"
     if args.child == "memory":
@@ -276,7 +276,7 @@ def be_child(args: argparse.Namespace, setting: Setting) -> int:
 
 
 def reset_peak_resident_bytes() -> int:
-    """Look anew for the most memory this process holds, from what it holds now. Where Linux refuses, the peak so far stays."""
+    """Reset this process's peak memory to what it holds now. If Linux refuses, the old peak stays."""
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")
     return peak_resident_bytes()
@@ -302,7 +302,7 @@ def summary(
 
 
 def measure(args: argparse.Namespace) -> int:
-    """What `main` does with parsed arguments."""
+    """`main` with parsed arguments."""
     budget, names = Budget(args.seconds), chosen(args.variants)
     compute = resolve(TrainConfig(device=args.device, dtype=args.dtype))
     ranks = Ranks(compute.device)
@@ -315,8 +315,8 @@ def measure(args: argparse.Namespace) -> int:
 
 
 def compare(names: list[str], args: argparse.Namespace, setting: Setting, ranks: Ranks, budget: Budget) -> int:
-    """Check, time, print, write. On a GPU the compiled plain variant, which may take minutes to compile, comes when all others
-    are written: then everything is timed again, with it.
+    """Check, time, print, write. On a GPU the compiled plain variant may take minutes to compile, so the others are written
+    first; then everything is timed again, with it.
     """
     compute = setting.compute
     each = f"{args.micro_batch} x {args.length} tokens a step" + (f" and rank, {ranks.count} ranks" if ranks.count > 1 else "")
@@ -361,7 +361,7 @@ def timed(
     ranks: Ranks,
     budget: Budget,
 ) -> dict[str, Any]:
-    """The figures of interleaved rounds, and beside them those that others are ratios of."""
+    """The figures of interleaved rounds, with ratios to the plain variants."""
     compute = setting.compute
     seconds, joules = rounds(variants, args, ranks, EnergyMeter(compute.device), budget)
     facts = environment(compute) | {"load_average": os.getloadavg()[0]}
@@ -399,9 +399,7 @@ def memory(
     budget: Budget,
     record: dict[str, Any],
 ) -> None:
-    """Fill in the memory of a step where it is not known, and with --largest the largest micro-batch, each from a process of its
-    own.
-    """
+    """Fill in the memory of a step if it is not known, and with --largest the largest micro-batch, from separate processes."""
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
     record["largest_micro_batch"] = {}
@@ -443,7 +441,7 @@ def table(record: dict[str, Any]) -> list[str]:
     lines += ["", f"{'ms of a step':<16}" + "".join(f"{part:>10}" for part in PARTS) + f"{'sum':>10}{'step':>10}"]
     for name, r in results.items():
         total, step = sum(r["parts"].values()), r["step_seconds"]
-        off = "" if abs(total / step - 1) <= 0.1 else f"   the steps that were taken apart took {total / step:.2f} of a timed one"
+        off = "" if abs(total / step - 1) <= 0.1 else f"   steps with timed parts took {total / step:.2f} of a plain one"
         lines.append(
             f"{name:<16}"
             + "".join(f"{r['parts'][part] * 1e3:>10.1f}" for part in PARTS)

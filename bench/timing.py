@@ -1,4 +1,4 @@
-"""What benchmarks share: interleaved timings with quartiles, peak memory, and where results go."""
+"""Shared by benchmarks: interleaved timings with quartiles, peak memory, and the results folder."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ RESULTS = Path(__file__).resolve().parent / "results"
 
 
 def results_folder(device: torch.device, results: Path = RESULTS) -> Path:
-    """bench/results/cpu, or a folder named after the GPU; made where it is missing."""
+    """bench/results/cpu, or a folder named after the GPU; created if it is missing."""
     name = "cpu" if device.type == "cpu" else torch.cuda.get_device_name(device).lower().replace(" ", "-")
     folder = results / name
     folder.mkdir(parents=True, exist_ok=True)
@@ -27,7 +27,7 @@ def synchronize(device: torch.device) -> None:
 
 
 def seconds(call: Callable[[], object], device: torch.device) -> float:
-    """One call, from an idle device to an idle device."""
+    """Seconds of one call, from an idle device to an idle device."""
     synchronize(device)
     begin = time.perf_counter()
     call()
@@ -36,7 +36,7 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
 
 
 def interleaved(calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call in every round, each called once before. A round goes through all calls, so drift hits all alike."""
+    """Seconds of every call in every round, after one warm-up each. A round makes all calls, so drift affects all alike."""
     for call in calls.values():
         seconds(call, device)
     taken: dict[str, list[float]] = {name: [] for name in calls}
@@ -55,6 +55,6 @@ def spread(values: list[float]) -> tuple[float, float, float]:
 
 
 def peak_resident_bytes() -> int:
-    """Most memory this process has held. Read from Linux's own count: getrusage starts a child with its parent's peak."""
+    """This process's peak memory, from Linux's own count: getrusage starts a child with its parent's peak."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) << 10 for line in lines if line.startswith("VmHWM:"))

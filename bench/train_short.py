@@ -1,10 +1,10 @@
-"""How well a few minutes of training go: the same model, data and steps under different objectives, each with its held-out bound.
+"""A few minutes of training: the same model, data and steps under different objectives, each with its held-out bound.
 
     python bench/train_short.py [--preset tiny] [--steps 300] [--seeds 1] [--out FOLDER] [--seconds 600]
 
 mdlm hides each token by chance at stratified times, as MDLM does; exact hides exactly k, antithetic pairs; ce is exact with the
 plain mean of the hidden tokens' losses. `val/nll` is the same unweighted bound for all three, with its standard error. Trainers
-are made from settings directly, without the command-line door, so jsonargparse is not needed; python-docs is in every Python.
+are made from settings, not by the train command, so jsonargparse is not needed; python-docs is in every Python.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ VARIANTS = {
 
 
 def settings(preset: str, variant: str, steps: int, seed: int, root: str) -> Config:
-    """A preset as a short run: one evaluation, at the end, and no samples."""
+    """A preset as a short run: one evaluation at the end, and no samples."""
     config = load_preset(preset)
     for name, value in VARIANTS[variant].items():
         setattr(config.diffusion, name, value)
@@ -47,7 +47,7 @@ def settings(preset: str, variant: str, steps: int, seed: int, root: str) -> Con
 
 
 def run(config: Config) -> dict[str, Any]:
-    """Train; the last evaluation and the speed after the first tenth, which holds what compiling takes."""
+    """Train. Returns the last evaluation, and the speed without the first tenth, in which things compile."""
     trainer = Trainer(config, show_progress=False)
     last = trainer.train()
     lines = (trainer.folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
@@ -59,7 +59,7 @@ def run(config: Config) -> dict[str, Any]:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The script: 0, 1 where a run diverged, 2 on bad input."""
+    """The script: 0, 1 if a run diverged, 2 on bad input."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--preset", default="tiny")
     parser.add_argument("--steps", type=int, default=300, help="optimizer steps of each run")

@@ -1,8 +1,8 @@
 """The training steps that bench/throughput.py times: plain MDLM, the same compiled, atat_fast, and atat_fast with all of ATAT.
 
 All begin with the same weights and read the same tokens. A step is everything a trainer does: read tokens, hide some, forward,
-backward, clip, optimizer, average. Which part the time belongs to is noted by a clock, which does nothing unless it is started.
-Under torchrun each rank takes its slots of one global batch, and gradients are summed by DistributedDataParallel.
+backward, clip, optimizer, average. A clock, which does nothing unless it is started, notes which part time belongs to.
+Under torchrun each rank takes its slots of one global batch, and DistributedDataParallel sums gradients.
 """
 
 from __future__ import annotations
@@ -39,11 +39,11 @@ PARTS = ("data", "masking", "forward", "backward", "clip", "optimizer", "average
 LR = 1e-4
 SEED = 1
 PROGRESS = 0.9
-"""Where in its curriculum the ATAT variant is held: in the last phase, where tilt and focus are not 0."""
+"""The ATAT variant's fixed place in its curriculum: the last phase, in which tilt and focus are not 0."""
 
 
 class Clock:
-    """Which part of a step the time belongs to: wall time on a CPU, events of the stream on a GPU, where nothing waits."""
+    """Times the parts of a step: by wall time on a CPU, by events of the stream on a GPU, without waiting."""
 
     def __init__(self, device: torch.device) -> None:
         self.device, self.on, self.current = device, False, ""
@@ -60,7 +60,7 @@ class Clock:
 
     @contextlib.contextmanager
     def part(self, name: str) -> Iterator[None]:
-        """Time inside belongs to `name`, and afterwards again to what it belonged to before."""
+        """Time within belongs to `name`, and afterwards to the part before."""
         if not self.on:
             yield
             return
@@ -72,7 +72,7 @@ class Clock:
 
     @contextlib.contextmanager
     def started(self) -> Iterator[None]:
-        """Within, parts are noted, from nothing."""
+        """Note parts within, starting from zero."""
         self.on, self.current, self.marks = True, "", []
         try:
             yield
@@ -91,7 +91,7 @@ class Clock:
 
 @dataclass(frozen=True)
 class Setting:
-    """What all variants share. `batch` sequences on each of `ranks` processes."""
+    """Shared by all variants; `batch` sequences on each of `ranks` processes."""
 
     config: Config
     vocabulary: int
@@ -108,13 +108,13 @@ class Setting:
 
 
 class Plain:
-    """Plain MDLM's loss with the interface of an objective."""
+    """Plain MDLM's loss, as an objective."""
 
     def __init__(self, model: PlainMDLM, compute: Compute, compiled: bool) -> None:
         self.model, self.compute, self.estimator = model, compute, None
         self.forward = model.loss
         if compiled:
-            # cuBLAS's products: on an H100 the search for better ones took 13 s a shape and found none within 21 % of them.
+            # Only cuBLAS's products: on an H100 the search took 13 s a shape and found none within 21 % of them.
             tuned = {"max_autotune": True, "max_autotune_gemm_backends": "ATEN"} if compute.device.type == "cuda" else {}
             self.forward = torch.compile(model.fusible_loss, dynamic=False, options=tuned or None)
 
@@ -130,7 +130,7 @@ class Plain:
 
 
 def with_every_part(config: Config) -> Config:
-    """`config` with all of the `atat` preset's ATAT on, its estimator at the size that is default rather than the demo's."""
+    """`config` with all of the `atat` preset's ATAT, and the estimator's default size instead of the demo's."""
     atat = load_preset("atat")
     chosen = {name: getattr(atat.importance, name) for name in ("source", "sees", "tilt", "focus")}
     importance = ImportanceConfig(**chosen)
@@ -138,7 +138,7 @@ def with_every_part(config: Config) -> Config:
 
 
 def common_start(setting: Setting) -> DiT:
-    """The weights that all variants begin with, away from the all-zero start so that every gradient is real."""
+    """The weights that all variants begin with; not the all-zero start, so that no gradient is 0."""
     torch.manual_seed(0)
     model = DiT(setting.vocabulary, setting.vocabulary - 1, **vars(setting.config.model))
     with torch.no_grad():
@@ -162,7 +162,7 @@ def objective_of(name: str, setting: Setting) -> Any:
 
 
 class Losses(nn.Module):
-    """An objective as a module, so that DistributedDataParallel can hold what it trains."""
+    """An objective as a module, so that DistributedDataParallel can hold its parameters."""
 
     def __init__(self, objective: Any) -> None:
         super().__init__()
@@ -189,7 +189,7 @@ class Variant:
         objective.hide = timed_hide
         self.model, self.losses_of = objective.model, Losses(objective)
         self.call: Any = self.losses_of
-        # Plain MDLM gives a rank's mean and DDP takes the mean of those; ours gives a share of the sum.
+        # DDP takes the mean over ranks: right for plain MDLM's loss, a rank's mean; ours is a share of the sum.
         self.scale = setting.ranks if name in (OURS, ADAPTIVE) else 1
         if setting.ranks > 1:
             ids = [self.device] if self.device.type == "cuda" else None
@@ -202,7 +202,7 @@ class Variant:
         self.losses: list[Tensor] = []
         self.count = 0
         self.memory: dict[str, int] | None = None
-        """Bytes a step adds to what stands before it, and all that is held at its peak; where they were measured."""
+        """Bytes that a step adds, and all that is held at its peak; None if they were not measured."""
 
     def step(self) -> None:
         """One whole training step; nothing in it waits for the device."""
@@ -238,7 +238,7 @@ class Variant:
         return (time.perf_counter() - begin) / steps
 
     def parts(self, steps: int) -> tuple[dict[str, float], float]:
-        """(seconds of each part, seconds) of a step, in steps of their own whose parts are noted, and which are no graphs."""
+        """(seconds of each part, seconds) of a step, from separate steps without CUDA graphs."""
         with self.clock.started():
             whole = self.timed(steps)
         return {name: total / steps for name, total in self.clock.seconds().items()}, whole
@@ -249,7 +249,7 @@ class Variant:
 
 
 def check_agreement(plain: Variant, ours: Variant, tokens: Tensor) -> float:
-    """The largest relative difference of loss and gradients on one masked batch without dropout; raises where they disagree."""
+    """The largest relative difference of loss and gradients on one masked batch without dropout; raises if they disagree."""
     one, two = plain.model, ours.model
     noisy, weight = one.masks(tokens)
     rows = (noisy == one.mask_id).flatten().nonzero().flatten()

@@ -1,11 +1,10 @@
-"""What a CPU without bf16 instructions gains from multiplying in fp32: Muon's step, the head in bf16, and a step of the demo.
+"""The gain of a CPU without bf16 instructions from multiplying in fp32: Muon's step, the head in bf16, a step of the demo.
 
     python bench/without_bf16.py [--rounds 5] [--out FOLDER]     half a minute; writes bench/results/cpu/without_bf16.json
 
-On a CPU that has such instructions the other kind is played by turning oneDNN off and telling torch to use AVX2 alone: it shows
-the direction, not the size, for torch's own bf16 loops are better there than on a CPU of the other kind. `before` is what torch
-does: torch.optim.Muon, and products of bf16 tensors as they are. Both ways are checked against fp64 before they are timed, and
-rounds are interleaved.
+On a CPU that has such instructions, oneDNN is turned off and torch limited to AVX2 to imitate one without. That shows the
+direction of the gain, not its size, because torch's own bf16 loops are better there. `before` is torch's way: torch.optim.Muon,
+and products of bf16 tensors. Both ways are checked against fp64 before they are timed, and rounds are interleaved.
 """
 
 from __future__ import annotations
@@ -43,7 +42,7 @@ Calls = dict[str, Callable[[], Any]]
 
 @contextmanager
 def as_torch_does() -> Iterator[None]:
-    """Within, ops leave bf16 products to torch."""
+    """Let ops leave bf16 products to torch."""
     before = processor.bf16_products
     processor.bf16_products = lambda: "native"
     try:

@@ -105,8 +105,8 @@ def test_rows_meet_by_what_they_are_in_any_order(run):
         (OPS, changed(OPS, "results", 0, "median_us", float("nan")), "no figure to compare"),
         (OPS, changed(OPS, "results", 0, "median_us", -1.0), "no figure to compare"),
         (OPS, "{", "is not JSON"),
-        (OPS, "[]", "is no result file"),
-        (OPS, '{"benchmark": "masking"}', "is no result file"),
+        (OPS, "[]", "is not a result file"),
+        (OPS, '{"benchmark": "masking"}', "is not a result file"),
         (RATES, changed(RATES, "settings", "micro_batch", 16), "setting micro_batch: 8 and 16"),
     ],
 )

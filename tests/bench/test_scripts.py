@@ -66,7 +66,7 @@ def test_block_scripts_check_then_time_and_write(tmp_path, script, name, argumen
         ("train_short", "--steps 0", "--steps and --seeds must be at least 1"),
         ("compare", "none.json none.json", "cannot be read"),
         ("gpu_suite", "--only bench", "tier 1 has no part 'bench'; its parts are environment, ops"),
-        ("gpu_suite", "--unpack nowhere.json", "is no results.json"),
+        ("gpu_suite", "--unpack nowhere.json", "is not a results.json"),
         ("gpu_suite", "--wheels nowhere", "holds no .whl file"),
     ],
 )
