@@ -83,7 +83,7 @@ def keep_freed_memory() -> None:
 
 
 def path_text(text: str) -> str:
-    """The type of an option that names a file or folder. Expands ~, also after an = in --run=~/file."""
+    """The type of an option that names a file or folder. Expands ~, also after an equals sign."""
     return os.path.expanduser(text)
 
 
