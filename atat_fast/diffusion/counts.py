@@ -110,8 +110,8 @@ def check_counts(config: DiffusionConfig, length: int, global_batch: int) -> Non
             raise UsageError(f"diffusion.{name} must be a share of the run from 0 to 1, got {getattr(config, name)}")
     if config.ce_until and config.weighting == "ce":
         raise UsageError(
-            f"diffusion.ce_until {config.ce_until} changes nothing where diffusion.weighting is ce all along; "
-            "give the weighting that is to follow, or leave ce_until at 0"
+            f"diffusion.ce_until {config.ce_until} changes nothing if diffusion.weighting is ce; "
+            "set diffusion.weighting to what follows ce, or leave ce_until at 0"
         )
     if config.masking == "bernoulli" and (config.counts != "uniform" or config.mirror):
         raise UsageError(

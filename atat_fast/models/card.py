@@ -30,7 +30,7 @@ BOUND = (
 
 
 def model_card(facts: dict[str, Any], *, name: str, licence: str | None = None) -> str:
-    """README.md of the model that `facts` describes (see `hub.facts_of_run`): the hub's metadata, then text for people.
+    """README.md of the model that `facts` describes (see `push.with_card`): the hub's metadata, then text for people.
 
     name: of the model, owner/name if it is on the hub. licence: of the weights, an identifier the hub knows; None writes
     "unknown". What `facts` lacks is left out.

@@ -137,7 +137,7 @@ def from_pretrained(source: str | Path, *, longest: int | None = None, tokenizer
     except (KeyError, TypeError, ValueError) as error:
         raise UsageError(f"{folder / CONFIG} is not of a model that atat_fast saved: {first_line(error)}") from error
     if longest is not None and longest > config.length:
-        raise UsageError(f"{source} takes at most {config.length:,} tokens, and {longest:,} are asked of it")
+        raise UsageError(f"{source} takes at most {config.length:,} tokens, and {longest:,} are asked for")
     reads = _tokenizer(folder, str(source), config.length) if tokenizer is None else make_tokenizer(tokenizer)
     model = DiT(vocab_size, mask_id, **dataclasses.asdict(config))
     if reads is not None:
@@ -240,7 +240,7 @@ def _downloaded(repository: str) -> Path:
         return Path(huggingface_hub.snapshot_download(repository, allow_patterns=list(FILES), local_files_only=not reachable))
     except Exception as error:
         if reachable:
-            raise UsageError(f"{repository} is no folder here and cannot be had from the hub: {first_line(error)}") from error
+            raise UsageError(f"{repository} is no folder here and cannot be fetched from the hub: {first_line(error)}") from error
         raise UsageError(
             f"{repository} is neither a folder here nor in the local cache, and the hub cannot be reached; download it where "
             "there is a network and give its folder"

@@ -50,9 +50,9 @@ class Norm(NamedTuple):
 class BlockContext(NamedTuple):
     """What a block needs beside the stream and its modulation.
 
-    cos, sin: rotary tables [L, head_dim / 2]. layout, implementation: the result of `document_layout`, and the attention it is
-    for; None if attention sees whole sequences. before, after: dropout of the pending branch and of the attention branch, or
-    None. rows: flat indices [R] of the rows that go on after attention, None for all; apart: whether they go on as R sequences of
+    cos, sin: rotary tables [L, head_dim / 2].   before, after: dropout of the pending and of the attention branch, or None.
+    layout, implementation: the result of `document_layout` and the attention it is for; None if attention sees whole sequences.
+    rows: flat indices [R] of the rows that go on after attention, None for all.   apart: whether they go on as R sequences of
     one token, or as one sequence of R.
     """
 
