@@ -1,4 +1,4 @@
-"""Drawing text: `samplers.py` is the loop; which positions, which tokens and what is masked again are files of their own."""
+"""Drawing text: `samplers.py` is the loop; choosing positions, drawing tokens and remasking have files of their own."""
 
 from atat_fast.sampling.samplers import sample
 

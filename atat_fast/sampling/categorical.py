@@ -1,8 +1,7 @@
-"""What a revealed position becomes: a draw from the model's distribution there, cut and sharpened as the caller asks.
+"""The token of a revealed position: a draw from the model's distribution there, cut and sharpened as the caller asks.
 
-The draw is the Gumbel-max rule with 64-bit noise named by (seed, sample, position, step, id): linear_categorical's. Where nothing
-is cut off and the model shows its output head, the logits are never stored; top-k and top-p have to see them, and take rows in
-slabs.
+The draw is linear_categorical's Gumbel-max rule with 64-bit noise named by (seed, sample, position, step, id). If nothing is cut
+off and the model has `output_head`, logits are never stored. Top-k and top-p need logits, and take rows in slabs.
 """
 
 from __future__ import annotations
@@ -20,19 +19,19 @@ from atat_fast.ops.linear_cross_entropy import linear_cross_entropy
 from atat_fast.ops.registry import autocast_dtype
 
 SLAB_BYTES = 64 << 20
-"""Budget of a slab of fp32 logits where logits have to be seen."""
+"""Budget of a slab of fp32 logits."""
 COLDEST = 1e-6
-"""Below this temperature, 0 included, the likeliest token is taken: logits over anything smaller leave the range of fp32."""
+"""Below this temperature the likeliest token is taken, since dividing logits by less would leave the range of fp32."""
 
 Drawer = Callable[[Tensor, Tensor, Tensor], Tensor]
-"""(features [R, D], names [R] in the random stream, step as a 0-d tensor) -> ids [R]; -1 where a row's logits are no numbers."""
+"""(features [R, D], names [R] in the random stream, step as a 0-d tensor) -> ids [R]; -1 if a row's logits are invalid."""
 
 
 @dataclass(frozen=True)
 class Cut:
     """Which tokens may be drawn, and how sharply.
 
-    temperature: divides the logits; 0 takes the likeliest token, of equals the one of the lowest id, whatever is cut off.
+    temperature: divides the logits; 0 takes the likeliest token (of equals the lowest id) whatever is cut off.
     top_k: only the k most likely tokens; 0 is all of them.
     top_p: only the fewest most likely tokens whose chances, after temperature and top_k, add up to p or more; 1 is all of them.
     """
@@ -42,7 +41,7 @@ class Cut:
     top_p: float = 1.0
 
     def check(self) -> None:
-        """Raise UsageError for numbers that mean nothing."""
+        """Raise UsageError for invalid settings."""
         if not 0 <= self.temperature < float("inf"):
             raise UsageError(
                 f"temperature must be at least 0 and finite, got {self.temperature}; 0 takes the likeliest token, 1 draws as the "
@@ -65,7 +64,7 @@ class Cut:
 
 
 def shortlist(logits: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
-    """The tokens that may be drawn, most likely first: logits over temperature [R, K], -inf behind the last, and ids [R, K]."""
+    """The tokens that may be drawn, most likely first: logits over temperature [R, K], -inf after the last, and ids [R, K]."""
     scaled = logits / cut.temperature
     if 0 < cut.top_k < scaled.shape[1]:
         values, ids = scaled.topk(cut.top_k, dim=1)
@@ -74,14 +73,14 @@ def shortlist(logits: Tensor, cut: Cut) -> tuple[Tensor, Tensor]:
     if cut.top_p < 1:
         shares = torch.softmax(values.double(), dim=1)
         values = values.masked_fill(shares.cumsum(1) - shares >= cut.top_p, -torch.inf)
-        if values.device.type == "cpu" and len(values):  # what nobody keeps needs no noise; a GPU would have to be asked
+        if values.device.type == "cpu" and len(values):  # no noise for tokens cut in every row; on a GPU this would wait
             most = int((values > -torch.inf).sum(1).max())
             values, ids = values[:, : max(1, most)], ids[:, : max(1, most)]
     return values, ids
 
 
 def draw_shortlisted(logits: Tensor, names: Tensor, cut: Cut, seed: Tensor, step: Tensor) -> Tensor:
-    """[R, V] logits to [R] ids; the noise of an id is the same whatever is cut off."""
+    """[R, V] logits to [R] ids. An id's noise is the same whatever is cut off."""
     values, ids = shortlist(logits, cut)
     scores = values.double() + token_noise(names, ids, seed, step)
     best = scores.max(1)
@@ -90,19 +89,19 @@ def draw_shortlisted(logits: Tensor, names: Tensor, cut: Cut, seed: Tensor, step
 
 
 def likeliest(logits: Tensor) -> Tensor:
-    """[R, V] logits to the [R] ids of the largest, of equals the lowest id; -1 where a row holds NaN or nothing but -inf."""
+    """[R, V] logits to the [R] ids of the largest, of equals the lowest id; -1 if a row has NaN or only -inf."""
     best = logits.max(1)  # NaN counts as the largest
     return torch.where(best.values > -torch.inf, best.indices, -1)
 
 
 def slabs(count: int, vocabulary: int) -> Iterator[slice]:
-    """Ranges of rows whose fp32 logits fit the budget."""
+    """Ranges of rows whose fp32 logits fit SLAB_BYTES."""
     rows = max(16, SLAB_BYTES // (4 * max(1, vocabulary)))
     return (slice(start, min(start + rows, count)) for start in range(0, count, rows))
 
 
 def output_head(model: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None:
-    """The model's `output_head()` in the dtype of its products, cast once, or None where it shows none."""
+    """The model's `output_head()`, cast once to the dtype of its products; None if it has none."""
     shown = getattr(model, "output_head", None)
     if shown is None:
         return None
@@ -112,7 +111,7 @@ def output_head(model: Any, like: Tensor) -> tuple[Tensor, Tensor | None] | None
 
 
 def make_drawer(model: Any, cut: Cut, seed: Tensor) -> Drawer:
-    """How rows of features become tokens. The head is cast once, for all steps."""
+    """A function from rows of features to tokens. The head is cast once, for all steps."""
     head = None if cut.cuts or cut.greedy else output_head(model, seed)
 
     def fused(features: Tensor, names: Tensor, step: Tensor) -> Tensor:
@@ -141,10 +140,10 @@ def _row_slabs(model: Any, features: Tensor) -> list[slice]:
 
 
 def certainty(model: Any, features: Tensor, order: str, head: tuple[Tensor, Tensor | None] | None = None) -> Tensor:
-    """How sure the model is of each row, [R] fp32, larger being surer: what the orders by certainty sort by.
+    """How sure the model is of each row, [R] fp32, larger being surer; the orders by certainty sort by this.
 
     confidence: log of the largest probability.   entropy: minus the entropy, in nats.   margin: the largest probability less the
-    next. All at temperature 1, of the whole vocabulary without the mask token. With a head the first two store no logits.
+    next. All at temperature 1, over the whole vocabulary without the mask token. With a head the first two store no logits.
     """
     if head is not None and order in ("confidence", "entropy"):
         target = torch.full((len(features),), int(model.mask_id == 0), dtype=torch.int64, device=features.device)
@@ -158,7 +157,7 @@ def certainty(model: Any, features: Tensor, order: str, head: tuple[Tensor, Tens
 
 
 def certainty_of(logits: Tensor, order: str) -> Tensor:
-    """The same from logits [R, V]."""
+    """`certainty` from logits [R, V]."""
     log_p = torch.log_softmax(logits.double() if logits.dtype is torch.float64 else logits.float(), dim=1)
     if order == "confidence":
         return log_p.amax(1).float()
@@ -169,7 +168,7 @@ def certainty_of(logits: Tensor, order: str) -> Tensor:
 
 
 def log_chance(model: Any, features: Tensor, ids: Tensor) -> Tensor:
-    """log p of the tokens that were drawn, [R] fp32, at temperature 1."""
+    """log p of the drawn tokens, [R] fp32, at temperature 1."""
     parts = []
     for some in _row_slabs(model, features):
         log_p = torch.log_softmax(model.logits(features[some]).float(), dim=1)

@@ -1,4 +1,4 @@
-"""CUDA graphs for a loop whose steps come in a few sizes: each size runs once as it is, then is captured and replayed."""
+"""CUDA graphs for a loop whose steps have few sizes: each size runs once eagerly, then is captured and replayed."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from atat_fast.sampling.reveal import StepRows
 
 
 def rounded_up(count: int) -> int:
-    """The next of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few sizes, hence few graphs, and at most half as much again."""
+    """The next of 0, 1, 2, 3, 4, 6, 8, 12, 16, 24, ...: few sizes give few graphs, and at most half as many rows again."""
     if count <= 3:
         return count
     power = 1 << (count - 1).bit_length()
@@ -18,10 +18,10 @@ def rounded_up(count: int) -> int:
 
 
 class Replay:
-    """Calls `advance(sizes)`, from a graph where these sizes have come before.
+    """Calls `advance(sizes)`, from a graph if these sizes came before.
 
-    The first step of a size runs eagerly, which compiles kernels and casts weights outside any graph; the second is captured,
-    which executes nothing, and replayed. What changes from step to step has to lie in device memory.
+    The first step of a size runs eagerly, which compiles kernels and casts weights outside any graph. The second is captured,
+    which runs nothing, and then replayed. Whatever changes from step to step must lie in device memory.
     """
 
     def __init__(self, advance: Callable[[StepRows], None]) -> None:

@@ -1,23 +1,21 @@
-"""Remasking samplers: tokens that were revealed may be hidden again, and are drawn anew with more around them.
+"""Remasking samplers: revealed tokens may be hidden again, and are drawn anew with more context.
 
 ReMDM (Wang, Schiff, Sahoo, Kuleshov: Remasking Discrete Diffusion Models with Inference-Time Scaling, 2025). With a = s / S and
-a' = (s + 1) / S, the shares that are visible before and after step s of S,
+a' = (s + 1) / S, the visible shares before and after step s of S,
 
     a visible token is hidden again with chance sigma <= sigma_max = min(1, (1 - a') / a),
-    a hidden token is revealed with chance (a' - (1 - sigma) a) / (1 - a),
+    a hidden token is revealed with chance (a' - (1 - sigma) a) / (1 - a).
 
-which leaves each position hidden with chance 1 - a' as the plain sampler does, whatever sigma is. With sigma = 0 it is that one.
+For any sigma each position is then hidden with chance 1 - a', as in the plain sampler, which is sigma = 0.
 
     remdm_cap          sigma = min(eta, sigma_max)
     remdm_rescale      sigma = eta sigma_max
-    remdm_confidence   a token that was drawn with chance p is hidden again with chance eta sigma_max exp(-p) / sum of exp(-p)
-    over
-                       the visible ones: at most one token a step, the least certain most often
+    remdm_confidence   a token drawn with chance p is hidden again with chance eta sigma_max exp(-p) / sum of exp(-p) over the
+                       visible ones: at most one token a step, the least certain most often
 
-The first two do not look at tokens: all of it is drawn before the first step. For the third, how many tokens each step reveals
-and hides is drawn at the start, and which ones when it is their turn; its hidden tokens take the mean chance of the visible ones
-as sigma, so that the expected share that is hidden stays on schedule. Nothing is hidden again at the last step, and what the
-caller gave never is.
+The first two do not look at tokens, so all is drawn before the first step. For the third, the numbers that each step reveals and
+hides are drawn at the start, and the positions in their step. Its hidden tokens use the mean chance of the visible ones as sigma,
+which keeps the expected hidden share on schedule. The last step hides nothing, and given tokens are never hidden.
 """
 
 from __future__ import annotations
@@ -32,7 +30,7 @@ from atat_fast.sampling.categorical import log_chance
 from atat_fast.sampling.reveal import POSITIONS, Basic, Canvas, StepRows, Table, largest
 
 REMASKING = {"remdm_cap": 0.02, "remdm_rescale": 0.02, "remdm_confidence": 1.0}
-"""Each with the eta it has where the caller does not say."""
+"""Each sampler's default eta."""
 
 
 def most_sigma(step: int, steps: int) -> float:
@@ -47,7 +45,7 @@ def reveal_chance(step: int, steps: int, sigma: float) -> float:
 
 
 class Remasked(Basic):
-    """remdm_cap and remdm_rescale: who is hidden when is a chain of coins, drawn on the host."""
+    """remdm_cap and remdm_rescale: a chain of coins, drawn on the host, says which tokens are hidden when."""
 
     def __init__(self, canvas: Canvas, kind: str, eta: float, steps: int, seed: int, inside: Tensor | None = None) -> None:
         super().__init__(canvas, inside)
@@ -83,17 +81,17 @@ def _table(events: list[tuple[int, Tensor]], steps: int, canvas: Canvas) -> Tabl
 
 
 class RemaskedByConfidence(Basic):
-    """remdm_confidence: numbers on the host, positions on the device, from the chances with which tokens were drawn."""
+    """remdm_confidence: numbers are drawn on the host, positions on the device, from the chances with which tokens were drawn."""
 
     def __init__(self, canvas: Canvas, model: Any, eta: float, steps: int, seed: int, inside: Tensor | None = None) -> None:
         super().__init__(canvas, inside)
         self.model = model
         total = canvas.host_fill.sum(1)
-        first = canvas.host_names[:, :1] // POSITIONS * POSITIONS  # the sample's own position 0, whatever the window
+        first = canvas.host_names[:, :1] // POSITIONS * POSITIONS  # position 0 of the sample, whatever the window
         places = first + torch.arange(canvas.shape[1])
         hidden = total.clone()
         shown, again = torch.zeros(steps, len(total), dtype=torch.int64), torch.zeros(steps, len(total), dtype=torch.int64)
-        block = canvas.host_names[:, :1] - first  # where the window begins: another block draws other coins
+        block = canvas.host_names[:, :1] - first  # the window's start: other blocks draw other coins
         for step in range(steps):
             words = random_words(places + (block << 32), seed, step, STREAM_REMASK)
             visible = total - hidden

@@ -1,15 +1,15 @@
-"""Which positions a step reveals, and how many: the part of a sampler that is not the model's business.
+"""Which positions a step reveals, and how many.
 
-How many positions every step reveals is known on the host before the first step, for every policy here:
+The host knows before the first step how many positions every step reveals:
 
-- planned     ancestral and first-hitting sampling reveal a position at a time that does not depend on any token. At step s of S
-              each hidden token is revealed with chance 1 / (S - s): its step is uniform on 0 .. S - 1, and is drawn at the start.
-- ordered     a model's certainty, or the importance estimator's scores, say which positions come next, and an even schedule how
-              many: of n hidden tokens, step s of g = min(S, n) reveals floor((s + 1) n / g) - floor(s n / g).
-- remasking   sampling/remask.py.
+- planned     Ancestral and first-hitting sampling reveal a position at a time that depends on no token. At step s of S each
+              hidden token is revealed with chance 1 / (S - s), so its step is uniform on 0 .. S - 1 and is drawn at the start.
+- ordered     A model's certainty, or the importance estimator's scores, choose the positions; an even schedule gives their
+              number: of n hidden tokens, step s of g = min(S, n) reveals floor((s + 1) n / g) - floor(s n / g).
+- remasking   See sampling/remask.py.
 
-So nothing waits for the device, shapes are static, and a step that reveals nothing asks nothing of the model. Randomness is
-named by (seed, sample, position, step), see docs/philox.md.
+So nothing waits for the device, shapes are static, and a step that reveals nothing does not call the model. Randomness is named
+by (seed, sample, position, step); see docs/philox.md.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ from atat_fast.ops.philox import STREAM_ORDER, STREAM_SAMPLE, gumbel64, random_w
 from atat_fast.sampling.categorical import certainty, output_head
 
 POSITIONS = 1 << 20
-"""Position p of sample i is number i * 2^20 + p in the random streams: its noise does not depend on the batch's length."""
+"""Position p of sample i is number i * 2^20 + p in the random streams, so its noise does not depend on the batch's length."""
 
 TIE = 1e-5
-"""Certainties that are nearer than this are equal: in nats, for a margin in probability. Rounding alone makes about 2e-6."""
+"""Certainties closer than this are equal, in nats or, for a margin, in probability. Rounding alone makes about 2e-6."""
 
 ImportanceScores = Callable[[Tensor, Tensor], Tensor]
 """(noised tokens [B, L], share of each sequence that is hidden [B] fp32) -> importance [B, L] in [0, 1]."""
 
 
 class StepRows(NamedTuple):
-    """What the host knows of a step: rows whose features are looked at before the choice (0 where the choice needs none), rows
-    revealed, rows hidden again. On a GPU they are rounded up, and what is too many is padding.
+    """What the host knows of a step: rows whose features the choice looks at (0 if it needs none), rows revealed, rows hidden
+    again. On a GPU they are rounded up, and the surplus is padding.
     """
 
     looked_at: int
@@ -46,21 +46,21 @@ class StepRows(NamedTuple):
 class Canvas:
     """The tokens being filled, and what is fixed about them.
 
-    tokens:  [B, L] int64, copied.   fill: [B, L] bool on the host: mask tokens that are to be filled. Nothing else ever changes.
+    tokens:  [B, L] int64, copied.   fill: [B, L] bool on the host: mask tokens that are to be filled. Nothing else changes.
     names:   [B, L] int64, each position's number in the random streams.   seed: an integer.
     """
 
     def __init__(self, tokens: Tensor, fill: Tensor, names: Tensor, mask_id: int, seed: int) -> None:
         self.shape, self.mask_id = tuple(tokens.shape), mask_id
         self.device, self.bin = tokens.device, tokens.numel()
-        # One element more than there are positions: what is padding is written there.
+        # One element more than there are positions: padding is written there.
         self.flat = torch.cat((tokens.flatten(), tokens.new_full((1,), mask_id)))
         self.names = torch.cat((names.flatten().to(self.device), torch.zeros(1, dtype=torch.int64, device=self.device)))
         self.host_fill, self.host_names, self.host_seed = fill, names, seed
         self.fill = fill.to(self.device)
         self.seed = torch.full((), seed, dtype=torch.int64, device=self.device)
         self.step = torch.zeros((), dtype=torch.int64, device=self.device)
-        self.failed = torch.zeros((), dtype=torch.bool, device=self.device)  # whether a row's logits were no numbers
+        self.failed = torch.zeros((), dtype=torch.bool, device=self.device)  # whether a row's logits were invalid
 
     @property
     def tokens(self) -> Tensor:
@@ -68,7 +68,7 @@ class Canvas:
         return self.flat[: self.bin].view(self.shape)
 
     def hidden(self) -> Tensor:
-        """[B, L] bool: what is still to be filled."""
+        """[B, L] bool: positions still to be filled."""
         return (self.tokens == self.mask_id) & self.fill
 
     def write(self, rows: Tensor, ids: Tensor) -> None:
@@ -76,18 +76,18 @@ class Canvas:
         self.flat.index_copy_(0, rows, ids)
 
     def rows_of(self, chosen: Tensor, size: int) -> Tensor:
-        """Flat indices of a [B, L] bool, as many as `size`; padding after them."""
+        """Flat indices of a [B, L] bool, padded to `size`."""
         return torch.nonzero_static(chosen.flatten(), size=size, fill_value=self.bin)[:, 0]
 
 
 class Policy(Protocol):
-    """Chooses rows. Its methods run on the device and take the step from canvas.step, so that a captured graph may hold them."""
+    """Chooses rows. Its methods run on the device and read the step from canvas.step, so a captured graph may hold them."""
 
     sizes: list[StepRows]
     """One entry a step."""
 
     def before(self, canvas: Canvas, sizes: StepRows) -> Tensor | None:
-        """Flat rows to reveal, [sizes.revealed]; or None where features have to be looked at first."""
+        """Flat rows to reveal, [sizes.revealed]; None if features must be looked at first."""
 
     def after(self, canvas: Canvas, features: Tensor, rows: Tensor, sizes: StepRows) -> Tensor:
         """Flat rows to reveal, chosen by the features [H, D] of all hidden rows [H]."""
@@ -96,17 +96,17 @@ class Policy(Protocol):
         """Flat rows to hide again, [sizes.hidden_again], chosen before this step's tokens are written."""
 
     def wrote(self, canvas: Canvas, rows: Tensor, features: Tensor, ids: Tensor) -> None:
-        """Told of what was drawn."""
+        """Called with the rows and tokens just drawn."""
 
     def clock(self, canvas: Canvas) -> Tensor:
-        """The share of each sequence that is hidden, [B] fp32: what a model that is told the time is told."""
+        """The hidden share of each sequence, [B] fp32, for a model that is told the time."""
 
 
 class Basic:
-    """What most policies share: nothing is hidden again, and the clock is the share that is hidden."""
+    """Defaults of most policies: nothing is hidden again, and the clock is the hidden share."""
 
     def __init__(self, canvas: Canvas, inside: Tensor | None = None) -> None:
-        """inside: [B] tokens of each sequence that are not padding, on the device; None where all are."""
+        """inside: [B] tokens of each sequence that are not padding, on the device; None if all are."""
         self.sizes: list[StepRows] = []
         self.inside = inside
 
@@ -132,7 +132,7 @@ class Basic:
 
 
 class Table:
-    """Rows by step, on the device: rows [N] sorted by step, and where each step's begin."""
+    """Rows by step, on the device: rows [N] sorted by step, and where each step begins."""
 
     def __init__(self, steps: Tensor, rows: Tensor, count: int, canvas: Canvas) -> None:
         """steps, rows: [N] on the host; count: how many steps there are."""
@@ -152,9 +152,9 @@ class Table:
 
 
 class Planned(Basic):
-    """Every position's step is known at the start: times [B, L] on the host, -1 where nothing is filled.
+    """Every position's step is known at the start: times [B, L] on the host, -1 for positions that are not filled.
 
-    clocks: [S, B] what a model that is told the time is told at each step, or None: the share that is hidden.
+    clocks: [S, B], the time each step tells a time-conditioned model; None is the hidden share.
     """
 
     def __init__(
@@ -176,21 +176,21 @@ class Planned(Basic):
 
 
 def reveal_words(names: Tensor, seed: int) -> Tensor:
-    """The random word [B, L] that says when a position is revealed: the smaller, the sooner."""
+    """The random word [B, L] of a position's reveal: the smaller, the sooner."""
     return random_words(names, seed, 0, STREAM_SAMPLE)[0]
 
 
 def ancestral_times(fill: Tensor, names: Tensor, steps: int, seed: int) -> Tensor:
-    """[B, L] the step at which each position is revealed, uniform on 0 .. S - 1 to 2^-32; -1 where nothing is filled."""
+    """[B, L] the step that reveals each position, uniform on 0 .. S - 1 to 2^-32; -1 for positions that are not filled."""
     return torch.where(fill, reveal_words(names, seed) * steps >> 32, -1)
 
 
 def first_hitting_times(fill: Tensor, names: Tensor, steps: int, seed: int) -> tuple[Tensor, Tensor, int]:
-    """[B, L] the model call at which each position is revealed, -1 elsewhere; the clocks [calls, B]; and the number of calls.
+    """[B, L] the model call that reveals each position, -1 elsewhere; the clocks [calls, B]; and the number of calls.
 
-    A position's hitting time is 1 - u of its random word: uniform, so the order is too, and the n-th of a sequence's times is
-    distributed as the first-hitting sampler draws it. Call j of a sequence is at the j-th of its times. With fewer steps than
-    hidden tokens the order is cut into `steps` even groups, each revealed at the time of its first.
+    A position's hitting time is 1 - u of its random word. It is uniform, so the order is too, and a sequence's n-th time has the
+    law of the first-hitting sampler. Call j of a sequence is at its j-th time. With fewer steps than hidden tokens the order is
+    cut into `steps` even groups, each revealed at the time of its first position.
     """
     words = reveal_words(names, seed)
     keys = torch.where(fill, words, 1 << 33)
@@ -208,7 +208,7 @@ def first_hitting_times(fill: Tensor, names: Tensor, steps: int, seed: int) -> t
 
 
 def even_counts(hidden: Tensor, steps: int) -> Tensor:
-    """[S, B] how many of hidden [B] tokens each step reveals, as evenly as whole numbers allow, in min(S, hidden) steps."""
+    """[S, B] how many of hidden [B] tokens each step reveals: as even as whole numbers allow, in min(S, hidden) steps."""
     groups = hidden.clamp(min=1, max=steps)
     step = torch.arange(steps)[:, None].clamp(max=groups)
     after = (torch.arange(steps)[:, None] + 1).clamp(max=groups)
@@ -224,12 +224,12 @@ def largest(keys: Tensor, counts: Tensor) -> Tensor:
 
 
 def surest(certainties: Tensor, hidden: Tensor, counts: Tensor) -> Tensor:
-    """[B, L] bool: the counts[b] hidden positions of each sequence that the orders by certainty reveal next, or all there are.
+    """[B, L] bool: the counts[b] hidden positions of each sequence (or all, if fewer) that orders by certainty reveal next.
 
-    certainties: [B, L] fp32 as `categorical.certainty` has them, anything where hidden [B, L] is not.   counts: [B].
-    Positions go by how many whole TIEs they lie below the surest one, and among equals from left to right. Where everything is
-    hidden a model without absolute positions says the same everywhere, and rounding must not decide. Samplers and likelihoods in
-    an order (evaluation/orders.py) both choose by this, so that one is the law of the other.
+    certainties: [B, L] fp32 as from `categorical.certainty`, anything outside hidden [B, L].   counts: [B].
+    Positions go by how many whole TIEs they lie below the surest one, and among equals from left to right. If everything is
+    hidden, a model without absolute positions says the same everywhere, and rounding must not decide. Samplers and likelihoods in
+    an order (evaluation/orders.py) both use this function, so that one is the law of the other.
     """
     known = certainties.masked_fill(~hidden, -torch.inf)
     below = ((known.amax(1, keepdim=True) - known) / TIE).floor().nan_to_num(nan=0.0)
@@ -237,7 +237,7 @@ def surest(certainties: Tensor, hidden: Tensor, counts: Tensor) -> Tensor:
 
 
 class Ordered(Basic):
-    """An even schedule of counts; subclasses say which positions."""
+    """An even schedule of counts; subclasses choose the positions."""
 
     def __init__(self, canvas: Canvas, steps: int, inside: Tensor | None = None) -> None:
         super().__init__(canvas, inside)
@@ -249,15 +249,14 @@ class Ordered(Basic):
         self.sizes = [StepRows(0, revealed) for _, revealed in self.totals]
 
     def now(self, canvas: Canvas) -> Tensor:
-        """[B] how many this step reveals."""
+        """[B] how many positions this step reveals."""
         return self.counts.index_select(0, canvas.step[None])[0]
 
 
 class ByCertainty(Ordered):
-    """What the model is surest of comes first: order is confidence, entropy or margin. Which positions does not depend on the
-    draw.
+    """The model's surest positions come first: order is confidence, entropy or margin. The choice does not depend on the draw.
 
-    Every hidden position's distribution has to be looked at, so the head runs on all of them at each step.
+    Every hidden position's distribution is needed, so the head runs on all of them at each step.
     """
 
     def __init__(self, canvas: Canvas, model: Any, order: str, steps: int, inside: Tensor | None = None) -> None:
@@ -275,11 +274,11 @@ class ByCertainty(Ordered):
 
 
 class ByImportance(Ordered):
-    """The order of the importance estimator: odds exp(-tilt * score) of being revealed next, as in training by `order`
+    """The order of the importance estimator: a position is next with odds exp(-tilt * score), as in training by `order`
     (docs/atat.md).
 
-    A step that reveals r positions draws them one by one without replacement (Plackett-Luce, by Gumbel keys) from the scores of
-    its beginning.
+    A step that reveals r positions draws them one by one without replacement (Plackett-Luce, by Gumbel keys), all from the scores
+    at its beginning.
     """
 
     def __init__(self, canvas: Canvas, scores: ImportanceScores, tilt: float, steps: int, inside: Tensor | None = None) -> None:

@@ -1,9 +1,9 @@
 """From masks to text: the reverse process, with any tokens held fixed. The interface and the loop.
 
-A sampler is a policy (sampling/reveal.py, sampling/remask.py) that says which positions each step reveals; what they become is
-a draw from the model's distribution there (sampling/categorical.py), in which the mask token has chance 0. How many rows every
-step touches is known on the host before the first: nothing waits for the device, and behind the last attention the model runs on
-those rows alone. docs/sampling.md says what each sampler's law is and where it comes from.
+A sampler is a policy (sampling/reveal.py, sampling/remask.py) that says which positions each step reveals. Their tokens are drawn
+from the model's distribution there (sampling/categorical.py); the mask token has chance 0. The host knows before the first step
+how many rows every step touches, so nothing waits for the device, and after the last attention the model runs on those rows
+alone. docs/sampling.md gives each sampler's law and source.
 """
 
 from __future__ import annotations
@@ -42,15 +42,16 @@ OnStep = Callable[[int, Tensor], None]
 
 
 class Denoiser(Protocol):
-    """What a sampler needs of a model. A DiT has more: `output_head()`, with which drawn rows need no logits in memory;
-    `time_conditioning`, `vocab_size` and `config.length`, which are read where they exist; and `documents=` of `features`, needed
-    where sequences have lengths of their own.
+    """What a sampler needs of a model.
+
+    A DiT has more: `output_head()`, which saves the logits of drawn rows; `time_conditioning`, `vocab_size` and `config.length`,
+    read if they exist; and `documents=` of `features`, needed if sequences have different lengths.
     """
 
     mask_id: int
 
     def features(self, tokens: Tensor, hidden_share: Tensor | None = None, *, rows: Tensor | None = None) -> Tensor:
-        """[B, L] ids to what the head reads: [R, D] at rows, flat indices b * L + i, or [B * L, D]."""
+        """[B, L] ids to the rows the head reads: [R, D] at rows, flat indices b * L + i, or [B * L, D]."""
 
     def logits(self, features: Tensor) -> Tensor:
         """[R, D] rows to [R, V] logits, -inf at the mask token."""
@@ -79,30 +80,31 @@ def sample(
 ) -> Tensor:
     """Fill every mask token of `tokens`; all other tokens stay as they are.
 
-    tokens:      [B, L] int64 on the model's device, the model's mask_id wherever something is to be filled in.
-    steps:       denoising steps, of each block where there are blocks. A step that reveals nothing costs nothing.
+    tokens:      [B, L] int64 on the model's device, with the model's mask_id at every position to fill.
+    steps:       denoising steps, of each block if there are blocks. A step that reveals nothing costs nothing.
     sampler:     a name of SAMPLERS. ddpm_cache and ancestral are one law; ddpm_cache is refused for a model that is told the
                  time.
-    temperature, top_k, top_p: see `Cut`. They say what a position becomes; which positions are revealed when is the sampler's
-                 law at every temperature. At 0 that law is all that is left to chance.
-    sample_ids:  [B] int64 names of the samples in the random stream; 0 .. B - 1 by default. A sample is a function of the model,
-                 seed, its name and its own tokens: not of the batch it is drawn in (up to how the model's products round).
-    lengths:     [B] tokens of each sequence; what follows is padding, which comes back as it is and is not attended to.
+    temperature, top_k, top_p: see `Cut`. They decide what a position becomes. The sampler's law decides when it is revealed, and
+    at
+                 temperature 0 nothing else is random.
+    sample_ids:  [B] int64 names of the samples in the random stream; 0 .. B - 1 by default. A sample depends only on the model,
+                 seed, its name and its own tokens, not on its batch (up to how the model's products round).
+    lengths:     [B] tokens of each sequence; the rest is padding, which is returned unchanged and not attended to.
     block:       fill this many positions at a time, from left to right, each block given all before it; text may then be longer
                  than the model's length L, and a block sees the L tokens that end with it. 0 fills everything at once.
     importance:  (tokens [B, L], hidden share [B]) -> scores [B, L] in [0, 1], for sampler importance;   tilt: its odds are
                  exp(-tilt * score). `ImportanceEstimator.scorer(model)` makes one.
-    eta:         how much the remasking samplers hide again; see sampling/remask.py. None is the sampler's usual.
-    stop_at:     the id that ends a text (tokenizer.eos_id). Behind a sequence's last given token, all that follows its first
-                 stop_at becomes stop_at too, and blocks that would fill nothing else are left out. What comes before is what it
-                 is without stop_at; `cut_at_end` takes the rest off.
-    graphs:      replay steps as CUDA graphs. None: on a GPU, where the model says it can (`graph_safe`).
-    on_step:     called with (step, tokens) after each step that changed something, and after what stop_at changed, for showing
-                 progress. The tensor changes with the next step: clone what is to be kept. It has padding where blocks are
-                 shorter than the text.
+    eta:         how much the remasking samplers hide again; see sampling/remask.py. None is the sampler's default.
+    stop_at:     the id that ends a text (tokenizer.eos_id). After a sequence's last given token, all that follows its first
+                 stop_at becomes stop_at too, and blocks with nothing else to fill are left out. The text before it is the same as
+                 without stop_at; `cut_at_end` removes the rest.
+    graphs:      replay steps as CUDA graphs. None: on a GPU, if the model allows it (`graph_safe`).
+    on_step:     called with (step, tokens) after each step that changed something, and after a change by stop_at, to show
+                 progress. The next step changes the tensor, so clone what is to be kept. It has padding if blocks are shorter
+                 than the text.
 
-    Returns [B, L] with no mask token before each sequence's length. Raises UsageError for options that mean nothing, ids outside
-    the vocabulary, text longer than the model takes, and a model whose logits are no numbers.
+    Returns [B, L] with no mask token before each sequence's length. Raises UsageError for invalid options, ids outside the
+    vocabulary, text longer than the model takes, and a model whose logits are invalid.
     """
     cut = Cut(temperature, top_k, top_p)
     _check(model, tokens, steps, sampler, cut, block, importance, eta, lengths, stop_at, seed)
@@ -113,7 +115,7 @@ def sample(
     host = tokens.cpu()
     fill = (host == model.mask_id) & inside
     _check_ids(model, host)
-    given = ((~fill & inside) * torch.arange(1, length + 1)).amax(1) if length else torch.zeros(batch)  # ends of what is given
+    given = ((~fill & inside) * torch.arange(1, length + 1)).amax(1) if length else torch.zeros(batch)  # ends of given tokens
     settings = {"steps": steps, "sampler": sampler, "importance": importance, "tilt": tilt, "eta": eta}
     if graphs is None:
         graphs = tokens.device.type == "cuda" and bool(getattr(model, "graph_safe", False))
@@ -142,7 +144,7 @@ def sample(
             raise UsageError("the model's logits are not numbers (NaN, or all of them -inf); its weights have diverged")
         if stop_at is not None:
             rest = _after_the_end(out[:, :end].cpu() == stop_at, given, fill)
-            fill &= ~rest  # no later block fills what an end has settled
+            fill &= ~rest  # later blocks leave what follows an end
             if rest.any():
                 out.masked_fill_(rest.to(out.device), stop_at)
                 if on_step is not None:
@@ -151,7 +153,7 @@ def sample(
 
 
 def _after_the_end(ends: Tensor, given: Tensor, fill: Tensor) -> Tensor:
-    """[B, L] bool: what is still to be filled behind the first end of each sequence that lies past its last given token.
+    """[B, L] bool: positions still to be filled after each sequence's first end past its last given token.
 
     ends: [B, E] where an end is, as far as the text is finished.   given: [B] ends of what is given.   fill: [B, L].
     """
@@ -162,17 +164,17 @@ def _after_the_end(ends: Tensor, given: Tensor, fill: Tensor) -> Tensor:
 
 
 def cut_at_end(ids: Sequence[int], prompt_length: int, eos_id: int) -> list[int]:
-    """The ids before the first eos_id at or behind `prompt_length`, or all of them where there is none.
+    """The ids before the first eos_id at or after `prompt_length`; all of them if there is none.
 
-    prompt_length: how many ids belong to the prompt, whose own ends are no end of what was written. Where a text was filled in
-    between given tokens it is the place behind the last of them, so that nothing given is lost.
+    prompt_length: how many ids belong to the prompt, whose own ends do not count. For a text filled in between given tokens, pass
+    the place after the last of them, so that nothing given is lost.
     """
     ids = list(ids)
     return ids[: ids.index(eos_id, prompt_length)] if eos_id in ids[prompt_length:] else ids
 
 
 def check_steps(name: str, steps: int) -> None:
-    """Raise UsageError for a number of denoising steps that means nothing. name: of the setting."""
+    """Raise UsageError for an invalid number of denoising steps. name: of the setting."""
     if steps < 1:
         raise UsageError(f"{name} must be at least 1, got {steps}")
     if steps > MOST_STEPS:
@@ -242,7 +244,7 @@ def make_policy(
     eta: float | None = None,
     inside: Tensor | None = None,
 ) -> Policy:
-    """The policy of a sampler's name."""
+    """The policy with a sampler's name."""
     fill, names, seed = canvas.host_fill, canvas.host_names, canvas.host_seed
     if sampler in ("ddpm_cache", "ancestral"):
         return Planned(canvas, ancestral_times(fill, names, steps, seed), steps, inside=inside)
@@ -261,7 +263,7 @@ def make_policy(
 
 
 def _longest(model: Any) -> int | None:
-    """The model's length, where it says so."""
+    """The model's length, or None if it has none."""
     found = getattr(getattr(model, "config", None), "length", None)
     return found if isinstance(found, int) else None
 
