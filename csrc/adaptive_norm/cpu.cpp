@@ -119,7 +119,7 @@ ATAT_FAST_VECTORISED void forward_rows(const ForwardArguments& a, int64_t first,
   auto* totals = static_cast<Stream*>(a.total);
   float *means = a.mean, *rstds = a.rstd;
 
-  // Later passes read an fp32 stream where it lies, and a bf16 stream before it is rounded.
+  // Later passes read an fp32 stream in place, and a bf16 stream before it is rounded.
   constexpr bool kWide = std::is_same<Stream, float>::value;
   const auto row_of = [&](int64_t r) -> const float* {
     if constexpr (kWide) return (a.gated ? totals : stream) + r * width;

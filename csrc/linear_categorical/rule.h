@@ -1,4 +1,4 @@
-// The rules of linear_categorical: where an id of the vocabulary is in the random stream, and which id wins.
+// The rules of linear_categorical: the place of an id of the vocabulary in the random stream, and which id wins.
 #pragma once
 
 #include <cmath>

@@ -2,7 +2,7 @@
 //
 // It moves little (ids in and out, 12 bytes a hidden token), so launches and latency bound it. Everything is one launch. Inside
 // it the k-th smallest key is found by counting digits (four passes at most, over shared memory), never by sorting. Every CTA
-// sums num_masked for itself to know where its rows begin, so CTAs never wait for each other, no atomic leaves a CTA, and results
+// sums num_masked itself to find its first row, so CTAs never wait for each other, no atomic leaves a CTA, and results
 // are the same bits on every run. Threads take tokens in fours: 16 bytes of int32 ids, twice 16 of int64.
 //
 // This file uses few of CUDA's words, so that tests can also run it on a CPU, thread by thread.

@@ -1,7 +1,6 @@
 """The vocabulary head and its cross-entropy in one op.
 
-`reference.py` is the specification, `op.py` the op, `checks.py` its errors, `slabs.py` its loop, `row_pass.py` the work on one
-slab of logits.
+`reference.py` is the specification, `op.py` the op, `checks.py` its errors, `slabs.py` its loop, `row_pass.py` a slab's pass.
 """
 
 from atat_fast.ops.linear_cross_entropy.op import linear_cross_entropy, linear_cross_entropy_cost

@@ -95,7 +95,7 @@ def accumulation_dtype(hidden: Tensor) -> torch.dtype:
 
 
 def most_rows(chunk_bytes: int, vocabulary: int, element_size: int, *, multiple: int) -> int:
-    """Rows that a budget allows: a multiple of `multiple`, at least one, whatever the budget. Does not depend on D."""
+    """Rows within a budget, rounded down to a multiple of `multiple`, but at least that many. Does not depend on D."""
     return max(multiple, chunk_bytes // max(1, vocabulary * element_size) // multiple * multiple)
 
 
