@@ -138,9 +138,8 @@ def test_a_given_tokenizer_is_used_and_bpe_is_trained_on_the_training_split_alon
 
 
 def flip(path):
-    data = bytearray(path.read_bytes())
-    data[10] ^= 1
-    path.write_bytes(data)
+    data = path.read_bytes()
+    path.write_bytes(data[:10] + bytes([data[10] ^ 1]) + data[11:])
 
 
 @pytest.mark.parametrize(

@@ -160,7 +160,7 @@ def pruned(words, added, folder):
 )
 def test_specials_own_their_ids_where_ids_have_holes(words, added, eos, mask, size, tmp_path):
     path = pruned(words, added, tmp_path / "raw")
-    tokenizer = make_tokenizer(str(path))
+    tokenizer = make_tokenizer(str(path.parent))  # a folder will do
     tokenizer.save(tmp_path / "saved")
     other = backend.Tokenizer.from_file(str(tmp_path / "saved" / "tokenizer.json"))
     for read in (tokenizer, Tokenizer.load(tmp_path / "saved")):
@@ -169,11 +169,6 @@ def test_specials_own_their_ids_where_ids_have_holes(words, added, eos, mask, si
         assert read.encode(" ".join(ordinary)) == [words[word] for word in ordinary]
         assert read.decode([0, eos, 16, mask]).split()[::2] == ["w0", "w16"]
     assert len(set(other.get_vocab().values())) == len(other.get_vocab()), "other programs read one token for each id"
-
-
-def test_a_far_id_is_one_sentence(tmp_path):
-    with pytest.raises(UsageError, match=r"2 words but an id 4,000,000,000; number its words from 0 to 1"):
-        make_tokenizer(str(pruned({"[UNK]": 0, "a": 4_000_000_000}, {}, tmp_path)))
 
 
 def test_a_saved_tokenizer_that_confuses_two_tokens_says_so(tmp_path, caplog):
@@ -194,17 +189,17 @@ def shared():
 
 
 @pytest.mark.parametrize(
-    ("name", "fingerprint", "vocab", "model_vocab", "mask", "eos"),
-    [("gpt2", "dd84a4fc109e9f0c", 50257, 50258, 50257, 50256), ("bert-base-uncased", "71ebdce3a8bd45b1", 30522, 30522, 103, 102)],
+    ("name", "fingerprint", "sizes"),
+    [
+        ("gpt2", "dd84a4fc109e9f0c", (50257, 50258, 50257, 50256)),
+        ("bert-base-uncased", "71ebdce3a8bd45b1", (30522, 30522, 103, 102)),
+    ],
 )
-def test_published_tokenizers_are_what_they_were_to_saved_runs(
-    shared, name, fingerprint, vocab, model_vocab, mask, eos, tmp_path
-):
+def test_published_tokenizers_are_what_they_were_to_saved_runs(shared, name, fingerprint, sizes, tmp_path):
     tokenizer = make_tokenizer(str(shared / f"{name}.json"))
     assert tokenizer.fingerprint.startswith(fingerprint)
-    assert (tokenizer.vocab_size, tokenizer.model_vocab_size, tokenizer.mask_id, tokenizer.eos_id) == (
-        vocab, model_vocab, mask, eos,
-    )  # fmt: skip
+    vocab, _, mask, eos = sizes
+    assert (tokenizer.vocab_size, tokenizer.model_vocab_size, tokenizer.mask_id, tokenizer.eos_id) == sizes
     assert not {mask, eos, 101} & set(tokenizer.encode("the capital [MASK] of [SEP] <|endoftext|> france"))
     assert tokenizer.encode_prompt("the [MASK] of").count(mask) == 1
     long = "It's 12,345 words, isn't it?  Yes\n\n and no. " * 40
@@ -220,10 +215,8 @@ def test_bpe_of_short_words_is_the_librarys():
     alphabet = backend.pre_tokenizers.ByteLevel.alphabet()
     trainer = backend.trainers.BpeTrainer(vocab_size=298, min_frequency=2, show_progress=False, initial_alphabet=alphabet)
     raw.train_from_iterator(words, trainer)
-    trained = make_tokenizer("bpe-300", words)
-    assert {word: i for word, i in raw.get_vocab().items() if i < 298} == {
-        word: i for word, i in trained._backend.get_vocab().items() if i < 298
-    }
+    ours, theirs = make_tokenizer("bpe-300", words)._backend.get_vocab(), raw.get_vocab()
+    assert ours.items() >= theirs.items() and {i for i in ours.values() if i not in theirs.values()} <= {298, 299}
 
 
 @pytest.mark.parametrize("alphabet", ["ACGT", "0123456789", "\u6f22\u5b57\u8a9e", "-=~", " \t"])
@@ -257,15 +250,6 @@ except KeyboardInterrupt:
     assert float(done.stdout) < 2, "the training itself takes 5 s from there"
 
 
-def test_what_reads_text_raises_through_the_training():
-    def documents():
-        yield "text"
-        raise UsageError("no more text")
-
-    with pytest.raises(UsageError, match="no more text"):
-        make_tokenizer("bpe-300", documents())
-
-
 @pytest.mark.parametrize(
     ("model", "text", "count", "example"),
     [
@@ -285,17 +269,12 @@ def test_what_a_vocabulary_lacks_is_counted(model, text, count, example):
     assert tokenizer.lost(texts, tokenizer.encode_batch(texts)) == (count, example)
 
 
-def test_text_that_no_token_stands_for_is_one_sentence():
-    tokenizer = Tokenizer(backend.Tokenizer(backend.models.WordLevel({"a": 0}, unk_token="?")), "small")
-    with pytest.raises(UsageError, match=r"tokenizer small cannot encode this text \(.*UNK.*choose another"):
-        tokenizer.encode("b")
-
-
 @pytest.mark.parametrize(("special", "pad"), [([], "<|endoftext|>"), (["<pad>"], "<pad>"), (["[PAD]", "</s>"], "[PAD]")])
 def test_transformers_pads_with_the_saved_tokenizer(special, pad, tmp_path):
     tokenizer = Tokenizer(word_level(["?", "a", "b"], special), "small")
     tokenizer.save(tmp_path, longest=16)
-    assert json.loads((tmp_path / "tokenizer_config.json").read_text())["pad_token"] == pad
+    said = json.loads((tmp_path / "tokenizer_config.json").read_text())
+    assert said["pad_token"] == pad and said["eos_token"] == ("</s>" if "</s>" in special else "<|endoftext|>")
     transformers = pytest.importorskip("transformers", reason="transformers is not installed")
     theirs = transformers.AutoTokenizer.from_pretrained(tmp_path, local_files_only=True, trust_remote_code=False)
     assert theirs(["a", "a b"], padding=True)["input_ids"] == [[1, theirs.convert_tokens_to_ids(pad)], [1, 2]]
@@ -329,6 +308,21 @@ def test_files_that_hold_no_tokenizer_are_one_sentence(content, tmp_path):
         make_tokenizer(str(tmp_path / "a.json"))
     with pytest.raises(UsageError, match=r"holds no tokenizer\.json"):
         make_tokenizer(str(tmp_path))
+
+
+def test_text_ids_and_reading_that_fail_are_one_sentence(tmp_path):
+    with pytest.raises(UsageError, match=r"2 words but an id 4,000,000,000; number its words from 0 to 1"):
+        make_tokenizer(str(pruned({"[UNK]": 0, "a": 4_000_000_000}, {}, tmp_path)))
+    tokenizer = Tokenizer(backend.Tokenizer(backend.models.WordLevel({"a": 0}, unk_token="?")), "small")
+    with pytest.raises(UsageError, match=r"tokenizer small cannot encode this text \(.*UNK.*choose another"):
+        tokenizer.encode("b")
+
+    def documents():
+        yield "text"
+        raise UsageError("no more text")
+
+    with pytest.raises(UsageError, match="no more text"):  # what reads text raises through the training
+        make_tokenizer("bpe-300", documents())
 
 
 @given(st.text(st.characters(exclude_categories=[])))

@@ -291,35 +291,31 @@ def test_gradients_of_each_sequence_and_second_derivatives(monkeypatch):
     torch.testing.assert_close(dict(zip(along, second, strict=True)), want)
 
 
+WAYS = {
+    "to_empty": lambda m: m.to_empty(device="cpu"), "overwritten": lambda m: m.cos.fill_(torch.nan),
+    "assign": lambda m: m.to("meta"), "one by one": lambda m: m.to("meta"),
+    "half": lambda m: m.half().bfloat16().double().float(),
+    "within": lambda m: torch.nn.ModuleDict({"m": m.to("meta")}).to_empty(device="cpu"),
+    "copied": lambda m: pickle.loads(pickle.dumps(copy.deepcopy(m.bfloat16()))).float(),
+}  # fmt: skip
+
+
 def lost(m, way, state):
     """A model whose tables were lost, and its weights put back."""
-    if way == "to_empty":
-        m.to_empty(device="cpu")
-        m.load_state_dict(state)
-    elif way == "overwritten":
-        m.cos.fill_(torch.nan)
-        m.load_state_dict(state)
-    elif way == "assign":
-        m = m.to("meta")
-        m.load_state_dict(state, assign=True)
-    elif way == "one by one":
-        m = m.to("meta")
+    made = WAYS[way](m)
+    if way == "one by one":
         for name, value in state.items():
-            *path, last = name.split(".")
-            setattr(m.get_submodule(".".join(path)), last, torch.nn.Parameter(value))
-    elif way == "half":
-        m.half().bfloat16().double().float()
-        m.load_state_dict(state)
+            path, _, last = name.rpartition(".")
+            setattr(m.get_submodule(path), last, torch.nn.Parameter(value))
     elif way == "within":
-        outer = torch.nn.ModuleDict({"m": m.to("meta")}).to_empty(device="cpu")
-        outer.load_state_dict({f"m.{k}": v for k, v in state.items()})
-    elif way == "copied":
-        m = pickle.loads(pickle.dumps(copy.deepcopy(m.bfloat16()))).float()
-        m.load_state_dict(state)
+        made.load_state_dict({f"m.{k}": v for k, v in state.items()})
+    else:
+        m = made if way == "copied" else m
+        m.load_state_dict(state, assign=way == "assign")
     return m
 
 
-@pytest.mark.parametrize("way", ["to_empty", "overwritten", "assign", "one by one", "half", "within", "copied"])
+@pytest.mark.parametrize("way", WAYS)
 def test_tables_are_what_the_configuration_says_whatever_was_done(way):
     tokens, embedded, share = ids(), torch.randn(2, 12, 16), torch.tensor([0.1, 0.6])
     network = Network(ImportanceConfig(width=16, heads=2, layers=1), 16, 12)

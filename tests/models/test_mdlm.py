@@ -24,7 +24,7 @@ from atat_fast.convert import main
 from atat_fast.data import make_tokenizer
 from atat_fast.errors import UsageError
 from atat_fast.models import DiT
-from atat_fast.models.mdlm import NAMES, ROTARY, by_block, names, to_mdlm_state_dict
+from atat_fast.models.mdlm import NAMES, ROTARY, names, to_mdlm_state_dict
 from atat_fast.models.mdlm_files import Absent
 from atat_fast.runs import checkpoint
 
@@ -97,15 +97,6 @@ def test_ours_goes_out_and_comes_back():
 def test_prefixes_do_not_matter(state, prefix):
     got = to_mdlm_state_dict(DiT.from_mdlm({prefix + name: value for name, value in state.items()}))
     assert all(torch.equal(got[published], state[published]) for published in names(plain.LAYERS))
-
-
-def test_modulation_kept_as_one_table_is_taken_apart(state):
-    ours = {names(plain.LAYERS)[name]: value for name, value in state.items() if name != ROTARY}
-    packed = dict(ours)
-    for what in ("weight", "bias"):
-        parts = [f"blocks.{i}.modulation.{what}" for i in range(plain.LAYERS)] + [f"final_modulation.{what}"]
-        packed[f"modulation.{what}"] = torch.cat([packed.pop(part) for part in parts])
-    assert all(same(by_block(given, plain.LAYERS, plain.WIDTH), ours) for given in (packed, ours))
 
 
 def test_heads_come_from_the_rotary_buffer_or_the_width_or_the_caller(state):

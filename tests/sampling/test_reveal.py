@@ -14,9 +14,6 @@ from atat_fast.sampling.graphs import rounded_up
 from atat_fast.sampling.reveal import (
     POSITIONS,
     TIE,
-    Canvas,
-    Planned,
-    Table,
     ancestral_times,
     even_counts,
     first_hitting_times,
@@ -134,29 +131,6 @@ def test_rounding_does_not_choose_among_equals():
     hidden = torch.tensor([[True, True, True, True, False]])
     ranks = [surest(far, hidden, torch.tensor([count])).nonzero()[:, 1].tolist() for count in range(6)]
     assert ranks == [[], [1], [1, 3], [0, 1, 3], [0, 1, 2, 3], [0, 1, 2, 3]]
-
-
-def test_tables_pad_with_the_bin():
-    canvas = Canvas(torch.full((2, 3), 9), torch.ones(2, 3, dtype=torch.bool), named(2, 3), 9, seed=0)
-    table = Table(torch.tensor([2, 0, 2, 0, 2]), torch.tensor([5, 1, 0, 4, 3]), 4, canvas)
-    assert table.counts == [2, 0, 3, 0]
-    for step, rows in enumerate(([1, 4], [], [5, 0, 3], [])):
-        for extra in (0, 1, 4):
-            at = table.at(torch.tensor(step), len(rows) + extra)
-            assert at.tolist() == rows + [6] * extra
-    canvas.write(torch.tensor([1, 6, 6]), torch.tensor([4, 5, 5]))
-    assert canvas.tokens.tolist() == [[9, 4, 9], [9, 9, 9]]
-
-
-def test_planned_rows_are_each_revealed_once():
-    fill = torch.rand(4, 17) < 0.5
-    canvas = Canvas(torch.full((4, 17), 9), fill, named(4, 17), 9, seed=0)
-    policy = Planned(canvas, ancestral_times(fill, named(4, 17), 6, seed=0), 6)
-    rows = []
-    for step, sizes in enumerate(policy.sizes):
-        canvas.step.fill_(step)
-        rows += policy.before(canvas, sizes).tolist()
-    assert sorted(rows) == fill.flatten().nonzero()[:, 0].tolist()
 
 
 def test_sizes_are_rounded_up_by_at_most_a_half():

@@ -13,7 +13,6 @@ from small import small_dit
 from atat_fast.audit.masks import Joint
 from atat_fast.config import ImportanceConfig
 from atat_fast.errors import UsageError
-from atat_fast.models import DiT
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.sampling import samplers
 from atat_fast.sampling.samplers import BY_CERTAINTY, SAMPLERS, cut_at_end, sample
@@ -216,16 +215,6 @@ def test_rows_that_are_padded_give_the_same_samples(sampler, monkeypatch):
     monkeypatch.setattr(samplers, "Replay", lambda advance: advance)
     monkeypatch.setattr(samplers, "rounded_up", lambda count: count and count + 7)
     assert torch.equal(sample(model, start, steps=5, seed=1, graphs=True, **options_of(sampler)), want)
-
-
-def test_a_head_that_is_shown_gives_the_samples_of_one_that_is_not(monkeypatch):
-    model = dit()
-    start = torch.randint(0, 11, (2, 12)).masked_fill(torch.rand(2, 12) < 0.6, MASK)
-    for sampler in ("ddpm_cache", "confidence", "entropy"):
-        shown = sample(model, start, steps=4, sampler=sampler)
-        monkeypatch.setattr(DiT, "output_head", None)
-        assert torch.equal(sample(model, start, steps=4, sampler=sampler), shown)
-        monkeypatch.undo()
 
 
 def states_of(model, start, **options):
