@@ -93,8 +93,6 @@ def costs(variant: Variant) -> dict[str, Cost]:
     head = linear_cross_entropy_cost(reach, width, s.vocabulary, element_size=size)
     attend = [attention_cost(s.batch, c.length, width, element_size=size, backward=b) for b in (False, True)]
     whole = step_cost(c, s.vocabulary, s.batch, reach).flops - head.flops - 3 * layers * attend[0].flops
-    if ours:  # the last block's queries, output projection and MLP are needed for hidden rows only
-        whole -= 3 * 2 * (2 + 2 * c.mlp_ratio) * width * width * (rows - reach)
     weights = (4 + 2 * c.mlp_ratio) * width * width * layers
     chains = [gated_residual_norm_cost(rows, width, branch_bytes=size, backward=b).bytes for b in (False, True)]
     first = [adaptive_layer_norm_cost(rows, width, branch_bytes=size, backward=b).bytes for b in (False, True)]

@@ -230,7 +230,7 @@ def _check_arguments(given: LossArguments, reduction: str, label_smoothing: floa
             raise ValueError(f"{name} is on {tensor.device} and hidden on {hidden.device}; move one of them")
     for name, tensor in (("rates", rates), ("elapsed", elapsed)):
         if tensor is not None and tensor.requires_grad:
-            raise ValueError(f"{name} requires a gradient, and there is none for it; pass {name}.detach()")
+            raise ValueError(f"{name} requires a gradient, but gets none; pass {name}.detach()")
     if forbidden is not None and not 0 <= forbidden < vocabulary:
         raise ValueError(f"forbidden is {forbidden}, outside the vocabulary of {vocabulary}")
 
