@@ -5,13 +5,15 @@ from __future__ import annotations
 import ctypes
 import functools
 import importlib.util
+import json
 import os
 import random
 import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -112,6 +114,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+def arguments_of(*parts: Any) -> list[str]:
+    """A command's arguments, from words, lists of words and settings: arguments_of(small, {"train.seed": 3}, "--resume")."""
+    found: list[str] = []
+    for part in parts:
+        if isinstance(part, Mapping):
+            found += [f"--{name}={value}" for name, value in part.items()]
+        else:
+            found += [part] if isinstance(part, str) else map(str, part)
+    return found
+
+
+@pytest.fixture(scope="session")
+def arguments() -> Callable[..., list[str]]:
+    """`arguments_of`."""
+    return arguments_of
+
+
 @pytest.fixture(scope="session")
 def small_at(corpus: Path) -> Callable[[Path], list[str]]:
     """Arguments of the train command for a run of 12 steps under a folder."""
@@ -123,7 +142,7 @@ def small_at(corpus: Path) -> Callable[[Path], list[str]]:
             "train.max_steps": 12, "train.global_batch": 4, "train.log_every": 5, "eval.every": 6, "eval.sequences": 8,
             "sample.num_samples": 1, "sample.steps": 4, "run.root": folder / "runs", "run.tensorboard": "false",
         }  # fmt: skip
-        return [part for name, value in settings.items() for part in (f"--{name}", str(value))]
+        return arguments_of(settings)
 
     return arguments
 
@@ -132,6 +151,53 @@ def small_at(corpus: Path) -> Callable[[Path], list[str]]:
 def small(small_at: Callable[[Path], list[str]], tmp_path: Path) -> list[str]:
     """The same under tmp_path."""
     return small_at(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def trainer() -> Callable[..., Any]:
+    """trainer(small, {"run.name": "a"}, resume=True) is the Trainer of these arguments; stop=3 sends it SIGTERM after step 3."""
+    from atat_fast import cli
+    from atat_fast.training.trainer import Trainer
+
+    def make(*parts: Any, resume: bool = False, stop: int = 0) -> Trainer:
+        config, _ = cli.parse_config(cli.make_parser(), arguments_of(*parts))
+        made = Trainer(config, resume=resume, show_progress=False)
+        step = made._train_step
+
+        def step_and_stop() -> None:
+            step()
+            if made.state.step == stop:
+                os.kill(os.getpid(), signal.SIGTERM)
+
+        made._train_step = step_and_stop  # type: ignore[method-assign]
+        return made
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def rows() -> Callable[..., list[Any]]:
+    """rows(folder, "train") are a run's rows of a kind; rows(folder, "train", "step", "loss") are two numbers of each."""
+
+    def rows(folder: Path, kind: str, *names: str) -> list[Any]:
+        path = folder / "metrics.jsonl"
+        whole = [line for line in (path.read_text().splitlines(True) if path.exists() else []) if line.endswith("\n")]
+        found = [row for row in map(json.loads, whole) if row["kind"] == kind]
+        return [[row[name] for name in names] for row in found] if names else found
+
+    return rows
+
+
+@pytest.fixture(scope="session")
+def until() -> Callable[..., None]:
+    """until(lambda: path.exists(), process) waits for a fact, for at most two minutes and while the process lives."""
+
+    def until(fact: Callable[[], object], process: subprocess.Popen[str]) -> None:
+        deadline = time.monotonic() + 120
+        while not fact() and process.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.05)
+
+    return until
 
 
 @pytest.fixture(scope="session")
@@ -144,7 +210,7 @@ def trained_run(small_at: Callable[[Path], list[str]], tmp_path_factory: pytest.
         "model.dropout": 0.0, "optim.lr": 0.01, "run.name": "small",
         "importance.source": "learned", "importance.width": 16, "importance.layers": 1, "importance.heads": 2,
     }  # fmt: skip
-    assert train.main([*small_at(root), *(part for name, value in settings.items() for part in (f"--{name}", str(value)))]) == 0
+    assert train.main(arguments_of(small_at(root), settings)) == 0
     return root / "runs" / "small"
 
 
@@ -183,18 +249,34 @@ def compile_source(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., ct
 
 
 @pytest.fixture
-def python(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.CompletedProcess[str]]:
-    """python("-m", "atat_fast.train", *arguments, SETTING="value") in a process of its own: its status and what it said.
+def python_started(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., subprocess.Popen[str]]:
+    """python_started("-m", "atat_fast.train", *arguments, SETTING="value") is a process of its own.
 
     It finds atat_fast where this process does. It starts in an empty folder, or in `cwd`.
     """
     import atat_fast
 
-    def run(*arguments: object, cwd: Path | None = None, **more: str) -> subprocess.CompletedProcess[str]:
+    def start(*arguments: object, cwd: Path | None = None, **more: str) -> subprocess.Popen[str]:
         env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(atat_fast.__file__).parents[1])} | more
-        cwd = cwd or tmp_path_factory.mktemp("fresh")
+        cwd, pipe = cwd or tmp_path_factory.mktemp("fresh"), subprocess.PIPE
         command = [sys.executable, *map(str, arguments)]
-        return subprocess.run(command, cwd=cwd, env=env, capture_output=True, text=True, timeout=600, check=False)
+        return subprocess.Popen(command, cwd=cwd, env=env, stdin=pipe, stdout=pipe, stderr=pipe, text=True)
+
+    return start
+
+
+@pytest.fixture
+def python(python_started: Callable[..., subprocess.Popen[str]]) -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same to its end: its status and what it said, after it was told `input`."""
+
+    def run(*arguments: object, input: str | None = None, **options: Any) -> subprocess.CompletedProcess[str]:
+        with python_started(*arguments, **options) as process:
+            try:
+                out, err = process.communicate(input, timeout=600)
+            except BaseException:
+                process.kill()
+                raise
+        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     return run
 

@@ -8,7 +8,6 @@ import signal
 import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -16,10 +15,10 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 LAUNCH = ROOT / "docs" / "launch"
 SCRIPTS = ["one_card.sh", "six_cards.sh", "two_hosts.sh", "slurm.sbatch"]
-QUICK = [
-    "--train.log_every", "1", "--eval.every", "1000", "--eval.sequences", "8", "--sample.num_samples", "0",
-    "--run.tensorboard", "false", "--model.layers", "1", "--model.dim", "16", "--model.heads", "2", "--model.length", "32",
-]  # fmt: skip
+QUICK = {
+    "train.log_every": 1, "train.max_steps": 3, "eval.every": 1000, "eval.sequences": 8, "sample.num_samples": 0,
+    "run.tensorboard": False, "model.layers": 1, "model.dim": 16, "model.heads": 2, "model.length": 32,
+}  # fmt: skip
 
 pytestmark = pytest.mark.skipif(not LAUNCH.is_dir(), reason="the recipes are part of a checkout, and here are its tests alone")
 
@@ -36,12 +35,6 @@ def end(process):
     return process.returncode, out, err
 
 
-def rows(run, kind="train"):
-    path = run / "metrics.jsonl"
-    lines = path.read_text().splitlines() if path.is_file() else []
-    return [row for row in map(json.loads, lines) if row["kind"] == kind]
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_scripts_are_bash_that_reads_the_settings_it_names(script):
     for checker in (["bash", "-n"], *([["shellcheck"]] if shutil.which("shellcheck") else [])):
@@ -52,12 +45,9 @@ def test_scripts_are_bash_that_reads_the_settings_it_names(script):
         assert name in text.split("set -euo pipefail")[1], f"{script} says {name} and does not read it"
 
 
-def test_the_page_lists_every_recipe():
+def test_the_page_lists_every_recipe_and_the_container_file_copies_what_there_is_and_runs_shell():
     page = (LAUNCH / "README.md").read_text()
     assert all(file.name == "README.md" or f"({file.name})" in page for file in LAUNCH.iterdir())
-
-
-def test_the_container_file_copies_what_there_is_and_runs_shell():
     text = (LAUNCH / "Containerfile").read_text()
     copied = [source for line in re.findall(r"^COPY (.+)$", text, re.MULTILINE) for source in line.split()[:-1]]
     assert all((ROOT / name).exists() for name in copied), copied
@@ -79,27 +69,26 @@ def test_what_is_missing_is_said_before_anything_starts(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("script", "ranks"), [("one_card.sh", 1), ("six_cards.sh", 2)])
-def test_recipes_of_one_machine_train(script, ranks, tmp_path):
-    arguments = [*QUICK, "--train.max_steps", 3, "--run.name", "here"]
-    status, out, err = end(start(script, *arguments, cwd=tmp_path, CARDS=str(ranks), RESTARTS="0"))
+def test_recipes_of_one_machine_train(script, ranks, arguments, rows, tmp_path):
+    command = arguments(QUICK, {"run.name": "here"})
+    status, out, err = end(start(script, *command, cwd=tmp_path, CARDS=str(ranks), RESTARTS="0"))
     assert status == 0, err
-    assert out.count("val/nll") >= 1 and [row["step"] for row in rows(tmp_path / "runs" / "here")] == [1, 2, 3]
+    assert "val/nll" in out and rows(tmp_path / "runs" / "here", "train", "step") == [[1], [2], [3]]
     assert json.loads((tmp_path / "runs" / "here" / "run.json").read_text())["ranks"] == ranks
 
 
 @pytest.mark.slow
-def test_two_hosts_meet_and_train_as_one(tmp_path):
+def test_two_hosts_meet_and_train_as_one(arguments, rows, tmp_path):
     """Two launchers on loopback, each with one process, in one order and the other."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    arguments = [*QUICK, "--train.max_steps", 3, "--run.name", "both"]
     facts = {"HEAD": f"127.0.0.1:{port}", "CARDS": "1", "RESTARTS": "0", "GLOO_SOCKET_IFNAME": "lo"}
-    hosts = [start("two_hosts.sh", *arguments, cwd=tmp_path, **facts) for _ in range(2)]
+    hosts = [start("two_hosts.sh", *arguments(QUICK, {"run.name": "both"}), cwd=tmp_path, **facts) for _ in range(2)]
     ended = [end(host) for host in hosts]
     assert [status for status, *_ in ended] == [0, 0], ended
     assert json.loads((tmp_path / "runs" / "both" / "run.json").read_text())["ranks"] == 2
-    assert len(rows(tmp_path / "runs" / "both")) == 3
+    assert len(rows(tmp_path / "runs" / "both", "train")) == 3
     assert sum("val/nll" in out for _, out, _ in ended) == 1  # one rank speaks
 
 
@@ -110,7 +99,7 @@ FAKES = {
 
 
 @pytest.mark.slow
-def test_a_slurm_job_that_is_told_to_stop_saves_is_queued_again_and_goes_on(tmp_path):
+def test_a_slurm_job_that_is_told_to_stop_saves_is_queued_again_and_goes_on(arguments, rows, until, tmp_path):
     tools = tmp_path / "bin"
     tools.mkdir()
     for name, text in FAKES.items():
@@ -121,19 +110,17 @@ def test_a_slurm_job_that_is_told_to_stop_saves_is_queued_again_and_goes_on(tmp_
         "PATH": f"{tools}:{os.environ['PATH']}", "FAKE_LOG": str(log), "SLURM_JOB_ID": str(1000 + os.getpid() % 10_000),
         "SLURM_JOB_NODELIST": "node1", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "1",
     }  # fmt: skip
-    arguments = [*QUICK, "--run.root", tmp_path / "runs", "--run.name=job", "--train.max_steps"]
-    job = start("slurm.sbatch", *arguments, 4000, cwd=tmp_path, **facts)
-    deadline = time.monotonic() + 200
-    while len(rows(run)) < 3 and time.monotonic() < deadline and job.poll() is None:
-        time.sleep(0.2)
+    command = [*arguments(QUICK, {"run.root": tmp_path / "runs", "run.name": "job"}), "--train.max_steps"]
+    job = start("slurm.sbatch", *command, 4000, cwd=tmp_path, **facts)
+    until(lambda: len(rows(run, "train")) >= 3, job)
     job.send_signal(signal.SIGTERM)
     status, _, err = end(job)
     assert status != 0 and "SIGTERM: saved" in err
     assert f"requeue {facts['SLURM_JOB_ID']}" in log.read_text()
-    stopped = rows(run)[-1]["step"]
+    stopped = rows(run, "train")[-1]["step"]
     assert 3 <= stopped < 4000 and (run / "checkpoints" / "last").exists()
 
     (run / "config.yaml").write_text((run / "config.yaml").read_text().replace("max_steps: 4000", f"max_steps: {stopped + 3}"))
-    status, out, err = end(start("slurm.sbatch", *arguments, stopped + 3, cwd=tmp_path, **facts))
+    status, out, err = end(start("slurm.sbatch", *command, stopped + 3, cwd=tmp_path, **facts))
     assert status == 0 and "resuming" in out, err
     assert log.read_text().count("requeue") == 1

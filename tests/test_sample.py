@@ -1,4 +1,4 @@
-"""The sampling door as a user meets it: prompts, blanks, files, JSONL, page and view, and one sentence for what is wrong."""
+"""The sample command as a user meets it: prompts, blanks, files, JSONL, page and view, and one sentence for what is wrong."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ import json
 import os
 import re
 import shutil
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -58,7 +57,7 @@ def run(tmp_path_factory):
 
 @pytest.fixture
 def call(run, capsys, monkeypatch):
-    """Calls the door on the run: (standard output, standard error)."""
+    """Calls the command on the run: (standard output, standard error)."""
 
     def call(*arguments, stdin=""):
         monkeypatch.setattr(sys, "stdin", io.StringIO(stdin))
@@ -77,6 +76,7 @@ def fits(text, pattern=TEXT):
 def test_blanks_are_filled_and_words_stay(call, sampler):
     out, err = call("--infill", TEXT, "--sampler", sampler, "--steps", 3)
     assert fits(out.removesuffix("\n")) and "3 tokens in" in err and "tokens/s" in err
+    assert "0 hidden" in call("--infill", TEXT, "--sampler", sampler, "--watch", "--steps", 3).err
 
 
 def test_standard_input_and_files(call, tmp_path):
@@ -84,12 +84,14 @@ def test_standard_input_and_files(call, tmp_path):
     first, one, second, two = out.splitlines()
     assert (first, second) == ("--- sample 1 of 2", "--- sample 2 of 2") and fits(one) and fits(two, "a[MASK]c")
     (tmp_path / "a.txt").write_text(f"\ufeff{TEXT}\n")
-    lines = [{"text": "[MASK]b"}, {"ids": [97, 257, 99]}, {"prompt": "x[MASK]", "other": 1}]
-    (tmp_path / "b.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    (tmp_path / "b.jsonl").write_text('{"text": "[MASK]b"}\n{"ids": [97, 257, 99]}\n{"prompt": "x[MASK]", "other": 1}\n')
     out, _ = call("--infill", "--prompts", tmp_path / "a.txt", tmp_path / "b.jsonl", "-", stdin="y[MASK]\n")
     found = out.splitlines()[1::2]
     patterns = (TEXT, "[MASK]b", "a[MASK]c", "x[MASK]", "y[MASK]")
-    assert len(found) == 5 and all(fits(text, pattern) for text, pattern in zip(found, patterns, strict=True))
+    assert all(fits(text, pattern) for text, pattern in zip(found, patterns, strict=True))
+    (tmp_path / "b.jsonl").write_text('{"ids": [97, 98]}\n')  # nothing hidden comes back as it is
+    out, err = call("--infill", "--prompts", tmp_path / "b.jsonl")
+    assert out == "ab\n" and err.startswith("0 tokens in")
 
 
 def test_prompts_are_continued(call):
@@ -98,10 +100,7 @@ def test_prompts_are_continued(call):
     assert len(texts) == 3 == len(set(texts)) and all(len(text) == 9 and text.startswith("abc") for text in texts)
     out, _ = call("--prompts", "-", "--length", 5, stdin="ab\nxyz\n")
     assert [text[:2] for text in out.splitlines()[1::2]] == ["ab", "xy"]
-
-
-def test_text_longer_than_the_model(call):
-    out, _ = call("--prompt", "abc", "--length", 70, "--block", 8, "--steps", 4)
+    out, _ = call("--prompt", "abc", "--length", 70, "--block", 8, "--steps", 4)  # longer than the model
     assert len(out.removesuffix("\n")) == 70 and out.startswith("abc")
 
 
@@ -123,22 +122,12 @@ def test_samples_are_the_same_in_any_batch_and_jsonl_says_how_they_were_made(cal
     assert sorted(p.name for p in tmp_path.iterdir()) == ["1.jsonl", "2.jsonl", "5.jsonl"]
 
 
-def test_nothing_hidden_comes_back_as_it_is(call, tmp_path):
-    (tmp_path / "a.jsonl").write_text('{"ids": [97, 98]}\n')
-    out, err = call("--infill", "--prompts", tmp_path / "a.jsonl")
-    assert out == "ab\n" and err.startswith("0 tokens in")
-
-
-def data_of(path):
-    html = path.read_text()
-    assert "http" not in html and "<script src" not in html
-    return json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.DOTALL)[1])
-
-
 def test_the_page_replays_the_sample(call, tmp_path):
     path = tmp_path / "sample.html"
     out, err = call("--infill", TEXT + "</script>", "--html", path, "--steps", 7)
-    data = data_of(path)
+    html = path.read_text()
+    assert "http" not in html and "<script src" not in html
+    data = json.loads(re.search(r'type="application/json">(.*?)</script>', html, re.DOTALL)[1])
     assert f"written to {path}" in err and data["facts"]["steps"] == "7"
     cells = list(data["start"])
     assert [i for i, cell in enumerate(cells) if cell is None] == [i for i, given in enumerate(data["given"]) if not given]
@@ -149,11 +138,6 @@ def test_the_page_replays_the_sample(call, tmp_path):
     assert "".join(cells) + "\n" == out
     shaded = [score for score in data["importance"] if score is not None]
     assert len(shaded) == 3 and all(0 <= score <= 1 for score in shaded)
-
-
-def test_watching(call):
-    out, err = call("--infill", TEXT, "--watch", "--steps", 5)
-    assert fits(out.removesuffix("\n")) and "0 hidden" in err
 
 
 BAD = [
@@ -187,57 +171,39 @@ BAD = [
     (["--jsonl", "folder"], "cannot write folder: it is a folder; give the name of a file"),
     (["--stepps", "3"], "did you mean --steps?"),
     (["--device", "cuda"], "--device is cuda, but torch sees no CUDA device here; use --device cpu"),
+    (["--top_k", "-1", "--jsonl", "kept.jsonl"], "top_k"),
 ]
+FILES = {
+    "bad.jsonl": b'{"prompt": "a"}\n{"prompt": \n', "ids.jsonl": b'{"ids": [257, 258]}\n', "types.jsonl": b'{"prompt": 3}\n',
+    "empty.jsonl": b'{"words": 3}\n', "latin.txt": b"caf\xe9\n", "kept.jsonl": b"kept",
+}  # fmt: skip
 
 
 @pytest.mark.parametrize(("arguments", "message"), BAD)
-def test_bad_input_is_one_sentence(arguments, message, run, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_sentence_and_writes_over_nothing(arguments, message, run, tmp_path, monkeypatch, refused):
     monkeypatch.chdir(tmp_path)
     if "cuda" in arguments and torch.cuda.is_available():
         pytest.skip("this machine has a CUDA device")
-    (tmp_path / "bad.jsonl").write_text('{"prompt": "a"}\n{"prompt": \n')
-    (tmp_path / "ids.jsonl").write_text('{"ids": [257, 258]}\n')
-    (tmp_path / "types.jsonl").write_text('{"prompt": 3}\n')
-    (tmp_path / "empty.jsonl").write_text('{"words": 3}\n')
-    (tmp_path / "latin.txt").write_bytes(b"caf\xe9\n")
+    for name, content in FILES.items():
+        (tmp_path / name).write_bytes(content)
     (tmp_path / "folder").mkdir()
-    before = sorted(p.name for p in tmp_path.iterdir())
+    before = sorted(os.listdir(tmp_path))
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n"))
-    with pytest.raises(SystemExit) as left:
-        run_door(sample.main, ["--run", str(run), *arguments])
-    assert left.value.code == 2
-    error = capsys.readouterr().err
-    assert error.startswith("error: ") and message in error and error.count("\n") == 1, error
-    assert sorted(p.name for p in tmp_path.iterdir()) == before
+    assert message in refused(sample.main, "--run", run, *arguments)
+    assert sorted(os.listdir(tmp_path)) == before and (tmp_path / "kept.jsonl").read_text() == "kept"
 
 
-def test_a_failure_leaves_the_jsonl_that_was_there(run, tmp_path, capsys, monkeypatch):
-    path = tmp_path / "kept.jsonl"
-    path.write_text("kept\n")
-    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    with pytest.raises(SystemExit):
-        run_door(sample.main, ["--run", str(run), "--top_k", "-1", "--jsonl", str(path)])
-    assert path.read_text() == "kept\n" and [p.name for p in tmp_path.iterdir()] == ["kept.jsonl"]
-
-
-def test_runs_without_what_is_asked_for(run, tmp_path, capsys):
-    plain = make_run(tmp_path / "plain", "none")
-    cases = [(plain, ["--sampler", "importance"], "needs learned importance, and importance.source of")]
-    broken = tmp_path / "broken"
+def test_runs_without_what_is_asked_for(run, tmp_path, refused):
+    plain, broken = make_run(tmp_path / "plain", "none"), tmp_path / "broken"
     shutil.copytree(run, broken, symlinks=True)
     shutil.rmtree(broken / "checkpoints" / "last" / "tokenizer")
-    cases.append((broken, [], "tokenizer"))
-    for folder, arguments, message in cases:
-        with pytest.raises(SystemExit) as left:
-            run_door(sample.main, ["--run", str(folder), *arguments])
-        error = capsys.readouterr().err
-        assert left.value.code == 2 and message in error and error.count("\n") == 1, error
+    message = "needs learned importance, and importance.source of"
+    assert message in refused(sample.main, "--run", plain, "--sampler", "importance")
+    assert "tokenizer" in refused(sample.main, "--run", broken)
 
 
-def test_the_door_from_a_fresh_directory(run, tmp_path):
-    env = os.environ | {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "atat_fast.sample", "--run", str(run), "--infill"]
-    done = subprocess.run(command, cwd=tmp_path, env=env, input=f"{TEXT}\n", capture_output=True, text=True)
+def test_the_command_writes_nothing_beside_it(run, tmp_path, python):
+    done = python("-m", "atat_fast.sample", "--run", run, "--infill", cwd=tmp_path, input=f"{TEXT}\n")
     assert done.returncode == 0 and fits(done.stdout.removesuffix("\n")), done.stderr
     assert list(tmp_path.iterdir()) == []
 

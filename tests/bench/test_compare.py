@@ -14,6 +14,7 @@ OPS = {
     "benchmark": "masking", "rounds": 200, "results": [CPP, CPP | {"way": "torch", "median_us": 800, "speedup_over_eager": 1}],
     "environment": {"device": "CPU (X)", "dtype": "fp32", "cpu_threads": 2, "torch": "2.13.0"},
 }  # fmt: skip
+COUNTS = OPS | {"results": [{"shape": [8, 1024], "instructions": 100}]}
 RATES = {
     "benchmark": "throughput", "settings": {"preset": "tiny", "micro_batch": 8, "rounds": 5}, "results": {
         "mdlm": {"tokens_per_second": 400.0, "low": 1.0, "high": 9e2, "step_memory_bytes": 1000, "ratio": 1.0, "mean_loss": 9.0},
@@ -50,6 +51,7 @@ def changed(record, *path_and_value):
     ("old", "path", "value", "status"),
     [
         (OPS, ("results", 0, "median_us"), 209.0, 0),
+        (COUNTS, ("results", 0, "instructions"), 107, 1),
         (OPS, ("results", 0, "median_us"), 211.0, 1),
         (OPS, ("results", 0, "median_us"), 20.0, 0),
         (OPS, ("results", 0, "high_us"), 9e9, 0),  # the spread

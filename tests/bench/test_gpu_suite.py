@@ -46,21 +46,14 @@ def alive(pid):
 
 def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(run_all, tmp_path, capsys):
     child = tmp_path / "child"
-    hang = (
-        "import subprocess, sys, time\n"
-        f"p = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])\n"
-        f"open({str(child)!r}, 'w').write(str(p.pid))\n"
-        "print('begun', flush=True)\n"
-        "time.sleep(60)"
-    )
-    steps = {
-        "fine": (runs("print('good')"), 20),
-        "broken": (runs("print('one'); raise SystemExit('the reason')"), 20),
-        "hangs": (runs(hang), 1.5),
-        "absent": (("/no/such/program",), 20),
-        "gpu": (runs("print('ran')"), 20),
-        "last": (runs("print('still here')"), 20),
-    }
+    hang = f"""import subprocess, sys, time
+p = subprocess.Popen([sys.executable, '-S', '-c', 'import time; time.sleep(60)'])
+open({str(child)!r}, 'w').write(str(p.pid))
+print('begun', flush=True)
+time.sleep(60)"""
+    broken = runs("print('one'); raise SystemExit('the reason')")
+    steps = {"fine": (runs("print('good')"), 20), "broken": (broken, 20), "hangs": (runs(hang), 1.5)}
+    steps |= {"absent": (("/no/such/program",), 20), "gpu": (broken, 20), "last": (runs("print('still here')"), 20)}
     begin = time.monotonic()
     outcomes = run_all(steps, no_gpu="torch finds no CUDA device")
     assert time.monotonic() - begin < 30
@@ -78,10 +71,8 @@ def test_a_step_that_fails_or_hangs_does_not_stop_the_rest(run_all, tmp_path, ca
 
 def test_a_step_that_is_stopped_may_write_what_it_has(suite, run_all, tmp_path, monkeypatch):
     monkeypatch.setattr(suite, "STOP_SECONDS", 30)  # it needs a moment; a busy machine may take its time
-    code = (
-        "try:\n import time; time.sleep(60)\n"
-        f"except KeyboardInterrupt: open({str(tmp_path / 'kept')!r}, 'w').write('half'); print('stopping')"
-    )
+    write = f"open({str(tmp_path / 'kept')!r}, 'w').write('half'); print('stopping')"
+    code = f"try:\n import time; time.sleep(60)\nexcept KeyboardInterrupt: {write}"
     (outcome,) = run_all({"slow": (runs(code), 4)})
     assert outcome.status == "timed out" and "stopping" in outcome.tail and (tmp_path / "kept").read_text() == "half"
 
@@ -95,8 +86,7 @@ def test_what_has_no_time_left_is_not_begun(run_all):
 
 @pytest.mark.slow
 def test_a_pytest_run_that_collects_nothing_failed(suite):
-    step = suite.pytest_step("tests", 60, "tests/conftest.py", why="")
-    (outcome,) = suite.run_all([step], 60, None, dict(os.environ))
+    (outcome,) = suite.run_all([suite.pytest_step("tests", 60, "tests/conftest.py", why="")], 60, None, dict(os.environ))
     assert outcome.status == "failed" and outcome.reason == "no test was collected"
 
 
@@ -159,16 +149,22 @@ def test_wheels_are_laid_out_for_import(suite, tmp_path, python):
         suite.unpack_wheels(wheels, site)
 
 
-def steps_of(out):
-    return json.loads((out / "summary.json").read_text())["steps"]
+@pytest.fixture
+def steps_run(tmp_path, python):
+    """steps_run(*options): the script's own process, and its steps."""
+
+    def steps_run(*options):
+        done = python(ROOT / "bench" / "gpu_suite.py", *options, "--out", tmp_path / "suite", CUDA_VISIBLE_DEVICES="")
+        return done, json.loads((tmp_path / "suite" / "summary.json").read_text())["steps"]
+
+    return steps_run
 
 
 @pytest.mark.slow
-def test_without_a_gpu_it_says_what_needs_one(tmp_path, python):
-    done = python(ROOT / "bench" / "gpu_suite.py", "--out", tmp_path / "suite", CUDA_VISIBLE_DEVICES="")
+def test_without_a_gpu_it_says_what_needs_one(steps_run):
+    done, (first, *others) = steps_run()
     assert done.returncode == 0, done.stdout + done.stderr
     assert "these parts need one: ops, ceilings, head, throughput, tests" in done.stdout
-    first, *others = steps_of(tmp_path / "suite")
     assert first["name"] == "environment" and first["status"] == "passed" and "torch" in first["tail"]
     assert "mask_tokens" in first["tail"] and "tensors on cpu: first of" in first["tail"]
     assert [step["status"] for step in others] == ["not run"] * 5
@@ -180,11 +176,10 @@ def test_without_a_gpu_it_says_what_needs_one(tmp_path, python):
     ("tier", "names"),
     [(1, ["ceilings.json", "head.json", "throughput-tiny-4097-2.json"]), (2, ["sampling.json", "throughput-tiny-4097-2.json"])],
 )
-def test_every_part_runs_small_on_a_cpu(tier, names, tmp_path, python):
+def test_every_part_runs_small_on_a_cpu(tier, names, tmp_path, steps_run):
     """The commands of both tiers with the shapes of --small; those that need more than this machine has say so."""
-    script = ROOT / "bench" / "gpu_suite.py"
-    done = python(script, "--tier", tier, "--small", "--out", tmp_path / "suite", CUDA_VISIBLE_DEVICES="")
-    bad = [step for step in steps_of(tmp_path / "suite") if step["status"] != "passed"]
+    done, steps = steps_run("--tier", tier, "--small")
+    bad = [step for step in steps if step["status"] != "passed"]
     ends = "".join(f"\n=== {step['name']}: {step['status']} {step['reason']}\n{step['tail'][-3000:]}" for step in bad)
     assert done.returncode == 0, done.stdout + ends
     assert {step["name"] for step in bad if step["status"] == "not run"} <= {"memcheck", "training"}
@@ -192,12 +187,14 @@ def test_every_part_runs_small_on_a_cpu(tier, names, tmp_path, python):
 
 
 @pytest.mark.parametrize(("tier", "most"), [(1, 360), (2, 300), (3, 900)])
-def test_a_dry_run_prints_parts_and_limits_that_add_up(suite, tier, most, capsys):
+def test_a_dry_run_prints_parts_that_are_there_and_limits_that_add_up(suite, tier, most, capsys):
     assert suite.main(["--tier", str(tier), "--dry_run"]) == 0
     *parts, total = capsys.readouterr().out.splitlines()
     limits = [float(line.split(" at most ")[1].split()[0]) for line in (*parts, total)]
     assert sum(limits[:-1]) == limits[-1] <= most and total.startswith(f"all of tier {tier} ")
     assert [line.split("  ")[0] for line in parts] == [step.name for step in suite.steps(tier)]
+    words = [word.removeprefix("--ignore=") for step in suite.steps(tier) for word in step.command]
+    assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))
 
 
 def test_a_part_whose_package_is_missing_is_skipped_and_says_so(suite, tmp_path):
@@ -207,8 +204,3 @@ def test_a_part_whose_package_is_missing_is_skipped_and_says_so(suite, tmp_path)
     assert suite.missing(step, None, str(tmp_path)) is None
     (outcome,) = suite.run_all([step], 60, None, dict(os.environ))
     assert (outcome.status, outcome.reason) == ("not run", "no_such_package is not here")
-
-
-def test_what_parts_run_is_there(suite):
-    words = [word.removeprefix("--ignore=") for tier in (1, 2, 3) for step in suite.steps(tier) for word in step.command]
-    assert all((ROOT / word).is_file() for word in words if word.endswith(".py"))

@@ -15,7 +15,6 @@ ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "bench" / "results"
 
 PROFILE = """# callgrind format
-positions: line
 events: Ir
 summary: 999
 
@@ -41,17 +40,13 @@ fn=void atat_fast::fill_noisy<long>(long*, long const*)
 ob=/usr/lib/libm.so.6
 fn=__logf_fma
 0 1000
-ob=/usr/lib/libmore.so
-fn=other
-0 3
 """
 
 
 def test_a_profile_gives_each_function_its_own_instructions_under_a_short_name(load):
-    found = load("instructions").count_in(PROFILE, "libatat_fast.so")
-    assert {load("instructions").short(name): count for name, count in found.items()} == {
-        "fill_words": 26, "fill_noisy": 100, "__logf_fma": 1000,
-    }  # fmt: skip
+    found = load("instructions").count_in(PROFILE + "ob=/usr/lib/libmore.so\nfn=other\n0 3\n", "libatat_fast.so")
+    short = {load("instructions").short(name): count for name, count in found.items()}
+    assert short == {"fill_words": 26, "fill_noisy": 100, "__logf_fma": 1000}
 
 
 def test_every_case_is_one_the_library_takes(load):
@@ -80,17 +75,6 @@ def test_counts_are_those_recorded_or_the_cause_is_in_the_code(load, tmp_path):
         assert row["instructions"] > 10 * torch.Size(row["shape"]).numel()
         assert sum(row["functions"].values()) <= row["instructions"]
     assert load("compare").main([str(path), str(path), "--limit", "0"]) == 0
-
-
-def test_one_more_instruction_is_seen(load, tmp_path, capsys):
-    path = RESULTS / "cpu" / "instructions.json"
-    record = json.loads(path.read_text())
-    record["results"][0]["instructions"] += 1
-    (tmp_path / "new.json").write_text(json.dumps(record))
-    compare = load("compare").main
-    assert compare([str(path), str(tmp_path / "new.json"), "--limit", "0"]) == 1
-    assert compare([str(path), str(tmp_path / "new.json")]) == 0
-    assert "op mask_tokens, shape 8 x 1024, scored False" in capsys.readouterr().out.splitlines()[1]
 
 
 def test_ceilings_are_rates_of_products_and_copies(load, tmp_path, monkeypatch, capsys):
@@ -150,9 +134,9 @@ def test_a_short_comparison_imports_neither_jsonargparse_nor_datasets(tmp_path, 
     script = ROOT / "bench" / "train_short.py"
     done = python(script, "--preset", "demo", "--steps", "2", "--out", out, cwd=tmp_path, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
-    record = json.loads((out / "training.json").read_text())
-    assert [row["variant"] for row in record["results"]] == ["mdlm", "exact", "ce"]
-    for row in record["results"]:
+    results = json.loads((out / "training.json").read_text())["results"]
+    assert [row["variant"] for row in results] == ["mdlm", "exact", "ce"]
+    for row in results:
         assert row["nll"] > 0 and row["nll_se"] > 0 and row["tokens_per_second"] > 0
         assert re.search(rf"{row['variant']} +seed 1  val/nll {row['nll']:.4f}", done.stdout)
     assert {p.name for p in tmp_path.iterdir()} - {"__pycache__"} == {"jsonargparse.py", "datasets.py", "out"}

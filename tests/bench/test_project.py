@@ -1,13 +1,9 @@
-"""bench/project.py and bench/devices.py: the laws a projection obeys, its label, and its door."""
+"""bench/project.py and bench/devices.py: the laws a projection obeys, its label, and its command."""
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -17,7 +13,6 @@ from atat_fast.config import load_preset
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import step_cost
 
-ROOT = Path(__file__).resolve().parents[2]
 VOCABULARY = 50_258
 DEVICES = ("rtx4090", "rtx5090", "l40s", "h100", "h200")
 
@@ -35,8 +30,8 @@ def project(load):
     return project
 
 
-@pytest.mark.parametrize("device", DEVICES)
 @pytest.mark.parametrize("p2p", [True, False])
+@pytest.mark.parametrize("device", DEVICES)
 def test_more_cards_cost_communication_and_nothing_else(project, device, p2p):
     one = project(device, micro_batch=8, p2p=p2p)
     before = one.tokens_per_second
@@ -51,12 +46,11 @@ def test_more_cards_cost_communication_and_nothing_else(project, device, p2p):
 
 
 def test_a_direct_link_and_more_passes_hide_communication(project):
-    def share(**options):
-        p = project(micro_batch=8, gpus=6, **options)
+    def share(p2p=False, accumulation=1):
+        p = project(micro_batch=8, gpus=6, p2p=p2p, accumulation=accumulation)
         return sum(part.seconds for part in p.parts if part.name == "all-reduce") / p.seconds
 
-    assert share(p2p=False) > share(p2p=True) > 0
-    assert share(p2p=False) > share(p2p=False, accumulation=4) > share(p2p=False, accumulation=16) > 0
+    assert share() > share(p2p=True) > 0 and share() > share(accumulation=4) > share(accumulation=16) > 0
 
 
 @settings(max_examples=25, deadline=None)
@@ -74,16 +68,11 @@ def test_bytes_and_seconds_add_up(project, batch, gpus, accumulation):
     assert sent == pytest.approx(2 * (gpus - 1) / gpus * 4 * p.parameters)
 
 
-@settings(max_examples=10, deadline=None)
-@given(batch=st.integers(1, 16))
-def test_memory_grows_with_the_batch_and_the_length(project, batch):
-    larger = ((batch, 512), (batch + 1, 512), (batch + 1, 513))
-    sizes = [sum(project("h100", micro_batch=b, length=n).memory.values()) for b, n in larger]
-    assert sizes == sorted(set(sizes))
-
-
 @pytest.mark.parametrize("device", DEVICES)
-def test_the_largest_micro_batch_is_the_last_that_fits(project, device):
+def test_the_largest_micro_batch_is_the_last_that_fits_for_memory_grows_with_batch_and_length(project, device):
+    larger = ((1, 512), (2, 512), (2, 513), (16, 513))
+    sizes = [sum(project(device, micro_batch=b, length=n).memory.values()) for b, n in larger]
+    assert sizes == sorted(set(sizes))
     p = project(device)
     assert p.largest_micro_batch >= p.micro_batch == min(32, p.largest_micro_batch)
     full = project(device, micro_batch=p.largest_micro_batch)
@@ -133,14 +122,8 @@ def test_six_cards_do_the_run_in_time_or_the_verdict_says_what_is_in_the_way(loa
     assert recorded["projection"] is True and recorded["six"] == json.loads(json.dumps(rows))
 
 
-def test_a_faster_device_is_faster(project):
-    rates = {device: project(device, micro_batch=8).tokens_per_second for device in DEVICES}
-    assert rates["rtx4090"] < rates["rtx5090"] and rates["rtx4090"] < rates["h100"] < rates["h200"]
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_what_cannot_be_is_refused_in_a_sentence(project):
+    for options, message in (
         ({"gpus": 9}, "--gpus must be 1 to 8"),
         ({"gpus": 0}, "--gpus must be 1 to 8"),
         ({"micro_batch": -1}, "--micro_batch must be at least 0"),
@@ -148,14 +131,14 @@ def test_a_faster_device_is_faster(project):
         ({"vocabulary": 1}, "--vocabulary at least 2"),
         ({"length": -1}, "--length at least 1"),
         ({"preset": "large", "device": "rtx4090", "vocabulary": 4_000_000}, "not even one sequence"),
-    ],
-)
-def test_refuses_in_a_sentence(project, options, message):
-    with pytest.raises(UsageError, match=message):
-        project(**options)
+    ):
+        with pytest.raises(UsageError, match=message):
+            project(**options)
 
 
-def test_every_fact_has_a_source(load):
+def test_every_fact_has_a_source_and_a_faster_device_is_faster(load, project):
+    rates = {device: project(device, micro_batch=8).tokens_per_second for device in DEVICES}
+    assert rates["rtx4090"] < rates["rtx5090"] and rates["rtx4090"] < rates["h100"] < rates["h200"]
     for device in load("devices").TABLE.values():
         assert "data sheet" in device.source and device.link_source and "assumed" in device.shares.source
         assert device.link >= device.link_host > 0
@@ -164,20 +147,17 @@ def test_every_fact_has_a_source(load):
 
 
 def record(device="NVIDIA GeForce RTX 4090", rate=100_000.0):
-    return {
-        "benchmark": "throughput", "settings": {"preset": "small", "vocabulary": VOCABULARY, "length": 1024, "micro_batch": 8},
-        "results": {"atat_fast": {"tokens_per_second": rate}}, "environment": {"device": device},
-    }  # fmt: skip
+    settings = {"preset": "small", "vocabulary": VOCABULARY, "length": 1024, "micro_batch": 8}
+    results, facts = {"atat_fast": {"tokens_per_second": rate}}, {"device": device}
+    return json.dumps({"benchmark": "throughput", "settings": settings, "results": results, "environment": facts})
 
 
 def test_the_error_is_that_against_what_was_measured(load, project, tmp_path):
     module = load("project")
     assert [line.split(":")[0] for line in module.verdict([])] == ["error    on CPUs unknown", "error    on GPUs unknown"]
     expected = project(micro_batch=8).tokens_per_second
-    for folder, text in (
-        ("a", json.dumps(record(rate=expected / 1.25))), ("b", json.dumps(record("NVIDIA GTX 1080"))), ("c", "{"),
-        ("d", json.dumps({"results": [1]})), ("e", json.dumps(record("NVIDIA H100 PCIe"))),
-    ):  # fmt: skip
+    others = {"b": record("NVIDIA GTX 1080"), "c": "{", "d": '{"results": [1]}', "e": record("NVIDIA H100 PCIe")}
+    for folder, text in ({"a": record(rate=expected / 1.25)} | others).items():
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "throughput-small.json").write_text(text)
     (row,) = module.checked(tmp_path)
@@ -208,28 +188,21 @@ def test_a_cpu_is_known_by_what_was_measured_on_it(load, tmp_path):
         load("project").project(device, load_preset("tiny"), vocabulary=30_522, gpus=2)
 
 
-def door(*arguments):
-    command = [sys.executable, str(ROOT / "bench" / "project.py"), *map(str, arguments)]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(command, env=env, capture_output=True, text=True)
-
-
-def test_the_door_prints_and_writes_a_projection_that_says_it_is_one(tmp_path):
+def test_the_command_prints_and_writes_a_projection_that_says_it_is_one(load, tmp_path, capsys):
     out = tmp_path / "new" / "p.json"
-    done = door("--device", "rtx4090", "--gpus", 6, "--preset", "small", "--micro_batch", 4, "--no-p2p", "--out", out)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith("PROJECTION, not a measurement: 6 x RTX 4090, no peer-to-peer")
+    options = "--device rtx4090 --gpus 6 --preset small --micro_batch 4 --no-p2p --out"
+    assert load("project").main([*options.split(), str(out)]) == 0
+    said = capsys.readouterr().out
+    assert said.startswith("PROJECTION, not a measurement: 6 x RTX 4090, no peer-to-peer")
     for word in ("products", "attention", "head", "norm chains", "optimizer", "all-reduce", "assumed", "MFU", "largest", "error"):
-        assert f"\n{word}" in done.stdout
+        assert f"\n{word}" in said
     written = json.loads(out.read_text())
-    assert written["projection"] is True and written["label"] in done.stdout and written["benchmark"] == "projection"
+    assert written["projection"] is True and written["label"] in said and written["benchmark"] == "projection"
     step = written["results"]["step"]
     assert step["seconds"] == pytest.approx(sum(part["seconds"] for part in written["results"]["parts"]))
     assert step["memory_bytes"] == sum(written["results"]["memory"].values())
     assert 6 * 4 * 1024 / step["seconds"] == pytest.approx(step["tokens_per_second"])
 
-
-def test_the_door_refuses_in_a_sentence(load, capsys):
     assert load("project").main(["--device", "rtx4091"]) == 2
     captured = capsys.readouterr()
     assert "did you mean rtx4090" in captured.err and captured.err.count("\n") == 1 and captured.out == ""

@@ -49,8 +49,7 @@ def test_adaptive_variant_has_every_part_on(variant):
     one = variant("atat_fast+atat")
     objective = one.losses_of.objective
     assert objective.estimator is not None and objective.curriculum.at(0.9).level != 0
-    assert objective.config.importance.tilt != 0
-    assert objective.config.diffusion.weighting == "importance"
+    assert objective.config.importance.tilt != 0 and objective.config.diffusion.weighting == "importance"
     before = [p.detach().clone() for p in objective.estimator.parameters()]
     one.timed(2)
     assert any(not torch.equal(a, b) for a, b in zip(before, objective.estimator.parameters(), strict=True))
@@ -83,7 +82,7 @@ def test_parts_add_up_to_the_step(load, variant):
     assert one.parts(1)[0].keys() == parts.keys()
 
 
-def test_profile_adds_up_and_knows_its_groups(load, variant, tmp_path):
+def test_profile_adds_up_and_knows_its_groups(load, variant, tmp_path, monkeypatch):
     profiling, devices = load("profiling"), load("devices")
     for name in ("mdlm", "atat_fast"):
         one = variant(name)
@@ -97,14 +96,9 @@ def test_profile_adds_up_and_knows_its_groups(load, variant, tmp_path):
         lines = "\n".join(profiling.op_table(name, kept))
         assert "sum" in lines and "head products" in lines
     assert not list((tmp_path / "out").glob("*.json"))
-
-
-def test_trace_that_is_too_large_is_not_kept(load, variant, tmp_path, monkeypatch):
-    profiling = load("profiling")
-    monkeypatch.setattr(profiling, "LARGEST_TRACE", 10)
-    one = variant("mdlm")
-    kept = profiling.profile(one, tmp_path / "a.trace.json.gz", None, steps=1)
-    assert kept["trace"] is None and list(tmp_path.iterdir()) == []
+    monkeypatch.setattr(profiling, "LARGEST_TRACE", 10)  # a trace that is too large is not kept
+    kept = profiling.profile(variant("mdlm"), tmp_path / "a.trace.json.gz", None, steps=1)
+    assert kept["trace"] is None and [path.name for path in tmp_path.iterdir()] == ["out"]
     assert "not kept" in "\n".join(profiling.op_table("mdlm", kept))
 
 
@@ -127,12 +121,9 @@ def test_an_energy_meter_gives_joules_where_a_driver_does(load, monkeypatch):
     """The driver counts millijoules of a card that draws 250 W."""
     power, counted = load("power"), iter(range(1_000_000, 2_000_000, 250))
     assert power.EnergyMeter(torch.device("cpu")).joules() is None
-    nvml = SimpleNamespace(
-        nvmlInit=lambda: None,
-        nvmlDeviceGetHandleByUUID={"GPU-1234": "handle"}.__getitem__,
-        nvmlDeviceGetTotalEnergyConsumption=lambda handle: next(counted),
-    )
-    monkeypatch.setitem(sys.modules, "pynvml", nvml)
+    calls = {"nvmlInit": lambda: None, "nvmlDeviceGetHandleByUUID": {"GPU-1234": "handle"}.__getitem__}
+    calls["nvmlDeviceGetTotalEnergyConsumption"] = lambda handle: next(counted)
+    monkeypatch.setitem(sys.modules, "pynvml", SimpleNamespace(**calls))
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1234"))
     meter = power.EnergyMeter(torch.device("cuda", 0))
     before, after = meter.joules(), meter.joules()
@@ -168,10 +159,8 @@ def test_the_plain_loop_is_not_the_samplers_under_another_name(load, variant):
 
 
 def row(rate, **more):
-    return {
-        "tokens_per_second": rate, "low": 0.9 * rate, "high": 1.1 * rate, "step_memory_bytes": 5 << 20, "mean_loss": 3.25,
-        "ratio": rate / 100,
-    } | more  # fmt: skip
+    found = {"tokens_per_second": rate, "low": 0.9 * rate, "high": 1.1 * rate, "step_memory_bytes": 5 << 20}
+    return found | {"mean_loss": 3.25, "ratio": rate / 100} | more
 
 
 FACTS = {"device": "NVIDIA H100", "dtype": "bf16", "torch": "2.13", "commit": "abc"}
@@ -197,9 +186,10 @@ def new_record():
     }  # fmt: skip
 
 
-def test_tables_of_old_and_new_files(load, tmp_path):
-    report_tables, throughput = load("report_tables"), load("throughput")
+def test_tables_and_pictures_of_old_and_new_files(load, tmp_path):
+    report_tables, throughput, pictures = load("report_tables"), load("throughput"), load("report_pictures")
     assert report_tables.throughput(tmp_path) == ""
+    assert pictures.latest_throughput_png(tmp_path) is None and pictures.roofline_png(tmp_path) is None
     for folder, record in (("a", OLD), ("b", new_record())):
         (tmp_path / folder).mkdir()
         (tmp_path / folder / "throughput-small-50258.json").write_text(json.dumps(record))
@@ -219,16 +209,9 @@ def test_tables_of_old_and_new_files(load, tmp_path):
     assert "largest micro-batch: mdlm 16, atat_fast unknown" in lines
     for table in report_tables.DOCUMENT.values():
         assert len({line.count("|") for line in table(tmp_path).splitlines()}) <= 1, "a row has another number of cells"
-
-
-def test_pictures_of_old_and_new_files(load, tmp_path):
-    pictures = load("report_pictures")
-    assert pictures.latest_throughput_png(tmp_path) is None and pictures.roofline_png(tmp_path) is None
-    (tmp_path / "b").mkdir()
-    (tmp_path / "b" / "throughput-small.json").write_text(json.dumps(new_record()))
-    assert pictures.roofline_png(tmp_path).startswith(b"\x89PNG")
-    assert pictures.latest_throughput_png(tmp_path).startswith(b"\x89PNG")
-    assert pictures.throughput_png(OLD).startswith(b"\x89PNG")
+    (tmp_path / "a" / "throughput-small-50258.json").unlink()
+    for picture in (pictures.roofline_png(tmp_path), pictures.latest_throughput_png(tmp_path), pictures.throughput_png(OLD)):
+        assert picture.startswith(b"\x89PNG")
 
 
 @pytest.mark.slow
@@ -241,13 +224,3 @@ def test_two_ranks_share_a_global_batch(tmp_path, python):
     assert done.stdout.count("tokens/s") == 1 and "2 ranks" in done.stdout
     record = json.loads((tmp_path / "out" / "throughput-tiny-4200-2-2-ranks.json").read_text())
     assert record["settings"]["ranks"] == 2 and set(record["results"]) == {"mdlm", "atat_fast", "atat_fast+atat"}
-
-
-@pytest.mark.slow
-def test_sampling_script(tmp_path, python):
-    small = ("--vocabulary", 200, "--length", 16, "--batch", 1, 2, "--steps", 4, "--seconds", 5, "--out", tmp_path / "out")
-    done = python(ROOT / "bench" / "bench_sampling.py", *small)
-    assert done.returncode == 0 and "x plain" in done.stdout, done.stderr
-    record = json.loads((tmp_path / "out" / "sampling.json").read_text())
-    assert [case["batch"] for case in record["results"]] == [1, 2]
-    assert all(case["results"]["ddpm_cache"]["ratio"] > 0 for case in record["results"])

@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import functools
 import json
-import os
-import subprocess
-import sys
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -24,7 +20,6 @@ from atat_fast.distributed.fit import (
     activation_bytes,
     bytes_sent,
     card_memory,
-    check_parallel,
     choose,
     largest_micro_batch,
     layouts,
@@ -36,7 +31,6 @@ from atat_fast.hardware.devices import TABLE, memory_of, named, of_name
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
 from atat_fast.train import main
-from atat_fast.training.optimizers import Optimizers
 from atat_fast.training.plan import batches, check, choose_layout, sizes_of
 
 VOCABULARY = 50_258
@@ -114,6 +108,7 @@ def test_auto_refuses_what_does_not_fit_and_says_what_would():
         ({"mode": "ddp", "param_dtype": "bf16"}, 2, "parallel.param_dtype bf16 is for weights that are gathered"),
         ({"timeout": 0.0}, 1, "parallel.timeout must be above 0"),
         ({"activation_checkpointing": -1}, 1, "must be at least 0"),
+        ({"mode": "fsdp", "state": "8bit"}, 6, r"optim\.state 8bit is for parallel\.mode ddp"),
     ],
 )
 def test_settings_that_cannot_be_are_refused_in_a_sentence(options, ranks, message):
@@ -121,21 +116,13 @@ def test_settings_that_cannot_be_are_refused_in_a_sentence(options, ranks, messa
         chosen("small", ranks, **options)
 
 
-def test_8_bit_moments_are_not_sharded():
-    with pytest.raises(UsageError, match=r"optim\.state 8bit is for parallel\.mode ddp"):
-        check_parallel(preset("small", mode="fsdp", state="8bit"), 6, 6)
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
+def test_dtypes_that_the_device_cannot_have_are_refused():
+    for options, message in (
         ({"mode": "fsdp", "param_dtype": "bf16"}, "this run computes in fp32; use --train.dtype bf16"),
         ({"mode": "ddp", "reduce_dtype": "bf16"}, "reduce_dtype bf16 under ddp needs cards"),
-    ],
-)
-def test_dtypes_that_the_device_cannot_have_are_refused(options, message):
-    with pytest.raises(UsageError, match=message):
-        choose_layout(preset("demo", **options), Launch(size=2, local_size=2), 300, CPU)
+    ):
+        with pytest.raises(UsageError, match=message):
+            choose_layout(preset("demo", **options), Launch(size=2, local_size=2), 300, CPU)
     assert choose_layout(preset("demo"), Launch(size=2, local_size=2), 300, CPU).mode == "ddp"
 
 
@@ -183,6 +170,8 @@ def test_memory_grows_with_what_is_kept_and_falls_with_every_option(layout, micr
 def test_weights_gradients_moments_and_average_are_20_bytes_a_parameter_over_the_ranks():
     sizes = known("large")
     assert 1.25e9 < sizes.total < 1.35e9
+    with_estimator = replace(preset("small"), importance=ImportanceConfig(source="learned"))
+    assert sizes_of(with_estimator, VOCABULARY).total - known("small").total == 1_906_177
     for shard in (1, 8):
         held = card_memory(preset("large"), sizes, Layout("hsdp", 8, shard), card(), 4)
         own = sum(held[name] for name in ("parameters", "gradients", "optimizer", "average"))
@@ -206,21 +195,6 @@ def test_bytes_sent_are_those_of_rings():
     assert freed["all-gather"] == pytest.approx(3 * 3 / 4 * (800 + 3200))
     assert bytes_sent(wide, sizes, Layout("hsdp", 8, 4), 1)["all-reduce"] == pytest.approx(2 * 1 / 2 * 4 * 1000 / 4)
     assert bytes_sent(wide, sizes, Layout("none", 1, 1), 1) == {}
-
-
-@pytest.mark.parametrize("state", ["fp32", "bf16"])
-def test_moments_take_what_the_optimizer_keeps(state):
-    """8-bit moments are compared in test_low_precision.py if torchao is installed."""
-    model = DiT(11, 10, dim=16, layers=2, heads=2, length=12, conditioning_dim=8, dropout=0.0)
-    config = Config(model=model.config)
-    config.optim.state = state
-    optimizers = Optimizers(model, config.optim)
-    for p in model.parameters():
-        p.grad = torch.ones_like(p)
-    optimizers.step(1e-3)
-    kept = sum(t.numel() * t.element_size() for name, t in optimizers.state().items() if not name.endswith("/step"))
-    total = sum(p.numel() for p in model.parameters())
-    assert kept == card_memory(config, Sizes(total, total // 2, 2, 11), Layout("none", 1, 1), card(), 1)["optimizer"]
 
 
 def kept_by_autograd(config: ModelConfig, batch: int, every: int) -> int:
@@ -254,12 +228,6 @@ def test_activations_are_what_autograd_keeps(every):
     assert kept <= estimate <= 1.35 * kept + one
 
 
-def test_the_importance_estimator_is_counted():
-    config = preset("small")
-    config.importance = ImportanceConfig(source="learned")
-    assert sizes_of(config, VOCABULARY).total - known("small").total == 1_906_177
-
-
 def test_devices_are_found_by_key_and_by_the_name_that_drivers_give():
     assert named("rtx4090") is of_name("NVIDIA GeForce RTX 4090") is TABLE["rtx4090"] and of_name("NVIDIA H100 PCIe") is None
     with pytest.raises(UsageError, match="did you mean rtx4090"):
@@ -270,16 +238,12 @@ def test_devices_are_found_by_key_and_by_the_name_that_drivers_give():
 
 
 @pytest.mark.slow
-def test_two_ranks_hold_and_send_what_the_formulas_say(tmp_path):
+def test_two_ranks_hold_and_send_what_the_formulas_say(tmp_path, torchrun):
     """A step of three passes under ddp and fsdp over gloo: bytes of every kind, and bytes through every collective."""
-    cases = Path(__file__).with_name("fit_cases.py")
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
-    done = subprocess.run([*launcher, str(cases), str(tmp_path / "f")], env=env, capture_output=True, text=True)
+    done = torchrun(2, "held_and_sent", tmp_path / "f")
     assert done.returncode == 0, done.stderr[-3000:]
-    found = json.loads((tmp_path / "f").read_text())
     config = Config(model=ModelConfig(dim=32, layers=4, heads=2, length=16, dropout=0.0))
-    sizes = sizes_of(config, 67)
+    sizes, found = sizes_of(config, 67), json.loads((tmp_path / "f").read_text())
     for case in found:
         layout = Layout(case["mode"], 2, 1 if case["mode"] == "ddp" else 2, case["gathered"])
         held = card_memory(config, sizes, layout, Card(24 * GIB, "cpu", 4), 2, 3)

@@ -14,8 +14,6 @@ from atat_fast.evaluation.precision import estimate_to
 from atat_fast.models import DiT
 from atat_fast.models.importance import ImportanceEstimator
 
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
-BOTH = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=on_gpu, id="cuda")]
 VOCABULARY, LENGTH = 3, 4
 
 
@@ -35,12 +33,10 @@ def texts(device):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("device", BOTH)
 @pytest.mark.parametrize("order", ORDERS)
 def test_an_order_is_the_cpus(order, device):
     def run(where):
-        model, estimator = models(where)
-        x = texts(where)
+        (model, estimator), x = models(where), texts(where)
         hidden = torch.ones_like(x, dtype=torch.bool)
         return order_nll(model, x, hidden, order, score=estimator.scorer(model), tilt=3.0, seed=2)[0].cpu()
 
@@ -48,14 +44,11 @@ def test_an_order_is_the_cpus(order, device):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("device", BOTH)
 def test_the_bound_is_the_cpus(device):
     def run(where):
-        model, _ = models(where)
-        x = texts(where)
-        return estimate_to(
-            model_nll(model), lambda i, n: x[i : i + n], len(x), mask_id=VOCABULARY, se=0.01, most_draws=200, batch=32, seed=5
-        )
+        nll, x = model_nll(models(where)[0]), texts(where)
+        options = {"mask_id": VOCABULARY, "se": 0.01, "most_draws": 200, "batch": 32, "seed": 5}
+        return estimate_to(nll, lambda i, n: x[i : i + n], len(x), **options)
 
     found, want = run(device), run("cpu")
     assert found.draws == want.draws and found.estimate.nll == pytest.approx(want.estimate.nll, rel=1e-3)

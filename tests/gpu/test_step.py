@@ -1,14 +1,13 @@
-"""A whole training step on a GPU: nothing waits for the device, one captured graph draws fresh noise at each replay, NCCL with
-one rank changes nothing, and memory stays inside the plan's estimate.
+"""A whole training step on a GPU: nothing waits for the device; passes as CUDA graphs give the losses and gradients, step by
+step, that passes as they are would; NCCL with one rank changes nothing; memory stays inside the plan's estimate.
 
-Every law is a function of a size and a device, which a CPU runs small; where a CPU has no such thing (a stream, an allocator's
-count) the nearest that it has is asked instead, so that the functions themselves are known to work.
+Every law is a function of a size and a device, which a CPU runs small; what a CPU lacks (a stream, a graph, an allocator's count)
+a stand-in replaces, so that the functions themselves are known to work.
 """
 
 from __future__ import annotations
 
-import contextlib
-from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -16,76 +15,53 @@ import torch
 import torch.distributed as dist
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from atat_fast.config import Config, ImportanceConfig, ModelConfig, load_preset
-from atat_fast.diffusion.counts import mask_counts
+from atat_fast.config import Config, DiffusionConfig, ImportanceConfig, ModelConfig, TrainConfig, load_preset
 from atat_fast.diffusion.identity import IdentitySchedule
-from atat_fast.diffusion.process import Process
 from atat_fast.diffusion.uniform import UNIFORM
 from atat_fast.distributed.fit import Layout, Sizes, card_memory
+from atat_fast.errors import UsageError
 from atat_fast.hardware.compute import Compute
 from atat_fast.models import DiT
-from atat_fast.models.dit import Randomness
 from atat_fast.models.importance import ImportanceEstimator
-from atat_fast.ops import mask_tokens
+from atat_fast.training import graphs
+from atat_fast.training.graphs import Graphs, wanted
 from atat_fast.training.loss import Objective
 from atat_fast.training.optimizers import Average, Optimizers
 from atat_fast.training.plan import card_of
 
 aten = torch.ops.aten
-GPU = torch.cuda.is_available()
-on_gpu = [pytest.mark.gpu, pytest.mark.skipif(not GPU, reason="no CUDA device")]
-BOTH = [pytest.param("cpu", id="cpu"), pytest.param("cuda", marks=on_gpu, id="cuda")]
+TOTAL = 8
 MEMORY_SLACK = 1.25
 """Over the estimate: what the allocator rounds up, temporaries of autograd, libraries' workspaces."""
 
 
-@dataclass
-class Size:
-    """Sequences and vocabulary of a step, and the model's settings."""
-
-    batch: int
-    vocabulary: int
-    model: ModelConfig
-
-
-def size_for(device: str) -> Size:
-    """MDLM's small on a GPU; a model of the same shape that a CPU finishes at once elsewhere."""
-    if device == "cuda":
-        return Size(4, 50_258, load_preset("small").model)
-    return Size(4, 67, ModelConfig(dim=32, layers=2, heads=2, length=24, dropout=0.1))
-
-
 class Step:
-    """A model and everything that moves it, with fixed data."""
+    """A model and everything that moves it, with fixed data: MDLM's small on a GPU; one that a CPU finishes at once elsewhere."""
 
-    def __init__(
-        self, device: str, *, adaptive: bool = False, identity: bool = False, dtype: torch.dtype | None = None
-    ) -> None:  # fmt: skip
-        self.size, self.device = size_for(device), torch.device(device)
-        torch.manual_seed(0)
-        self.config = Config(model=self.size.model)
-        self.config.optim.clip = 1.0
+    def __init__(self, device, *, size="", batch=4, adaptive=False, diffusion=MappingProxyType({}), state="fp32", dtype=None):
+        self.device, large = torch.device(device), device == "cuda" and not size
+        small = ModelConfig(dim=32, layers=2, heads=2, length=24, dropout=0.1)
+        self.config = Config(model=load_preset("small").model if large else small)
+        self.config.diffusion = DiffusionConfig(**diffusion)
+        self.batch, self.vocabulary = batch, 50_258 if large else 67
+        self.config.optim.clip, self.config.optim.state = 1.0, state
         if adaptive:
-            self.config.importance = ImportanceConfig(source="learned", width=16 if device != "cuda" else 256, heads=2)
+            self.config.importance = ImportanceConfig(source="learned", width=256 if large else 16, heads=2)
             self.config.diffusion.weighting = "importance"
-        schedule: Process = UNIFORM
-        if identity:
-            self.config.diffusion.schedule = "token_identity"
-            schedule = IdentitySchedule(torch.linspace(0.3, 2.0, self.size.vocabulary)).to(self.device)
-        dtype = dtype or (torch.bfloat16 if device == "cuda" else torch.float32)
-        self.compute = Compute(self.device, dtype, compile=False)
-        self.model = DiT(self.size.vocabulary, self.size.vocabulary - 1, **vars(self.size.model)).to(self.device)
+        identity = self.config.diffusion.schedule == "token_identity"
+        process = IdentitySchedule(torch.linspace(0.3, 2.0, self.vocabulary)) if identity else UNIFORM
+        self.compute = Compute(self.device, dtype or (torch.bfloat16 if device == "cuda" else torch.float32), compile=False)
+        torch.manual_seed(0)
+        self.model = DiT(self.vocabulary, self.vocabulary - 1, **vars(self.config.model)).to(self.device)
         with torch.no_grad():
             for p in self.model.parameters():
                 p.add_(0.02 * torch.randn(p.shape, device=p.device))
-        estimator = ImportanceEstimator.of(self.config, None) if adaptive else None
-        if estimator is not None:
-            estimator = estimator.to(self.device)
-        self.objective = Objective(
-            self.model, self.config, self.compute, seed=1, total=self.size.batch, estimator=estimator, process=schedule
-        )
-        self.tokens = torch.randint(0, self.size.vocabulary - 1, (self.size.batch, self.size.model.length)).to(self.device)
-        self.ids = torch.arange(self.size.batch, device=self.device)
+        more = {"process": process.to(self.device)}
+        if adaptive:
+            more["estimator"] = ImportanceEstimator.of(self.config, None).to(self.device)
+        self.objective = Objective(self.model, self.config, self.compute, seed=1, total=self.batch, **more)
+        self.tokens = torch.randint(0, self.vocabulary - 1, (self.batch, self.config.model.length)).to(self.device)
+        self.ids = torch.arange(self.batch, device=self.device)
 
     def with_optimizer(self) -> Step:
         """The same, with what a step ends with."""
@@ -106,20 +82,6 @@ class Step:
         self.optimizers.step(1e-3)
         self.average.update(step)
         return loss
-
-
-@contextlib.contextmanager
-def no_waiting(device: str) -> Any:
-    """Within, whatever makes the host wait for a GPU raises."""
-    if device != "cuda":
-        yield
-        return
-    torch.cuda.synchronize()
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        yield
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 class Waits(TorchDispatchMode):
@@ -143,14 +105,14 @@ class Waits(TorchDispatchMode):
         return func(*args, **kwargs)
 
 
-KINDS = pytest.mark.parametrize("kind", [{}, {"adaptive": True}, {"identity": True}], ids=["uniform", "atat", "identity"])
+SORTS = [{}, {"adaptive": True}, {"diffusion": {"schedule": "token_identity"}}, {"state": "bf16"}]
+KINDS = pytest.mark.parametrize("kind", SORTS, ids=str)
 
 
 @KINDS
-@pytest.mark.parametrize("device", BOTH)
-def test_nothing_waits_in_a_step(device, kind):
+def test_nothing_waits_in_a_step(device, kind, no_waiting):
     step = Step(device, **kind).with_optimizer()
-    for number in range(2):  # libraries make their handles, and the optimizer its state
+    for number in range(2):  # libraries make their handles, and the optimizer its state and its kernel
         step.whole(number)
     with no_waiting(device):
         losses = [step.whole(number) for number in (2, 3)]
@@ -176,88 +138,6 @@ def test_waits_are_noticed():
     assert len(waits.found) == 2
 
 
-class Captured:
-    """A whole step whose noise depends on a step counter in device memory, which the step itself advances."""
-
-    def __init__(self, device: str) -> None:
-        self.step = Step(device).with_optimizer()
-        for part in self.step.optimizers.parts:
-            for group in part.param_groups:
-                group["capturable"] = device == "cuda"
-        size = self.step.size
-        counts = mask_counts(size.model.length, 0, size.batch, size.batch, seed=1, step=0, pairing="antithetic")
-        self.num_rows, self.counts = int(counts.sum()), counts.to(device)
-        self.counter = torch.zeros((), dtype=torch.int64, device=device)
-        self.seed = torch.ones((), dtype=torch.int64, device=device)
-        self.rows = torch.zeros(self.num_rows, dtype=torch.int64, device=device)
-        self.loss = torch.zeros((), device=device)
-
-    def __call__(self) -> None:
-        """Mask, forward, backward, clip, optimizer, average, and the counter."""
-        s = self.step
-        noisy, rows, weights = mask_tokens(
-            s.tokens, self.counts, num_rows=self.num_rows, mask_id=s.model.mask_id, sample_ids=s.ids, seed=self.seed,
-            step=self.counter,
-        )  # fmt: skip
-        with s.compute.autocast():
-            target, randomness = s.tokens.flatten()[rows], Randomness(self.seed, self.counter, s.ids)
-            loss, _ = s.model(noisy, rows, target, weights, None, randomness)
-        (loss / s.tokens.numel()).backward()
-        torch.nn.utils.clip_grad_norm_(s.model.parameters(), 1.0)
-        s.optimizers.step(1e-3)
-        s.average.update(10)
-        self.rows.copy_(rows)
-        self.loss.copy_(loss.detach())
-        self.counter += 1
-
-    def run(self, times: int, call: Any) -> list[tuple[torch.Tensor, float]]:
-        """(rows, loss) after each call."""
-        found = []
-        for _ in range(times):
-            call()
-            found.append((self.rows.clone(), float(self.loss)))
-        return found
-
-
-def fresh(found: list[tuple[torch.Tensor, float]]) -> bool:
-    """Whether no two calls hid the same rows or gave the same loss."""
-    rows = {tuple(rows.tolist()) for rows, _ in found}
-    return len(rows) == len({loss for _, loss in found}) == len(found)
-
-
-def test_a_step_that_reads_its_number_from_memory_draws_fresh_noise():
-    found, again = Captured("cpu"), Captured("cpu")
-    first, second = found.run(4, found), again.run(4, again)
-    assert fresh(first) and int(found.counter) == 4
-    assert all(torch.equal(a[0], b[0]) and a[1] == b[1] for a, b in zip(first, second, strict=True))
-
-
-@pytest.mark.gpu
-@pytest.mark.skipif(not GPU, reason="no CUDA device")
-def test_a_captured_step_draws_fresh_noise_and_goes_where_an_eager_one_goes(poisoned):
-    """Sums are made in a fixed order, for AdamW's first steps turn a rounding into the whole of a step."""
-    warm = 3
-    eager = Captured("cuda")
-    want = eager.run(warm + 4, eager)
-    captured = Captured("cuda")
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for _ in range(warm):
-            captured()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured()
-    assert int(captured.counter) == warm  # capturing runs nothing
-    got = captured.run(4, graph.replay)
-    assert fresh(got)
-    for (rows, loss), (rows_eager, loss_eager) in zip(got, want[warm:], strict=True):
-        assert torch.equal(rows, rows_eager)
-        assert loss == pytest.approx(loss_eager, rel=1e-3)
-
-
-@pytest.mark.parametrize("device", BOTH)
 def test_one_rank_changes_nothing(device, tmp_path, poisoned):
     """Under deterministic algorithms, for a GPU's attention and embedding otherwise add up as threads arrive."""
 
@@ -283,28 +163,128 @@ def test_one_rank_changes_nothing(device, tmp_path, poisoned):
         assert p.grad is not None and torch.equal(p.grad, q.grad), name
 
 
-def held_bytes(step: Step) -> dict[str, int]:
-    """Bytes of weights, optimizer state and average, counted tensor by tensor."""
-    tensors = {
-        "parameters": list(step.model.parameters()),
-        "optimizer": [value for name, value in step.optimizers.state().items() if not name.endswith("/step")],
-        "average": list(step.average.values.values()),
-    }
-    return {name: sum(t.numel() * t.element_size() for t in found) for name, found in tensors.items()}
-
-
-@pytest.mark.parametrize("device", BOTH)
-def test_memory_is_what_the_plan_says(device):
+@pytest.mark.parametrize("state", ["fp32", "bf16"])
+def test_memory_is_what_the_plan_says(state, device):
     before = torch.cuda.memory_allocated() if device == "cuda" else 0  # by other tests
-    step = Step(device).with_optimizer()
-    size, counts = step.size, step.model.parameter_counts()
-    sizes = Sizes(counts["total"], counts["blocks"], step.config.model.layers, size.vocabulary)
-    estimate = card_memory(step.config, sizes, Layout("none", 1, 1), card_of(step.compute), size.batch)
+    step = Step(device, state=state).with_optimizer()
+    counts = step.model.parameter_counts()
+    sizes = Sizes(counts["total"], counts["blocks"], step.config.model.layers, step.vocabulary)
+    estimate = card_memory(step.config, sizes, Layout("none", 1, 1), card_of(step.compute), step.batch)
     kept = {name: estimate[name] for name in ("parameters", "optimizer", "average")}
     step.whole(0)
-    assert held_bytes(step) == kept
+    states = [value for name, value in step.optimizers.state().items() if not name.endswith("/step")]
+    held = {"parameters": step.model.parameters(), "optimizer": states, "average": step.average.values.values()}
+    assert {name: sum(t.nbytes for t in tensors) for name, tensors in held.items()} == kept
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         step.whole(1)
         peak = torch.cuda.max_memory_allocated() - before
         assert sum(kept.values()) < peak < MEMORY_SLACK * (sum(estimate.values()) - estimate["reserved"])
+
+
+class Again:
+    """What `Capture` gives, on a CPU: a replay is the call once more, into the tensors that capturing left."""
+
+    def __init__(self, parameters):
+        self.parameters, self.captured, self.replayed = parameters, 0, 0
+
+    def __call__(self, call):
+        before = [None if p.grad is None else p.grad.clone() for p in self.parameters]
+        fresh = all(grad is None for grad in before)
+        out = call()
+        self.captured += 1
+        for p, grad in zip(self.parameters, before, strict=True):  # capturing executes nothing
+            if p.grad is not None:
+                p.grad.copy_(torch.full_like(p.grad, torch.nan) if grad is None else grad)
+
+        def replay():
+            self.replayed += 1
+            if fresh:
+                for p in self.parameters:
+                    if p.grad is not None:
+                        p.grad.zero_()
+            out.copy_(call())
+
+        return replay, out
+
+
+def objective_of(device, **diffusion):
+    """A small model's loss, in whole batches of TOTAL."""
+    return Step(device, size="small", batch=TOTAL, diffusion=diffusion).objective
+
+
+def steps(objective, passes, device, count, micro, lr):
+    """Losses and gradients of each optimizer step; `passes` adds a micro-batch's gradients and gives its loss."""
+    optimizers = Optimizers(objective.named_parameters(), objective.config.optim)
+    generator, found = torch.Generator().manual_seed(3), []
+    for step in range(count):
+        losses = []
+        for first in range(0, TOTAL, micro):
+            tokens = torch.randint(0, 66, (micro, 24), generator=generator).to(device)
+            ids = torch.arange(step * TOTAL + first, step * TOTAL + first + micro, device=device)
+            batch = objective.hide(tokens, ids, first=first, step=step)
+            losses.append(passes(batch, tokens, ids, step))
+        found.append((torch.stack(losses), [None if p.grad is None else p.grad.clone() for p in objective.parameters()]))
+        optimizers.step(lr)
+    return found
+
+
+def plain(objective):
+    def run(batch, tokens, ids, step):
+        loss, _ = objective.loss_of(batch, ids, step=step, progress=0.0)
+        loss.backward()
+        return loss.detach()
+
+    return run
+
+
+DIFFUSIONS = {
+    "antithetic": {}, "ce": {"weighting": "ce"}, "independent": {"pairing": "independent"},
+    "identity": {"schedule": "token_identity"}, "bell": {"counts": "bell", "weighting": "ce"},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("micro", [TOTAL, TOTAL // 4], ids=["whole", "accumulated"])
+@pytest.mark.parametrize("kind", DIFFUSIONS)
+def test_gradients_are_those_of_passes_as_they_are(device, kind, micro, poisoned):
+    changing = kind in ("independent", "bell")
+    rounds = device == "cuda" and changing  # bf16 products and sums over more rows round otherwise
+    count, lr = 16 if changing else 5, 1e-6 if rounds else 1e-3
+    one, two = objective_of(device, **DIFFUSIONS[kind]), objective_of(device, **DIFFUSIONS[kind])
+    passes = Graphs(two, None if device == "cuda" else Again(list(two.parameters())))
+    want, got = steps(one, plain(one), device, count, micro, lr), steps(two, passes, device, count, micro, lr)
+    for (loss, grads), (other, others) in zip(want, got, strict=True):
+        torch.testing.assert_close(other, loss, rtol=1e-3 if rounds else 1e-5, atol=1e-7)
+        for a, b in zip(grads, others, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                assert float((a - b).norm()) <= (1e-2 if rounds else 1e-4) * float(a.norm()) + 1e-9
+    assert not passes.off and 0 < len(passes.shapes) <= graphs.MOST
+    captured = [shape.graphs for shape in passes.shapes.values() if shape.graphs]
+    if changing:
+        assert captured and all(len(shape.batch.rows) % graphs.LEAST == 0 for shape in list(passes.shapes.values())[1:])
+    else:
+        assert len(passes.shapes) == 1 and len(captured[0]) == (1 if micro == TOTAL else 2)
+
+
+def test_a_pass_that_cannot_be_captured_runs_as_it_is():
+    def refuse(call):
+        call()
+        raise RuntimeError("operation not permitted when stream is capturing\nmore")
+
+    one, two = objective_of("cpu"), objective_of("cpu")
+    passes = Graphs(two, refuse)
+    want = steps(one, plain(one), "cpu", 3, TOTAL, 1e-3)
+    with pytest.warns(UserWarning, match=r"cannot be captured as a CUDA graph \(operation not permitted .* goes on without"):
+        got = steps(two, passes, "cpu", 3, TOTAL, 1e-3)
+    assert passes.off and all(torch.equal(a[0], b[0]) for a, b in zip(want, got, strict=True))
+
+
+def test_where_graphs_are_wanted():
+    gpu, cpu = Compute(torch.device("cuda"), torch.bfloat16, compile=True), Compute(torch.device("cpu"), torch.float32, False)
+    auto, adaptive = Config(), Config(importance=ImportanceConfig(source="learned"))
+    off, on = (Config(train=TrainConfig(cuda_graphs=choice)) for choice in ("off", "on"))
+    assert wanted(auto, gpu, "none") and not wanted(auto, cpu, "none") and not wanted(auto, gpu, "ddp")
+    assert wanted(on, gpu, "none") and not wanted(off, gpu, "none") and not wanted(adaptive, gpu, "none")
+    with pytest.raises(UsageError, match=r"cuda_graphs is on, but graphs are captured on a GPU, and this run computes on a CPU"):
+        wanted(on, cpu, "none")

@@ -26,62 +26,51 @@ def nvml(monkeypatch):
     """nvml(**changes) installs a pynvml whose card is busy, hot and short of power, with calls replaced or, by None, removed."""
 
     def install(**changes):
-        module = types.ModuleType("pynvml")
-        module.NVMLError, module.asked = NVMLError, []
-        module.NVML_TEMPERATURE_GPU, module.NVML_CLOCK_SM = 0, 1
-        module.NVML_PCIE_UTIL_TX_BYTES, module.NVML_PCIE_UTIL_RX_BYTES = 0, 1
-        module.nvmlClocksEventReasonSwPowerCap, module.nvmlClocksEventReasonHwThermalSlowdown = 0x4, 0x40
-        calls = {
-            "nvmlInit": lambda: None,
-            "nvmlDeviceGetHandleByUUID": lambda uuid: module.asked.append(uuid) or "handle",
-            "nvmlDeviceGetUtilizationRates": lambda handle: types.SimpleNamespace(gpu=97, memory=41),
-            "nvmlDeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(used=20 << 30, total=24 << 30),
-            "nvmlDeviceGetPowerUsage": lambda handle: 448_500,
-            "nvmlDeviceGetEnforcedPowerLimit": lambda handle: 450_000,
-            "nvmlDeviceGetTemperature": lambda handle, sensor: 83,
-            "nvmlDeviceGetClockInfo": lambda handle, clock: 2520,
-            "nvmlDeviceGetCurrentClocksEventReasons": lambda handle: 0x44 | 0x1,
-            "nvmlDeviceGetPcieThroughput": lambda handle, counter: [1_500_000, 9_000_000][counter],
-        }
-        vars(module).update({name: call for name, call in (calls | changes).items() if call is not None})
-        monkeypatch.setitem(sys.modules, "pynvml", module)
-        return module
+        given = {
+            "Init": lambda: None,
+            "DeviceGetHandleByUUID": {"GPU-1": "handle"}.__getitem__,
+            "DeviceGetUtilizationRates": lambda handle: types.SimpleNamespace(gpu=97, memory=41),
+            "DeviceGetMemoryInfo": lambda handle: types.SimpleNamespace(used=20 << 30, total=24 << 30),
+            "DeviceGetPowerUsage": lambda handle: 448_500,
+            "DeviceGetEnforcedPowerLimit": lambda handle: 450_000,
+            "DeviceGetTemperature": lambda handle, sensor: 83,
+            "DeviceGetClockInfo": lambda handle, clock: 2520,
+            "DeviceGetCurrentClocksEventReasons": lambda handle: 0x44 | 0x1,
+            "DeviceGetPcieThroughput": lambda handle, counter: [1_500_000, 9_000_000][counter],
+            "ClocksEventReasonSwPowerCap": 0x4, "ClocksEventReasonHwThermalSlowdown": 0x40,
+        }  # fmt: skip
+        facts = {f"nvml{name}": what for name, what in (given | changes).items() if what is not None}
+        facts |= {"NVML_TEMPERATURE_GPU": 0, "NVML_CLOCK_SM": 1, "NVML_PCIE_UTIL_TX_BYTES": 0, "NVML_PCIE_UTIL_RX_BYTES": 1}
+        monkeypatch.setitem(sys.modules, "pynvml", types.SimpleNamespace(NVMLError=NVMLError, **facts))
 
     return install
 
 
-def test_a_reading_in_the_units_people_use(nvml):
-    module = nvml()
-    assert Card("GPU-1").read() == {
+def test_a_reading_is_in_the_units_people_use_and_without_the_figures_a_card_lacks(nvml):
+    nvml()
+    whole = {
         "gpu_utilisation": 0.97, "memory_utilisation": 0.41, "memory_used_gib": 20.0, "watts": 448.5, "watts_limit": 450.0,
         "celsius": 83.0, "clock_mhz": 2520.0, "throttled": ["power cap", "heat (hardware)"],
         "pcie_sent_mb_s": 1500.0, "pcie_received_mb_s": 9000.0,
     }  # fmt: skip
-    assert module.asked == ["GPU-1"]
-
-
-def test_a_card_without_a_figure_gives_the_others(nvml):
-    nvml(nvmlDeviceGetPcieThroughput=refuse, nvmlDeviceGetPowerUsage=refuse)
-    reading = Card("GPU-1").read()
-    assert "watts" not in reading and "pcie_sent_mb_s" not in reading and reading["celsius"] == 83.0
-
-
-def test_older_bindings_say_throttle(nvml):
-    module = nvml(nvmlDeviceGetCurrentClocksEventReasons=None, nvmlDeviceGetCurrentClocksThrottleReasons=lambda handle: 0x20)
-    module.nvmlClocksThrottleReasonSwThermalSlowdown = 0x20
+    assert Card("GPU-1").read() == whole
+    nvml(DeviceGetPcieThroughput=refuse, DeviceGetPowerUsage=refuse)
+    lacking = ("watts", "pcie_sent_mb_s", "pcie_received_mb_s")
+    assert Card("GPU-1").read() == {name: value for name, value in whole.items() if name not in lacking}
+    older = {"DeviceGetCurrentClocksEventReasons": None, "DeviceGetCurrentClocksThrottleReasons": lambda handle: 0x20}
+    nvml(**older, ClocksThrottleReasonSwThermalSlowdown=0x20)  # older bindings say throttle
     assert Card("GPU-1").read()["throttled"] == ["heat (driver)"]
 
 
 def test_a_machine_without_a_driver_or_a_card_has_no_figures(nvml, monkeypatch):
-    assert card_of(torch.device("cpu")) is None
+    assert card_of(torch.device("cpu")) is None and Monitor(None).row() == {}
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: types.SimpleNamespace(uuid="1"))
     nvml()
     assert card_of(torch.device("cuda", 0)) is not None
-    nvml(nvmlInit=refuse)
+    nvml(Init=refuse)
     assert card_of(torch.device("cuda", 0)) is None
     monkeypatch.setitem(sys.modules, "pynvml", None)  # not installed
     assert card_of(torch.device("cuda", 0)) is None
-    assert Monitor(None).row() == {}
 
 
 class Script:
@@ -99,7 +88,7 @@ class Script:
         return reading
 
 
-def test_a_monitor_sums_up_since_it_was_last_asked():
+def test_a_monitor_sums_up_since_it_was_last_asked_and_ends_with_its_driver():
     card = Script({"watts": 100.0, "throttled": []}, {"watts": 300.0, "throttled": ["power cap"]}, {})
     monitor = Monitor(card, seconds=0.001)
     assert card.done.wait(10)
@@ -108,9 +97,6 @@ def test_a_monitor_sums_up_since_it_was_last_asked():
     monitor.close()
     monitor.row()
     assert monitor.row() == {}
-
-
-def test_a_driver_that_goes_away_ends_the_figures_and_nothing_else():
     monitor = Monitor(Script({"watts": 100.0}, RuntimeError("GPU is lost")), seconds=0.001)
     monitor._thread.join(10)
     assert not monitor._thread.is_alive() and monitor.row() == {"watts": 100.0}
@@ -125,8 +111,7 @@ def test_means_lie_between_what_was_read(watts):
 
 def test_one_row_of_all_cards_names_the_one_that_is_held_back():
     rows = [{"watts": 400.0, "celsius": 70.0, "throttled": []}, {"watts": 300.0, "celsius": 90.0, "throttled": ["heat (driver)"]}]
-    row = by_card(rows)
-    assert row == {"watts": 350.0, "watts_total": 700.0, "celsius": 90.0, "throttled": ["rank 1: heat (driver)"]}
+    assert by_card(rows) == {"watts": 350.0, "watts_total": 700.0, "celsius": 90.0, "throttled": ["rank 1: heat (driver)"]}
     assert by_card([{}, {}]) == {}
 
 

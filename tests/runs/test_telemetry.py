@@ -21,9 +21,9 @@ SAMPLE = {"step": 5, "texts": ["a", "b"], "steps": 4}
 CHECKPOINT = {"step": 3, "bytes": 100, "seconds": 0.5, "blocked": 0.1}
 
 
-def everything(show):
+def everything(show, train=TRAIN):
     show.say("hello")
-    show.train(TRAIN)
+    show.train(train)
     show.evaluation(EVAL)
     show.line(EVAL["step"])
     show.samples(SAMPLE)
@@ -33,8 +33,8 @@ def everything(show):
 
 def start(folder, run=None, **options):
     folder.mkdir(exist_ok=True)
-    run = run or RunConfig(tensorboard=False)
-    return Telemetry(folder, run, **({"max_steps": 10, "first_step": 0, "resumed": False} | options))
+    options = {"max_steps": 10, "first_step": 0, "resumed": False} | options
+    return Telemetry(folder, run or RunConfig(tensorboard=False), **options)
 
 
 def test_rows_are_lines_of_json_and_a_resumed_run_takes_back_what_is_past_it(tmp_path, capsys):
@@ -63,11 +63,7 @@ def test_the_first_rank_alone_has_a_bar_and_the_others_show_and_write_nothing(tm
 
 
 def test_power_and_throttling_stand_beside_the_speed(tmp_path, capsys):
-    show = start(tmp_path / "run")
-    show.train(TRAIN | {"watts": 400.0, "watts_total": 2400.0, "throttled": ["rank 1: power cap"]})
-    show.evaluation(EVAL)
-    show.line(EVAL["step"])
-    show.close()
+    everything(start(tmp_path / "run"), TRAIN | {"watts": 400.0, "watts_total": 2400.0, "throttled": ["rank 1: power cap"]})
     assert "64 tok/s  2400 W  throttled" in capsys.readouterr().out
 
 
@@ -116,8 +112,7 @@ def test_services_get_settings_and_curves(name, tmp_path, monkeypatch):
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
 def test_a_service_that_is_not_installed_says_how_to_get_it_before_anything_is_made(name, tmp_path, monkeypatch, small):
     monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(UsageError, match=f"pip install {name}"):
-        main([*small, f"--run.{name}", "true"])
+    for more in ([], ["--dry_run"]):
+        with pytest.raises(UsageError, match=f"--run.{name} needs the package {name}.*pip install {name}"):
+            main([*small, f"--run.{name}=true", *more])
     assert not (tmp_path / "runs").exists()
-    with pytest.raises(UsageError, match=f"--run.{name} needs the package {name}"):
-        main([*small, f"--run.{name}", "true", "--dry_run"])

@@ -1,6 +1,6 @@
 """What the ranks of a test do; torchrun runs this file once for each: rank_cases.py CASE ARGUMENTS.
 
-Cases that begin with `door_` are the train door with something that goes wrong on one rank.
+Cases that begin with `command` are the train command, with something that goes wrong on one rank.
 """
 
 from __future__ import annotations
@@ -13,16 +13,18 @@ import os
 import signal
 import sys
 import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from atat_fast import cli, train
-from atat_fast.config import ParallelConfig
+from atat_fast.config import Config, ModelConfig, ParallelConfig
 from atat_fast.distributed.fit import Layout
 from atat_fast.distributed.ranks import Launch, Ranks
 from atat_fast.distributed.tensors import local, whole
@@ -32,6 +34,7 @@ from atat_fast.models.dit import DiT
 from atat_fast.runs import checkpoint, shards
 from atat_fast.training import loss as objective
 from atat_fast.training import step
+from atat_fast.training.optimizers import Average, Optimizers
 from atat_fast.training.optimizers.muon import Muon
 from atat_fast.training.stops import Diverged, Interrupted
 from atat_fast.training.trainer import Trainer
@@ -40,15 +43,13 @@ RANK = int(os.environ["RANK"])
 ATTEMPT = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
 
 
-def trainer(arguments: list[str], ranks: Ranks) -> Trainer:
-    parser = cli.make_parser()
-    parser.add_argument("--resume", action="store_true")
-    config, parsed = cli.parse_config(parser, arguments)
-    return Trainer(config, resume=parsed.resume, show_progress=False, ranks=ranks)
+def trainer(arguments: Sequence[str], ranks: Ranks, resume: bool = False) -> Trainer:
+    config, _ = cli.parse_config(cli.make_parser(), arguments)
+    return Trainer(config, resume=resume, show_progress=False, ranks=ranks)
 
 
 def runs(plan: str) -> None:
-    """Several runs one after another, in one group. plan: JSON, a list of {arguments, stop (a step, or 0), masks (a file)}."""
+    """Several runs one after another, in one group. plan: JSON list of {arguments, resume, stop (a step, or 0), masks (file)}."""
     ranks = Ranks.start("cpu", 60)
     hide = objective.hide_for_training
     for job in json.loads(plan):
@@ -61,10 +62,9 @@ def runs(plan: str) -> None:
             return masked
 
         objective.hide_for_training = record
-        run = trainer(job["arguments"], ranks)
-        step = run._train_step
+        run = trainer(job["arguments"], ranks, job["resume"])
 
-        def stop_there(run=run, step=step, job=job) -> None:
+        def stop_there(run=run, step=run._train_step, job=job) -> None:
             step()
             if run.state.step == job["stop"] and ranks.size - 1 == RANK:  # one rank hears of it
                 os.kill(os.getpid(), signal.SIGTERM)
@@ -72,23 +72,30 @@ def runs(plan: str) -> None:
         run._train_step = stop_there
         try:
             run.train()
+            code = 0
         except Interrupted as caught:
             code = caught.code
-        else:
-            code = 0
         assert code == (143 if job["stop"] else 0)
         everyone = ranks.gather(seen)
-        if ranks.first and job.get("masks"):
+        if ranks.first and job["masks"]:
             Path(job["masks"]).write_text(json.dumps({key: row for part in everyone for key, row in part.items()}))
     ranks.leave()
 
 
+def raised(kind: type[BaseException], what: Callable[[], Any]) -> str:
+    try:
+        what()
+    except kind as error:
+        return str(error)
+    raise AssertionError(f"it raised no {kind.__name__}")
+
+
+refused = functools.partial(raised, UsageError)
+
+
 def parts(folder: str) -> None:
-    """The pieces: gradients, updates, precisions, groups, and what is refused."""
+    """The pieces: updates, precisions, groups, and what is refused."""
     ranks = Ranks.start("cpu", 60)
-    for tied in (False, True):
-        for mode in ("ddp", "fsdp"):
-            gradients(ranks, mode, tied)
     muon(ranks)
     precisions(ranks)
     scalars(ranks, Path(folder))
@@ -96,9 +103,9 @@ def parts(folder: str) -> None:
     ranks.leave()
 
 
-def model(tied: bool = False) -> DiT:
+def model() -> DiT:
     torch.manual_seed(0)
-    made = DiT(11, 10, dim=16, layers=3, heads=2, length=12, dropout=0.0, tie_embeddings=tied, qk_norm=True)
+    made = DiT(11, 10, dim=16, layers=3, heads=2, length=12, dropout=0.0, qk_norm=True)
     with torch.no_grad():
         for p in made.parameters():
             p.add_(0.05 * torch.randn_like(p))
@@ -112,42 +119,6 @@ def loss_of(made: DiT, first: int, last: int) -> torch.Tensor:
     count = last - first
     rows, weights = torch.arange(0, 12 * count, 2), torch.full((6 * count,), 1 / 24)
     return made(noisy[first:last], rows, target[first:last].flatten(), weights)[0]
-
-
-def gradients(ranks: Ranks, mode: str, tied: bool) -> None:
-    """Every parameter's gradient is the one of a single process; between micro-batches nothing is sent."""
-    alone = model(tied)
-    loss_of(alone, 0, 4).backward()
-    made = model(tied)
-    parallel = Parallel(
-        made,
-        None,
-        Layout(mode, ranks.size, 1 if mode == "ddp" else ranks.size, keep_gathered=tied),
-        ParallelConfig(),
-        ranks.size,
-        "cpu",
-    )
-    per = 4 // ranks.size
-    for i in range(per):
-        slot = ranks.rank * per + i
-        with parallel.accumulating(last=i + 1 == per):
-            loss = parallel.inside(lambda slot=slot: loss_of(made, slot, slot + 1))
-            parallel.backward(loss)
-        if mode == "fsdp" and i + 1 < per:  # not yet anybody's sum
-            assert all(p.grad is None for p in made.parameters())
-    for (name, p), q in zip(made.named_parameters(), alone.parameters(), strict=True):
-        torch.testing.assert_close(whole(p.grad), q.grad, rtol=1e-4, atol=1e-6, msg=f"{mode} {name}")
-    norm = parallel.clip(made.parameters(), 0.1)
-    torch.testing.assert_close(norm, torch.nn.utils.clip_grad_norm_(alone.parameters(), 0.1))
-    with torch.no_grad(), parallel.settled():
-        parallel.inside(lambda: loss_of(made, 0, 4))
-    with torch.no_grad():  # what is written to a shard counts at the next call
-        for p in made.parameters():
-            local(p).mul_(1.5)
-        for p in alone.parameters():
-            p.mul_(1.5)
-        after = parallel.inside(lambda: loss_of(made, 0, 4))
-    torch.testing.assert_close(after, loss_of(alone, 0, 4).detach())
 
 
 def muon(ranks: Ranks) -> None:
@@ -185,9 +156,8 @@ def precisions(ranks: Ranks) -> None:
     loss_of(alone, 0, 4).backward()
     for settings in ({"param_dtype": "bf16"}, {"reduce_dtype": "bf16"}):
         made = model()
-        parallel = Parallel(
-            made, None, Layout("fsdp", ranks.size, ranks.size, keep_gathered=False), ParallelConfig(**settings), ranks.size, "cpu"
-        )
+        layout = Layout("fsdp", ranks.size, ranks.size, keep_gathered=False)
+        parallel = Parallel(made, None, layout, ParallelConfig(**settings), ranks.size, "cpu")
         first, last = (4 * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = parallel.inside(functools.partial(loss_of, made, first, last))
@@ -223,14 +193,6 @@ def scalars(ranks: Ranks, folder: Path) -> None:
     assert not [f for f in (folder / "shards").iterdir() if f.suffix != ".safetensors"]
 
 
-def refused(what: Any) -> str:
-    try:
-        what()
-    except UsageError as error:
-        return str(error)
-    raise AssertionError("it was not refused")
-
-
 def same_and_agree(ranks: Ranks) -> None:
     text = refused(lambda: ranks.require_same("settings", {"train.seed": RANK}))
     assert text == "rank 1 has train.seed 1 where rank 0 has 0; start all ranks with the same settings"
@@ -247,20 +209,21 @@ def same_and_agree(ranks: Ranks) -> None:
 
 def refusals(*arguments: str) -> None:
     """What differs between ranks, and fewer cards than ranks, is the same sentence on all of them, before a folder is made."""
-    told = torch.cuda.device_count
-    torch.cuda.device_count = lambda: 1
+    told, torch.cuda.device_count = torch.cuda.device_count, lambda: 1
     text = refused(lambda: Ranks.start("cuda", 60))
     assert text.startswith("2 ranks were started on ") and "which has 1 CUDA device(s); use --nproc-per-node=1" in text
     torch.cuda.device_count = told
     dist.destroy_process_group()
     ranks = Ranks.start("cpu", 60, dataclasses.replace(Launch.of(), restarts=1))
-    other = ["--train.seed", "7"] if RANK == 1 else []
-    text = refused(lambda: trainer([*arguments, *other], ranks))
-    assert text == "rank 1 has train.seed 7 where rank 0 has 1; start all ranks with the same settings"
-    text = refused(lambda: trainer([*arguments, *(["--data.corpus", "nowhere.txt"] if RANK == 1 else [])], ranks))
-    assert text.startswith("rank 1 has data.corpus nowhere.txt")
+    cases = {
+        "--train.seed=7": "rank 1 has train.seed 7 where rank 0 has 1; start all ranks with the same settings",
+        "--data.corpus=nowhere.txt": "rank 1 has data.corpus nowhere.txt",
+    }
+    for option, begin in cases.items():
+        text = refused(lambda option=option: trainer([*arguments, *([option] if RANK == 1 else [])], ranks))
+        assert text.startswith(begin)
     os.chdir(f"host{RANK}")  # another text under the same path
-    text = refused(lambda: trainer([*arguments, "--data.corpus", "text.jsonl", "--data.cache_dir", "cache"], ranks))
+    text = refused(lambda: trainer([*arguments, "--data.corpus=text.jsonl", "--data.cache_dir=cache"], ranks))
     assert text.startswith("rank 1 has ") and text.endswith("; start all ranks with the same data")
     ranks.leave()
 
@@ -283,7 +246,7 @@ def stops(plain: str, poisoned: str, full: str) -> None:
         return value, parts
 
     run.parts.objective.loss_of = poison  # type: ignore[method-assign]
-    text = stopped(run, Diverged)
+    text = raised(Diverged, run.train)
     assert "is not finite at step 5 (rank 1); the last good checkpoint is" in text and "(step 4)" in text, text
     assert set(ranks.gather(text)) == {text}
 
@@ -296,25 +259,17 @@ def stops(plain: str, poisoned: str, full: str) -> None:
 
     FileSystem.create_stream = no_room  # type: ignore[method-assign]
     run = trainer(json.loads(full), ranks)
-    text = stopped(run, UsageError)
+    text = refused(run.train)
     assert text.startswith("cannot write to ") and text.endswith("checkpoints: No space left on device (rank 1)"), text
     assert set(ranks.gather(text)) == {text} and run.state.step < 12
     ranks.leave()
 
 
-def stopped(run: Trainer, kind: type[Exception]) -> str:
-    try:
-        run.train()
-    except kind as error:
-        return str(error)
-    raise AssertionError("it ran to its end")
-
-
-def door(arguments: list[str]) -> None:
+def command(*arguments: str) -> None:
     cli.run_door(train.main, arguments)
 
 
-def door_killed(*arguments: str) -> None:
+def command_killed(*arguments: str) -> None:
     """Rank 1 is killed in the middle of step 4, then while step 8's checkpoint is being written, and then no more."""
     if ATTEMPT == 0 and RANK == 1:
         backward = Parallel.backward
@@ -336,10 +291,10 @@ def door_killed(*arguments: str) -> None:
             return finger(file)
 
         checkpoint.fingerprint = die_writing
-    door([*arguments])
+    command(*arguments)
 
 
-def door_hung(*arguments: str) -> None:
+def command_hung(*arguments: str) -> None:
     """Rank 1 does nothing any more at step 3."""
     read = step.read_batch
 
@@ -349,12 +304,61 @@ def door_hung(*arguments: str) -> None:
         return read(parts, number, slot)
 
     step.read_batch = hang
-    door([*arguments])
+    command(*arguments)
 
 
-def door_plain(*arguments: str) -> None:
-    """Nothing is wrong."""
-    door([*arguments])
+def held_and_sent(file: str) -> None:
+    """What two ranks really hold and send in a step of three passes, by kind, under each layout; to a JSON file."""
+    ranks, sent = Ranks.start("cpu", 60), {}
+
+    def count(name: str, size: int) -> None:
+        sent[name] = sent.get(name, 0) + size * (ranks.size - 1) / ranks.size
+
+    def counted(name: str, place: int, call: Any) -> Any:
+        """`call`, noting the larger of its first two tensors: what is gathered (0), or what is scattered (1)."""
+
+        def wrapped(*tensors: Any, **more: Any) -> Any:
+            tensors = (*tensors, *(more.pop(k) for k in ("output", "input", "output_tensor", "input_tensor") if k in more))
+            count(name, tensors[place].nbytes)
+            return call(*tensors, **more)
+
+        return wrapped
+
+    def counted_sum(group: Any, bucket: Any) -> Any:
+        count("all-reduce", 2 * bucket.buffer().nbytes)
+        return allreduce_hook(group, bucket)
+
+    for name in ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single"):
+        if hasattr(dist, name):  # as versions of PyTorch name FSDP's collectives
+            kind = ("all-gather", 0) if "gather" in name else ("reduce-scatter", 1)
+            setattr(dist, name, counted(*kind, getattr(dist, name)))
+
+    def size(tensors: Any) -> int:
+        return sum(local(t).nbytes for t in tensors)
+
+    found = []
+    for mode, gathered in (("ddp", True), ("fsdp", True), ("fsdp", False)):
+        torch.manual_seed(0)
+        config = Config(model=ModelConfig(dim=32, layers=4, heads=2, length=16, dropout=0.0))
+        made = DiT(67, 66, **vars(config.model))
+        parallel = Parallel(made, None, Layout(mode, 2, 1 if mode == "ddp" else 2, gathered), ParallelConfig(), 2, "cpu")
+        if mode == "ddp":
+            parallel._call.register_comm_hook(None, counted_sum)
+        optimizers, average = Optimizers(made, config.optim), Average(made, 0.9)
+        tokens, rows = torch.randint(0, 66, (2, 16)), torch.arange(0, 32, 2)
+        given = (tokens, rows, tokens.flatten()[rows], torch.ones(len(rows)))
+        sent.clear()
+        for i in range(3):
+            with parallel.accumulating(last=i == 2):
+                parallel.backward(parallel.inside(lambda made=made, given=given: made(*given)[0]))
+        held = {"parameters": size(made.parameters()), "average": size(average.values.values())}
+        held["gradients"] = size(p.grad for p in made.parameters() if p.grad is not None)
+        optimizers.step(1e-3)
+        held["optimizer"] = size(t for name, t in optimizers.state().items() if not name.endswith("/step"))
+        found.append({"mode": mode, "gathered": gathered, "held": held, "sent": dict(sent)})
+    if ranks.first:
+        Path(file).write_text(json.dumps(found))
+    ranks.leave()
 
 
 if __name__ == "__main__":

@@ -7,21 +7,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from atat_fast import ops
 from atat_fast.config import TrainConfig, load_preset, preset_names
 from atat_fast.hardware import compute as compute_module
 from atat_fast.hardware.compute import resolve
 from atat_fast.models import DiT
 from atat_fast.models.importance import ImportanceEstimator
-from atat_fast.ops import (
-    attention,
-    attention_reference,
-    linear_categorical,
-    linear_categorical_reference,
-    linear_cross_entropy,
-    linear_cross_entropy_reference,
-    processor,
-    registry,
-)
+from atat_fast.ops import processor, registry
 from atat_fast.training.loss import Objective
 from atat_fast.training.optimizers import Optimizers
 
@@ -124,10 +116,10 @@ def test_the_head_is_no_less_exact(reduction, slow):
     inputs = [torch.randn(64, 48).bfloat16(), torch.randn(131, 48) / 7, torch.randn(131)]
 
     def call(h, w, b):
-        return linear_cross_entropy(h, w, target, bias=b, rows=rows, forbidden=130, reduction=reduction, chunk_bytes=4096)
+        return ops.linear_cross_entropy(h, w, target, bias=b, rows=rows, forbidden=130, reduction=reduction, chunk_bytes=4096)
 
     def exact(h, w, b):
-        nll = linear_cross_entropy_reference(h, w, target, b, None, rows, 130)
+        nll = ops.linear_cross_entropy_reference(h, w, target, b, None, rows, 130)
         return nll.sum() if reduction == "sum" else nll
 
     with Products() as products, torch.autocast("cpu", dtype=torch.bfloat16):
@@ -141,16 +133,16 @@ def test_attention_is_no_less_exact(implementation, slow):
     torch.manual_seed(0)
     qkv = torch.randn(2, 24, 3, 2, 16).bfloat16()
     with Products() as products, torch.autocast("cpu", dtype=torch.bfloat16):
-        attention(qkv.requires_grad_(), implementation=implementation).sum().backward()
+        ops.attention(qkv.requires_grad_(), implementation=implementation).sum().backward()
     assert products.all >= 2 and products.bf16 == []
-    assert worst_ratio(lambda x: attention(x, implementation=implementation), attention_reference, [qkv]) <= 1.05
+    assert worst_ratio(lambda x: ops.attention(x, implementation=implementation), ops.attention_reference, [qkv]) <= 1.05
 
 
 def test_draws_are_the_specification_s(slow):
     torch.manual_seed(0)
     hidden, weight, bias = torch.randn(200, 32).bfloat16(), torch.randn(131, 32) / 6, torch.randn(131)
     index = torch.arange(200)
-    want = linear_categorical_reference(hidden.double(), weight.double(), index, bias.double(), 5, 0.8, seed=7, step=3)
+    want = ops.linear_categorical_reference(hidden.double(), weight.double(), index, bias.double(), 5, 0.8, seed=7, step=3)
     with Products() as products, torch.autocast("cpu", dtype=torch.bfloat16):
-        got = linear_categorical(hidden, weight, index, bias=bias, forbidden=5, temperature=0.8, seed=7, step=3)
+        got = ops.linear_categorical(hidden, weight, index, bias=bias, forbidden=5, temperature=0.8, seed=7, step=3)
     assert products.bf16 == [] and float((got == want).float().mean()) > 0.99  # with bf16 logits some 0.95
