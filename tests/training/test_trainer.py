@@ -44,7 +44,7 @@ def evaluated(tmp_path):
     return evaluated
 
 
-def test_a_run_leaves_what_it_should(small, tmp_path, capsys, rows, losses, evaluated):
+def test_a_run_leaves_what_it_should(small, trainer, tmp_path, capsys, rows, losses, evaluated):
     small += ["--eval.sequences=0"]
     assert train.main(small) == 0
     folder = tmp_path / "runs" / "demo"
@@ -63,6 +63,9 @@ def test_a_run_leaves_what_it_should(small, tmp_path, capsys, rows, losses, eval
 
     assert train.main(small) == 0  # without a name the next free folder is taken
     assert losses(tmp_path / "runs" / "demo-2") == losses(folder)
+    newest = trainer(small, resume=True)  # and the newest run is gone on with
+    assert newest.folder.name == "demo-2" and newest.state.step == 12
+    newest.close()
 
     again = evaluated(folder)
     assert [again[name] for name in EVALUATION] == pytest.approx(rows(folder, "eval", *EVALUATION)[-1], rel=1e-5)
