@@ -26,7 +26,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_MAX = -1, -4
 """Names of mallopt's settings in glibc's malloc.h."""
 
 
-def run_door(door: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
+def run_command(main: Callable[[Sequence[str]], int], arguments: Sequence[str] | None = None) -> None:
     """Run a command and exit with its status: 2 after one sentence on standard error if the user can fix the error or the
     operating system refused something, 130 without a word after Ctrl-C, 141 if the reader of our output went away.
 
@@ -38,7 +38,7 @@ def run_door(door: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a character the terminal lacks must not end a run
             stream.reconfigure(errors="replace")
-    status = _status(door, sys.argv[1:] if arguments is None else arguments)
+    status = _status(main, sys.argv[1:] if arguments is None else arguments)
     try:
         sys.stdout.flush()
     except OSError as error:
@@ -47,9 +47,9 @@ def run_door(door: Callable[[Sequence[str]], int], arguments: Sequence[str] | No
     sys.exit(status)
 
 
-def _status(door: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
+def _status(main: Callable[[Sequence[str]], int], arguments: Sequence[str]) -> int:
     try:
-        return door(arguments)
+        return main(arguments)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

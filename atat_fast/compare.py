@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from atat_fast.cli import make_parser, parse_config, path_text, run_door
+from atat_fast.cli import make_parser, parse_config, path_text, run_command
 from atat_fast.errors import UsageError
 
 
@@ -100,4 +100,4 @@ def _print_masks(rows: list[dict[str, Any]]) -> str:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_command(main)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from atat_fast.cli import make_parser, path_text, run_door
+from atat_fast.cli import make_parser, path_text, run_command
 from atat_fast.errors import UsageError
 from atat_fast.files import disk_errors, replacing, replacing_folder
 from atat_fast.models.dit import DiT
@@ -99,4 +99,4 @@ def check_destination(destination: Path, *, to_mdlm: bool, overwrite: bool) -> N
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_command(main)

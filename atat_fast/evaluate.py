@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-from atat_fast.cli import make_parser, path_text, run_door
+from atat_fast.cli import make_parser, path_text, run_command
 from atat_fast.config import DataConfig, TrainConfig
 from atat_fast.errors import UsageError, check_seed
 from atat_fast.files import check_target, disk_errors, write_text
@@ -232,4 +232,4 @@ def _finite(value: Any) -> Any:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_command(main)

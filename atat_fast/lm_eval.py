@@ -376,6 +376,6 @@ def main(arguments: Sequence[str]) -> int:
 if __name__ == "__main__":
     # As __main__ this file is another module; register the class that importers get.
     from atat_fast import lm_eval as module
-    from atat_fast.cli import run_door
+    from atat_fast.cli import run_command
 
-    run_door(module.main)
+    run_command(module.main)

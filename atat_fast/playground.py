@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal
 
-from atat_fast.cli import make_parser, path_text, run_door
+from atat_fast.cli import make_parser, path_text, run_command
 from atat_fast.config import TrainConfig
 from atat_fast.errors import UsageError
 from atat_fast.evaluation.pieces import HIDDEN, PART, Pieces
@@ -371,4 +371,4 @@ def to_play_with(args: Any) -> Player:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_command(main)

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
-from atat_fast.cli import make_parser, path_text, run_door
+from atat_fast.cli import make_parser, path_text, run_command
 from atat_fast.config import Config, to_dict
 from atat_fast.data.local import without_folders
 from atat_fast.errors import UsageError
@@ -113,4 +113,4 @@ def _out(folder: str | None) -> Iterator[Path]:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_command(main)

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from atat_fast.cli import make_parser, path_text, run_door
+from atat_fast.cli import make_parser, path_text, run_command
 from atat_fast.config import Config, to_dict
 from atat_fast.errors import UsageError
 from atat_fast.files import replacing
@@ -381,4 +381,4 @@ def main(arguments: Sequence[str]) -> int:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_command(main)

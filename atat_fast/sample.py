@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from atat_fast.cli import make_parser, path_text, run_door
+from atat_fast.cli import make_parser, path_text, run_command
 from atat_fast.config import TrainConfig
 from atat_fast.data.text import valid_unicode
 from atat_fast.errors import UsageError, check_seed, nearest
@@ -367,4 +367,4 @@ class _Progress:
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_command(main)

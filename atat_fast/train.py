@@ -9,7 +9,7 @@ import os
 import sys
 from collections.abc import Sequence
 
-from atat_fast.cli import make_parser, parse_config, run_door
+from atat_fast.cli import make_parser, parse_config, run_command
 from atat_fast.errors import UsageError
 
 
@@ -100,4 +100,4 @@ def _dry_run(config) -> int:  # type: ignore[no-untyped-def]
 
 
 if __name__ == "__main__":
-    run_door(main)
+    run_command(main)

@@ -156,9 +156,9 @@ def second_tier(small: bool) -> list[Step]:
         sampling = ("--preset", "demo", "--vocabulary", "131", "--length", "32", "--batch", "1", "--steps", "4", "--seconds", "2")
     found.append(Step("sampling", (python, "bench/bench_sampling.py", *sampling, *out), 25, why="tokens a second of sampling"))
     run = ("--train.max_steps", "3", "--eval.sequences", "8", "--sample.num_samples", "0", "--model.layers", "1") * small
-    door = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "atat_fast.train")
+    trainer = (python, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=1", "-m", "atat_fast.train")
     found.append(
-        Step("training", (*door, "--run.root", "out/runs", *run), 40, why="what make train does", needs=("jsonargparse",))
+        Step("training", (*trainer, "--run.root", "out/runs", *run), 40, why="what make train does", needs=("jsonargparse",))
     )
     memcheck = ("tests/gpu/test_ops.py", "-m", "gpu and slow", "-k", "memcheck")
     found.append(replace(pytest_step("memcheck", 35, *memcheck, why="no kernel touches memory out of bounds"), needs=tools))

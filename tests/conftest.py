@@ -284,12 +284,12 @@ def python(python_started: Callable[..., subprocess.Popen[str]]) -> Callable[...
 @pytest.fixture
 def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
     """refused(train.main, "--preset", "smal") is the one sentence that a command leaves with, beside status 2."""
-    from atat_fast.cli import run_door
+    from atat_fast.cli import run_command
 
     def refused(main: Callable[[Sequence[str]], int], *arguments: object) -> str:
         capsys.readouterr()
         with pytest.raises(SystemExit) as left:
-            run_door(main, [str(argument) for argument in arguments])
+            run_command(main, [str(argument) for argument in arguments])
         out, err = capsys.readouterr()
         assert left.value.code == 2 and out == "" and err.startswith("error: ") and err.count("\n") == 1, out + err
         return err.removeprefix("error: ").removesuffix("\n")

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from atat_fast import push, sample
-from atat_fast.cli import run_door
+from atat_fast.cli import run_command
 from atat_fast.config import Config, ImportanceConfig, ModelConfig
 from atat_fast.data.tokenizers import make_tokenizer
 from atat_fast.errors import UsageError
@@ -234,7 +234,7 @@ def test_ctrl_c_keeps_what_is_drawn(run, tmp_path, monkeypatch, capsys, after):
 
     monkeypatch.setattr(samplers, "sample", draw)
     with pytest.raises(SystemExit) as left:
-        run_door(sample.main, ["--run", str(run), "--num_samples", "9", "--batch", "1", "--steps", "4", "--jsonl", str(path)])
+        run_command(sample.main, ["--run", str(run), "--num_samples", "9", "--batch", "1", "--steps", "4", "--jsonl", str(path)])
     assert left.value.code == 130 and "Traceback" not in capsys.readouterr().err
     lines = path.read_text().splitlines()
     assert lines == ["old"] if not after else [json.loads(line)["sample"] for line in lines] == list(range(after))

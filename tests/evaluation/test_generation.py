@@ -52,19 +52,19 @@ def test_texts_of_a_file(tmp_path):
     assert tokens_of(Sample(f"ab{END}c{END}{END}"), BYTES) == [97, 98, eos, 99, eos, eos] and tokens_of(Sample(""), BYTES) == []
 
 
-def door(capsys, tmp_path, *arguments):
+def evaluated(capsys, tmp_path, *arguments):
     assert evaluate.main([*map(str, arguments), "--json", str(tmp_path / "out.json"), "--dtype", "fp32"]) == 0
     return json.loads((tmp_path / "out.json").read_text()), capsys.readouterr().out
 
 
-def test_the_door_measures_words_or_a_models_tokens(trained_run, tmp_path, capsys):
+def test_the_command_measures_words_or_a_models_tokens(trained_run, tmp_path, capsys):
     path = samples(tmp_path, ["a b a b", "c", ""])
-    found, printed = door(capsys, tmp_path, "--samples", path)
+    found, printed = evaluated(capsys, tmp_path, "--samples", path)
     assert (found["texts"], found["empty"], found["tokens"], found["unit"]) == (3, 1, 5, "words")
     assert found["entropy"] == pytest.approx((math.log(2) + 0) / 2)
     assert (found["distinct_1"], found["distinct_2"], found["distinct_4"]) == (3 / 5, 2 / 3, 1.0)
     assert f"entropy          {math.log(2) / 2:.4f} ±" in printed and "distinct-2       0.6667" in printed
-    found, _ = door(capsys, tmp_path, "--samples", path, "--run", trained_run)
+    found, _ = evaluated(capsys, tmp_path, "--samples", path, "--run", trained_run)
     assert found["unit"] == "tokens of bytes" and found["tokens"] == 8 and found["distinct_1"] == 4 / 8
 
 
@@ -75,11 +75,11 @@ def test_ids_of_a_file_are_what_is_counted(trained_run, tmp_path, capsys):
     path = tmp_path / "drawn.jsonl"
     assert sample.main(["--run", str(trained_run), "--num_samples", "3", "--steps", "4", "--jsonl", str(path)]) == 0
     ids = [json.loads(line)["ids"] for line in path.read_text().splitlines()]
-    found, printed = door(capsys, tmp_path, "--samples", path, "--run", trained_run)
+    found, printed = evaluated(capsys, tmp_path, "--samples", path, "--run", trained_run)
     assert found["tokens"] == sum(map(len, ids)) and found["texts_with_ids"] == 3 and "of them read as ids" in printed
     assert found["entropy"] == pytest.approx(sum(map(entropy, ids)) / 3)
     assert found["distinct_2"] == pytest.approx(distinct(ids, 2))
-    words, _ = door(capsys, tmp_path, "--samples", path)
+    words, _ = evaluated(capsys, tmp_path, "--samples", path)
     assert words["unit"] == "words" and words["texts_with_ids"] == 0
 
 
@@ -89,7 +89,7 @@ def test_a_file_of_both_with_blank_lines_and_empty_samples(trained_run, tmp_path
         {"text": "ab\u2028c", "prompt": "a"}, "", {"ids": [97, 255, eos]}, "   ", {"ids": [97, eos], "text": f"a{END}"},
         {"text": f"a{END}", "ids": None}, {"ids": [], "text": ""}, {"text": ""},
     )  # fmt: skip
-    found, _ = door(capsys, tmp_path, "--samples", lines(tmp_path, *rows), "--run", trained_run)
+    found, _ = evaluated(capsys, tmp_path, "--samples", lines(tmp_path, *rows), "--run", trained_run)
     assert (found["texts"], found["texts_with_ids"], found["empty"]) == (6, 3, 2)
     assert found["tokens"] == 6 + 3 + 2 + 2 + 0 + 0
 
@@ -175,7 +175,7 @@ def causal_lm(tmp_path):
 def test_generative_perplexity_is_the_models_own(causal_lm, tmp_path, capsys):
     folder, model = causal_lm
     texts = ["a b c d a", "d d", "c", "a b " * 7]  # the third has nothing to score, the last fills two windows
-    found, printed = door(capsys, tmp_path, "--samples", samples(tmp_path, texts), "--causal_lm", folder, "--batch", 2)
+    found, printed = evaluated(capsys, tmp_path, "--samples", samples(tmp_path, texts), "--causal_lm", folder, "--batch", 2)
     nll, count = [0.0] * 4, [0] * 4
     for i, text in enumerate(texts):
         ids = [WORDS.index(word) for word in text.split()]
@@ -203,7 +203,7 @@ def test_mauve_gets_features_of_both_sides(causal_lm, tmp_path, capsys, monkeypa
     monkeypatch.setitem(sys.modules, "mauve", types.SimpleNamespace(compute_mauve=compute_mauve))
     people = samples(tmp_path, ["c c", "a b c", "never read: one for each sample"], name="people.jsonl")
     path = samples(tmp_path, ["a b c", "d"])
-    found, printed = door(capsys, tmp_path, "--samples", path, "--causal_lm", folder, "--reference", people)
+    found, printed = evaluated(capsys, tmp_path, "--samples", path, "--causal_lm", folder, "--reference", people)
     assert found["mauve"] == 0.5 and "MAUVE            0.5000" in printed
     with torch.no_grad():
         want = model(torch.tensor([[1, 2, 3]]), output_hidden_states=True).hidden_states[-1][0, -1].numpy()
@@ -217,7 +217,7 @@ def test_mauve_where_it_is_installed(causal_lm, tmp_path, capsys):
     path = samples(tmp_path, [" ".join(WORDS[1 + (i * j) % 4] for j in range(1, 6)) for i in range(12)])
     people = samples(tmp_path, ["d d d d d"] * 12, name="people.jsonl")
     own, one_word = (
-        door(capsys, tmp_path, "--samples", path, "--causal_lm", causal_lm[0], "--reference", reference)[0]["mauve"]
+        evaluated(capsys, tmp_path, "--samples", path, "--causal_lm", causal_lm[0], "--reference", reference)[0]["mauve"]
         for reference in (path, people)
     )
     assert 0 < one_word < own <= 1

@@ -8,7 +8,7 @@ import os
 import pytest
 
 from atat_fast import evaluate, push
-from atat_fast.cli import run_door
+from atat_fast.cli import run_command
 from atat_fast.data import prepare
 from atat_fast.data.zero_shot import tokens_hash
 from atat_fast.errors import UsageError
@@ -146,7 +146,7 @@ def test_bad_input_is_one_sentence_and_status_2(arguments, message, trained_run,
     (tmp_path / "empty.txt").write_text("")
     (tmp_path / "text.txt").write_text("some text")
     with pytest.raises(SystemExit) as left:
-        run_door(evaluate.main, [str(trained_run) if part == "RUN" else part for part in arguments])
+        run_command(evaluate.main, [str(trained_run) if part == "RUN" else part for part in arguments])
     error = capsys.readouterr().err  # what was read may have been told before
     assert left.value.code == 2 and error.startswith("error: ") and message in error and error.count("\n") == 1, error
     assert {f.name for f in tmp_path.iterdir()} == {"empty.txt", "text.txt"}

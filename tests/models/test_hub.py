@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from small import small_dit
 
 from atat_fast import evaluate, push
-from atat_fast.cli import run_door
+from atat_fast.cli import run_command
 from atat_fast.config import ImportanceConfig
 from atat_fast.data import network
 from atat_fast.data.tokenizers import make_tokenizer
@@ -293,7 +293,7 @@ def test_the_command_refuses_in_one_sentence(arguments, message, trained_run, tm
     monkeypatch.chdir(tmp_path)
     (tmp_path / "there").mkdir()
     with pytest.raises(SystemExit) as left:
-        run_door(push.main, [str(trained_run) if part == "RUN" else part for part in arguments])
+        run_command(push.main, [str(trained_run) if part == "RUN" else part for part in arguments])
     error = capsys.readouterr().err  # what was read may have been told before
     assert left.value.code == 2 and error.startswith(f"error: {message}") and error.count("\n") == 1, error
     assert [f.name for f in tmp_path.iterdir()] == ["there"]

@@ -18,7 +18,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from small import SIZE, filled, small_dit
 
-from atat_fast.cli import run_door
+from atat_fast.cli import run_command
 from atat_fast.config import from_dict
 from atat_fast.convert import main
 from atat_fast.data import make_tokenizer
@@ -292,7 +292,7 @@ def test_the_page_lists_the_names():
 def convert(*arguments):
     """The command's exit status."""
     with pytest.raises(SystemExit) as left:
-        run_door(main, [str(a) for a in arguments])
+        run_command(main, [str(a) for a in arguments])
     return left.value.code
 
 

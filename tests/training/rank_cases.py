@@ -266,7 +266,7 @@ def stops(plain: str, poisoned: str, full: str) -> None:
 
 
 def command(*arguments: str) -> None:
-    cli.run_door(train.main, arguments)
+    cli.run_command(train.main, arguments)
 
 
 def command_killed(*arguments: str) -> None:

@@ -18,8 +18,8 @@ from atat_fast.distributed.ranks import Launch, Ranks
 from atat_fast.errors import UsageError
 from atat_fast.models import hub
 from atat_fast.runs import checkpoint
-from atat_fast.training.trainer import Interrupted
 from atat_fast.training.run_state import Window
+from atat_fast.training.trainer import Interrupted
 
 LEARNED = {"importance.source": "learned", "importance.width": 16, "importance.layers": 1, "importance.heads": 2}
 RUN = {"optim.name": "adamw", "run.name": "it", "train.checkpoint_every": 3, "sample.num_samples": 0}

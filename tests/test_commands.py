@@ -211,7 +211,7 @@ assert not {"datasets", "huggingface_hub", "pyarrow"} & set(sys.modules)
 
 MAPPED_BY_A_LARGE_TENSOR = """
 import ctypes
-from atat_fast.cli import run_door
+from atat_fast.cli import run_command
 
 class Info(ctypes.Structure):
     names = "arena ordblks smblks hblks hblkhd usmblks fsmblks uordblks fordblks keepcost"
@@ -226,7 +226,7 @@ def command(arguments):
     print(libc.mallinfo2().hblkhd - before >= 64 << 20)
     return 0
 
-run_door(command)
+run_command(command)
 """
 
 
@@ -256,7 +256,7 @@ def test_commands_keep_freed_memory_unless_the_user_arranged_it(arranged, mapped
 )
 def test_how_a_command_leaves(body, out, status, said):
     code = f"def command(_):\n    {body}\n    return 0\nrun_door(command)"
-    code = f"import os, signal, sys, time\nfrom atat_fast.cli import run_door\n{code}"
+    code = f"import os, signal, sys, time\nfrom atat_fast.cli import run_command\n{code}"
     env = os.environ | ({"PYTHONIOENCODING": "ascii"} if out == "ascii" else {})
     read, write = os.pipe()
     os.close(read)
