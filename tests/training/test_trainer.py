@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 
 from atat_fast import evaluate, sample, train
 from atat_fast.errors import UsageError
+from atat_fast.evaluation.likelihood import evaluate as evaluate_bound
 from atat_fast.ops import documents_of
 from atat_fast.runs import checkpoint
 from atat_fast.training import trainer as module
@@ -312,6 +313,14 @@ def test_a_run_with_every_part_of_atat_on(small, rows, arguments, tmp_path, caps
         (saved.path / checkpoint.MANIFEST).write_text(json.dumps(manifest))
     assert printed[0] == printed[1] and f"{rows(folder, 'eval')[-1]['nll']:.4f}" in "".join(printed[0])
     assert sample.main([*command, "--steps", "3"]) == 0
+
+
+def test_an_estimator_changes_neither_the_models_first_weights_nor_its_likelihood(small, trainer):
+    made = [trainer(small, {"run.name": name}, more).parts for name, more in (("plain", {}), ("atat", ATAT))]
+    plain, atat = (dict(parts.model.named_parameters()) for parts in made)
+    assert plain.keys() == atat.keys() and all(torch.equal(p, atat[name]) for name, p in plain.items())
+    values = [evaluate_bound(parts.model, parts.data.valid, parts.config.eval, parts.compute.autocast()) for parts in made]
+    assert values[0] == values[1]
 
 
 def test_frequencies_are_kept_in_the_checkpoint(small, trainer, rows):
