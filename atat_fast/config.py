@@ -101,7 +101,7 @@ class DiffusionConfig:
         sigma_min: Least total noise of the log-linear schedule (bernoulli only).
         sigma_max: Greatest total noise of the log-linear schedule (bernoulli only).
         schedule: The masking process. log_linear hides every token at the same rate. token_identity gives each token a rate by
-            its frequency in the training text, and has its own bound (docs/atat.md); it needs exact masking and
+            its frequency in the training text, and has its own bound (docs/atat.md). All but log_linear need exact masking and
             importance.source none.
         identity_strength: Tokens are revealed at rates exp(-identity_strength * log-rank) (token_identity only). Above 0 rare
             tokens stay hidden longer; 0 is the uniform process.

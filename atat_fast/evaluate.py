@@ -75,7 +75,7 @@ def main(arguments: Sequence[str]) -> int:
     if args.seed is not None:
         check_seed("--seed", args.seed)
     if args.zero_shot is not None and args.corpus is not None:
-        raise UsageError("give --corpus, one text, or --zero_shot, sets with a protocol of their own, not both")
+        raise UsageError("give --corpus, one text, or --zero_shot, sets with their own protocol, but not both")
     return _likelihoods(args)
 
 

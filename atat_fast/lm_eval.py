@@ -205,7 +205,7 @@ class Answers:
             self.note(
                 "lengths",
                 f"a context of {len(before):,} tokens and max_gen_toks {most:,} are more than this model's {self.length:,}: "
-                "where they do not fit, contexts lose their beginning, but for half of that length, and fewer tokens are written",
+                "if they do not fit, contexts lose their beginning but keep half of that length, and fewer tokens are written",
             )
             before = before[-max(self.length - most, self.length // 2, 1) :]
             most = min(most, self.length - len(before))

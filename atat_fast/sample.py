@@ -178,7 +178,7 @@ def _check(args: Any) -> None:
     if args.prompts and args.prompt:
         raise UsageError("give either --prompt or --prompts, not both")
     if args.infill not in (None, STDIN) and args.prompts:
-        raise UsageError("give --infill no text of its own where --prompts has the texts")
+        raise UsageError("give --infill without a text if --prompts has the texts")
     for option in ("jsonl", "html"):
         path = getattr(args, option)
         if path not in (None, STDIN):

@@ -146,7 +146,7 @@ def test_a_context_keeps_what_fits_of_its_end_and_that_is_said_once(parts, monke
     eos = one.tokenizer.eos_id
     assert given == [[*b"ab"], [*b" context"], [*b"ontext"], [*b"ontext"], [eos], [10]]
     (note,) = capsys.readouterr().err.splitlines()
-    assert "a context of 14 tokens and max_gen_toks 4 are more than this model's 12: where they do not fit" in note
+    assert "a context of 14 tokens and max_gen_toks 4 are more than this model's 12: if they do not fit" in note
     for context, kept in (("a", 1), ("a long context", 6), ("", 1)):  # there is room whatever is asked for
         assert one.generated(context, stops=[], most=256, temperature=0.0, sample_id=0) == "x" * (LENGTH - kept)
     with pytest.raises(UsageError, match="max_gen_toks must be at least 0, got -1"):

@@ -240,7 +240,7 @@ def test_a_cut_last_line_is_left_out_with_a_note_and_a_repeated_step_counts_as_w
     [
         ("metrics.jsonl", b'{"kind": "train", "step": 1}\nnonsense\n{"kind": "train", "step": 2}\n', "line 2 of .* is not JSON"),
         ("metrics.jsonl", b'{"kind": "train", "step": 1}\n\xff\xfe\n', "line 2 of .* is not JSON"),
-        ("metrics.jsonl", b"[1, 2]\n", "line 1 of .* is no row with a kind"),
+        ("metrics.jsonl", b"[1, 2]\n", "line 1 of .* is not a row with a kind"),
         ("metrics.jsonl", b'{"kind": "train"}\n', "line 1 of .* has step None, not a whole number"),
         ("metrics.jsonl", b'\n{"kind": "eval", "step": 1, "nll": "low"}\n', "line 2 of .* has nll 'low', not a number"),
         ("metrics.jsonl", b'{"kind": "sample", "step": 1, "texts": [3]}\n', "line 1 of .* has no list of texts"),

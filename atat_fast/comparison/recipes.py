@@ -107,7 +107,7 @@ def with_recipe(base: Config, name: str) -> Config:
         changes["diffusion"].setdefault("weighting", "ce" if settings["diffusion"]["weighting"] == "ce" else "uniform")
     for group, values in changes.items():
         if group not in settings:
-            raise UsageError(f"recipe {name} has a group {group!r} that is none{nearest(group, settings)}")
+            raise UsageError(f"recipe {name} has an unknown group {group!r}{nearest(group, settings)}")
         settings[group] = settings[group] | {key: _typed(name, group, key, value) for key, value in values.items()}
     try:
         return from_dict(settings)

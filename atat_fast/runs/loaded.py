@@ -92,4 +92,4 @@ def _is_ours(path: Path) -> bool:
 def _no_overrides(source: str, what: str, overrides: dict[str, Any]) -> None:
     if overrides:
         options = ", ".join(f"--{name}" for name in overrides)
-        raise UsageError(f"{source} is {what} and says itself what it is; leave {options} out, which MDLM checkpoints need")
+        raise UsageError(f"{source} is {what} and has its own settings; leave {options} out: only MDLM checkpoints need that")

@@ -67,7 +67,7 @@ def read_run(folder: Path) -> Run:
 
 def _read(path: Path, notes: list[str] | None = None) -> str:
     if notes is not None and not path.exists():
-        notes.append(f"There is no {path.name} in this run, so what it would say is missing here.")
+        notes.append(f"There is no {path.name} in this run, so its content is missing here.")
         return ""
     try:
         return path.read_bytes().decode()
@@ -104,7 +104,7 @@ def _read_metrics(path: Path, notes: list[str]) -> dict[str, list[Row]]:
 def _wrong(row: Any) -> str:
     """What is wrong with a row of metrics.jsonl, or ''. Unknown kinds and fields pass."""
     if not isinstance(row, dict) or not isinstance(row.get("kind"), str):
-        return "is no row with a kind"
+        return "is not a row with a kind"
     if row["kind"] not in ("train", "eval", "sample"):
         return ""
     if type(row.get("step")) is not int or row["step"] < 0:

@@ -42,7 +42,7 @@ def why_not(config: Config, compute: Compute, mode: str) -> str | None:
     if compute.device.type != "cuda":
         return "graphs are captured on a GPU, and this run computes on a CPU"
     if mode != "none":
-        return f"under {mode} ranks sum gradients while the backward pass goes on, which a graph would not show them"
+        return f"under {mode} ranks sum gradients during the backward pass, which a graph would hide from them"
     if config.importance.source != "none":
         return "the importance estimator's strength changes from step to step on the host"
     if config.model.document_mask:

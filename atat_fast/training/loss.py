@@ -65,8 +65,8 @@ class Objective:
         by_block: bool = False,
     ) -> None:
         if (estimator is None) != (config.importance.source == "none"):
-            have = "there is none" if estimator is None else "one is given"
-            raise ValueError(f"importance.source is {config.importance.source}, and of estimators {have}")
+            have = "no estimator" if estimator is None else "an estimator"
+            raise ValueError(f"importance.source is {config.importance.source}, but {have} is given")
         self.model, self.config, self.compute, self.estimator, self.process = model, config, compute, estimator, process
         self.seed, self.total = seed, total
         self.curriculum = Curriculum(config.curriculum)

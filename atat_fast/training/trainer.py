@@ -78,7 +78,7 @@ class Trainer:
                 if self._lock is None:
                     self._lock = run_folder.lock(self.folder)
                     if saved is None and not self._again and run_folder.holds_run(self.folder):
-                        raise UsageError(f"{self.folder} already holds a run, begun this moment; choose another --run.name")
+                        raise UsageError(f"{self.folder} already holds a run, started just now; choose another --run.name")
                 run_folder.open_folder(self.folder, config, self.facts)
             self.show = Telemetry(
                 self.folder,

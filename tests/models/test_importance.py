@@ -211,7 +211,7 @@ def test_without_a_source_it_is_the_plain_process_bit_for_bit():
 
 def test_an_objective_has_an_estimator_where_settings_say_so():
     model = small_dit(V, layers=1)
-    with pytest.raises(ValueError, match=r"importance.source is learned, and of estimators there is none"):
+    with pytest.raises(ValueError, match=r"importance.source is learned, but no estimator is given"):
         Objective(model, settings(), CPU, seed=0, total=4)
     plain = Objective(model, Config(), CPU, seed=0, total=4)
     assert plain.named_parameters().keys() == dict(model.named_parameters()).keys()

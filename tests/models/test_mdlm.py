@@ -391,4 +391,4 @@ def test_a_run_goes_to_mdlm_or_to_a_folder(here, capsys, refused):
     assert back.mask_id == tokenizer.mask_id and back.config == averaged.config
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), averaged.parameters(), strict=True))
     assert torch.equal(DiT.from_pretrained(here / "out").head.weight, raw.head.weight)
-    assert "is a run and says itself what it is; leave --length out" in refused(main, "run", "other", "--length", 5)
+    assert "is a run and has its own settings; leave --length out" in refused(main, "run", "other", "--length", 5)
