@@ -211,10 +211,14 @@ def merging():
 @pytest.mark.parametrize(
     ("context", "text", "merges"),
     [
-        ("the ca", "t", True), ("the oth", "er", True), ("a riv", "er brown", True), ("moun", "tain", True), ("x", " the", False),
+        ("the ca", "t", True),
+        ("the oth", "er", True),
+        ("a riv", "er brown", True),
+        ("moun", "tain", True),
+        ("x", " the", False),
         ("the ", "cat", False),
     ],
-)  # fmt: skip
+)
 def test_a_continuation_is_scored_whole_whatever_token_it_would_be_part_of(merging, context, text, merges):
     read, kept = merging.tokenizer, context.rstrip()
     before, after = merging.split(context, text)

@@ -273,8 +273,11 @@ def test_the_page_in_a_browser(trained_run, tmp_path, chromium):
         port = free.getsockname()[1]
     server = subprocess.Popen(
         [sys.executable, "-m", "atat_fast.playground", "--run", trained_run, "--port", str(port), "--dtype", "fp32"],
-        cwd=tmp_path, env=os.environ | {"OMP_NUM_THREADS": "1"}, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        stdout=subprocess.PIPE,
+        text=True,
+    )
     try:
         address, asked = f"http://127.0.0.1:{port}", []
         for _ in range(240):

@@ -100,10 +100,27 @@ def undrawn(monkeypatch):
 def test_numbers_of_a_full_run(full):
     text = full[1].text
     for expected in (
-        "4.123 ± 0.012", "nats per token, at step 500", "61.77", f"{4.1234 / math.log(2) / 3.4:.3f}", "6.120",
-        "val/nll is 2.00 below it", "12.3 k", "4 min 10 s", "2.05 M", "500 steps", "Plain words.", "step 500 of 500", "a device",
-        "4.500 ± 0.012", "2,000,000", "3,500,000 (3.5 M)", "drawn by ddpm_cache, 128 steps", "NELBO", "EMA", "standard error",
-    ):  # fmt: skip
+        "4.123 ± 0.012",
+        "nats per token, at step 500",
+        "61.77",
+        f"{4.1234 / math.log(2) / 3.4:.3f}",
+        "6.120",
+        "val/nll is 2.00 below it",
+        "12.3 k",
+        "4 min 10 s",
+        "2.05 M",
+        "500 steps",
+        "Plain words.",
+        "step 500 of 500",
+        "a device",
+        "4.500 ± 0.012",
+        "2,000,000",
+        "3,500,000 (3.5 M)",
+        "drawn by ddpm_cache, 128 steps",
+        "NELBO",
+        "EMA",
+        "standard error",
+    ):
         assert expected in text, expected
     assert text.startswith("demo") or "\ndemo" in text
     assert "Importance" not in text and not (full[0] / "importance.png").exists()

@@ -63,9 +63,14 @@ def masking() -> Iterator[Triton]:
             here = {n: t for n, t in types.items() if n not in absent}
             here["Noisy"] = here["Tokens"] = v.get("ids", "*i64")
             yield Triton(
-                f"mask_tokens/{name}/{length}", "masking", "_mask_tokens_kernel", here, constants | absent, options,
+                f"mask_tokens/{name}/{length}",
+                "masking",
+                "_mask_tokens_kernel",
+                here,
+                constants | absent,
+                options,
                 divisible=("L",) if v.get("divisible", True) else (),
-            )  # fmt: skip
+            )
 
 
 def cross_entropy() -> Iterator[Triton]:
@@ -97,28 +102,43 @@ def cross_entropy() -> Iterator[Triton]:
         ("fp32/gradient-weighted-stored-odd", "*fp32", 50_257, True, (*recomputed, *reported, *rated), False),
         ("fp32/loss", "*fp32", 50_304, False, ("TokenWeight", *reported, *rated), True),
         ("fp32/loss-weighted", "*fp32", 50_304, False, (*recomputed, *rated), True),
-    ):  # fmt: skip
+    ):
         sizes = configuration(columns, 768)
         options = {"num_warps": sizes.pop("num_warps")}
         here = {n: t for n, t in types(dtype).items() if n not in absent}
         constants = sizes | {"GRADIENT": gradient} | dict.fromkeys(absent)
         yield Triton(
-            f"cross_entropy/{name}", "cross_entropy", "_cross_entropy_kernel", here, constants, options,
+            f"cross_entropy/{name}",
+            "cross_entropy",
+            "_cross_entropy_kernel",
+            here,
+            constants,
+            options,
             divisible=("columns", "stride", "width") if divisible else (),
-        )  # fmt: skip
+        )
 
     sums = {"Sums": "*fp32", "rows": "i32", "columns": "i32", "stride": "i32", "rows_of_split": "i32"}
     for dtype in ("bf16", "fp32"):
         for add, divisible in ((False, ("columns", "stride")), (True, ())):
             yield Triton(
-                f"cross_entropy/columns/{dtype}{'-add-odd' if add else ''}", "cross_entropy", "_column_sum_kernel",
-                {"Gradient": f"*{dtype}"} | sums, {"ADD": add, "BLOCK_M": 16, "BLOCK_N": 256}, {"num_warps": 4}, divisible,
-            )  # fmt: skip
+                f"cross_entropy/columns/{dtype}{'-add-odd' if add else ''}",
+                "cross_entropy",
+                "_column_sum_kernel",
+                {"Gradient": f"*{dtype}"} | sums,
+                {"ADD": add, "BLOCK_M": 16, "BLOCK_N": 256},
+                {"num_warps": 4},
+                divisible,
+            )
     types_of_last = {"BiasGradient": "*fp32", "Sums": "*fp32", "columns": "i32", "splits": "i32"}
     yield Triton(
-        "cross_entropy/columns/last", "cross_entropy", "_add_column_sums_kernel", types_of_last, {"BLOCK": 1024},
-        {"num_warps": 4}, ("columns",),
-    )  # fmt: skip
+        "cross_entropy/columns/last",
+        "cross_entropy",
+        "_add_column_sums_kernel",
+        types_of_last,
+        {"BLOCK": 1024},
+        {"num_warps": 4},
+        ("columns",),
+    )
 
 
 def linear_categorical() -> Iterator[Triton]:
@@ -126,9 +146,14 @@ def linear_categorical() -> Iterator[Triton]:
     from atat_fast.kernels.linear_categorical import configuration
 
     for rows, width, dtype, bias in (
-        (8, 768, "bf16", True), (32, 768, "bf16", True), (256, 768, "bf16", True), (256, 768, "bf16", False),
-        (256, 50, "bf16", True), (256, 768, "fp32", True), (16, 768, "fp32", False),
-    ):  # fmt: skip
+        (8, 768, "bf16", True),
+        (32, 768, "bf16", True),
+        (256, 768, "bf16", True),
+        (256, 768, "bf16", False),
+        (256, 50, "bf16", True),
+        (256, 768, "fp32", True),
+        (16, 768, "fp32", False),
+    ):
         types = {
             "Scores": "*fp32", "Ids": "*i32", "Hidden": f"*{dtype}", "Weight": f"*{dtype}", "Bias": "*fp32", "Index": "*i64",
             "Seed": "*i64", "Step": "*i64", "rows": "i32", "width": "i32", "vocabulary": "i32", "forbidden": "i32",
@@ -138,10 +163,14 @@ def linear_categorical() -> Iterator[Triton]:
         options = {name: sizes.pop(name) for name in ("num_warps", "num_stages")}
         absent = {} if bias else {"Bias": None}
         yield Triton(
-            f"linear_categorical/{dtype}{'' if bias else '-no-bias'}/{rows}x{width}", "linear_categorical",
-            "_linear_categorical_kernel", {n: t for n, t in types.items() if n not in absent}, sizes | absent, options,
+            f"linear_categorical/{dtype}{'' if bias else '-no-bias'}/{rows}x{width}",
+            "linear_categorical",
+            "_linear_categorical_kernel",
+            {n: t for n, t in types.items() if n not in absent},
+            sizes | absent,
+            options,
             ("width",) if width % 16 == 0 else (),
-        )  # fmt: skip
+        )
     types = {"Out": "*i64", "Scores": "*fp32", "Ids": "*i32", "rows": "i32", "splits": "i32"}
     yield Triton(
         "linear_categorical/splits", "linear_categorical", "_best_of_splits_kernel", types, {"BLOCK": 128}, {"num_warps": 4}
@@ -231,17 +260,25 @@ def rotary() -> Iterator[Triton]:
                 given = types | ({"eps": "fp32"} if norm else {}) | ({"Rstd": "*fp32"} if norm and copy else {})
                 absent = {optional: None for optional in ("eps", "Rstd") if optional not in given}
                 yield Triton(
-                    f"rotary/{name}-{'norm-' * norm}{'copy' if copy else 'inplace'}/{size}", "rotary", "_rotary_kernel", given,
-                    constants | absent, options | ({} if copy else IN_PLACE),
+                    f"rotary/{name}-{'norm-' * norm}{'copy' if copy else 'inplace'}/{size}",
+                    "rotary",
+                    "_rotary_kernel",
+                    given,
+                    constants | absent,
+                    options | ({} if copy else IN_PLACE),
                     divisible=("in_batch", "in_row", "out_batch", "out_row") if copy else integers[:2] + integers[3:],
-                )  # fmt: skip
+                )
             types = {f"{name}{part}": pointer for name in ("Dx", "Grad") for part in three} | {"OutQ": pointer, "OutK": pointer}
             types |= {"Rstd": "*fp32", "Cos": "*fp32", "Sin": "*fp32"}
             yield Triton(
-                f"rotary/{name}-norm-backward/{size}", "rotary", "_rotary_backward_kernel",
-                types | dict.fromkeys(backward_integers, "i32"), sizes | {"HALF": size // 2}, options,
+                f"rotary/{name}-norm-backward/{size}",
+                "rotary",
+                "_rotary_backward_kernel",
+                types | dict.fromkeys(backward_integers, "i32"),
+                sizes | {"HALF": size // 2},
+                options,
                 divisible=backward_integers[3:],
-            )  # fmt: skip
+            )
 
 
 TRITON = (adaptive_norm, cross_entropy, linear_categorical, masking, philox, rotary)

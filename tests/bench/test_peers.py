@@ -120,9 +120,11 @@ seen = []
 """
 OLD_CUT = FAKE_CUT.format(bias="", more="", seen="None", use="")
 NEW_CUT = FAKE_CUT.format(
-    bias="bias=None, ", more="accum_e_fp32=False, accum_c_fp32=False, filter_c_grad=True, ",
-    seen="(accum_e_fp32, accum_c_fp32, filter_c_grad)", use=", bias",
-)  # fmt: skip
+    bias="bias=None, ",
+    more="accum_e_fp32=False, accum_c_fp32=False, filter_c_grad=True, ",
+    seen="(accum_e_fp32, accum_c_fp32, filter_c_grad)",
+    use=", bias",
+)
 
 
 @pytest.mark.parametrize(

@@ -18,8 +18,25 @@ def script(python):
 
 @pytest.mark.slow
 def test_throughput_checks_then_times_and_writes(tmp_path, script):
-    small = ["--vocabulary", 30522, "--length", 128, "--micro_batch", 2, "--rounds", 2, "--dtype", "fp32", "--seconds", 0,
-             "--variants", "mdlm", "atat_fast", "--out", tmp_path / "out"]  # fmt: skip
+    small = [
+        "--vocabulary",
+        30522,
+        "--length",
+        128,
+        "--micro_batch",
+        2,
+        "--rounds",
+        2,
+        "--dtype",
+        "fp32",
+        "--seconds",
+        0,
+        "--variants",
+        "mdlm",
+        "atat_fast",
+        "--out",
+        tmp_path / "out",
+    ]
     done = script("throughput.py", *small)
     assert done.returncode == 0, done.stderr
     assert "losses and gradients agree to" in done.stdout

@@ -39,15 +39,28 @@ def hide(tokens, counts, *, sees="visible", rho=0.5, tilt=3.0, focus=1.0, score=
     counts = torch.as_tensor(counts)
     ids = torch.arange(len(tokens)) if ids is None else ids
     return hide_by_importance(
-        tokens, counts, score=score, sees=sees, rho=rho, tilt=tilt, focus=focus, mask_id=MASK, sample_ids=ids, seed=5, step=step,
+        tokens,
+        counts,
+        score=score,
+        sees=sees,
+        rho=rho,
+        tilt=tilt,
+        focus=focus,
+        mask_id=MASK,
+        sample_ids=ids,
+        seed=5,
+        step=step,
         weighting=weighting,
-    )  # fmt: skip
+    )
 
 
 @given(
-    st.integers(1, 24), st.floats(0.01, 1.0), st.sampled_from(["visible", "clean"]), st.sampled_from([-4.0, 0.0, 2.0, 40.0]),
+    st.integers(1, 24),
+    st.floats(0.01, 1.0),
+    st.sampled_from(["visible", "clean"]),
+    st.sampled_from([-4.0, 0.0, 2.0, 40.0]),
     st.integers(0, 10**6),
-)  # fmt: skip
+)
 @hypothesis_settings(max_examples=60, deadline=None)
 def test_exactly_k_are_hidden(length, rho, sees, tilt, seed):
     generator = torch.Generator().manual_seed(seed)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from small import SIZE, small_dit
 
 from atat_fast.audit.masks import Joint, frequency_example, plackett_luce_law
-from atat_fast.audit.schedules import LAWS, MODELS, count_law_above, enumerate_joint, identity_above, schedule_loss  # fmt: skip
+from atat_fast.audit.schedules import LAWS, MODELS, count_law_above, enumerate_joint, identity_above, schedule_loss
 from atat_fast.comparison.recipes import with_recipe
 from atat_fast.config import Config, DiffusionConfig, ImportanceConfig, load_preset
 from atat_fast.diffusion.bound import estimate_nll

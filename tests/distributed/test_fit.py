@@ -88,8 +88,13 @@ def test_auto_refuses_what_does_not_fit_and_says_what_would():
     with pytest.raises(UsageError) as refused:
         chosen("large", 2, batch=64, micro=32)
     sentence = str(refused.value)
-    for words in ("does not fit: fsdp, weights freed needs about", "at most", "--parallel.activation_checkpointing 1",
-                  "--optim.state bf16", "--parallel.mode fsdp starts it anyway"):  # fmt: skip
+    for words in (
+        "does not fit: fsdp, weights freed needs about",
+        "at most",
+        "--parallel.activation_checkpointing 1",
+        "--optim.state bf16",
+        "--parallel.mode fsdp starts it anyway",
+    ):
         assert words in sentence
     with pytest.raises(UsageError, match=r"at most 6 fit: try --train\.micro_batch 4"):
         chosen("large", 8, batch=64, micro=8)
@@ -143,8 +148,10 @@ def test_a_global_batch_is_split_whole_or_refused_with_the_nearest_that_can_be(b
 
 layout = st.builds(
     lambda shard, copies, keep: Layout("hsdp", shard * copies, shard, keep),
-    st.sampled_from((1, 2, 4, 8)), st.sampled_from((1, 2, 8)), st.booleans(),
-)  # fmt: skip
+    st.sampled_from((1, 2, 4, 8)),
+    st.sampled_from((1, 2, 8)),
+    st.booleans(),
+)
 
 
 @settings(max_examples=30, deadline=None)
@@ -258,8 +265,16 @@ def test_the_dry_run_prints_the_plan_of_the_ranks_once_and_touches_nothing(monke
     large = ["--preset", "large", "--dry_run", "--parallel.device", "rtx4090"]
     assert main([*large, "--parallel.world_size", "8"]) == 0
     printed = capsys.readouterr().out
-    for words in ("mode         fsdp, weights freed", "8 ranks x 8 passes x 4", "GiB a card (estimate): fits", "at most 5 fit",
-                  "all-gather", "reduce-scatter", "parallel.activation_checkpointing 1", "optim.state bf16"):  # fmt: skip
+    for words in (
+        "mode         fsdp, weights freed",
+        "8 ranks x 8 passes x 4",
+        "GiB a card (estimate): fits",
+        "at most 5 fit",
+        "all-gather",
+        "reduce-scatter",
+        "parallel.activation_checkpointing 1",
+        "optim.state bf16",
+    ):
         assert words in printed
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(UsageError, match="does not divide into 7 ranks"):

@@ -86,9 +86,15 @@ def test_ids_of_a_file_are_what_is_counted(trained_run, tmp_path, capsys):
 def test_a_file_of_both_with_blank_lines_and_empty_samples(trained_run, tmp_path, capsys):
     eos = BYTES.eos_id
     rows = (
-        {"text": "ab\u2028c", "prompt": "a"}, "", {"ids": [97, 255, eos]}, "   ", {"ids": [97, eos], "text": f"a{END}"},
-        {"text": f"a{END}", "ids": None}, {"ids": [], "text": ""}, {"text": ""},
-    )  # fmt: skip
+        {"text": "ab\u2028c", "prompt": "a"},
+        "",
+        {"ids": [97, 255, eos]},
+        "   ",
+        {"ids": [97, eos], "text": f"a{END}"},
+        {"text": f"a{END}", "ids": None},
+        {"ids": [], "text": ""},
+        {"text": ""},
+    )
     found, _ = evaluated(capsys, tmp_path, "--samples", lines(tmp_path, *rows), "--run", trained_run)
     assert (found["texts"], found["texts_with_ids"], found["empty"]) == (6, 3, 2)
     assert found["tokens"] == 6 + 3 + 2 + 2 + 0 + 0

@@ -106,9 +106,16 @@ class DIT(nn.Module):
     """qk_norm and relu2 are ours, and not MDLM's."""
 
     def __init__(
-        self, vocabulary=VOCABULARY, width=WIDTH, heads=HEADS, layers=LAYERS, conditioning=CONDITIONING, dropout=0.0,
-        qk_norm=False, activation="gelu",
-    ):  # fmt: skip
+        self,
+        vocabulary=VOCABULARY,
+        width=WIDTH,
+        heads=HEADS,
+        layers=LAYERS,
+        conditioning=CONDITIONING,
+        dropout=0.0,
+        qk_norm=False,
+        activation="gelu",
+    ):
         super().__init__()
         act = nn.GELU(approximate="tanh") if activation == "gelu" else SquaredRelu()
         self.vocab_embed = Embed(vocabulary, width)

@@ -92,9 +92,14 @@ def results(outputs: Any, inputs: dict[str, Any], upstream: Iterable[Tensor | No
 
 
 def assert_no_worse(
-    ours: dict[Any, Tensor], plain: dict[Any, Tensor], exact: dict[Any, Tensor], ratio: float = 1.5, floor: float = 6e-7,
-    least: float = 0.0, limits: dict[Any, float] | None = None,
-) -> None:  # fmt: skip
+    ours: dict[Any, Tensor],
+    plain: dict[Any, Tensor],
+    exact: dict[Any, Tensor],
+    ratio: float = 1.5,
+    floor: float = 6e-7,
+    least: float = 0.0,
+    limits: dict[Any, float] | None = None,
+) -> None:
     """The error of ours is at most `ratio` times PyTorch's own at the same dtype, and fp32's rounding, `floor` of the result.
 
     least: an error that is always allowed. limits: ratios of results by name.

@@ -81,11 +81,12 @@ def test_the_table_names_every_op_and_says_what_attention_calls(capsys, monkeypa
     printed = capsys.readouterr().out
     assert all(op in printed for op in registry.ops())
     for words in (
-        "not cuda: it runs on CUDA tensors", "tensors on cpu: first of cpp > torch > triton",
+        "not cuda: it runs on CUDA tensors",
+        "tensors on cpu: first of cpp > torch > triton",
         "within documents, float32: sdpa_flash",
         "attention              head dimension 64, float32: sdpa_flash, also products, sdpa_math",
         "not flash_attn: it runs on CUDA tensors",
-    ):  # fmt: skip
+    ):
         assert words in printed
     monkeypatch.setenv("ATAT_FAST_ATTENTION", "cudnn")
     table.main()

@@ -29,9 +29,21 @@ from test_build import NVCC, ROOT, build_wheel, copy_tree, run_probe
 
 # What the tests read, the package itself excepted.
 READ_BY_TESTS = (
-    ".ci", "CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "MANIFEST.in", "Makefile", "README.md", "bench", "constraints.txt",
-    "csrc", "docs", "pyproject.toml", "setup.py", "tests",
-)  # fmt: skip
+    ".ci",
+    "CHANGELOG.md",
+    "CONTRIBUTING.md",
+    "LICENSE",
+    "MANIFEST.in",
+    "Makefile",
+    "README.md",
+    "bench",
+    "constraints.txt",
+    "csrc",
+    "docs",
+    "pyproject.toml",
+    "setup.py",
+    "tests",
+)
 # A way to build the wheel, and the bits of library.build_flags() it should show.
 KINDS = {"nvcc": ({}, "3"), "host": ({"ATAT_FAST_NO_CUDA": "1"}, "1"), "pure": ({"ATAT_FAST_NO_EXT": "1"}, "0")}
 

@@ -26,9 +26,13 @@ SEED, STEP = torch.tensor(3), torch.tensor(0)
 
 @settings(max_examples=60, deadline=None)
 @given(
-    rows=st.integers(1, 4), ids=st.integers(1, 30), top_k=st.integers(0, 35), top_p=st.floats(0.01, 0.99) | st.just(1.0),
-    temperature=st.sampled_from([0.3, 1.0, 2.5]), seed=st.integers(0, 99),
-)  # fmt: skip
+    rows=st.integers(1, 4),
+    ids=st.integers(1, 30),
+    top_k=st.integers(0, 35),
+    top_p=st.floats(0.01, 0.99) | st.just(1.0),
+    temperature=st.sampled_from([0.3, 1.0, 2.5]),
+    seed=st.integers(0, 99),
+)
 def test_the_shortlist_is_the_fewest_likeliest(rows, ids, top_k, top_p, temperature, seed):
     logits = 3 * torch.randn(rows, ids, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     values, kept = shortlist(logits, Cut(temperature, top_k, top_p))

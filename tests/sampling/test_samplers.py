@@ -293,10 +293,15 @@ def test_blocks_that_nobody_would_read_are_not_filled(often_ends):
 @pytest.mark.parametrize(
     ("ids", "prompt", "kept"),
     [
-        ([1, 2, 9, 3, 9], 0, [1, 2]), ([1, 2, 9, 3, 9], 2, [1, 2]), ([1, 2, 9, 3, 9], 3, [1, 2, 9, 3]),
-        ([1, 2, 9], 3, [1, 2, 9]), ([1, 2], 0, [1, 2]), ([9, 1], 0, []), ([], 0, []),
+        ([1, 2, 9, 3, 9], 0, [1, 2]),
+        ([1, 2, 9, 3, 9], 2, [1, 2]),
+        ([1, 2, 9, 3, 9], 3, [1, 2, 9, 3]),
+        ([1, 2, 9], 3, [1, 2, 9]),
+        ([1, 2], 0, [1, 2]),
+        ([9, 1], 0, []),
+        ([], 0, []),
     ],
-)  # fmt: skip
+)
 def test_what_stands_behind_an_end_is_cut_off(ids, prompt, kept):
     assert cut_at_end(ids, prompt, 9) == kept
 

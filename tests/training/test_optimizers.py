@@ -90,8 +90,10 @@ def test_muon_is_torchs_up_to_rounding(most, monkeypatch):
     options = {"lr": 0.1, "weight_decay": 0.2}
     sets = [[torch.nn.Parameter(p.clone()) for p in start] for _ in range(4)]
     theirs = torch.optim.Muon(sets[0], adjust_lr_fn="match_rms_adamw", **options)
-    half, full, exact = (muon.Muon(some, dtype=t, **options)
-                         for some, t in zip(sets[1:], (torch.bfloat16, torch.float32, torch.float64), strict=True))  # fmt: skip
+    half, full, exact = (
+        muon.Muon(some, dtype=t, **options)
+        for some, t in zip(sets[1:], (torch.bfloat16, torch.float32, torch.float64), strict=True)
+    )
     for step in range(4):
         for i, shape in enumerate(MATRICES):
             grad = None if (step, i) == (1, 3) else torch.randn(shape)  # a matrix that nothing reached

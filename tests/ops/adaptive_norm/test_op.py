@@ -20,7 +20,7 @@ from op_checks import (
     leaves,
     results,
     same,
-)  # fmt: skip
+)
 
 from atat_fast.ops import (
     adaptive_layer_norm,
@@ -64,9 +64,13 @@ def of_norm(inputs):
 @quick
 @settings(max_examples=80, deadline=None)
 @given(
-    batch=st.integers(1, 4), length=st.sampled_from([1, 2, 7, 31]), width=st.sampled_from([2, 5, 16, 67]), shared=st.booleans(),
-    weight=st.booleans(), gated=st.booleans(),
-)  # fmt: skip
+    batch=st.integers(1, 4),
+    length=st.sampled_from([1, 2, 7, 31]),
+    width=st.sampled_from([2, 5, 16, 67]),
+    shared=st.booleans(),
+    weight=st.booleans(),
+    gated=st.booleans(),
+)
 def test_results_and_gradients_match_fp64(backend, device, batch, length, width, shared, weight, gated):
     """fp32 may lose what dividing by a row's spread, twice, makes of it."""
     inputs = inputs_of(batch, length, width, shared=shared, dtype=WIDE[backend], weight=weight)
@@ -162,13 +166,22 @@ def test_chain_and_gradients_against_fp64(poisoned, backend, device, shape, opti
 @pytest.mark.parametrize(
     ("shape", "shared", "stream", "out"),
     [
-        ((1, 7, 384), False, F32, F32), ((3, 7, 384), False, F32, BF16), ((3, 7, 384), True, BF16, BF16),
-        ((1, 7, 384), True, F32, BF16), ((3, 7, 384), True, F32, F32), ((3, 7, 384), False, BF16, BF16),
+        ((1, 7, 384), False, F32, F32),
+        ((3, 7, 384), False, F32, BF16),
+        ((3, 7, 384), True, BF16, BF16),
+        ((1, 7, 384), True, F32, BF16),
+        ((3, 7, 384), True, F32, F32),
+        ((3, 7, 384), False, BF16, BF16),
         pytest.param((3, 11, 64), True, BF16, BF16, id="tiny"),
-        *(for_gpu(shape, shared, dtype, dtype) for shape in ((4, 1024, 768), (3, 509, 328))
-          for shared in (False, True) for dtype in (F32, BF16)),
-    ], ids=str,
-)  # fmt: skip
+        *(
+            for_gpu(shape, shared, dtype, dtype)
+            for shape in ((4, 1024, 768), (3, 509, 328))
+            for shared in (False, True)
+            for dtype in (F32, BF16)
+        ),
+    ],
+    ids=str,
+)
 def test_norm_and_gradients_against_fp64(poisoned, backend, device, shape, shared, stream, out):
     check(backend, device, of_norm(example(*shape, shared=shared, stream=stream)), out)
 

@@ -401,13 +401,20 @@ def test_compiles_whole(grad, documents, implementation):
         (lambda: attention(torch.zeros(2, 3, 2, 2, 4)), r"qkv must be \[batch, length, 3"),
         (
             lambda: adaptive_attention(
-                torch.zeros(1, 2, 6), torch.zeros(1, 6), torch.zeros(1, 6), None, torch.zeros(18, 6), torch.zeros(6, 6),
-                torch.zeros(2, 1), torch.zeros(2, 1), heads=4,
+                torch.zeros(1, 2, 6),
+                torch.zeros(1, 6),
+                torch.zeros(1, 6),
+                None,
+                torch.zeros(18, 6),
+                torch.zeros(6, 6),
+                torch.zeros(2, 1),
+                torch.zeros(2, 1),
+                heads=4,
             ),
             "width 6 does not divide into 4 heads",
         ),
     ],
-)  # fmt: skip
+)
 def test_bad_input(call, message):
     with pytest.raises(ValueError, match=message):
         call()

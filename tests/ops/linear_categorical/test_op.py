@@ -44,10 +44,16 @@ def margin(hidden, weight, index, bias, forbidden, temperature, seed, step):
 @quick
 @settings(max_examples=40, deadline=None)
 @given(
-    rows=st.integers(0, 20), width=st.integers(1, 20), vocabulary=st.integers(1, 1100), bias=st.booleans(),
-    temperature=st.sampled_from([0.1, 1.0, 3.0]), seed=st.integers(-(2**63), 2**63 - 1), step=st.integers(0, 2**32 - 1),
-    first=st.integers(-(2**63), 2**63 - 100), data=st.data(),
-)  # fmt: skip
+    rows=st.integers(0, 20),
+    width=st.integers(1, 20),
+    vocabulary=st.integers(1, 1100),
+    bias=st.booleans(),
+    temperature=st.sampled_from([0.1, 1.0, 3.0]),
+    seed=st.integers(-(2**63), 2**63 - 1),
+    step=st.integers(0, 2**32 - 1),
+    first=st.integers(-(2**63), 2**63 - 100),
+    data=st.data(),
+)
 def test_it_matches_the_specification(backend, device, rows, width, vocabulary, bias, temperature, seed, step, first, data):
     hidden, weight, b = head(rows, width, vocabulary)
     b = b if bias else None

@@ -90,9 +90,15 @@ class OnHost:
         partial = guards.empty((self.library.splits_of(rows, columns, half) * columns,), torch.float32)
         pointers = {n: None if t is None else t.data_ptr() for n, t in (given | inside).items()}
         call = self.Arguments(
-            **pointers, rows=rows, columns=columns, stride=stride, width=0 if weight is None else weight.shape[1],
-            vocabulary=columns if weight is None else min(columns, len(weight)), gradient=gradient, half=half,
-        )  # fmt: skip
+            **pointers,
+            rows=rows,
+            columns=columns,
+            stride=stride,
+            width=0 if weight is None else weight.shape[1],
+            vocabulary=columns if weight is None else min(columns, len(weight)),
+            gradient=gradient,
+            half=half,
+        )
         assert self.library.run_cross_entropy(ctypes.byref(call), aligned, kept, threads, partial.data_ptr(), seed) == 0
         guards.check()
         if gradient and sums is not None:
@@ -109,17 +115,19 @@ def run(backend, slab, *, gradient=True, reports=True, sums=True, in_place=False
     fresh = functools.partial(logits.new_full, (len(logits),), NAN, dtype=wide)
     bias_gradient = (logits.new_zeros(logits.shape[1], dtype=wide) if start is None else start.clone()) if sums else None
     made = Result(
-        logits, fresh(), fresh() if reports else None, fresh() if reports else None, bias_gradient,
+        logits,
+        fresh(),
+        fresh() if reports else None,
+        fresh() if reports else None,
+        bias_gradient,
         None if slab.rates is None else fresh(),
-    )  # fmt: skip
+    )
     call = functools.partial(cross_entropy_, backend=backend) if isinstance(backend, str) else backend
     call(**(vars(slab) | vars(made)), gradient=gradient)
     return made
 
 
-def make(
-    rows, columns, dtype, *, weighted=True, recomputed=True, forbidden=True, spread=3.0, width=24, rated=False, aged=True
-):  # fmt: skip
+def make(rows, columns, dtype, *, weighted=True, recomputed=True, forbidden=True, spread=3.0, width=24, rated=False, aged=True):
     """A slab as linear_cross_entropy makes it: logits are a product rounded to dtype, and one column may not be chosen.
 
     With `rated` it has rates from 0.2 to 3, and NaN behind them, and with `aged` times up to 4: they move logits by up to ten.

@@ -24,7 +24,7 @@ from op_checks import (
     results,
     rmse,
     same,
-)  # fmt: skip
+)
 
 from atat_fast.ops import linear_cross_entropy, linear_cross_entropy_cost, linear_cross_entropy_reference, registry
 from atat_fast.ops.linear_cross_entropy.slabs import (
@@ -69,11 +69,16 @@ def logits_of(inputs):
 
 @settings(max_examples=120, deadline=None)
 @given(
-    n=st.integers(0, 61), d=st.sampled_from([1, 3, 16, 37]), v=st.sampled_from([2, 7, 131]),
-    share=st.sampled_from([None, 0.0, 0.5, 1.0]), forbid=st.booleans(), bias=st.booleans(),
-    rated=st.sampled_from(["", "", "young", "aged"]), chunk=st.sampled_from([1, 5_000, 10**9]),
+    n=st.integers(0, 61),
+    d=st.sampled_from([1, 3, 16, 37]),
+    v=st.sampled_from([2, 7, 131]),
+    share=st.sampled_from([None, 0.0, 0.5, 1.0]),
+    forbid=st.booleans(),
+    bias=st.booleans(),
+    rated=st.sampled_from(["", "", "young", "aged"]),
+    chunk=st.sampled_from([1, 5_000, 10**9]),
     form=st.sampled_from(["sum", "none", "low_memory"]),
-)  # fmt: skip
+)
 def test_fp64_matches_the_specification(n, d, v, share, forbid, bias, rated, chunk, form):
     inputs = case(n, d, v, None if share is None else round(share * n), forbidden=v - 1 if forbid else None, bias=bias)
     count = len(inputs["target"])

@@ -59,9 +59,18 @@ def run(kernel, given, seed=0, aligned=False):
 
 
 def example(
-    batch, length, dtype=torch.int64, *, weighting="uniform", tilt=0.0, scored=False, frozen=False, eligible=False, pad=0,
+    batch,
+    length,
+    dtype=torch.int64,
+    *,
+    weighting="uniform",
+    tilt=0.0,
+    scored=False,
+    frozen=False,
+    eligible=False,
+    pad=0,
     counts=None,
-):  # fmt: skip
+):
     may_hide = torch.ones(batch, length, dtype=torch.bool)
     held = torch.rand(batch, length) < 0.3 if frozen else None
     allowed = torch.rand(batch, length) < 0.7 if eligible else None
@@ -80,10 +89,13 @@ def example(
 
 
 UNIFORM = (
-    {"batch": 4, "length": 1}, {"batch": 3, "length": 37, "dtype": torch.int32}, {"batch": 3, "length": 127, "pad": 300},
-    {"batch": 4, "length": 1024}, {"batch": 3, "length": 64, "dtype": torch.int32, "frozen": True, "weighting": "ce"},
+    {"batch": 4, "length": 1},
+    {"batch": 3, "length": 37, "dtype": torch.int32},
+    {"batch": 3, "length": 127, "pad": 300},
+    {"batch": 4, "length": 1024},
+    {"batch": 3, "length": 64, "dtype": torch.int32, "frozen": True, "weighting": "ce"},
     {"batch": 3, "length": 200, "frozen": True, "eligible": True, "pad": 7},
-)  # fmt: skip
+)
 
 
 @pytest.mark.parametrize(

@@ -35,9 +35,15 @@ def test_exactly_k_are_hidden_and_named_and_padding_weighs_nothing(backend, devi
     pad = data.draw(st.integers(0, 3))
     tokens = torch.randint(0, 50, (batch, length), dtype=data.draw(st.sampled_from([torch.int32, torch.int64])))
     noisy, rows, weights = draw(
-        tokens, torch.tensor(counts, dtype=torch.int64), num_rows=sum(counts) + pad, seed=seed, step=step,
-        scores=torch.rand(batch, length) if scored else None, tilt=2.0 * scored, backend=backend,
-    )  # fmt: skip
+        tokens,
+        torch.tensor(counts, dtype=torch.int64),
+        num_rows=sum(counts) + pad,
+        seed=seed,
+        step=step,
+        scores=torch.rand(batch, length) if scored else None,
+        tilt=2.0 * scored,
+        backend=backend,
+    )
     hidden = noisy == MASK
     assert noisy.dtype is tokens.dtype and hidden.sum(1).tolist() == counts
     assert torch.equal(noisy[~hidden], tokens[~hidden])

@@ -38,9 +38,13 @@ def gradient(call, qkv, upstream):
 @norms
 @settings(max_examples=30, deadline=None)
 @given(
-    batch=st.integers(0, 3), length=st.integers(1, 37), heads=st.integers(1, 6), size=st.sampled_from([2, 6, 32, 64, 96, 256]),
-    scale=st.sampled_from([1e-12, 1e-8, 1e-3, 1.0, 1e4]), stretch=st.sampled_from([1.0, 1.3]),
-)  # fmt: skip
+    batch=st.integers(0, 3),
+    length=st.integers(1, 37),
+    heads=st.integers(1, 6),
+    size=st.sampled_from([2, 6, 32, 64, 96, 256]),
+    scale=st.sampled_from([1e-12, 1e-8, 1e-3, 1.0, 1e4]),
+    stretch=st.sampled_from([1.0, 1.3]),
+)
 def test_it_matches_in_fp64_and_keeps_lengths(backend, device, norm, batch, length, heads, size, scale, stretch):
     qkv, cos, sin = packed(batch, length, heads, size, scale=scale, norm=norm)
     long = [t * stretch for t in (cos, sin)]  # as some ways to longer contexts have it
@@ -69,8 +73,9 @@ SHAPES = [
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 @pytest.mark.parametrize(
     ("dtype", "scale"),
-    [(F32, None), (torch.float16, None), (BF16, None), (F32, 1.0), (BF16, 1.0), (torch.float16, 3e-4), (BF16, 3e-4)], ids=str,
-)  # fmt: skip
+    [(F32, None), (torch.float16, None), (BF16, None), (F32, 1.0), (BF16, 1.0), (torch.float16, 3e-4), (BF16, 3e-4)],
+    ids=str,
+)
 def test_errs_no_more_than_pytorch_against_fp64(poisoned, backend, device, shape, dtype, scale):
     """PyTorch's own error is one rounding, or with the norm that of F.rms_norm and the rotation in the data's dtype."""
     if (backend, dtype) == ("cpp", torch.float16):
