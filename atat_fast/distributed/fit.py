@@ -197,15 +197,15 @@ def activation_bytes(model: ModelConfig, rows: int, element: int, checkpoint: in
 def bytes_sent(config: Config, sizes: Sizes, layout: Layout, passes: int) -> dict[str, float]:
     """Bytes a card sends in a step, by collective, in rings: (n - 1) / n of the data for a gather or a scatter, twice for a sum.
 
-    If parameters are sharded, those outside blocks (embedding, head, modulation) are gathered in fp32, once a pass; blocks are
-    gathered again before their backward pass if their weights are freed.
+    If parameters are sharded, those outside blocks (embedding, head, modulation) are gathered in fp32, once a step, and so are
+    blocks if their weights are kept. If weights are freed, blocks are gathered before every forward and every backward pass.
     """
     sent: dict[str, float] = {}
     reduced = BYTES[config.parallel.reduce_dtype]
     if layout.shard > 1:
         part = (layout.shard - 1) / layout.shard
-        blocks = BYTES[config.parallel.param_dtype] * sizes.blocks * (1 if layout.keep_gathered else 2)
-        sent["all-gather"] = passes * part * (4 * (sizes.total - sizes.blocks) + blocks)
+        blocks = BYTES[config.parallel.param_dtype] * sizes.blocks * (1 if layout.keep_gathered else 2 * passes)
+        sent["all-gather"] = part * (4 * (sizes.total - sizes.blocks) + blocks)
         sent["reduce-scatter"] = part * reduced * sizes.total
     copies = layout.world // layout.shard
     if copies > 1:

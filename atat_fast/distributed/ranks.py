@@ -24,6 +24,7 @@ from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
 from atat_fast.errors import UsageError, first_line
+from atat_fast.hardware.devices import lacks_peer_access
 
 NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
 """Variables that torchrun sets for each of several processes, besides WORLD_SIZE."""
@@ -82,6 +83,7 @@ class Ranks:
         rank, size: This rank's number, and the number of ranks.
         control: A gloo group for messages between hosts, for which no device waits; None in one process.
         disk: Another gloo group, for the thread that writes checkpoints.
+        notes: Sentences for the first lines of a run.
     """
 
     def __init__(self, launch: Launch) -> None:
@@ -89,6 +91,7 @@ class Ranks:
         self.rank, self.size = launch.rank, launch.size
         self.control: Any = None
         self.disk: Any = None
+        self.notes: list[str] = []
         self._vote: tuple[Tensor, Any] | None = None
 
     @classmethod
@@ -112,6 +115,9 @@ class Ranks:
         if device == "cuda" and not few:
             card = torch.device("cuda", at.local_rank)
             torch.cuda.set_device(card)
+            name = torch.cuda.get_device_name(card)
+            if lacks_peer_access(name) and os.environ.setdefault("NCCL_P2P_DISABLE", "1") == "1":  # else NCCL may hang
+                ranks.notes.append(f"NCCL_P2P_DISABLE=1: a {name} cannot read another card's memory")
         try:
             dist.init_process_group(
                 "gloo" if card is None else "cpu:gloo,cuda:nccl",

@@ -54,7 +54,9 @@ class Parallel:
         self.roof = Roof(model, estimator)
         self.mesh: DeviceMesh | None = None
         self._call: Any = self.roof
+        self._kept: list[Any] = []
         if layout.mode == "ddp":
+            torch._dynamo.config.optimize_ddp = False  # it cuts compiled blocks in two, to start sums a little earlier
             with warnings.catch_warnings():  # torch 2.13 renamed an argument; 2.11 has the old name only
                 warnings.simplefilter("ignore", FutureWarning)
                 self._call = DistributedDataParallel(self.roof, broadcast_buffers=False, gradient_as_bucket_view=True)
@@ -80,9 +82,10 @@ class Parallel:
             inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=not layout.keep_gathered)
-        if not model.config.tie_embeddings:  # if tied, the one parameter is the roof's
-            fully_shard(model.head, mesh=mesh, mp_policy=whole, reshard_after_forward=False)  # its gradient is made in forward
-        fully_shard(self.roof, mesh=mesh, mp_policy=whole, reshard_after_forward=False)
+        rest = [] if model.config.tie_embeddings else [model.head]  # if tied, the one parameter is the roof's
+        for module in [*rest, self.roof]:
+            fully_shard(module, mesh=mesh, mp_policy=whole, reshard_after_forward=False)  # the head's gradient is made in forward
+        self._kept = [*rest, self.roof, *(model.blocks if layout.keep_gathered else [])]
 
     @property
     def sharded(self) -> bool:
@@ -104,6 +107,9 @@ class Parallel:
             roof = cast(FSDPModule, self.roof)
             roof.set_requires_gradient_sync(last)
             roof.set_is_last_backward(last)
+            # What memory allows to keep gathered stays so until the last pass: one gather a step, not one a pass.
+            for module in self._kept:
+                module.set_reshard_after_backward(last, recurse=False)
             yield
         elif self.layout.mode == "ddp" and not last:
             with self._call.no_sync():

@@ -7,6 +7,7 @@ card that was not measured.
 from __future__ import annotations
 
 import os
+import re
 from dataclasses import dataclass
 
 import torch
@@ -56,6 +57,11 @@ def named(key: str) -> Device:
 def of_name(name: str) -> Device | None:
     """The device whose name is part of a driver's name for it, or None. The table's H100 is the SXM card only."""
     return next((device for device in TABLE.values() if device.name in name and "PCIe" not in name), None)
+
+
+def lacks_peer_access(name: str) -> bool:
+    """Whether cards that a driver calls so cannot read each other's memory: GeForce drivers of these generations forbid it."""
+    return re.search(r"GeForce RTX [45]0\d\d", name) is not None
 
 
 def memory_of(device: torch.device, ranks_on_host: int = 1) -> int:

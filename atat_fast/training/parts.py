@@ -113,7 +113,7 @@ def build_parts(
         estimator = estimator.to(compute.device)
     kind = process_named(config.diffusion.schedule)
     process = (kind.of(config.diffusion, counts) if saved is None else checkpoint.load_process(saved)).to(compute.device)
-    notes = []
+    notes = [*ranks.notes]
     if origin is not None:
         with ranks.agree():
             notes.append(begin_from(origin, model, estimator))

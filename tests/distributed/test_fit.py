@@ -27,7 +27,7 @@ from atat_fast.distributed.fit import (
 from atat_fast.distributed.ranks import Launch
 from atat_fast.errors import UsageError
 from atat_fast.hardware.compute import Compute
-from atat_fast.hardware.devices import TABLE, memory_of, named, of_name
+from atat_fast.hardware.devices import TABLE, lacks_peer_access, memory_of, named, of_name
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
 from atat_fast.train import main
@@ -197,9 +197,9 @@ def test_bytes_sent_are_those_of_rings():
     sizes, wide, small = Sizes(1000, 800, 4, 10), preset("small"), preset("small", param_dtype="bf16", reduce_dtype="bf16")
     assert bytes_sent(wide, sizes, Layout("ddp", 6, 1), 5) == {"all-reduce": pytest.approx(2 * 5 / 6 * 4000)}  # once a step
     kept = bytes_sent(small, sizes, Layout("fsdp", 4, 4), 3)
-    assert kept == {"all-gather": pytest.approx(3 * 3 / 4 * (800 + 1600)), "reduce-scatter": pytest.approx(3 / 4 * 2000)}
+    assert kept == {"all-gather": pytest.approx(3 / 4 * (800 + 1600)), "reduce-scatter": pytest.approx(3 / 4 * 2000)}
     freed = bytes_sent(small, sizes, Layout("fsdp", 4, 4, keep_gathered=False), 3)
-    assert freed["all-gather"] == pytest.approx(3 * 3 / 4 * (800 + 3200))
+    assert freed["all-gather"] == pytest.approx(3 / 4 * (800 + 3 * 3200))
     assert bytes_sent(wide, sizes, Layout("hsdp", 8, 4), 1)["all-reduce"] == pytest.approx(2 * 1 / 2 * 4 * 1000 / 4)
     assert bytes_sent(wide, sizes, Layout("none", 1, 1), 1) == {}
 
@@ -239,6 +239,7 @@ def test_devices_are_found_by_key_and_by_the_name_that_drivers_give():
     assert named("rtx4090") is of_name("NVIDIA GeForce RTX 4090") is TABLE["rtx4090"] and of_name("NVIDIA H100 PCIe") is None
     with pytest.raises(UsageError, match="did you mean rtx4090"):
         named("rtx409")
+    assert lacks_peer_access("NVIDIA GeForce RTX 4090 D") and not lacks_peer_access("NVIDIA RTX 4000 Ada Generation")
     assert memory_of(torch.device("cpu"), 2) == memory_of(torch.device("cpu")) // 2 > GIB // 4
     assert len(layouts(preset("small"), 6, 6)) == 3
     assert [layout.mode for layout in layouts(preset("small", state="8bit"), 6, 6)] == ["ddp"]  # its blocks are not sharded
@@ -257,6 +258,7 @@ def test_two_ranks_hold_and_send_what_the_formulas_say(tmp_path, torchrun):
         for name, size in case["held"].items():  # rows that do not divide over ranks make a difference
             assert held[name] == pytest.approx(size, rel=0.02), (case["mode"], name)
         assert case["sent"] == pytest.approx(bytes_sent(config, sizes, layout, 3), rel=0.02), case["mode"]
+        assert case["same"], "gathering once a step changes no bit of a gradient"
     assert [case["mode"] for case in found] == ["ddp", "fsdp", "fsdp"]
 
 

@@ -347,15 +347,23 @@ def held_and_sent(file: str) -> None:
         optimizers, average = Optimizers(made, config.optim), Average(made, 0.9)
         tokens, rows = torch.randint(0, 66, (2, 16)), torch.arange(0, 32, 2)
         given = (tokens, rows, tokens.flatten()[rows], torch.ones(len(rows)))
-        sent.clear()
-        for i in range(3):
-            with parallel.accumulating(last=i == 2):
-                parallel.backward(parallel.inside(lambda made=made, given=given: made(*given)[0]))
+
+        def passes(parallel: Parallel = parallel, made: DiT = made, given: Any = given) -> list[torch.Tensor]:
+            made.zero_grad(set_to_none=True)
+            sent.clear()
+            for i in range(3):
+                with parallel.accumulating(last=i == 2):
+                    parallel.backward(parallel.inside(lambda: made(*given)[0]))
+            return [local(p.grad).clone() for p in made.parameters() if p.grad is not None]
+
+        kept, parallel._kept = parallel._kept, []  # gathered anew in every pass, as torch does by default
+        want, parallel._kept = passes(), kept
+        same = all(torch.equal(a, b) for a, b in zip(want, passes(), strict=True))
         held = {"parameters": size(made.parameters()), "average": size(average.values.values())}
         held["gradients"] = size(p.grad for p in made.parameters() if p.grad is not None)
         optimizers.step(1e-3)
         held["optimizer"] = size(t for name, t in optimizers.state().items() if not name.endswith("/step"))
-        found.append({"mode": mode, "gathered": gathered, "held": held, "sent": dict(sent)})
+        found.append({"mode": mode, "gathered": gathered, "held": held, "sent": dict(sent), "same": same})
     if ranks.first:
         Path(file).write_text(json.dumps(found))
     ranks.leave()
