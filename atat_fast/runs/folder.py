@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import secrets
+import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +14,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from atat_fast.config import Config, from_dict, to_dict
+from atat_fast.distributed.ranks import Ranks
 from atat_fast.errors import UsageError
 from atat_fast.files import disk_errors, expanded, write_text
 from atat_fast.runs.checkpoint import FOLDER
@@ -39,6 +43,9 @@ MAY_DIFFER = (
 
 The trainer checks that its tokens and tokenizer are the same.
 """
+
+PATIENCE = 5.0
+"""Seconds within which a file that rank 0 writes must be seen by all ranks."""
 
 OF_A_HOST = ("data.cache_dir", "data.num_workers", "run.root")
 """Settings that may differ between the hosts of a run."""
@@ -147,6 +154,30 @@ def open_folder(folder: Path, config: Config, facts: dict[str, Any]) -> None:
         named = dataclasses.replace(config, run=dataclasses.replace(config.run, name=folder.name))
         write_text(folder / SETTINGS, yaml.safe_dump(to_dict(named), sort_keys=False))
         write_text(folder / FACTS, json.dumps(facts, indent=1) + "\n")
+
+
+def check_shared(folder: Path, ranks: Ranks) -> None:
+    """Raise UsageError, on all ranks, if one does not see the run folder that rank 0 writes to: no checkpoint would be whole."""
+    if ranks.size == 1:
+        return
+    probe = folder / f".seen-by-all-{ranks.share(secrets.token_hex(8))}"
+    with ranks.agree():
+        if ranks.first:
+            with disk_errors(folder):
+                probe.touch()
+    end = time.monotonic() + PATIENCE  # file systems of several hosts take a moment to show a file
+    while not probe.exists() and time.monotonic() < end:
+        time.sleep(0.1)
+    try:
+        with ranks.agree():
+            if not probe.exists():
+                raise UsageError(
+                    f"{folder.absolute()} on {socket.gethostname()} is not the folder that rank 0 writes to; give a --run.root "
+                    "that all hosts share"
+                )
+    finally:
+        if ranks.first:
+            probe.unlink(missing_ok=True)
 
 
 class Metrics:

@@ -111,6 +111,9 @@ class Saver:
                     for f in sorted((aside / "tokenizer").rglob("*")):
                         if f.is_file():
                             files[str(f.relative_to(aside))] = checkpoint.fingerprint(f)
+                    for name, entry in files.items():
+                        if not (aside / name).is_file() or (aside / name).stat().st_size != entry["bytes"]:
+                            raise UsageError(f"{aside / name}, which another rank wrote, is not whole here")
                     checkpoint.complete(aside, final, manifest | {"files": files})
                     checkpoint.point(self.folder, "last", final, self.keep)
                     if best:

@@ -80,6 +80,8 @@ class Trainer:
                     if saved is None and not self._again and run_folder.holds_run(self.folder):
                         raise UsageError(f"{self.folder} already holds a run, started just now; choose another --run.name")
                 run_folder.open_folder(self.folder, config, self.facts)
+        run_folder.check_shared(self.folder, ranks)
+        with ranks.agree():
             self.show = Telemetry(
                 self.folder,
                 config.run,

@@ -294,6 +294,12 @@ def command_killed(*arguments: str) -> None:
     command(*arguments)
 
 
+def command_apart(folder: str, *arguments: str) -> None:
+    """The ranks run in different folders, as on two hosts that share none."""
+    os.chdir(Path(folder) / f"host{RANK}")
+    command(*arguments)
+
+
 def command_hung(*arguments: str) -> None:
     """Rank 1 does nothing any more at step 3."""
     read = step.read_batch

@@ -96,6 +96,16 @@ def test_ranks_that_differ_are_refused(small, arguments, tmp_path, torchrun, mon
     assert not (tmp_path / "runs").exists() and "training into" not in done.stdout
 
 
+def test_ranks_that_share_no_run_folder_are_refused_before_the_first_step(small, arguments, tmp_path, torchrun):
+    for name in ("host0", "host1"):
+        (tmp_path / name).mkdir()
+    done = torchrun(2, "command_apart", tmp_path, *arguments(small, RUN, {"run.root": "runs"}))
+    (sentence,) = said(done.stderr)
+    assert "is not the folder that rank 0 writes to; give a --run.root that all hosts share" in sentence
+    assert str(tmp_path / "host1" / "runs") in sentence and "step" not in done.stdout
+    assert not list((tmp_path / "host0").rglob("checkpoints")) and not list((tmp_path / "host0").rglob(".seen*"))
+
+
 def test_bad_input_is_said_once_and_all_ranks_leave_with_status_2(small, arguments, tmp_path, torchrun):
     done = torchrun(2, "command", *arguments(small, RUN, {"train.global_batch": 3}))
     assert said(done.stderr) == ["error: train.global_batch 3 does not divide into 2 ranks; try 2 or 4"]
