@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from atat_fast.cli import make_parser, parse_config, run_command
@@ -59,11 +60,17 @@ def _main(arguments: Sequence[str]) -> int:
             print(stop, file=sys.stderr, flush=True)
             return stop.code
         leave_to_rank_0(stop.code)
-    except RuntimeError as error:
-        if ranks.size == 1 or not lost_contact(error):
+    except Exception as error:
+        if ranks.size == 1 or isinstance(error, (UsageError, OSError)):
             raise
-        print(f"rank {ranks.rank} stops: it lost contact with another rank", file=sys.stderr, flush=True)
-        return 1
+        if isinstance(error, RuntimeError) and lost_contact(error):
+            print(f"rank {ranks.rank} stops: it lost contact with another rank", file=sys.stderr)
+        else:
+            traceback.print_exc()
+            print(f"rank {ranks.rank} failed, which ends the run", file=sys.stderr)
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(1)  # at once: to take the process group down would be to wait for ranks that wait for this one
     ranks.leave()
     if not ranks.first:
         return 0

@@ -300,6 +300,19 @@ def command_apart(folder: str, *arguments: str) -> None:
     command(*arguments)
 
 
+def command_raised(*arguments: str) -> None:
+    """Rank 1 raises in step 3, which no code expects."""
+    read = step.read_batch
+
+    def broken(parts: Any, number: int, slot: int) -> Any:
+        if RANK == 1 and number == 2:
+            raise LookupError("broken on purpose")
+        return read(parts, number, slot)
+
+    step.read_batch = broken
+    command(*arguments)
+
+
 def command_hung(*arguments: str) -> None:
     """Rank 1 does nothing any more at step 3."""
     read = step.read_batch

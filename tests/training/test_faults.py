@@ -85,6 +85,14 @@ def test_a_rank_that_hangs_is_named(small, arguments, torchrun):
     assert sentence.startswith("error: rank 1 has not moved for 8 seconds (parallel.timeout): last seen reading a batch, step 4,")
 
 
+@pytest.mark.parametrize("how", [DDP, FSDP], ids=["ddp", "fsdp"])
+def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(small, arguments, torchrun, how):
+    done = torchrun(2, "command_raised", *arguments(small, how, {"parallel.timeout": 600}))
+    ours = done.stderr.split("<frozen runpy>")[0]  # before the launcher's own
+    assert done.returncode != 0 and ours.count("LookupError: broken on purpose") == 1 and "RuntimeError" not in ours
+    assert "rank 1 failed, which ends the run" in ours and "rank 0 stops: it lost contact with another rank" in ours
+
+
 def test_ranks_that_differ_are_refused(small, arguments, tmp_path, torchrun, monkeypatch):
     for i, name in enumerate(("host0", "host1")):
         (tmp_path / name).mkdir()
