@@ -255,7 +255,7 @@ def test_commands_keep_freed_memory_unless_the_user_arranged_it(arranged, mapped
     ],
 )
 def test_how_a_command_leaves(body, out, status, said):
-    code = f"def command(_):\n    {body}\n    return 0\nrun_door(command)"
+    code = f"def command(_):\n    {body}\n    return 0\nrun_command(command)"
     code = f"import os, signal, sys, time\nfrom atat_fast.cli import run_command\n{code}"
     env = os.environ | ({"PYTHONIOENCODING": "ascii"} if out == "ascii" else {})
     read, write = os.pipe()
