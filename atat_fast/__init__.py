@@ -7,9 +7,11 @@ Importing this package does not import torch; the modules that need it do.
 
 from typing import Any
 
+from atat_fast.moved import install
 from atat_fast.version import __version__
 
 __all__ = ["__version__", "accelerate"]
+install()
 
 
 def __getattr__(name: str) -> Any:

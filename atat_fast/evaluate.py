@@ -124,8 +124,7 @@ def _likelihoods(args: Any) -> int:
         dataset = _dataset(args, saved)
         split = dataset.valid if args.split == "valid" else dataset.train
         out.print(dataset.describe(), markup=False)
-        hashes = {name: dataset.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
-        if args.corpus is None and saved.trained_on and hashes != saved.trained_on:
+        if args.corpus is None and saved.trained_on and dataset.hashes() != saved.trained_on:
             out.print(
                 f"note: the tokens of {dataset.manifest['corpus']} are not those this model was trained with, which may differ "
                 "between machines",

@@ -246,7 +246,7 @@ def _run(plan: Plan, config: Config) -> dict[str, Any]:
         "seed": config.train.seed,
         "steps": config.train.max_steps,
         "tokens": config.train.max_steps * trainer.facts["tokens_per_step"],
-        "data": trainer.parts.data_hashes(),
+        "data": trainer.parts.data.hashes(),
         "environment": {k: v for k, v in trainer.facts.items() if k not in ("parameters", "data", "resumed_from")},
         "parameters": trainer.facts["parameters"]["total"],
     }

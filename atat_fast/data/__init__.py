@@ -45,6 +45,10 @@ class Dataset:
     manifest: dict[str, Any]
     folder: Path
 
+    def hashes(self) -> dict[str, str]:
+        """SHA-256 of each split's tokens; a resumed run must have the same."""
+        return {name: self.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
+
     def describe(self) -> str:
         """One line with the counts of both splits."""
 

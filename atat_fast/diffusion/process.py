@@ -117,18 +117,9 @@ class Process(Protocol):
     def to(self, device: torch.device) -> Process:
         """The same on another device."""
 
-    def hide(
-        self,
-        tokens: Tensor,
-        counts: Tensor,
-        *,
-        mask_id: int,
-        sample_ids: Tensor,
-        seed: int | Tensor,
-        step: int | Tensor,
-        weighting: str = "uniform",
-    ) -> MaskedBatch:
-        """See `Hide`."""
+    @property
+    def hide(self) -> Hide:
+        """Usually a method: see `Hide`."""
 
 
 def per_row(per_sequence: Tensor, counts: Tensor, rows: Tensor) -> Tensor:

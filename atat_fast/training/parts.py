@@ -67,10 +67,6 @@ class Parts:
         """Tokens of all ranks in a step."""
         return self.plan.global_batch * self.config.model.length
 
-    def data_hashes(self) -> dict[str, str]:
-        """SHA-256 of each split; a resumed run must have the same."""
-        return {name: self.data.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
-
 
 def check_start(config: Config, ranks: Ranks) -> tuple[Batches, Compute]:
     """Check the settings before a folder is made. Raises UsageError on all ranks."""
@@ -99,7 +95,7 @@ def build_parts(
         copies = 2 if config.diffusion.mirror else 1
         loader = SequenceLoader(data.train, config.model.length, config.train.seed, copies=copies)
         data.valid.require_sequences(config.model.length)
-    hashes = {name: data.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
+    hashes = data.hashes()
     ranks.require_same("data", {f"{split} tokens of hash": value for split, value in hashes.items()})
     if saved is not None and saved.manifest["data"] != hashes:
         raise UsageError(f"the tokens of {config.data.corpus} are not those {run_of(saved)} was started with; start a new run")

@@ -159,7 +159,7 @@ class Checkpoints:
             "best": state.best,
             "evaluation": evaluation,
             "vocabulary": parts.tokenizer.model_vocab_size,
-            "data": parts.data_hashes(),
+            "data": parts.data.hashes(),
             "window": state.window.state(),
             "curriculum": parts.objective.curriculum.state(),
         }
