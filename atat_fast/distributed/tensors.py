@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -30,8 +30,8 @@ def part_like(full: Tensor, like: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def load_parts(targets: Mapping[str, Tensor], values: Mapping[str, Tensor]) -> None:
-    """Copy whole CPU tensors into tensors of the same names, sharded or not."""
-    for name, target in targets.items():
-        mine = local(target)
-        mine.copy_(part_like(values[name].to(mine.device), target))
+def load_parts(targets: Mapping[str, Tensor], values: Iterable[tuple[str, Tensor]]) -> None:
+    """Copy whole tensors into tensors of the same names, sharded or not, one at a time."""
+    for name, value in values:
+        mine = local(targets[name])
+        mine.copy_(part_like(value.detach().to(mine.device), targets[name]))

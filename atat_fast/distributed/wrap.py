@@ -26,6 +26,8 @@ from atat_fast.config import ParallelConfig
 from atat_fast.distributed.fit import Layout
 
 T = TypeVar("T")
+GRAPHS = 32
+"""Most graphs of a block: the first, the second, the last and the others differ, and so do training, evaluation and dtypes."""
 
 
 class Roof(nn.Module):
@@ -44,17 +46,30 @@ class Roof(nn.Module):
 class Parallel:
     """The modules of a run, spread as a Layout says.
 
-    Make it before optimizers and averages: it replaces parameters by DTensors under FSDP.
+    Make it before optimizers and averages: it replaces parameters by DTensors under FSDP. If the model is on the meta device it
+    gets memory on `device`, under FSDP for this rank's part only, and then `fill` gives parameters their values.
     """
 
     def __init__(
-        self, model: nn.Module, estimator: nn.Module | None, layout: Layout, config: ParallelConfig, ranks: int, device: str
+        self,
+        model: nn.Module,
+        estimator: nn.Module | None,
+        layout: Layout,
+        config: ParallelConfig,
+        ranks: int,
+        device: str,
+        fill: Callable[[], None] = lambda: None,
     ) -> None:
         self.layout, self.ranks = layout, ranks
         self.roof = Roof(model, estimator)
         self.mesh: DeviceMesh | None = None
         self._call: Any = self.roof
         self._kept: list[Any] = []
+        if layout.mode in ("fsdp", "hsdp"):
+            self._shard(model, config, device)
+        if any(p.is_meta for p in model.parameters()):
+            model.to_empty(device=device)
+        fill()
         if layout.mode == "ddp":
             torch._dynamo.config.optimize_ddp = False  # it cuts compiled blocks in two, to start sums a little earlier
             with warnings.catch_warnings():  # torch 2.13 renamed an argument; 2.11 has the old name only
@@ -62,8 +77,6 @@ class Parallel:
                 self._call = DistributedDataParallel(self.roof, broadcast_buffers=False, gradient_as_bucket_view=True)
             if config.reduce_dtype == "bf16":
                 self._call.register_comm_hook(None, bf16_compress_hook)
-        elif layout.mode in ("fsdp", "hsdp"):
-            self._shard(model, config, device)
 
     def _shard(self, model: Any, config: ParallelConfig, device: str) -> None:
         layout = self.layout
@@ -133,15 +146,13 @@ class Parallel:
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
 
 
-def compile_blocks(model: nn.Module) -> None:
+def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:
     """torch.compile block by block. So hooks of DDP and FSDP run between graphs, a block's gradients are ready before the next
-    one's, and recomputation is a graph too. Blocks share their graphs.
+    one's, and recomputation is a graph too. Blocks share their graphs, however many there are.
     """
-    blocks: list[Any] = list(cast(nn.ModuleList, model.blocks))
-    limit = torch._dynamo.config.recompile_limit
-    torch._dynamo.config.recompile_limit = max(limit, 2 * len(blocks) + limit)  # dropout's layer is part of a graph
-    for block in blocks:
-        block.run = torch.compile(block.run)
+    torch._dynamo.config.recompile_limit = max(torch._dynamo.config.recompile_limit, GRAPHS)
+    for block in cast("list[Any]", model.blocks):
+        block.run = torch.compile(block.run, backend=backend)
 
 
 def recompute_blocks(model: nn.Module, every: int) -> None:

@@ -26,7 +26,9 @@ from torch.utils.checkpoint import checkpoint
 
 from atat_fast.config import ModelConfig
 from atat_fast.diffusion.process import Tilt
+from atat_fast.distributed.tensors import load_parts
 from atat_fast.errors import UsageError
+from atat_fast.models import start
 from atat_fast.models.mdlm import TIME_FREQUENCIES, read_mdlm
 from atat_fast.models.tables import RotaryTables
 from atat_fast.models.trunk import BlockContext, BlockParts, Norm, Randomness, block_context, run_block, run_trunk
@@ -168,19 +170,29 @@ class DiT(
         if config.tie_embeddings:
             self.head.weight = self.embedding.weight
         self.make_tables(config.length, config.dim // config.heads)
-        self._initialise()
+        load_parts(dict(self.named_parameters()), self._own_start())
         self.register_load_state_dict_pre_hook(_merge)
 
-    def _initialise(self) -> None:
-        """MDLM's start: Kaiming embeddings, PyTorch's linear layers, normal(0.02) time layers, zero modulation and head."""
-        nn.init.kaiming_uniform_(self.embedding.weight, a=math.sqrt(5))
-        for layer in (self.time.inner, self.time.outer):
-            nn.init.normal_(layer.weight, std=0.02)
-        nn.init.zeros_(self.modulation.weight)
-        nn.init.zeros_(self.modulation.bias)
-        nn.init.zeros_(self.head.bias)
-        if not self.config.tie_embeddings:
-            nn.init.zeros_(self.head.weight)
+    def _own_start(self) -> start.Values:
+        """MDLM's start where it is not PyTorch's: Kaiming embeddings, normal(0.02) time layers, zero modulation and head."""
+        yield "embedding.weight", nn.init.kaiming_uniform_(torch.empty(self.embedding.weight.shape), a=math.sqrt(5))
+        for name in ("time.inner.weight", "time.outer.weight"):
+            yield name, nn.init.normal_(torch.empty(self.get_parameter(name).shape), std=0.02)
+        zeros = ["modulation.weight", "modulation.bias", "head.bias", *([] if self.config.tie_embeddings else ["head.weight"])]
+        for name in zeros:
+            yield name, torch.zeros(self.get_parameter(name).shape)
+
+    def initial_values(self) -> start.Values:
+        """The value that each parameter of a new model starts with, one at a time, on torch's default device: the bits that the
+        constructor draws. This model may be on the meta device, or sharded.
+        """
+        return start.initial_values(self, self._own_start)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)
+        if self.config.tie_embeddings:  # `to_empty` makes two parameters of the one
+            self.head.weight = self.embedding.weight
+        return self
 
     @classmethod
     def from_mdlm(cls, source: str | Path | Mapping[str, Any], *, ema: bool = True, **overrides: Any) -> DiT:

@@ -3,8 +3,7 @@
 - Input: the backbone's own token embeddings of the noised sequence, normalised and projected to 256, plus an embedding of k / L.
 - Two pre-norm transformer layers of 4 heads with rotary positions, a last norm, one number a token, a sigmoid.
 - Target: 1 - p(x_i | z) of the backbone at the tokens that end up hidden, by binary cross-entropy. The head starts at zero, so
-the
-  first masks are uniform.
+  the first masks are uniform.
 `frequency` needs no network: a token's importance is the log-rank of its count in the training text, 0 for the commonest, 1 for
 the rarest. `full` is 0.7 learned + 0.3 frequency.
 """
@@ -21,7 +20,9 @@ from torch import Tensor, nn
 from atat_fast.config import Config, ImportanceConfig, ModelConfig
 from atat_fast.diffusion.identity import log_rank
 from atat_fast.diffusion.process import Scored
+from atat_fast.distributed.tensors import load_parts
 from atat_fast.errors import UsageError
+from atat_fast.models import start
 from atat_fast.models.dit import DiT, TimeEmbedding
 from atat_fast.models.tables import RotaryTables
 from atat_fast.models.trunk import BlockContext, block_context
@@ -72,9 +73,16 @@ class Network(RotaryTables):
         self.layers = nn.ModuleList([Layer(config.width, config.heads) for _ in range(config.layers)])
         self.final_norm = nn.LayerNorm(config.width, bias=False)
         self.head = nn.Linear(config.width, 1)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
+        load_parts(dict(self.named_parameters()), self._own_start())
         self.make_tables(length, config.width // config.heads)
+
+    def _own_start(self) -> start.Values:
+        yield "head.weight", torch.zeros(self.head.weight.shape)
+        yield "head.bias", torch.zeros(self.head.bias.shape)
+
+    def initial_values(self) -> start.Values:
+        """`DiT.initial_values`, of this network."""
+        return start.initial_values(self, self._own_start)
 
     def forward(self, embedded: Tensor, hidden_share: Tensor, documents: Documents | None = None) -> Tensor:
         """embedded [B, L, D], hidden_share [B] in [0, 1]; documents keep attention inside them. Returns logits [B, L] fp32."""

@@ -109,7 +109,8 @@ class Checkpoint:
             shards.read(self.path / SHARDS, flat, group)
             return
         for name, targets in files.items():
-            load_parts(targets, self.tensors(name))
+            values = self.tensors(name)
+            load_parts(targets, ((key, values[key]) for key in targets))
 
     def tokenizer(self) -> Tokenizer:
         """The tokenizer the model was trained with."""

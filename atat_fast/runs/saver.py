@@ -1,8 +1,9 @@
 """Checkpoints of several ranks, written while training goes on.
 
-A save copies what it needs and returns. A thread then writes every rank's part under a temporary name and hashes it; rank 0
-writes the manifest, flushes everything to disk and renames. If anything fails on one rank, all ranks know: there is no
-checkpoint, `last` and `best` stay, and `wait` raises the reason on all ranks.
+A save copies what it needs to host memory and returns. A thread then writes every rank's part under a temporary name and hashes
+it; rank 0 writes the manifest, flushes everything to disk and renames. If every rank holds everything, rank 0 alone copies and
+writes. If anything fails on one rank, all ranks know: there is no checkpoint, `last` and `best` stay, and `wait` raises the
+reason on all ranks.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from atat_fast.config import Config, to_dict
@@ -37,11 +39,11 @@ class Written:
 class Saver:
     """Writes a run's checkpoints from all of its ranks, one at a time. All ranks call all methods at the same places.
 
-    folder: the run's. keep: how many of the newest checkpoints to keep.
+    folder: the run's. keep: how many of the newest checkpoints to keep. sharded: whether ranks hold parts, not everything.
     """
 
-    def __init__(self, folder: Path, ranks: Ranks, keep: int) -> None:
-        self.folder, self.ranks, self.keep = folder, ranks, keep
+    def __init__(self, folder: Path, ranks: Ranks, keep: int, *, sharded: bool) -> None:
+        self.folder, self.ranks, self.keep, self.sharded = folder, ranks, keep, sharded
         self.root = folder / checkpoint.FOLDER
         self.problem: str | None = None
         self._thread: threading.Thread | None = None
@@ -69,8 +71,10 @@ class Saver:
                     shutil.rmtree(aside, ignore_errors=True)  # left by a failed attempt
                     aside.mkdir(parents=True)
                     tokenizer.save(aside / "tokenizer")
+        writes = self.sharded or self.ranks.first
         flat = {checkpoint.shard_key(name, key): value for name, named in files.items() for key, value in named.items()}
-        future = shards.write(aside / checkpoint.SHARDS, flat, self.ranks.disk)
+        staged = shards.stage(flat) if writes else {}
+        card = torch.cuda.current_device() if torch.cuda.is_initialized() else None
         manifest = {"format": checkpoint.SHARDED, "step": step, "config": to_dict(config), "ranks": self.ranks.size} | facts
         blocked = time.perf_counter() - begin
 
@@ -78,13 +82,17 @@ class Saver:
             problem: str | None = None
             mine: dict[str, Any] = {}
             try:
-                future.result()
+                if card is not None:  # a thread begins at card 0, where the writer's stream would open a context
+                    torch.cuda.set_device(card)
+                if writes:
+                    shards.write(aside / checkpoint.SHARDS, staged, self.ranks.disk if self.sharded else None)
                 number = f"shard-{self.ranks.rank + 1:05d}-"
                 mine = {
                     str(f.relative_to(aside)): checkpoint.fingerprint(f) for f in (aside / checkpoint.SHARDS).glob(f"{number}*")
                 }
             except BaseException as error:  # of any kind: the other ranks wait to hear of it
                 problem = shards.reason(error)
+            staged.clear()
             try:
                 self.problem = self._complete(aside, manifest, problem, mine, best)
             except RuntimeError as error:  # a rank is gone, and so is this run

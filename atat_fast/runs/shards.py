@@ -7,7 +7,6 @@ Face storage writes safetensors whose headers say where a part belongs. Nothing 
 from __future__ import annotations
 
 import warnings
-from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import TensorStorageMetadata
 from torch.distributed.checkpoint.state_dict_loader import load
-from torch.distributed.checkpoint.state_dict_saver import async_save
+from torch.distributed.checkpoint.state_dict_saver import save
 
 from atat_fast.errors import UsageError, first_line
 
@@ -25,18 +24,20 @@ SCALAR = "/scalar"
 """Ending of a scalar's name."""
 
 
-def write(folder: Path, tensors: dict[str, Tensor], group: Any) -> Future[Any]:
-    """Copy tensors (plain ones equal on all ranks, or DTensors), and start writing them under `folder` in a thread.
+def stage(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Copies in host memory, for `write`. Sharded tensors stay sharded."""
+    return {name: t.to("cpu", copy=True) for name, t in _sliceable(tensors).items()}
 
-    Every rank of `group`, a gloo group that nothing else uses meanwhile, calls this with the same names. Tensors may change after
-    it returns. The future's result raises CheckpointException on all ranks if one could not write.
+
+def write(folder: Path, staged: dict[str, Tensor], group: Any = None) -> None:
+    """Write staged tensors (plain ones equal on all ranks, or DTensors) under `folder`.
+
+    group: a gloo group that nothing else uses meanwhile, whose ranks all call this with the same names; None writes alone.
+    Raises CheckpointException, on all ranks, if one could not write.
     """
-    # On a CPU the library would not copy the tensors.
-    held = {name: t.clone() if t.device.type == "cpu" else t for name, t in _sliceable(tensors).items()}
     writer = HuggingFaceStorageWriter(str(folder), save_distributed=True)
     with _quiet():
-        future: Any = async_save(held, storage_writer=writer, process_group=group)
-    return future  # type: ignore[no-any-return]
+        save(dict(staged), storage_writer=writer, process_group=group, no_dist=group is None)
 
 
 def layout(folder: Path) -> dict[str, Tensor]:

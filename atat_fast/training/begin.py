@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import torch
-from torch import nn
-
 from atat_fast.data.tokenizers import Tokenizer, make_tokenizer
+from atat_fast.distributed.tensors import load_parts
 from atat_fast.errors import UsageError
 from atat_fast.files import expanded
 from atat_fast.models.dit import DiT, misfit
@@ -53,7 +51,7 @@ def begin_from(origin: Saved, model: DiT, estimator: ImportanceEstimator | None)
             f"the mask of {origin.place} is token {origin.model.mask_id:,}, and that of data.tokenizer {model.mask_id:,}: they "
             "belong to different vocabularies"
         )
-    _copy(origin.model, model)
+    load_parts(dict(model.named_parameters()), origin.model.named_parameters())
     sentence = f"weights begin as those of {origin.place} ({origin.what})"
     if estimator is None or estimator.network is None:
         return sentence
@@ -61,12 +59,5 @@ def begin_from(origin: Saved, model: DiT, estimator: ImportanceEstimator | None)
     if len(shapes) < 2 or shapes[0] != shapes[1]:
         return f"{sentence}; the importance estimator begins anew"
     assert origin.estimator is not None
-    _copy(origin.estimator, estimator)
+    load_parts(dict(estimator.named_parameters()), origin.estimator.named_parameters())
     return f"{sentence}, the importance estimator's too"
-
-
-@torch.no_grad()
-def _copy(source: nn.Module, target: nn.Module) -> None:
-    values = dict(source.named_parameters())
-    for name, parameter in target.named_parameters():
-        parameter.copy_(values[name])

@@ -14,6 +14,7 @@ from atat_fast.diffusion.process import Process
 from atat_fast.diffusion.processes import process_named
 from atat_fast.distributed.fit import Layout
 from atat_fast.distributed.ranks import Ranks
+from atat_fast.distributed.tensors import load_parts
 from atat_fast.distributed.wrap import Parallel, recompute_blocks
 from atat_fast.errors import UsageError
 from atat_fast.hardware.compute import Compute, resolve
@@ -100,19 +101,15 @@ def build_parts(
     if saved is not None and saved.manifest["data"] != hashes:
         raise UsageError(f"the tokens of {config.data.corpus} are not those {run_of(saved)} was started with; start a new run")
 
-    torch.manual_seed(config.train.seed)
     tokenizer, counts = data.tokenizer, lambda: torch.from_numpy(data.train.token_counts())
-    model = DiT(tokenizer.model_vocab_size, tokenizer.mask_id, **vars(config.model)).to(compute.device)
-    # After the model, so that its weights are the same with and without an estimator.
+    with torch.device("meta"):  # memory is taken when it is sharded
+        model = DiT(tokenizer.model_vocab_size, tokenizer.mask_id, **vars(config.model))
     estimator = ImportanceEstimator.of(config, counts() if config.importance.source in ("frequency", "full") else None)
     if estimator is not None:
         estimator = estimator.to(compute.device)
     kind = process_named(config.diffusion.schedule)
     process = (kind.of(config.diffusion, counts) if saved is None else checkpoint.load_process(saved)).to(compute.device)
     notes = [*ranks.notes]
-    if origin is not None:
-        with ranks.agree():
-            notes.append(begin_from(origin, model, estimator))
     parameters = parameter_counts(model, estimator)
     with ranks.agree():
         layout = ranks.share(choose_layout(config, ranks.launch, model.vocab_size, compute))
@@ -128,7 +125,20 @@ def build_parts(
         process=process,
         by_block=ranks.size > 1 or config.parallel.activation_checkpointing > 0,
     )
-    parallel = Parallel(model, estimator, layout, config.parallel, ranks.size, compute.device.type)
+
+    def fill() -> None:
+        if saved is not None:  # every parameter comes from the checkpoint
+            return
+        torch.manual_seed(config.train.seed)
+        load_parts(dict(model.named_parameters()), model.initial_values())
+        network = None if estimator is None else estimator.network
+        if network is not None:  # after the model, whose weights are the same without it
+            load_parts(dict(network.named_parameters()), network.initial_values())
+        if origin is not None:
+            with ranks.agree():
+                notes.append(begin_from(origin, model, estimator))
+
+    parallel = Parallel(model, estimator, layout, config.parallel, ranks.size, compute.device.type, fill)
     return Parts(
         config,
         ranks,

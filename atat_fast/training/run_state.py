@@ -145,7 +145,8 @@ class Checkpoints:
 
     def __init__(self, parts: Parts, folder: Path, watch: Watch) -> None:
         self.parts, self.folder, self.watch = parts, folder, watch
-        self.saver = Saver(folder, parts.ranks, parts.config.train.keep) if parts.ranks.size > 1 else None
+        sharded, keep = parts.parallel.sharded, parts.config.train.keep
+        self.saver = Saver(folder, parts.ranks, keep, sharded=sharded) if parts.ranks.size > 1 else None
         self._written: list[Written] = []
 
     def save(self, state: RunState, seconds: float, evaluation: dict[str, Any] | None, *, best: bool) -> None:

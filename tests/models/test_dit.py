@@ -341,3 +341,24 @@ def test_shapes_on_the_meta_device_and_with_fake_tensors(options):
             assert nll.shape == (5,) and m.head.weight.grad.shape == (11, 16)
             if isinstance(place, torch.device):
                 assert m.logits(m.features(tokens, share, documents=documents_of(tokens, 0))).shape == (24, 11)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_initial_values_one_at_a_time_are_the_bits_that_a_constructor_draws(options):
+    """So a model can be sharded on the meta device; the importance network's are drawn after them."""
+    settings = ImportanceConfig(source="learned", width=8, heads=2, layers=2)
+    torch.manual_seed(3)
+    made = DiT(11, 10, **SIZE | options), Network(settings, 16, 12)
+    after = torch.rand(3)
+    with torch.device("meta"):
+        empty = DiT(11, 10, **SIZE | options), Network(settings, 16, 12)
+    torch.manual_seed(3)
+    for model, unmade in zip(made, empty, strict=True):
+        drawn = list(unmade.initial_values())
+        values = dict(drawn)
+        assert len(drawn) == len(values) and values.keys() == dict(model.named_parameters()).keys()
+        for name, p in model.named_parameters():
+            assert torch.equal(values[name], p), name
+        unmade.to_empty(device="cpu").load_state_dict(values, strict=False)
+        assert all(torch.equal(p, q) for p, q in zip(unmade.parameters(), model.parameters(), strict=True))
+    assert torch.equal(torch.rand(3), after)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import time
 
@@ -114,10 +115,11 @@ def test_ranks_that_share_no_run_folder_are_refused_before_the_first_step(small,
     assert not list((tmp_path / "host0").rglob("checkpoints")) and not list((tmp_path / "host0").rglob(".seen*"))
 
 
-def test_bad_input_is_said_once_and_all_ranks_leave_with_status_2(small, arguments, tmp_path, torchrun):
+def test_bad_input_is_said_once_and_no_rank_leaves_with_another_status(small, arguments, tmp_path, torchrun):
     done = torchrun(2, "command", *arguments(small, RUN, {"train.global_batch": 3}))
     assert said(done.stderr) == ["error: train.global_batch 3 does not divide into 2 ranks; try 2 or 4"]
-    assert done.stderr.count("exitcode  : 2") == 2 and not (tmp_path / "runs").exists()  # torchrun's own list
+    codes = re.findall(r"exitcode  : (-?\d+)", done.stderr)  # torchrun's list; it ends a rank that is still starting with SIGTERM
+    assert len(codes) == 2 and "2" in codes and set(codes) <= {"2", "-15"} and not (tmp_path / "runs").exists()
 
 
 def test_two_jobs_on_one_run_and_a_lock_that_ends_with_its_holder(small, arguments, tmp_path, python, python_started, until):

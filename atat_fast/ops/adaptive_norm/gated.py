@@ -301,7 +301,7 @@ backends("gated_residual_norm", triton=_gated_triton, cpp=_gated_cpp, torch=_gat
 backends("gated_residual_norm_backward", triton=_gated_backward_triton, cpp=_gated_backward_cpp, torch=_gated_backward)
 GATED = register(
     "gated_residual_norm(Tensor residual, Tensor branch, Tensor gate, Tensor shift, Tensor scale, Tensor? weight, float dropout, "
-    "Tensor? seed, Tensor? step, Tensor? sample_ids, int layer, float eps, ScalarType out_dtype, str backend) "
+    "Tensor? seed, Tensor? step, Tensor? sample_ids, SymInt layer, float eps, ScalarType out_dtype, str backend) "
     "-> (Tensor total, Tensor y, Tensor mean, Tensor rstd)",
     dispatch("gated_residual_norm"),
     _gated_fake,
@@ -311,7 +311,7 @@ GATED = register(
 )
 _GATED_BACKWARD = register(
     "gated_residual_norm_backward(Tensor? dtotal, Tensor? dy, Tensor total, Tensor branch, Tensor gate, Tensor scale, "
-    "Tensor? weight, Tensor mean, Tensor rstd, float dropout, Tensor? seed, Tensor? step, Tensor? sample_ids, int layer, "
+    "Tensor? weight, Tensor mean, Tensor rstd, float dropout, Tensor? seed, Tensor? step, Tensor? sample_ids, SymInt layer, "
     "ScalarType shift_dtype, str backend) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     dispatch("gated_residual_norm_backward"),
     _gated_backward_fake,

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard
 
+from atat_fast.distributed.tensors import local
 from atat_fast.ops.processor import multiplies_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
@@ -66,9 +67,9 @@ class Muon(torch.optim.Optimizer):
     def _move(self, some: list[Tensor], group: dict[str, Any]) -> None:
         """One step of matrices of one shape or its transpose."""
         sharded = isinstance(some[0], DTensor)
-        mine = [_local(p) for p in some]
-        grads = [_local(p.grad) for p in some if p.grad is not None]
-        momenta = [_local(self.state[p]["momentum_buffer"]) for p in some]
+        mine = [local(p) for p in some]
+        grads = [local(p.grad) for p in some if p.grad is not None]
+        momenta = [local(self.state[p]["momentum_buffer"]) for p in some]
         torch._foreach_lerp_(momenta, grads, 1 - group["momentum"])
         updates = torch._foreach_lerp(grads, momenta, group["momentum"])
         moved = self._across_ranks(some, updates) if sharded else self._orthogonal(updates)
@@ -135,11 +136,6 @@ def stacks(parameters: Iterable[Tensor]) -> Iterator[list[Tensor]]:
 def products_dtype(device: torch.device) -> torch.dtype:
     """bf16 if the device multiplies it fast, else fp32."""
     return torch.bfloat16 if multiplies_bf16(device) else torch.float32
-
-
-def _local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
 def _group_of(parameter: Tensor) -> tuple[dist.ProcessGroup, int, int]:

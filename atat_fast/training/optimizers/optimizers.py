@@ -138,13 +138,16 @@ class Average:
         self.parameters = _named(model)
         self.decay = decay
         self.values: dict[str, Tensor] = {name: p.detach().clone() for name, p in self.parameters.items()}
-        self._pairs = [(local(self.values[name]), local(p)) for name, p in self.parameters.items()]
+
+    def _pairs(self) -> list[tuple[Tensor, Tensor]]:
+        """This rank's parts of each average and parameter. FSDP may move a parameter until its first forward pass."""
+        return [(local(self.values[name]), local(p)) for name, p in self.parameters.items()]
 
     @torch.no_grad()
     def update(self, step: int) -> None:
         """Move the average towards the parameters after step `step`."""
         decay = min(self.decay, (1 + step) / (10 + step))
-        averages, parameters = zip(*self._pairs, strict=True)
+        averages, parameters = zip(*self._pairs(), strict=True)
         torch._foreach_lerp_(list(averages), list(parameters), 1 - decay)
 
     @torch.no_grad()
@@ -164,7 +167,7 @@ class Average:
 
     @torch.no_grad()
     def _swap(self) -> None:
-        for average, p in self._pairs:
+        for average, p in self._pairs():
             held = p.clone()
             p.copy_(average)
             average.copy_(held)
