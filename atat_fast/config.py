@@ -258,8 +258,9 @@ class ParallelConfig:
         shard_size: Ranks that share one copy of the model under hsdp; 0 is the ranks of one host.
         reshard_after_forward: Whether fsdp frees a block's gathered weights between forward and backward. auto keeps them if
             memory allows, which gathers every block once less a step.
-        param_dtype: Dtype in which fsdp gathers the blocks' weights. The master weights are fp32 either way.
-        reduce_dtype: Dtype in which gradients are summed over ranks.
+        param_dtype: Dtype in which fsdp gathers the blocks' weights; auto is bf16 if products are and cards cannot read each
+            other's memory, as GeForce cards cannot, else fp32. The master weights are fp32 either way.
+        reduce_dtype: Dtype in which gradients are summed over ranks; auto as for param_dtype.
         timeout: Seconds without progress after which a run stops and names the rank that holds it back.
         activation_checkpointing: Recompute every n-th block in the backward pass instead of keeping its activations; 0 is none,
             1 every block.
@@ -270,8 +271,8 @@ class ParallelConfig:
     device: str = ""
     shard_size: int = 0
     reshard_after_forward: Literal["auto", "always", "never"] = "auto"
-    param_dtype: Literal["fp32", "bf16"] = "fp32"
-    reduce_dtype: Literal["fp32", "bf16"] = "fp32"
+    param_dtype: Literal["auto", "fp32", "bf16"] = "auto"
+    reduce_dtype: Literal["auto", "fp32", "bf16"] = "auto"
     timeout: float = 600.0
     activation_checkpointing: int = 0
 

@@ -48,6 +48,7 @@ class Layout:
 
     mode: none, ddp, fsdp or hsdp.   shard: number of ranks over which one copy of the parameters is spread; 1 under ddp.
     keep_gathered: whether a block's weights stay gathered between its forward and its backward pass.   reason: why, in words.
+    gathers, sums: fp32 or bf16, in which blocks' weights are gathered and gradients are summed.
     """
 
     mode: str
@@ -55,6 +56,8 @@ class Layout:
     shard: int
     keep_gathered: bool = True
     reason: str = ""
+    gathers: str = "fp32"
+    sums: str = "fp32"
 
     @property
     def name(self) -> str:
@@ -69,16 +72,25 @@ class Layout:
         if self.mode == "none":
             return f"one process ({self.reason})"
         copies = f", {self.world // self.shard} copies in shards of {self.shard}" if self.mode == "hsdp" else ""
-        return f"{self.mode} over {self.world} ranks{copies} ({self.reason})"
+        return f"{self.mode} over {self.world} ranks{copies} ({self.reason}), {self.wire}"
+
+    @property
+    def wire(self) -> str:
+        """'sums in bf16, gathers in fp32'."""
+        return f"sums in {self.sums}" + (f", gathers in {self.gathers}" if self.shard > 1 else "")
 
 
 @dataclass(frozen=True)
 class Card:
-    """A device for memory arithmetic: its bytes, its kind (cuda or cpu), and the bytes of a number in products."""
+    """A device for memory arithmetic: its bytes, its kind (cuda or cpu), and the bytes of a number in products.
+
+    peers: whether such devices read each other's memory.
+    """
 
     memory: int
     kind: str
     element: int
+    peers: bool = True
 
 
 def check_parallel(config: Config, world: int, on_host: int) -> None:
@@ -95,7 +107,7 @@ def check_parallel(config: Config, world: int, on_host: int) -> None:
         )
     if shard and mode != "hsdp":
         raise UsageError(f"parallel.shard_size {shard} is for parallel.mode hsdp, and this is {mode}")
-    if parallel.param_dtype != "fp32" and mode in ("none", "ddp"):
+    if parallel.param_dtype == "bf16" and mode in ("none", "ddp"):
         raise UsageError(f"parallel.param_dtype {parallel.param_dtype} is for weights that are gathered; use parallel.mode fsdp")
     if config.optim.state == "8bit" and mode in ("fsdp", "hsdp"):
         raise UsageError(
@@ -110,17 +122,19 @@ def check_parallel(config: Config, world: int, on_host: int) -> None:
         )
 
 
-def layouts(config: Config, world: int, on_host: int) -> list[Layout]:
+def layouts(config: Config, world: int, on_host: int, card: Card) -> list[Layout]:
     """The layouts that the settings allow, simplest first."""
     wanted = config.parallel
     if world == 1:
         return [Layout("none", 1, 1)]
-    found = [Layout("ddp", world, 1)] if wanted.mode in ("auto", "ddp") else []
+    auto = "bf16" if card.element == 2 and not card.peers else "fp32"
+    gathers, sums = (auto if asked == "auto" else asked for asked in (wanted.param_dtype, wanted.reduce_dtype))
+    found = [Layout("ddp", world, 1, sums=sums)] if wanted.mode in ("auto", "ddp") else []
     keeps = {"auto": (True, False), "never": (True,), "always": (False,)}[wanted.reshard_after_forward]
     if wanted.mode in ("auto", "fsdp") and config.optim.state != "8bit":
-        found += [Layout("fsdp", world, world, keep) for keep in keeps]
+        found += [Layout("fsdp", world, world, keep, gathers=gathers, sums=sums) for keep in keeps]
     if wanted.mode == "hsdp":
-        found += [Layout("hsdp", world, wanted.shard_size or on_host, keep) for keep in keeps]
+        found += [Layout("hsdp", world, wanted.shard_size or on_host, keep, gathers=gathers, sums=sums) for keep in keeps]
     return found
 
 
@@ -129,7 +143,7 @@ def choose(config: Config, sizes: Sizes, world: int, on_host: int, card: Card, m
 
     Raises UsageError with the largest micro-batch that fits, if mode is auto and nothing fits several ranks.
     """
-    found = layouts(config, world, on_host)
+    found = layouts(config, world, on_host, card)
     needs = [sum(card_memory(config, sizes, layout, card, micro_batch, passes).values()) for layout in found]
     have = f"{card.memory / GIB:.1f} GiB"
     for layout, need in zip(found, needs, strict=True):
@@ -160,7 +174,7 @@ def card_memory(config: Config, sizes: Sizes, layout: Layout, card: Card, micro_
     """Bytes one card holds at once, by use. passes: micro-batches of a step; with several, gradients wait unsharded."""
     own = -(-sizes.total // layout.shard)
     blocks, rest, small = sizes.blocks, sizes.total - sizes.blocks, card.element
-    gathered = BYTES[config.parallel.param_dtype] if layout.shard > 1 else 4
+    gathered = BYTES[layout.gathers]
     rows, width = micro_batch * config.model.length, config.model.dim
     parts = {
         "parameters": 4 * own,
@@ -175,7 +189,7 @@ def card_memory(config: Config, sizes: Sizes, layout: Layout, card: Card, micro_
     if layout.shard > 1:
         some = min(blocks, BLOCKS_IN_FLIGHT * (blocks // sizes.layers))
         parts["gathered parameters"] = 4 * rest + gathered * (blocks if layout.keep_gathered else some)
-        parts["unsharded gradients"] = BYTES[config.parallel.reduce_dtype] * (rest + (blocks if passes > 1 else some))
+        parts["unsharded gradients"] = BYTES[layout.sums] * (rest + (blocks if passes > 1 else some))
     if layout.world > 1:
         parts["communication"] = NCCL_BYTES + 2 * BUCKET_BYTES
     return parts | {"reserved": RESERVED_BYTES}
@@ -194,17 +208,17 @@ def activation_bytes(model: ModelConfig, rows: int, element: int, checkpoint: in
     return rows * (per_row * kept + (4 + element) * width * recomputed + 2 * element * width)
 
 
-def bytes_sent(config: Config, sizes: Sizes, layout: Layout, passes: int) -> dict[str, float]:
+def bytes_sent(sizes: Sizes, layout: Layout, passes: int) -> dict[str, float]:
     """Bytes a card sends in a step, by collective, in rings: (n - 1) / n of the data for a gather or a scatter, twice for a sum.
 
     If parameters are sharded, those outside blocks (embedding, head, modulation) are gathered in fp32, once a step, and so are
     blocks if their weights are kept. If weights are freed, blocks are gathered before every forward and every backward pass.
     """
     sent: dict[str, float] = {}
-    reduced = BYTES[config.parallel.reduce_dtype]
+    reduced = BYTES[layout.sums]
     if layout.shard > 1:
         part = (layout.shard - 1) / layout.shard
-        blocks = BYTES[config.parallel.param_dtype] * sizes.blocks * (1 if layout.keep_gathered else 2 * passes)
+        blocks = BYTES[layout.gathers] * sizes.blocks * (1 if layout.keep_gathered else 2 * passes)
         sent["all-gather"] = part * (4 * (sizes.total - sizes.blocks) + blocks)
         sent["reduce-scatter"] = part * reduced * sizes.total
     copies = layout.world // layout.shard
@@ -234,7 +248,7 @@ def describe_fit(config: Config, sizes: Sizes, layout: Layout, card: Card, micro
     total, most = sum(held.values()), largest_micro_batch(config, sizes, layout, card, passes)
     fits = "fits" if total <= card.memory else "DOES NOT FIT"
     auto = ", chosen because train.micro_batch is 0" if config.train.micro_batch == 0 else ""
-    sent = bytes_sent(config, sizes, layout, passes)
+    sent = bytes_sent(sizes, layout, passes)
     lines = [
         f"memory       about {total / GIB:.2f} of {card.memory / GIB:.2f} GiB a card (estimate): {fits}",
         *(f"             {name:<20}{size / GIB:>7.2f} GiB" for name, size in sorted(held.items(), key=lambda item: -item[1])),
@@ -242,27 +256,27 @@ def describe_fit(config: Config, sizes: Sizes, layout: Layout, card: Card, micro
     ]
     if sent:
         each = "  ".join(f"{name} {size / 1e9:.2f}" for name, size in sent.items())
-        lines.append(f"wire         {sum(sent.values()) / 1e9:.2f} GB sent by a card in a step: {each}")
+        lines.append(f"wire         {sum(sent.values()) / 1e9:.2f} GB sent by a card in a step: {each}; {layout.wire}")
     lines += ["", f"{'what one option would change':<42}{'GiB a card':>11}"]
-    for name, changed in options(config, layout):
-        size = sum(card_memory(changed, sizes, layout, card, micro_batch, passes).values())
+    for name, changed, other in options(config, layout):
+        size = sum(card_memory(changed, sizes, other, card, micro_batch, passes).values())
         if size < total:
             lines.append(f"{name:<42}{size / GIB:>11.2f}{'' if size <= card.memory else '  does not fit'}")
     return lines
 
 
-def options(config: Config, layout: Layout) -> list[tuple[str, Config]]:
-    """Settings that save memory and cost time or precision, one at a time: (the option as typed, the config)."""
+def options(config: Config, layout: Layout) -> list[tuple[str, Config, Layout]]:
+    """Settings that save memory and cost time or precision, one at a time: the option as typed, and what it makes of both."""
     parallel, optim = config.parallel, config.optim
     found = [
-        (f"parallel.activation_checkpointing {n}", replace(config, parallel=replace(parallel, activation_checkpointing=n)))
+        (f"parallel.activation_checkpointing {n}", replace(config, parallel=replace(parallel, activation_checkpointing=n)), layout)
         for n in (1, 2, 4)
         if n <= config.model.layers
     ]
-    found.append(("parallel.param_dtype bf16", replace(config, parallel=replace(parallel, param_dtype="bf16"))))
-    found.append(("parallel.reduce_dtype bf16", replace(config, parallel=replace(parallel, reduce_dtype="bf16"))))
+    found.append(("parallel.param_dtype bf16", config, replace(layout, gathers="bf16")))
+    found.append(("parallel.reduce_dtype bf16", config, replace(layout, sums="bf16")))
     if optim.name == "adamw":
-        found.append(("optim.state bf16", replace(config, optim=replace(optim, state="bf16"))))
+        found.append(("optim.state bf16", replace(config, optim=replace(optim, state="bf16")), layout))
         if layout.shard == 1:  # 8-bit blocks do not divide over ranks
-            found.append(("optim.state 8bit", replace(config, optim=replace(optim, state="8bit"))))
+            found.append(("optim.state 8bit", replace(config, optim=replace(optim, state="8bit")), layout))
     return found

@@ -15,14 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, TypeVar, cast
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import bf16_compress_hook
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
-from atat_fast.config import ParallelConfig
 from atat_fast.distributed.fit import Layout
 
 T = TypeVar("T")
@@ -55,7 +54,6 @@ class Parallel:
         model: nn.Module,
         estimator: nn.Module | None,
         layout: Layout,
-        config: ParallelConfig,
         ranks: int,
         device: str,
         fill: Callable[[], None] = lambda: None,
@@ -66,7 +64,7 @@ class Parallel:
         self._call: Any = self.roof
         self._kept: list[Any] = []
         if layout.mode in ("fsdp", "hsdp"):
-            self._shard(model, config, device)
+            self._shard(model, device)
         if any(p.is_meta for p in model.parameters()):
             model.to_empty(device=device)
         fill()
@@ -75,10 +73,10 @@ class Parallel:
             with warnings.catch_warnings():  # torch 2.13 renamed an argument; 2.11 has the old name only
                 warnings.simplefilter("ignore", FutureWarning)
                 self._call = DistributedDataParallel(self.roof, broadcast_buffers=False, gradient_as_bucket_view=True)
-            if config.reduce_dtype == "bf16":
-                self._call.register_comm_hook(None, bf16_compress_hook)
+            if layout.sums == "bf16":
+                self._call.register_comm_hook(None, lambda _, bucket: sum_in_bf16(bucket))  # DDP rejects a hook's types
 
-    def _shard(self, model: Any, config: ParallelConfig, device: str) -> None:
+    def _shard(self, model: Any, device: str) -> None:
         layout = self.layout
         # The warning does not apply: a block's branch is a view of a product, and nothing writes to it.
         warnings.filterwarnings("ignore", message="FSDP2-wrapped module .* returned a view tensor")
@@ -88,10 +86,10 @@ class Parallel:
         else:
             mesh = init_device_mesh(device, (self.ranks,), mesh_dim_names=("shards",))
         self.mesh = mesh
-        reduce = torch.bfloat16 if config.reduce_dtype == "bf16" else torch.float32
+        reduce = torch.bfloat16 if layout.sums == "bf16" else torch.float32
         whole = MixedPrecisionPolicy(reduce_dtype=reduce, cast_forward_inputs=False)
         inner = whole
-        if config.param_dtype == "bf16":
+        if layout.gathers == "bf16":
             inner = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=reduce, cast_forward_inputs=False)
         for block in model.blocks:
             fully_shard(block, mesh=mesh, mp_policy=inner, reshard_after_forward=not layout.keep_gathered)
@@ -111,7 +109,8 @@ class Parallel:
 
     def backward(self, loss: Tensor) -> None:
         """Add this micro-batch's gradients. The factor turns DDP's and FSDP's average over ranks into a sum."""
-        (loss * self.ranks if self.ranks > 1 else loss).backward()
+        averaged = self.ranks > 1 and not (self.layout.mode == "ddp" and self.layout.sums == "bf16")
+        (loss * self.ranks if averaged else loss).backward()
 
     @contextlib.contextmanager
     def accumulating(self, last: bool) -> Iterator[None]:
@@ -144,6 +143,13 @@ class Parallel:
         """Scale gradients down to a global norm of `most`. Returns the norm before, a plain 0-d tensor."""
         norm = torch.nn.utils.clip_grad_norm_(parameters, most or math.inf)
         return norm.full_tensor() if isinstance(norm, DTensor) else norm
+
+
+def sum_in_bf16(bucket: Any) -> torch.futures.Future[Tensor]:
+    """DDP's communication of a bucket of gradients: their sum over ranks, rounded to bf16 on the way."""
+    small = bucket.buffer().to(torch.bfloat16)
+    work: Any = dist.all_reduce(small, async_op=True)
+    return cast("torch.futures.Future[Tensor]", work.get_future().then(lambda _: bucket.buffer().copy_(small)))
 
 
 def compile_blocks(model: nn.Module, backend: str | Callable[..., Any] = "inductor") -> None:

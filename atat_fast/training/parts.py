@@ -138,7 +138,7 @@ def build_parts(
             with ranks.agree():
                 notes.append(begin_from(origin, model, estimator))
 
-    parallel = Parallel(model, estimator, layout, config.parallel, ranks.size, compute.device.type, fill)
+    parallel = Parallel(model, estimator, layout, ranks.size, compute.device.type, fill)
     return Parts(
         config,
         ranks,

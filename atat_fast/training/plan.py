@@ -15,7 +15,7 @@ from atat_fast.distributed.fit import Card, Layout, Sizes, check_parallel, choos
 from atat_fast.distributed.ranks import Launch
 from atat_fast.errors import UsageError, check_seed
 from atat_fast.hardware.compute import Compute, short
-from atat_fast.hardware.devices import Device, memory_of
+from atat_fast.hardware.devices import Device, lacks_peer_access, memory_of
 from atat_fast.models.dit import DiT, check_model, step_cost
 from atat_fast.models.importance import ImportanceEstimator, importance_cost
 from atat_fast.sampling.categorical import Cut
@@ -108,7 +108,8 @@ def sizes_of(config: Config, vocab_size: int) -> Sizes:
 
 def card_of(compute: Compute, ranks_on_host: int = 1) -> Card:
     """The run's device, for memory arithmetic."""
-    return Card(memory_of(compute.device, ranks_on_host), compute.device.type, compute.dtype.itemsize)
+    peers = compute.device.type == "cpu" or not lacks_peer_access(torch.cuda.get_device_name(compute.device))
+    return Card(memory_of(compute.device, ranks_on_host), compute.device.type, compute.dtype.itemsize, peers)
 
 
 def choose_layout(config: Config, launch: Launch, vocab_size: int, compute: Compute, device: Device | None = None) -> Layout:
@@ -117,7 +118,7 @@ def choose_layout(config: Config, launch: Launch, vocab_size: int, compute: Comp
     Raises UsageError for dtypes that the layout or the device cannot have, and if parallel.mode auto finds nothing that fits.
     """
     plan = batches(config, launch.size)
-    card = card_of(compute, launch.local_size) if device is None else Card(device.memory, "cuda", 2)
+    card = card_of(compute, launch.local_size) if device is None else Card(device.memory, "cuda", 2, device.p2p)
     sizes = sizes_of(config, vocab_size)
     layout = choose(config, sizes, launch.size, launch.local_size, card, plan.micro_batch, plan.accumulation)
     if device is not None:
@@ -127,8 +128,6 @@ def choose_layout(config: Config, launch: Launch, vocab_size: int, compute: Comp
             f"parallel.param_dtype bf16 gathers weights for bf16 products, and this run computes in {short(compute.dtype)}; "
             "use --train.dtype bf16"
         )
-    if config.parallel.reduce_dtype == "bf16" and layout.mode == "ddp" and compute.device.type == "cpu":
-        raise UsageError("parallel.reduce_dtype bf16 under ddp needs cards; use parallel.mode fsdp, or reduce_dtype fp32")
     return layout
 
 
@@ -147,7 +146,7 @@ def describe(
     estimator = empty_estimator(config, vocab_size)
     scored = 0 if estimator is None else estimator.parameter_count()
     layout = choose_layout(config, launch, vocab_size, compute, device)
-    card = card_of(compute, launch.local_size) if device is None else Card(device.memory, "cuda", 2)
+    card = card_of(compute, launch.local_size) if device is None else Card(device.memory, "cuda", 2, device.p2p)
     sizes = f"{m.layers} layers, width {m.dim}, {m.heads} heads, length {length}"
     parts = "  ".join(f"{name} {counts[name]:,}" for name in ("embedding", "blocks", "conditioning", "head"))
     passes = f"{launch.size} ranks x {plan.accumulation} passes x {plan.micro_batch}"

@@ -52,7 +52,7 @@ def known(name):
 
 
 def card(device="rtx4090"):
-    return Card(TABLE[device].memory, "cuda", 2)
+    return Card(TABLE[device].memory, "cuda", 2, TABLE[device].p2p)
 
 
 def chosen(name, ranks, device="rtx4090", *, on_host=8, **options):
@@ -61,18 +61,21 @@ def chosen(name, ranks, device="rtx4090", *, on_host=8, **options):
     return choose(config, known(name), ranks, min(ranks, on_host), card(device), plan.micro_batch, plan.accumulation)
 
 
+FP32 = {"param_dtype": "fp32", "reduce_dtype": "fp32"}
+
+
 @pytest.mark.parametrize(
     ("name", "ranks", "device", "options", "layout"),
     [
         ("small", 1, "rtx4090", {}, "none"),
-        ("small", 6, "rtx4090", {"reduce_dtype": "bf16"}, "ddp"),
+        ("small", 6, "rtx4090", {}, "ddp"),
         ("medium", 6, "rtx4090", {}, "ddp"),
-        ("large", 8, "rtx4090", {}, "fsdp, weights freed"),
-        ("large", 8, "rtx4090", {"mode": "fsdp", "reshard_after_forward": "never"}, "fsdp, weights kept"),
-        ("large", 8, "rtx4090", {"param_dtype": "bf16", "reduce_dtype": "bf16"}, "fsdp, weights kept"),
+        ("large", 8, "rtx4090", FP32, "fsdp, weights freed"),
+        ("large", 8, "rtx4090", FP32 | {"mode": "fsdp", "reshard_after_forward": "never"}, "fsdp, weights kept"),
+        ("large", 8, "rtx4090", {}, "fsdp, weights kept"),
         ("large", 8, "rtx4090", {"mode": "ddp"}, "ddp"),  # asked for, so it is taken although it does not fit
         ("large", 16, "rtx4090", {}, "fsdp, weights kept"),
-        ("large", 16, "rtx4090", {"mode": "hsdp"}, "hsdp over 8, weights freed"),
+        ("large", 16, "rtx4090", FP32 | {"mode": "hsdp"}, "hsdp over 8, weights freed"),
         ("large", 8, "h100", {}, "ddp"),
         ("small", 6, "rtx4090", {"mode": "fsdp"}, "fsdp, weights kept"),
         ("small", 6, "rtx4090", {"mode": "fsdp", "reshard_after_forward": "always"}, "fsdp, weights freed"),
@@ -82,6 +85,24 @@ def chosen(name, ranks, device="rtx4090", *, on_host=8, **options):
 def test_ddp_if_it_fits_else_fsdp(name, ranks, device, options, layout):
     found = chosen(name, ranks, device, **options)
     assert found.name == layout and " GiB" in found.reason and found.describe().startswith(("one process", found.mode))
+
+
+@pytest.mark.parametrize(
+    ("device", "element", "options", "wire"),
+    [
+        ("rtx4090", 2, {}, "sums in bf16, gathers in bf16"),  # no card reads another's memory
+        ("rtx4090", 4, {}, "sums in fp32, gathers in fp32"),  # products are fp32
+        ("h100", 2, {}, "sums in fp32, gathers in fp32"),
+        ("h100", 2, {"reduce_dtype": "bf16"}, "sums in bf16, gathers in fp32"),
+        ("rtx4090", 2, {"param_dtype": "fp32"}, "sums in bf16, gathers in fp32"),
+    ],
+)
+def test_sums_and_gathers_are_bf16_where_products_are_and_the_link_is_slow(device, element, options, wire):
+    config, place = preset("small", mode="fsdp", **options), replace(card(device), element=element)
+    (layout, freed) = layouts(config, 6, 6, place)
+    assert layout.wire == freed.wire == wire and layout.describe().endswith(wire)
+    (ddp,) = layouts(replace(config, parallel=replace(config.parallel, mode="ddp")), 6, 6, place)
+    assert ddp.wire == wire.split(",")[0] and ddp.gathers == "fp32"
 
 
 def test_auto_refuses_what_does_not_fit_and_says_what_would():
@@ -97,7 +118,7 @@ def test_auto_refuses_what_does_not_fit_and_says_what_would():
     ):
         assert words in sentence
     with pytest.raises(UsageError, match=r"at most 6 fit: try --train\.micro_batch 4"):
-        chosen("large", 8, batch=64, micro=8)
+        chosen("large", 8, batch=64, micro=8, **FP32)
     assert chosen("large", 8, batch=64, micro=8, activation_checkpointing=1).name == "fsdp, weights kept"
     assert "not even one sequence fits" in chosen("large", 1, batch=8, micro=8).reason  # one process starts, and says so
 
@@ -121,13 +142,9 @@ def test_settings_that_cannot_be_are_refused_in_a_sentence(options, ranks, messa
         chosen("small", ranks, **options)
 
 
-def test_dtypes_that_the_device_cannot_have_are_refused():
-    for options, message in (
-        ({"mode": "fsdp", "param_dtype": "bf16"}, "this run computes in fp32; use --train.dtype bf16"),
-        ({"mode": "ddp", "reduce_dtype": "bf16"}, "reduce_dtype bf16 under ddp needs cards"),
-    ):
-        with pytest.raises(UsageError, match=message):
-            choose_layout(preset("demo", **options), Launch(size=2, local_size=2), 300, CPU)
+def test_gathers_in_bf16_for_products_in_fp32_are_refused():
+    with pytest.raises(UsageError, match=r"this run computes in fp32; use --train\.dtype bf16"):
+        choose_layout(preset("demo", mode="fsdp", param_dtype="bf16"), Launch(size=2, local_size=2), 300, CPU)
     assert choose_layout(preset("demo"), Launch(size=2, local_size=2), 300, CPU).mode == "ddp"
 
 
@@ -166,7 +183,7 @@ def test_memory_grows_with_what_is_kept_and_falls_with_every_option(layout, micr
     base = sum(held().values())
     assert all(size >= 0 for size in held().values())
     assert sum(held(micro=micro + 1).values()) > base and sum(held(passes=passes + 1).values()) >= base
-    assert sum(held(reduce_dtype="bf16").values()) <= base
+    assert sum(held(layout=replace(layout, sums="bf16")).values()) <= base
     kept, freed = (sum(held(layout=replace(layout, keep_gathered=keep)).values()) for keep in (True, False))
     assert freed <= kept
     assert sum(held(activation_checkpointing=1).values()) < sum(held(activation_checkpointing=0).values())
@@ -194,14 +211,14 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
 
 
 def test_bytes_sent_are_those_of_rings():
-    sizes, wide, small = Sizes(1000, 800, 4, 10), preset("small"), preset("small", param_dtype="bf16", reduce_dtype="bf16")
-    assert bytes_sent(wide, sizes, Layout("ddp", 6, 1), 5) == {"all-reduce": pytest.approx(2 * 5 / 6 * 4000)}  # once a step
-    kept = bytes_sent(small, sizes, Layout("fsdp", 4, 4), 3)
+    sizes, small = Sizes(1000, 800, 4, 10), Layout("fsdp", 4, 4, gathers="bf16", sums="bf16")
+    assert bytes_sent(sizes, Layout("ddp", 6, 1), 5) == {"all-reduce": pytest.approx(2 * 5 / 6 * 4000)}  # once a step
+    kept = bytes_sent(sizes, small, 3)
     assert kept == {"all-gather": pytest.approx(3 / 4 * (800 + 1600)), "reduce-scatter": pytest.approx(3 / 4 * 2000)}
-    freed = bytes_sent(small, sizes, Layout("fsdp", 4, 4, keep_gathered=False), 3)
+    freed = bytes_sent(sizes, replace(small, keep_gathered=False), 3)
     assert freed["all-gather"] == pytest.approx(3 / 4 * (800 + 3 * 3200))
-    assert bytes_sent(wide, sizes, Layout("hsdp", 8, 4), 1)["all-reduce"] == pytest.approx(2 * 1 / 2 * 4 * 1000 / 4)
-    assert bytes_sent(wide, sizes, Layout("none", 1, 1), 1) == {}
+    assert bytes_sent(sizes, Layout("hsdp", 8, 4), 1)["all-reduce"] == pytest.approx(2 * 1 / 2 * 4 * 1000 / 4)
+    assert bytes_sent(sizes, Layout("none", 1, 1), 1) == {}
 
 
 def kept_by_autograd(config: ModelConfig, batch: int, every: int) -> int:
@@ -241,8 +258,8 @@ def test_devices_are_found_by_key_and_by_the_name_that_drivers_give():
         named("rtx409")
     assert lacks_peer_access("NVIDIA GeForce RTX 4090 D") and not lacks_peer_access("NVIDIA RTX 4000 Ada Generation")
     assert memory_of(torch.device("cpu"), 2) == memory_of(torch.device("cpu")) // 2 > GIB // 4
-    assert len(layouts(preset("small"), 6, 6)) == 3
-    assert [layout.mode for layout in layouts(preset("small", state="8bit"), 6, 6)] == ["ddp"]  # its blocks are not sharded
+    assert len(layouts(preset("small"), 6, 6, card())) == 3
+    assert [layout.mode for layout in layouts(preset("small", state="8bit"), 6, 6, card())] == ["ddp"]  # its blocks are not sharded
 
 
 @pytest.mark.slow
@@ -257,7 +274,7 @@ def test_two_ranks_hold_and_send_what_the_formulas_say(tmp_path, torchrun):
         held = card_memory(config, sizes, layout, Card(24 * GIB, "cpu", 4), 2, 3)
         for name, size in case["held"].items():  # rows that do not divide over ranks make a difference
             assert held[name] == pytest.approx(size, rel=0.02), (case["mode"], name)
-        assert case["sent"] == pytest.approx(bytes_sent(config, sizes, layout, 3), rel=0.02), case["mode"]
+        assert case["sent"] == pytest.approx(bytes_sent(sizes, layout, 3), rel=0.02), case["mode"]
         assert case["same"], "gathering once a step changes no bit of a gradient"
     assert [case["mode"] for case in found] == ["ddp", "fsdp", "fsdp"]
 
@@ -268,10 +285,11 @@ def test_the_dry_run_prints_the_plan_of_the_ranks_once_and_touches_nothing(monke
     assert main([*large, "--parallel.world_size", "8"]) == 0
     printed = capsys.readouterr().out
     for words in (
-        "mode         fsdp, weights freed",
+        "mode         fsdp, weights kept",
+        "; sums in bf16, gathers in bf16",
         "8 ranks x 8 passes x 4",
         "GiB a card (estimate): fits",
-        "at most 5 fit",
+        "at most 6 fit",
         "all-gather",
         "reduce-scatter",
         "parallel.activation_checkpointing 1",

@@ -24,7 +24,7 @@ from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from atat_fast import cli, train
-from atat_fast.config import Config, ModelConfig, ParallelConfig
+from atat_fast.config import Config, ModelConfig
 from atat_fast.distributed.fit import Layout
 from atat_fast.distributed.ranks import Launch, Ranks
 from atat_fast.distributed.tensors import local, whole
@@ -154,10 +154,11 @@ def precisions(ranks: Ranks) -> None:
     """Gathered in bf16, reduced in bf16: close to fp32, and the masters stay fp32."""
     alone = model()
     loss_of(alone, 0, 4).backward()
-    for settings in ({"param_dtype": "bf16"}, {"reduce_dtype": "bf16"}):
+    sharded = Layout("fsdp", ranks.size, ranks.size, keep_gathered=False)
+    ddp = Layout("ddp", ranks.size, 1, sums="bf16")
+    for layout in (dataclasses.replace(sharded, gathers="bf16"), dataclasses.replace(sharded, sums="bf16"), ddp):
         made = model()
-        layout = Layout("fsdp", ranks.size, ranks.size, keep_gathered=False)
-        parallel = Parallel(made, None, layout, ParallelConfig(**settings), ranks.size, "cpu")
+        parallel = Parallel(made, None, layout, ranks.size, "cpu")
         first, last = (4 * r // ranks.size for r in (ranks.rank, ranks.rank + 1))
         with torch.autocast("cpu", dtype=torch.bfloat16):
             loss = parallel.inside(functools.partial(loss_of, made, first, last))
@@ -165,7 +166,7 @@ def precisions(ranks: Ranks) -> None:
         for (name, p), q in zip(made.named_parameters(), alone.named_parameters(), strict=True):
             assert p.dtype is torch.float32 and p.grad.dtype is torch.float32
             away = (whole(p.grad) - q[1].grad).norm() / q[1].grad.norm().clamp(min=1e-3)
-            assert away < 0.1, (settings, name, away)
+            assert away < 0.1, (layout.wire, name, away)
 
 
 def scalars(ranks: Ranks, folder: Path) -> None:
@@ -360,7 +361,7 @@ def held_and_sent(file: str) -> None:
         torch.manual_seed(0)
         config = Config(model=ModelConfig(dim=32, layers=4, heads=2, length=16, dropout=0.0))
         made = DiT(67, 66, **vars(config.model))
-        parallel = Parallel(made, None, Layout(mode, 2, 1 if mode == "ddp" else 2, gathered), ParallelConfig(), 2, "cpu")
+        parallel = Parallel(made, None, Layout(mode, 2, 1 if mode == "ddp" else 2, gathered), 2, "cpu")
         if mode == "ddp":
             parallel._call.register_comm_hook(None, counted_sum)
         optimizers, average = Optimizers(made, config.optim), Average(made, 0.9)
