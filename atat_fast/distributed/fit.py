@@ -11,6 +11,7 @@ does. Weights, gradients, moments and the average are counted exactly; `activati
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 
@@ -267,16 +268,16 @@ def describe_fit(config: Config, sizes: Sizes, layout: Layout, card: Card, micro
 
 def options(config: Config, layout: Layout) -> list[tuple[str, Config, Layout]]:
     """Settings that save memory and cost time or precision, one at a time: the option as typed, and what it makes of both."""
-    parallel, optim = config.parallel, config.optim
-    found = [
-        (f"parallel.activation_checkpointing {n}", replace(config, parallel=replace(parallel, activation_checkpointing=n)), layout)
-        for n in (1, 2, 4)
-        if n <= config.model.layers
-    ]
+
+    def changed(part: str, **values: Any) -> Config:
+        return replace(config, **{part: replace(getattr(config, part), **values)})
+
+    every = [n for n in (1, 2, 4) if n <= config.model.layers]
+    found = [(f"parallel.activation_checkpointing {n}", changed("parallel", activation_checkpointing=n), layout) for n in every]
     found.append(("parallel.param_dtype bf16", config, replace(layout, gathers="bf16")))
     found.append(("parallel.reduce_dtype bf16", config, replace(layout, sums="bf16")))
-    if optim.name == "adamw":
-        found.append(("optim.state bf16", replace(config, optim=replace(optim, state="bf16")), layout))
+    if config.optim.name == "adamw":
+        found.append(("optim.state bf16", changed("optim", state="bf16"), layout))
         if layout.shard == 1:  # 8-bit blocks do not divide over ranks
-            found.append(("optim.state 8bit", replace(config, optim=replace(optim, state="8bit")), layout))
+            found.append(("optim.state 8bit", changed("optim", state="8bit"), layout))
     return found

@@ -10,6 +10,7 @@ import errno
 import functools
 import json
 import os
+import resource
 import signal
 import sys
 import time
@@ -19,6 +20,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch._dynamo.utils import counters
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import Shard, distribute_tensor
@@ -49,9 +51,11 @@ def trainer(arguments: Sequence[str], ranks: Ranks, resume: bool = False) -> Tra
 
 
 def runs(plan: str) -> None:
-    """Several runs one after another, in one group. plan: JSON list of {arguments, resume, stop (a step, or 0), masks (file)}."""
+    """Several runs one after another, in one group. plan: JSON list of {arguments, resume, stop (a step, or 0), masks, graphs};
+    the last two are files for the masks, and for each rank's numbers of graphs that were traced and compiled.
+    """
     ranks = Ranks.start("cpu", 60)
-    hide = objective.hide_for_training
+    hide, stage = objective.hide_for_training, shards.stage
     for job in json.loads(plan):
         seen: dict[str, list[int]] = {}
 
@@ -62,6 +66,9 @@ def runs(plan: str) -> None:
             return masked
 
         objective.hide_for_training = record
+        counters.clear()
+        staged: list[int] = []
+        shards.stage = lambda tensors, staged=staged: staged.append(len(tensors)) or stage(tensors)  # type: ignore[func-returns-value]
         run = trainer(job["arguments"], ranks, job["resume"])
 
         def stop_there(run=run, step=run._train_step, job=job) -> None:
@@ -76,9 +83,13 @@ def runs(plan: str) -> None:
         except Interrupted as caught:
             code = caught.code
         assert code == (143 if job["stop"] else 0)
+        assert bool(staged) == (run.parts.parallel.sharded or ranks.first)  # under ddp rank 0 alone copies and writes
         everyone = ranks.gather(seen)
         if ranks.first and job["masks"]:
             Path(job["masks"]).write_text(json.dumps({key: row for part in everyone for key, row in part.items()}))
+        made = ranks.gather([counters["stats"]["unique_graphs"], counters["aot_autograd"]["total"]])
+        if ranks.first and job["graphs"]:
+            Path(job["graphs"]).write_text(json.dumps(made))
     ranks.leave()
 
 
@@ -93,9 +104,10 @@ def raised(kind: type[BaseException], what: Callable[[], Any]) -> str:
 refused = functools.partial(raised, UsageError)
 
 
-def parts(folder: str) -> None:
-    """The pieces: updates, precisions, groups, and what is refused."""
+def parts(folder: str, *arguments: str) -> None:
+    """The pieces: memory at the start, updates, precisions, groups, and what is refused. arguments: of a run of a wide model."""
     ranks = Ranks.start("cpu", 60)
+    memory(ranks, arguments)
     muon(ranks)
     precisions(ranks)
     scalars(ranks, Path(folder))
@@ -119,6 +131,20 @@ def loss_of(made: DiT, first: int, last: int) -> torch.Tensor:
     count = last - first
     rows, weights = torch.arange(0, 12 * count, 2), torch.full((6 * count,), 1 / 24)
     return made(noisy[first:last], rows, target[first:last].flatten(), weights)[0]
+
+
+def memory(ranks: Ranks, arguments: Sequence[str]) -> None:
+    """A sharded run holds its part of weights and average when it starts, and never held a whole model."""
+
+    def peak() -> int:
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+    trainer([*arguments, "--model.dim=16", "--run.name=narrow"], ranks).close()
+    before = peak()
+    run = trainer(arguments, ranks)
+    run.close()
+    held = sum(local(t).nbytes for t in [*run.parts.model.parameters(), *run.parts.average.values.values()])
+    assert held > 100 << 20 and peak() - before < 1.4 * held, (held, peak() - before)  # it took twice as much when whole
 
 
 def muon(ranks: Ranks) -> None:
