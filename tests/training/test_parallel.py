@@ -28,6 +28,7 @@ COMPILED = ATAT | {
     "model.document_mask": False, "optim.name": "muon",
 }  # fmt: skip
 DDP, FSDP = {"parallel.mode": "ddp"}, {"parallel.mode": "fsdp"}
+WIDE = MODEL | FSDP | {"model.dim": 512, "model.layers": 10}
 DROPOUT = TWELVE | FSDP | {"model.dropout": 0.1}
 AGAIN = "parallel.activation_checkpointing"
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]  # a busy machine takes its time
@@ -54,15 +55,15 @@ def legs(tmp_path_factory, small_at, torchrun, trainer, arguments):
     folder = tmp_path_factory.mktemp("legs")
     small = small_at(folder)
 
-    def job(name, settings, *, resume=False, stop=0, masks="", graphs=""):
-        places = {"masks": str(masks), "graphs": str(graphs)}
+    def job(name, settings, *, resume=False, stop=0, masks="", graphs="", memory=False):
+        places = {"masks": str(masks), "graphs": str(graphs), "memory": memory}
         return {"arguments": arguments(small, settings, {"run.name": name}), "resume": resume, "stop": stop} | places
 
     def ways(ranks):
         return [job(n, TWENTY | how, masks=folder / f"{n}.json") for n, (count, how) in WAYS.items() if count == ranks]
 
     plans = {
-        4: [*ways(4), job("handed", TWELVE | FSDP, stop=3)],
+        4: [job("wide", WIDE, memory=True), *ways(4), job("handed", TWELVE | FSDP, stop=3)],
         2: [
             *ways(2), job("atat-ddp", ATAT | DDP), job("atat-fsdp", ATAT | FSDP),
             job("handed", TWELVE | FSDP, resume=True, stop=6),
@@ -180,7 +181,6 @@ def test_a_resumed_run_on_as_many_ranks_is_the_uninterrupted_one(legs, numbers, 
     assert all((p == averaged[name]).all() for name, p in DiT.from_pretrained(again / "model").named_parameters())
 
 
-def test_memory_updates_precisions_and_words_between_ranks(tmp_path, torchrun, small, arguments):
-    wide = {"model.dim": 512, "model.layers": 10, "run.name": "wide"}
-    done = torchrun(2, "parts", tmp_path, *arguments(small, FSDP, wide))
+def test_updates_precisions_and_words_between_ranks(tmp_path, torchrun):
+    done = torchrun(2, "parts", tmp_path)
     assert done.returncode == 0, done.stderr[-6000:]
