@@ -29,6 +29,7 @@ import torch
 MOST_WORKERS = 4
 TESTS = Path(__file__).resolve().parent
 ROOT = TESTS.parent
+CASES = TESTS / "training" / "rank_cases.py"
 WORDS = ("the", "a", "of", "to", "list", "dict", "value", "key", "returns", "raises", "file", "path", "open", "read", "close")
 SHARED_OUT = pytest.StashKey[bool]()
 """Whether this suite's tests are given to its processes by `pytest_xdist_make_scheduler`."""
@@ -311,7 +312,7 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a case of rank_cases.py on ranks to its end: torchrun(2, "case", *arguments, restarts=0, SETTING="value")."""
 
     def run(ranks: int, case: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-        process = start_ranks(ranks, TESTS / "training" / "rank_cases.py", case, *arguments, **options)
+        process = start_ranks(ranks, CASES, case, *arguments, **options)
         try:
             out, err = process.communicate(timeout=800)
         except subprocess.TimeoutExpired:
@@ -326,3 +327,9 @@ def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
 def torchrun_started() -> Callable[..., subprocess.Popen[str]]:
     """Starts the train command on ranks and does not wait: torchrun_started(2, *arguments)."""
     return lambda ranks, *arguments, **options: start_ranks(ranks, "-m", "atat_fast.train", *arguments, **options)
+
+
+@pytest.fixture(scope="session")
+def case_started() -> Callable[..., subprocess.Popen[str]]:
+    """Starts a case of rank_cases.py on ranks and does not wait: case_started(2, "case", *arguments)."""
+    return lambda ranks, *arguments, **options: start_ranks(ranks, CASES, *arguments, **options)

@@ -32,6 +32,8 @@ SLACK = 120.0
 """Seconds after `parallel.timeout` at which PyTorch itself gives up: the watch, which names the rank, should come first."""
 PATIENCE = datetime.timedelta(days=1)
 """Timeout of the gloo groups: a host may be tokenising, or writing to a slow disk. The watch catches ranks that hang."""
+FLIGHT_RECORDER = ("TORCH_FR_BUFFER_SIZE", "TORCH_NCCL_TRACE_BUFFER_SIZE")
+"""Variables, as versions name them, for how many collectives torch remembers; the watch writes them down if ranks hang."""
 GO_ON, STOP, FAILED = 0, 1, 2
 """Votes after a step; the highest wins: go on, save and stop, writing a checkpoint failed."""
 
@@ -104,6 +106,8 @@ class Ranks:
         if ranks.size == 1:
             return ranks
         at = ranks.launch
+        for name in FLIGHT_RECORDER:
+            os.environ.setdefault(name, "2000")
         place = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}"
         limit = datetime.timedelta(seconds=timeout + SLACK)
         try:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -16,6 +17,8 @@ from atat_fast.errors import UsageError, nearest
 from atat_fast.hardware.compute import PEAK_BF16_FLOPS
 
 MIB = 1 << 20
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Environment variables that configure torch's allocator, the newer name first."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +65,18 @@ def of_name(name: str) -> Device | None:
 def lacks_peer_access(name: str) -> bool:
     """Whether cards that a driver calls so cannot read each other's memory: GeForce drivers of these generations forbid it."""
     return re.search(r"GeForce RTX [45]0\d\d", name) is not None
+
+
+def grow_segments(device: torch.device) -> None:
+    """Let torch's allocator grow a card's segments of memory, unless the user configured it.
+
+    Call it before the first tensor is on the card. Numbers of hidden rows vary from step to step, and pieces of fixed segments
+    that fit no later tensor would add up.
+    """
+    if device.type != "cuda" or any(os.environ.get(name) for name in ALLOCATOR_SETTINGS):
+        return
+    newer: Any = getattr(torch._C, "_accelerator_setAllocatorSettings", None)
+    (newer or torch.cuda.memory._set_allocator_settings)("expandable_segments:True")
 
 
 def memory_of(device: torch.device, ranks_on_host: int = 1) -> int:

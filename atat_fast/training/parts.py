@@ -18,6 +18,7 @@ from atat_fast.distributed.tensors import load_parts
 from atat_fast.distributed.wrap import Parallel, recompute_blocks
 from atat_fast.errors import UsageError
 from atat_fast.hardware.compute import Compute, resolve
+from atat_fast.hardware.devices import grow_segments
 from atat_fast.models.dit import DiT
 from atat_fast.models.hub import Saved
 from atat_fast.models.importance import ImportanceEstimator
@@ -88,6 +89,7 @@ def build_parts(
 
     All ranks call it. Raises UsageError on all of them.
     """
+    grow_segments(compute.device)
     origin: Saved | None = None
     with ranks.agree():
         if saved is None and config.train.init_from is not None:

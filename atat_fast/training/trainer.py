@@ -70,6 +70,7 @@ class Trainer:
         else:
             self.state = load_state(self.parts, saved)
             self.parts.notes += self._longer(saved)
+        self._first_step = self.state.step
         self.estimate: Estimate | None = None
         self._foretold = 1 if self.parts.compute.compile else 0
         self.facts = records.run_facts(self.parts, resumed_from=None if saved is None else self.state.step)
@@ -92,7 +93,7 @@ class Trainer:
                 settings=to_dict(config),
             )
         self.stopwatch = Stopwatch(self.parts.compute.device)
-        self.watch = Watch(ranks, config.parallel.timeout)
+        self.watch = Watch(ranks, config.parallel.timeout, self.folder)
         self.monitor = Monitor(card_of(self.parts.compute.device))
         self.checkpoints = Checkpoints(self.parts, self.folder, self.watch)
 
@@ -169,8 +170,10 @@ class Trainer:
         return last
 
     def _train_step(self) -> None:
+        compiles = self.parts.compute.compile and self.state.step == self._first_step
         try:
-            train_step(self.parts, self.state, self.watch, self.stopwatch)
+            with self.watch.patient("compiling") if compiles else contextlib.nullcontext():
+                train_step(self.parts, self.state, self.watch, self.stopwatch)
         except BadScores as error:
             what = f"{error}, at step {self.state.step + 1:,}"
             raise self._diverged(what, [self.ranks.rank], everywhere=False) from error

@@ -34,6 +34,7 @@ from atat_fast.distributed.wrap import Parallel
 from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT
 from atat_fast.runs import checkpoint, shards
+from atat_fast.runs.saver import Saver
 from atat_fast.training import loss as objective
 from atat_fast.training import step
 from atat_fast.training.optimizers import Average, Optimizers
@@ -300,28 +301,24 @@ def command(*arguments: str) -> None:
     cli.run_command(train.main, arguments)
 
 
-def command_killed(*arguments: str) -> None:
-    """Rank 1 is killed in the middle of step 4, then while step 8's checkpoint is being written, and then no more."""
-    if ATTEMPT == 0 and RANK == 1:
-        backward = Parallel.backward
+def command_killed(kills: str, *arguments: str) -> None:
+    """kill -9 of one rank, each time another one at another place: so often in the middle of a step, then as often in the middle
+    of a save, then no more.
+    """
+    in_a_step = ((Parallel, "backward"), (Parallel, "clip"), (Average, "update"))  # before, between and after the weights move
+    in_a_save = ((shards, "stage"), (shards, "write"), (checkpoint, "fingerprint"), (Saver, "_complete"))
+    places, nth = (in_a_step, 4) if int(kills) > ATTEMPT else (in_a_save, 2)
+    if 2 * int(kills) > ATTEMPT and ATTEMPT % 2 == RANK:
+        place, name = places[ATTEMPT % len(places)]
+        call, calls = getattr(place, name), []
 
-        def die(self: Parallel, loss: torch.Tensor) -> None:
-            if len(calls) == 3:
+        def die(*given: Any, **more: Any) -> Any:
+            calls.append(name)
+            if len(calls) == nth:
                 os.kill(os.getpid(), signal.SIGKILL)
-            calls.append(loss)
-            backward(self, loss)
+            return call(*given, **more)
 
-        calls: list[torch.Tensor] = []
-        Parallel.backward = die  # type: ignore[method-assign]
-    if ATTEMPT == 1 and RANK == 1:
-        finger = checkpoint.fingerprint
-
-        def die_writing(file: Path) -> dict[str, Any]:
-            if ".step-00000008" in str(file):
-                os.kill(os.getpid(), signal.SIGKILL)
-            return finger(file)
-
-        checkpoint.fingerprint = die_writing
+        setattr(place, name, die)
     command(*arguments)
 
 
@@ -345,11 +342,12 @@ def command_raised(*arguments: str) -> None:
 
 
 def command_hung(*arguments: str) -> None:
-    """Rank 1 does nothing any more at step 3."""
+    """Rank 1 does nothing any more in step 4."""
     read = step.read_batch
 
     def hang(parts: Any, number: int, slot: int) -> Any:
         if RANK == 1 and number == 3:
+            print("rank 1 hangs", flush=True)
             time.sleep(600)
         return read(parts, number, slot)
 

@@ -9,12 +9,17 @@ import signal
 import time
 
 import pytest
+import torch
 
 from atat_fast.runs import checkpoint
 from atat_fast.runs import folder as run_folder
 
+KILLS = int(os.environ.get("ATAT_FAST_KILLS", "1"))
+"""How often a rank is killed in the middle of a step, and how often in the middle of a save."""
+STEPS = 2 + 10 * KILLS
 RUN = {
-    "train.dtype": "fp32", "model.dropout": 0.1, "optim.name": "adamw", "train.log_every": 1, "eval.every": 12,
+    "train.dtype": "fp32", "model.dropout": 0.1, "optim.name": "adamw", "train.log_every": 1, "train.max_steps": STEPS,
+    "eval.every": STEPS,
     "train.checkpoint_every": 2, "train.keep": 2, "sample.num_samples": 0, "run.name": "it",
 }  # fmt: skip
 DDP, FSDP = RUN | {"parallel.mode": "ddp"}, RUN | {"parallel.mode": "fsdp"}
@@ -37,20 +42,21 @@ def stops(tmp_path_factory, small_at, torchrun, arguments):
 
 
 def test_killed_ranks_start_again_where_the_last_checkpoint_is(small, arguments, tmp_path, torchrun, stops, rows):
-    """kill -9 in the middle of a step, then in the middle of a checkpoint; the launcher starts the ranks again each time."""
-    done = torchrun(2, "command_killed", *arguments(small, FSDP), restarts=3)
+    """kill -9 in the middle of steps, then in the middle of checkpoints; the launcher starts the ranks again each time."""
+    done = torchrun(2, "command_killed", KILLS, *arguments(small, FSDP), restarts=2 * KILLS)
     assert done.returncode == 0, done.stderr[-4000:]
     folder = tmp_path / "runs" / "it"
-    begun = [line.split(" at step ")[1].split(":")[0] for line in done.stdout.splitlines() if line.startswith("resuming")]
-    assert begun[-1] == "6" and set(begun[:-1]) <= {"2"}  # step 2's may not have been whole when rank 1 was killed in step 4
-    assert len(begun) + done.stdout.count("training into") == 3
-    assert "rank 0 stops: it lost contact with another rank" in done.stderr
+    starts = [line for line in done.stdout.splitlines() if line.startswith(("training into", "resuming"))]
+    begun = [int(line.split(" at step ")[1].split(":")[0]) for line in starts if line.startswith("resuming")]
+    assert len(starts) == 2 * KILLS + 1 and begun == sorted(begun) and begun[-1] >= 2 * KILLS  # every second step is saved
+    assert done.stderr.count("stops: it lost contact with another rank") >= KILLS
     assert "Traceback" not in done.stderr.split("torch/distributed/run.py")[0]
     a, b = (rows(path, "train", "step", "loss", "grad_norm") for path in (folder, stops / "whole"))
-    assert a == b
+    assert a == b and len(a) == STEPS
     names = set(os.listdir(folder / "checkpoints"))
-    assert {"last", "best", "step-00000012"} <= names and not [n for n in names if n.startswith(".")]
-    assert checkpoint.find(folder).step == 12
+    assert {"last", "best", f"step-{STEPS:08d}"} <= names and not [n for n in names if n.startswith(".")]
+    mine, whole = (checkpoint.find(path).tensors(checkpoint.OPTIMIZER) for path in (folder, stops / "whole"))
+    assert all(torch.equal(mine[name], value) for name, value in whole.items())
 
 
 def test_after_a_full_disk_or_nan_on_one_rank_the_last_good_checkpoint_stays(stops, rows):
@@ -78,12 +84,38 @@ def test_sigterm_saves_and_the_run_goes_on(small, arguments, tmp_path, torchrun_
     made.close()
 
 
-def test_a_rank_that_hangs_is_named(small, arguments, torchrun):
+def hung(folder):
+    """What each of two ranks was doing, and the names of the collectives that it began and did not end."""
+    found = [json.loads((folder / "hang" / f"rank-{rank}.json").read_text()) for rank in range(2)]
+    begun = [[c for c in rank["collectives"]["fr"]["entries"] if not c["retired"]] for rank in found]
+    return found, [[c["profiling_name"] for c in some] for some in begun]
+
+
+def test_a_rank_that_hangs_is_named_and_each_leaves_what_it_was_doing(small, arguments, torchrun, tmp_path):
     begin = time.monotonic()
     done = torchrun(2, "command_hung", *arguments(small, FSDP, {"parallel.timeout": 8}))  # less, and a busy machine is slower
     assert done.returncode != 0 and time.monotonic() - begin < 400
     (sentence,) = said(done.stderr)
     assert sentence.startswith("error: rank 1 has not moved for 8 seconds (parallel.timeout): last seen reading a batch, step 4,")
+    (waits, hangs), begun = hung(tmp_path / "runs" / "it")
+    assert str(tmp_path / "runs" / "it" / "hang") in sentence
+    assert "in hang" in hangs["stack"][-1] and hangs["doing"] == "reading a batch" and hangs["step"] == waits["step"] == 3
+    assert waits["doing"] == "in the forward and backward pass" and begun[0] and not begun[1]
+
+
+def test_sigterm_ends_a_run_that_hangs_in_a_collective(small, arguments, case_started, tmp_path, until):
+    """Long before parallel.timeout, and before the launcher loses patience and kills: the sentence shows it."""
+    process = case_started(2, "command_hung", *arguments(small, DDP))
+    line = iter(process.stdout)
+    assert any("rank 1 hangs" in text for text in line)
+    process.send_signal(signal.SIGTERM)
+    _, err = process.communicate(timeout=120)
+    (sentence,) = said(err)
+    assert process.returncode != 0 and sentence.startswith("SIGTERM: not saved, for rank ")
+    assert sentence.endswith("add --resume to go on from the last checkpoint")
+    _, begun = hung(tmp_path / "runs" / "it")
+    assert begun[0] and not begun[1]
+    assert checkpoint.find(tmp_path / "runs" / "it").step == 2
 
 
 @pytest.mark.parametrize("how", [DDP, FSDP], ids=["ddp", "fsdp"])

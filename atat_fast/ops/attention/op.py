@@ -68,7 +68,8 @@ class Documents(NamedTuple):
 
     def to(self, device: torch.device) -> Documents:
         """A copy on another device, without waiting for it."""
-        return Documents(self.ids.to(device, non_blocking=True), self.most)
+        pinned = device.type == "cuda" and self.ids.device.type == "cpu"  # a copy from pageable memory waits
+        return Documents((self.ids.pin_memory() if pinned else self.ids).to(device, non_blocking=True), self.most)
 
 
 def attention_reference(qkv: Tensor, document_ids: Tensor | None = None) -> Tensor:
