@@ -18,6 +18,7 @@ import torch
 from atat_fast.config import Config, ModelConfig
 from atat_fast.errors import UsageError
 from atat_fast.ops.linear_cross_entropy.slabs import default_budget
+from atat_fast.ops.processor import multiplies_bf16
 
 GIB = 1 << 30
 RESERVED_BYTES = 3 * GIB // 2
@@ -209,11 +210,12 @@ def activation_bytes(model: ModelConfig, rows: int, element: int, checkpoint: in
     return rows * (per_row * kept + (4 + element) * width * recomputed + 2 * element * width)
 
 
-def bytes_sent(sizes: Sizes, layout: Layout, passes: int) -> dict[str, float]:
+def bytes_sent(config: Config, sizes: Sizes, layout: Layout, card: Card, passes: int) -> dict[str, float]:
     """Bytes a card sends in a step, by collective, in rings: (n - 1) / n of the data for a gather or a scatter, twice for a sum.
 
     If parameters are sharded, those outside blocks (embedding, head, modulation) are gathered in fp32, once a step, and so are
     blocks if their weights are kept. If weights are freed, blocks are gathered before every forward and every backward pass.
+    Muon sends pieces of its updates to the ranks that make them orthogonal, and back.
     """
     sent: dict[str, float] = {}
     reduced = BYTES[layout.sums]
@@ -222,6 +224,9 @@ def bytes_sent(sizes: Sizes, layout: Layout, passes: int) -> dict[str, float]:
         blocks = BYTES[layout.gathers] * sizes.blocks * (1 if layout.keep_gathered else 2 * passes)
         sent["all-gather"] = part * (4 * (sizes.total - sizes.blocks) + blocks)
         sent["reduce-scatter"] = part * reduced * sizes.total
+        if config.optim.name == "muon":
+            product = 2 if multiplies_bf16(torch.device(card.kind)) else 4
+            sent["all-to-all"] = 2 * part * product * sizes.blocks / layout.shard
     copies = layout.world // layout.shard
     if copies > 1:
         sent["all-reduce"] = 2 * (copies - 1) / copies * reduced * sizes.total / layout.shard
@@ -249,7 +254,7 @@ def describe_fit(config: Config, sizes: Sizes, layout: Layout, card: Card, micro
     total, most = sum(held.values()), largest_micro_batch(config, sizes, layout, card, passes)
     fits = "fits" if total <= card.memory else "DOES NOT FIT"
     auto = ", chosen because train.micro_batch is 0" if config.train.micro_batch == 0 else ""
-    sent = bytes_sent(sizes, layout, passes)
+    sent = bytes_sent(config, sizes, layout, card, passes)
     lines = [
         f"memory       about {total / GIB:.2f} of {card.memory / GIB:.2f} GiB a card (estimate): {fits}",
         *(f"             {name:<20}{size / GIB:>7.2f} GiB" for name, size in sorted(held.items(), key=lambda item: -item[1])),

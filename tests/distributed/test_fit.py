@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atat_fast.config import Config, ImportanceConfig, ModelConfig, load_preset
+from atat_fast.config import Config, ImportanceConfig, ModelConfig, OptimConfig, load_preset
 from atat_fast.distributed.fit import (
     GIB,
     Card,
@@ -211,14 +211,19 @@ def test_the_largest_micro_batch_is_the_last_that_fits():
 
 
 def test_bytes_sent_are_those_of_rings():
-    sizes, small = Sizes(1000, 800, 4, 10), Layout("fsdp", 4, 4, gathers="bf16", sums="bf16")
-    assert bytes_sent(sizes, Layout("ddp", 6, 1), 5) == {"all-reduce": pytest.approx(2 * 5 / 6 * 4000)}  # once a step
-    kept = bytes_sent(sizes, small, 3)
+    small = Layout("fsdp", 4, 4, gathers="bf16", sums="bf16")
+
+    def sent(layout, passes, name="small"):
+        return bytes_sent(preset(name), Sizes(1000, 800, 4, 10), layout, card(), passes)
+
+    assert sent(Layout("ddp", 6, 1), 5) == {"all-reduce": pytest.approx(2 * 5 / 6 * 4000)}  # once a step
+    kept = sent(small, 3)
     assert kept == {"all-gather": pytest.approx(3 / 4 * (800 + 1600)), "reduce-scatter": pytest.approx(3 / 4 * 2000)}
-    freed = bytes_sent(sizes, replace(small, keep_gathered=False), 3)
+    freed = sent(replace(small, keep_gathered=False), 3)
     assert freed["all-gather"] == pytest.approx(3 / 4 * (800 + 3 * 3200))
-    assert bytes_sent(sizes, Layout("hsdp", 8, 4), 1)["all-reduce"] == pytest.approx(2 * 1 / 2 * 4 * 1000 / 4)
-    assert bytes_sent(sizes, Layout("none", 1, 1), 1) == {}
+    assert sent(Layout("hsdp", 8, 4), 1)["all-reduce"] == pytest.approx(2 * 1 / 2 * 4 * 1000 / 4)
+    assert sent(Layout("none", 1, 1), 1) == {}
+    assert sent(small, 1, "demo")["all-to-all"] == pytest.approx(2 * 3 / 4 * 2 * 800 / 4)  # Muon's updates, there and back
 
 
 def kept_by_autograd(config: ModelConfig, batch: int, every: int) -> int:
@@ -267,16 +272,16 @@ def test_two_ranks_hold_and_send_what_the_formulas_say(tmp_path, torchrun):
     """A step of three passes under ddp and fsdp over gloo: bytes of every kind, and bytes through every collective."""
     done = torchrun(2, "held_and_sent", tmp_path / "f")
     assert done.returncode == 0, done.stderr[-3000:]
-    config = Config(model=ModelConfig(dim=32, layers=4, heads=2, length=16, dropout=0.0))
-    sizes, found = sizes_of(config, 67), json.loads((tmp_path / "f").read_text())
+    config = Config(model=ModelConfig(dim=32, layers=4, heads=2, length=16, dropout=0.0), optim=OptimConfig(name="muon"))
+    sizes, found, place = sizes_of(config, 67), json.loads((tmp_path / "f").read_text()), Card(24 * GIB, "cpu", 4)
     for case in found:
-        layout = Layout(case["mode"], 2, 1 if case["mode"] == "ddp" else 2, case["gathered"])
-        held = card_memory(config, sizes, layout, Card(24 * GIB, "cpu", 4), 2, 3)
-        for name, size in case["held"].items():  # rows that do not divide over ranks make a difference
-            assert held[name] == pytest.approx(size, rel=0.02), (case["mode"], name)
-        assert case["sent"] == pytest.approx(bytes_sent(sizes, layout, 3), rel=0.02), case["mode"]
+        layout = Layout(**case["layout"])
+        held = card_memory(config, sizes, layout, place, 2, 3)
+        for name in ("parameters", "gradients", "average"):  # rows that do not divide over ranks make a difference
+            assert held[name] == pytest.approx(case["held"][name], rel=0.02), (layout, name)
+        assert case["sent"] == pytest.approx(bytes_sent(config, sizes, layout, place, 3), rel=0.02), layout
         assert case["same"], "gathering once a step changes no bit of a gradient"
-    assert [case["mode"] for case in found] == ["ddp", "fsdp", "fsdp"]
+    assert [case["layout"]["mode"] for case in found] == ["ddp", "ddp", "fsdp", "fsdp", "fsdp"]
 
 
 def test_the_dry_run_prints_the_plan_of_the_ranks_once_and_touches_nothing(monkeypatch, capsys, tmp_path):

@@ -10,7 +10,6 @@ import errno
 import functools
 import json
 import os
-import resource
 import signal
 import sys
 import time
@@ -21,12 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch._dynamo.utils import counters
-from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.checkpoint.filesystem import FileSystem
 from torch.distributed.tensor import Shard, distribute_tensor
 
 from atat_fast import cli, train
-from atat_fast.config import Config, ModelConfig
+from atat_fast.config import Config, ModelConfig, OptimConfig
 from atat_fast.distributed.fit import Layout
 from atat_fast.distributed.ranks import Launch, Ranks
 from atat_fast.distributed.tensors import local, whole
@@ -140,8 +138,7 @@ def loss_of(made: DiT, first: int, last: int) -> torch.Tensor:
 def memory(ranks: Ranks, arguments: Sequence[str]) -> None:
     """A sharded run holds its part of weights and average when it starts, and never held a whole model."""
 
-    def peak() -> int:
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    from timing import peak_resident_bytes as peak
 
     trainer([*arguments, "--model.dim=16", "--run.name=narrow"], ranks).close()
     before = peak()
@@ -357,65 +354,48 @@ def command_hung(*arguments: str) -> None:
 
 def held_and_sent(file: str) -> None:
     """What two ranks really hold and send in a step of three passes, by kind, under each layout; to a JSON file."""
-    ranks, sent = Ranks.start("cpu", 60), {}
+    from wire import Wire
 
-    def count(name: str, size: int) -> None:
-        sent[name] = sent.get(name, 0) + size * (ranks.size - 1) / ranks.size
-
-    def counted(name: str, place: int, call: Any) -> Any:
-        """`call`, noting the larger of its first two tensors: what is gathered (0), or what is scattered (1)."""
-
-        def wrapped(*tensors: Any, **more: Any) -> Any:
-            tensors = (*tensors, *(more.pop(k) for k in ("output", "input", "output_tensor", "input_tensor") if k in more))
-            count(name, tensors[place].nbytes)
-            return call(*tensors, **more)
-
-        return wrapped
-
-    def counted_sum(group, bucket):  # DDP looks at annotations
-        count("all-reduce", 2 * bucket.buffer().nbytes)
-        return allreduce_hook(group, bucket)
-
-    for name in ("all_gather_into_tensor", "all_gather_single", "reduce_scatter_tensor", "reduce_scatter_single"):
-        if hasattr(dist, name):  # as versions of PyTorch name FSDP's collectives
-            kind = ("all-gather", 0) if "gather" in name else ("reduce-scatter", 1)
-            setattr(dist, name, counted(*kind, getattr(dist, name)))
+    ranks = Ranks.start("cpu", 60)
 
     def size(tensors: Any) -> int:
         return sum(local(t).nbytes for t in tensors)
 
+    fsdp = Layout("fsdp", 2, 2)
+    freed, small = dataclasses.replace(fsdp, keep_gathered=False), dataclasses.replace(fsdp, gathers="bf16", sums="bf16")
     found = []
-    for mode, gathered in (("ddp", True), ("fsdp", True), ("fsdp", False)):
+    for layout in (Layout("ddp", 2, 1), Layout("ddp", 2, 1, sums="bf16"), fsdp, freed, small):
         torch.manual_seed(0)
-        config = Config(model=ModelConfig(dim=32, layers=4, heads=2, length=16, dropout=0.0))
+        config = Config(model=ModelConfig(dim=32, layers=4, heads=2, length=16, dropout=0.0), optim=OptimConfig(name="muon"))
         made = DiT(67, 66, **vars(config.model))
-        parallel = Parallel(made, None, Layout(mode, 2, 1 if mode == "ddp" else 2, gathered), 2, "cpu")
-        if mode == "ddp":
-            parallel._call.register_comm_hook(None, counted_sum)
+        parallel = Parallel(made, None, layout, 2, "cpu")
         optimizers, average = Optimizers(made, config.optim), Average(made, 0.9)
         tokens, rows = torch.randint(0, 66, (2, 16)), torch.arange(0, 32, 2)
         given = (tokens, rows, tokens.flatten()[rows], torch.ones(len(rows)))
 
         def passes(parallel: Parallel = parallel, made: DiT = made, given: Any = given) -> list[torch.Tensor]:
             made.zero_grad(set_to_none=True)
-            sent.clear()
             for i in range(3):
                 with parallel.accumulating(last=i == 2):
-                    parallel.backward(parallel.inside(lambda: made(*given)[0]))
+                    with torch.autocast("cpu", torch.bfloat16, enabled=parallel.layout.gathers == "bf16"):
+                        loss = parallel.inside(lambda: made(*given)[0])
+                    parallel.backward(loss)
             return [local(p.grad).clone() for p in made.parameters() if p.grad is not None]
 
         kept, parallel._kept = parallel._kept, []  # gathered anew in every pass, as torch does by default
         want, parallel._kept = passes(), kept
-        same = all(torch.equal(a, b) for a, b in zip(want, passes(), strict=True))
         held = {"parameters": size(made.parameters()), "average": size(average.values.values())}
-        held["gradients"] = size(p.grad for p in made.parameters() if p.grad is not None)
-        optimizers.step(1e-3)
+        with Wire() as wire:
+            same = all(torch.equal(a, b) for a, b in zip(want, passes(), strict=True))
+            held["gradients"] = size(p.grad for p in made.parameters() if p.grad is not None)
+            optimizers.step(1e-3)
         held["optimizer"] = size(t for name, t in optimizers.state().items() if not name.endswith("/step"))
-        found.append({"mode": mode, "gathered": gathered, "held": held, "sent": dict(sent), "same": same})
+        found.append({"layout": dataclasses.asdict(layout), "held": held, "sent": wire.sent, "same": same})
     if ranks.first:
         Path(file).write_text(json.dumps(found))
     ranks.leave()
 
 
 if __name__ == "__main__":
+    sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))  # a folder of scripts, not a package
     globals()[sys.argv[1]](*sys.argv[2:])

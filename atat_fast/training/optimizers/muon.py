@@ -89,8 +89,12 @@ class Muon(torch.optim.Optimizer):
         return [next(of_wide if u.shape[0] <= u.shape[1] else of_tall) for u in updates]
 
     def _across_ranks(self, some: Sequence[Tensor], updates: Sequence[Tensor]) -> list[Tensor]:
-        """This rank's pieces of the orthogonalised updates, from its pieces of updates. Rank i % ranks assembles matrix i."""
+        """This rank's pieces of the orthogonalised updates, from its pieces of updates. Rank i % ranks assembles matrix i.
+
+        Pieces travel in the dtype of the products, which they are rounded to in any case.
+        """
         group, ranks, rank = _group_of(some[0])
+        dtype = self.dtype or products_dtype(updates[0].device)
         moved: list[Tensor] = []
         for first in range(0, len(some), ranks):
             turn = range(first, min(first + ranks, len(some)))
@@ -99,15 +103,16 @@ class Muon(torch.optim.Optimizer):
             out = [rows[j][rank] * widths[j] for j in range(len(turn))] + [0] * (ranks - len(turn))
             owner = rank if rank < len(turn) else None
             back = [n * widths[owner] for n in rows[owner]] if owner is not None else [0] * ranks
-            like = updates[first]
-            whole = like.new_empty(sum(back))
-            dist.all_to_all_single(whole, torch.cat([updates[i].flatten() for i in turn]), back, out, group=group)
+            whole = updates[first].new_empty(sum(back), dtype=dtype)
+            sent = torch.cat([updates[i].flatten() for i in turn]).to(dtype)
+            dist.all_to_all_single(whole, sent, back, out, group=group)
             if owner is not None:
                 (made,) = self._orthogonal([whole.view(some[first + owner].shape)])
                 whole = made.contiguous().flatten()
-            pieces = like.new_empty(sum(out))
+            pieces = torch.empty_like(sent)
             dist.all_to_all_single(pieces, whole, out, back, group=group)
-            moved += [piece.view(updates[i].shape) for piece, i in zip(pieces.split(out[: len(turn)]), turn, strict=True)]
+            split = pieces.to(updates[first].dtype).split(out[: len(turn)])
+            moved += [piece.view(updates[i].shape) for piece, i in zip(split, turn, strict=True)]
         return moved
 
 
