@@ -333,16 +333,27 @@ def block(results: Path) -> str:
 
 
 def scaling_measured(results: Path) -> str:
-    """The trainer on several ranks of one machine."""
-    rows = []
+    """The trainer on several ranks of one machine, and what a sum in bf16 costs."""
+    rows, sentences = [], []
     for device, record in records(results, "scaling"):
         cores = record["settings"]["cores"]
         for r in record["results"]:
+            sent = ", ".join(f"{count / 1e6:.2f} {kind}" for kind, count in r["sent"].items())
+            share = sum(r["sent"].values()) / (sum(r["formula"].values()) or 1.0)
             rows.append([
-                f"{device}, {cores} cores", record["settings"]["preset"], str(r["ranks"]), r["mode"],
+                f"{device}, {cores} cores", record["settings"]["preset"], str(r["ranks"]), r["mode"], f"{r['step_ms']:,.0f}",
                 f"{r['tokens_per_second']:,.0f}", f"{r['ratio']:.2f}x", f"{r['loss_difference']:.0e}",
+                f"{sent} ({share:.1%})" if sent else "",
             ])  # fmt: skip
-    return markdown(("device", "model", "ranks", "mode", "tokens/s of all", "against one", "losses within"), rows)
+        sums = record["sums"]
+        sentences.append(
+            f"A gradient of {record['settings']['preset']} summed over {sums['ranks']} ranks in bf16 is wrong by "
+            f"{sums['error']['bf16']:.1e} of its size, in fp32 by {sums['error']['fp32']:.0e}; the gradients of a batch's two "
+            f"halves are {sums['halves_apart']:.2f} apart."
+        )
+    heads = ("device", "model", "ranks", "mode", "ms a step", "tokens/s of all", "against one", "losses within")
+    table = markdown((*heads, "MB sent by a rank in a step (of the formula)"), rows)
+    return "\n\n".join([table, *sentences])
 
 
 def projected_six(results: Path) -> str:
