@@ -103,6 +103,11 @@ class DiffusionConfig:
         schedule: The masking process. log_linear hides every token at the same rate. token_identity gives each token a rate by
             its frequency in the training text, and has its own bound (docs/atat.md). All but log_linear need exact masking and
             importance.source none.
+        spread: Chance, at curriculum level 1, that a sequence's hidden tokens lie evenly, one in each of k equal cells; below 0,
+            that they are one span. Blind to the text, so what the model learns is unbiased. Needs exact masking, log_linear,
+            importance.source none and no mirror.
+        gap_power: Weights (expected loss + 0.1)^-gap_power of hidden tokens, relative to a mean of 1. The expected loss is a
+            running mean for the distances to the nearest visible tokens, so contexts that tell little weigh less above 0.
         identity_strength: Tokens are revealed at rates exp(-identity_strength * log-rank) (token_identity only). Above 0 rare
             tokens stay hidden longer; 0 is the uniform process.
     """
@@ -120,6 +125,8 @@ class DiffusionConfig:
     sigma_max: float = 20.0
     schedule: str = "log_linear"
     identity_strength: float = 1.0
+    spread: float = 0.0
+    gap_power: float = 0.0
 
 
 @dataclass
@@ -155,7 +162,7 @@ class ImportanceConfig:
 
 @dataclass
 class CurriculumConfig:
-    """The level over the run. It multiplies importance.tilt and importance.focus.
+    """The level over the run. It multiplies importance.tilt, importance.focus and diffusion.spread.
 
     Args:
         kind: none is level 1 throughout; step keeps each phase's level; linear goes from each phase's level to the next one's;

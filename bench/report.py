@@ -59,6 +59,7 @@ def tables() -> dict[Path, dict[str, str]]:
         readme["demo"] = demo_table(read_run(RESULTS / "cpu" / "demo"))
     atat = {
         "audit": audit.table(),
+        "audit_blind": audit.blind_table(),
         "audit_counts": audit_schedules.counts_table(),
         "audit_identity": audit_schedules.identity_table(),
     }

@@ -37,9 +37,6 @@ from atat_fast.training.plan import card_of, sizes_of
 from atat_fast.training.step import read_batch
 from atat_fast.training.trainer import Trainer
 
-SUMMED_OVER = 8
-"""Ranks over which a gradient is summed in bf16."""
-
 
 def started(ranks: int, worker: str, *settings: object) -> dict[str, Any]:
     """What a worker below leaves as JSON, on so many ranks. Raises UsageError with the trainer's own error if it fails."""
@@ -149,16 +146,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="processes to measure with, one after the other")
     parser.add_argument("--modes", nargs="+", default=["ddp", "fsdp"], choices=("ddp", "fsdp", "hsdp"))
     parser.add_argument("--steps", type=int, default=20, help="optimizer steps of each measurement")
+    parser.add_argument("--sums", type=int, default=8, help="ranks over which a gradient is summed in bf16")
     parser.add_argument("--preset", default="demo", help="what is trained while measuring")
     parser.add_argument("--out", type=Path, default=None, help="folder of scaling.json; bench/results/cpu by default")
     args = parser.parse_args(arguments)
     path = (args.out or results_folder(torch.device("cpu"))) / "scaling.json"
     try:
-        if min(args.ranks) < 1 or args.steps < 1:
-            raise UsageError(f"--ranks and --steps must be at least 1, got {min(args.ranks)} and {args.steps}")
+        if min(*args.ranks, args.steps) < 1 or args.sums < 2:
+            raise UsageError(f"--ranks and --steps must be at least 1, and --sums 2; got {args.ranks}, {args.steps}, {args.sums}")
         rows = measured(args.ranks, args.modes, args.steps, args.preset)
         settings = ("--preset", args.preset, "--train.max_steps", args.steps, "--eval.every", args.steps, "--eval.sequences", 32)
-        sums = started(SUMMED_OVER, "summed", *settings)
+        sums = started(args.sums, "summed", *settings)
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

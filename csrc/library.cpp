@@ -74,7 +74,7 @@ STABLE_TORCH_LIBRARY(atat_fast_c, m) {
   m.def("philox(Tensor index, Tensor seed, Tensor step, int stream) -> Tensor");
   m.def(
       "mask_tokens(Tensor tokens, Tensor num_masked, int num_rows, int mask_id, Tensor? scores, float tilt, float focus, "
-      "Tensor? eligible, Tensor? frozen, int weighting, Tensor seed, Tensor step, Tensor sample_ids, int stream) "
+      "int spread, Tensor? eligible, Tensor? frozen, int weighting, Tensor seed, Tensor step, Tensor sample_ids, int stream) "
       "-> (Tensor noisy, Tensor rows, Tensor weights)");
   m.def(
       "cross_entropy_(Tensor(a!) logits, Tensor target, Tensor? token_weight, Tensor? hidden, Tensor? weight, Tensor? bias, "

@@ -60,11 +60,31 @@ def load_free(Eligible, Frozen, start, o, m, ELIGIBLE: tl.constexpr, FROZEN: tl.
 
 
 @triton.jit
-def make_keys(Scores, start, first, o, m, seed, step, stream, tilt, TILTED: tl.constexpr):
-    """Small keys are hidden first: the random word itself, or the tilted Gumbel in an integer's order."""
+def make_keys(Scores, start, first, o, m, seed, step, stream, tilt, spread, cells, L, TILTED: tl.constexpr, SPREAD: tl.constexpr):
+    """Small keys are hidden first: the random word itself, or the tilted Gumbel in an integer's order. In a sequence whose hidden
+    tokens are spread, keys have a first bit that is 0 for the positions that are drawn.
+    """
+    if SPREAD != 0:
+        _, choice, turn, _ = random_words(first, seed, step, 8)  # STREAM_SPREAD
+        place = o + (turn.to(tl.uint64) * L >> 32).to(tl.int32)
+        place = tl.where(place >= L, place - L, place)
+        if SPREAD < 0:
+            drawn = place < cells
+        else:
+            k = tl.maximum(cells, 1)
+            cell = place * k // L  # at most 2^28: LONGEST squared
+            word, _, _, _ = random_words(first + cell, seed, step, 8)
+            begin = (cell * L + k - 1) // k
+            size = ((cell + 1) * L + k - 1) // k - begin
+            drawn = place - begin == tl.umulhi(word, size.to(tl.uint32)).to(tl.int32)
+        passed = tl.where(drawn, 0, 0x80000000).to(tl.uint32)
+        chosen = (choice.to(tl.int64) < spread) & (cells > 0)
+        tl.debug_barrier()  # one Philox after another: both at once do not fit the registers of long sequences
     keys, _, _, _ = random_words(first + o, seed, step, stream)
     if TILTED:
         keys = ordered(gumbel(keys) - tilt * tl.load(Scores + start + o, mask=m, other=0.0))
+    if SPREAD != 0:
+        keys = tl.where(chosen, (keys >> 1) | passed, keys)
     return keys
 
 
@@ -85,7 +105,7 @@ def pad(Rows, Weights, begin, end, stride, o_t, TILE: tl.constexpr):
         tl.store(Weights + p + o_t, tl.zeros((TILE,), tl.float32), mask=m)
 
 
-@triton.jit(do_not_specialize=["num_rows", "mask_id", "stream"])
+@triton.jit(do_not_specialize=["num_rows", "mask_id", "spread", "stream"])
 def _mask_tokens_kernel(
     Noisy,
     Rows,
@@ -102,11 +122,13 @@ def _mask_tokens_kernel(
     mask_id,
     tilt,
     focus,
+    spread,
     stream,
     B,
     L,
     WEIGHTING: tl.constexpr,
     TILTED: tl.constexpr,
+    SPREAD: tl.constexpr,
     ELIGIBLE: tl.constexpr,
     FROZEN: tl.constexpr,
     TILES: tl.constexpr,
@@ -133,7 +155,7 @@ def _mask_tokens_kernel(
         m = o < L
         m_free, m_may = load_free(Eligible, Frozen, start, o, m, ELIGIBLE, FROZEN)
         both += m_free.to(tl.int32) + (m_may.to(tl.int32) << 16)
-        keys = make_keys(Scores, start, first, o, m, seed, step, stream, tilt, TILTED)
+        keys = make_keys(Scores, start, first, o, m, seed, step, stream, tilt, spread, slots, L, TILTED, SPREAD)
         tiles = tiles + (tl.where(m_may, keys, 0xFFFFFFFF).to(tl.uint32),)  # type: ignore[assignment]  # noqa: RUF005
         tl.debug_barrier()  # one tile after another: all at once do not fit the registers
     both = tl.sum(both, 0)
@@ -163,7 +185,7 @@ def _mask_tokens_kernel(
             o = p + o_t
             m = o < L
             _, m_may = load_free(Eligible, Frozen, start, o, m, ELIGIBLE, FROZEN)
-            keys = make_keys(Scores, start, first, o, m, seed, step, stream, tilt, TILTED)
+            keys = make_keys(Scores, start, first, o, m, seed, step, stream, tilt, spread, slots, L, TILTED, SPREAD)
             hidden, tied = hide(keys, m_may, threshold, left)
             left -= tied
             exponent = tl.where(hidden, slope * tl.load(Scores + start + o, mask=m, other=0.0), float("-inf"))
@@ -179,7 +201,7 @@ def _mask_tokens_kernel(
         o = p + o_t
         m = o < L
         _, m_may = load_free(Eligible, Frozen, start, o, m, ELIGIBLE, FROZEN)
-        keys = make_keys(Scores, start, first, o, m, seed, step, stream, tilt, TILTED)
+        keys = make_keys(Scores, start, first, o, m, seed, step, stream, tilt, spread, slots, L, TILTED, SPREAD)
         hidden, tied = hide(keys, m_may, threshold, left)
         left -= tied
         tokens = tl.load(Tokens + start + o, mask=m, other=0)
@@ -208,6 +230,7 @@ def mask_tokens(
     scores,
     tilt,
     focus,
+    spread,
     eligible,
     frozen,
     weighting,
@@ -240,11 +263,13 @@ def mask_tokens(
         mask_id,
         tilt,
         focus,
+        abs(spread),
         stream,
         batch,
         length,
         WEIGHTING=weighting,
         TILTED=scores is not None and tilt != 0,
+        SPREAD=(spread > 0) - (spread < 0),
         ELIGIBLE=eligible is not None,
         FROZEN=frozen is not None,
         BLOCK_B=triton.next_power_of_2(batch),

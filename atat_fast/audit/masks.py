@@ -18,6 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atat_fast.diffusion.gaps import CELLS, DISTANCES, GapTable, cells_of
 from atat_fast.diffusion.noise import LogLinear
 
 JOINTS = ((3, 4, 0), (2, 4, 2))  # vocabulary, length and seed of the joints in the table
@@ -68,6 +69,23 @@ def uniform_law(sequences: Tensor, k: int) -> dict[tuple[int, ...], Tensor]:
     length = sequences.shape[1]
     share = torch.full((len(sequences),), 1 / math.comb(length, k), dtype=torch.float64)
     return dict.fromkeys(subsets(length, k), share)
+
+
+def spread_law(spread: float) -> HideLaw:
+    """Evenly spread with chance `spread` (one of each of k cells), a span with chance -spread, at a random turn; else uniform."""
+
+    def law(sequences: Tensor, k: int) -> dict[tuple[int, ...], Tensor]:
+        length = sequences.shape[1]
+        total = {hidden: (1 - abs(spread)) * chance for hidden, chance in uniform_law(sequences, k).items()}
+        edges = [-(-cell * length // max(1, k)) for cell in range(k + 1)]
+        cells = [range(a, b) for a, b in itertools.pairwise(edges)] if spread > 0 else [range(i, i + 1) for i in range(k)]
+        for turn in range(length):
+            for places in itertools.product(*cells):
+                hidden = tuple(sorted((place - turn) % length for place in places))
+                total[hidden] = total[hidden] + abs(spread) / length / math.prod(map(len, cells))
+        return total
+
+    return law
 
 
 def plackett_luce_law(score: Callable[[Tensor], Tensor], tilt: float) -> HideLaw:
@@ -314,6 +332,57 @@ def table() -> str:
         off = "0: p(token given visible)" if f.learns_the_posterior else f"up to {f.off:.3f}"
         sees = "-" if f.source == "none" else f.sees
         lines.append(f"| {f.source} | {sees} | {f.weighting} | {spans[0]} | {spans[1]} | {bound} | {off} |")
+    return "\n".join(lines)
+
+
+def gap_law(spread: float, power: float) -> WeightedLaw:
+    """`spread_law` with the weights of diffusion/gaps.py, for expected losses that grow with a token's distances (an example)."""
+
+    def law(sequences: Tensor, k: int) -> dict[tuple[int, ...], Tensor]:
+        length, gaps = sequences.shape[1], GapTable(power, sequences.device)
+        cell = torch.arange(CELLS)
+        gaps.sums[1] = 1.0
+        gaps.sums[0] = 0.2 * (1 + cell // DISTANCES) * (1 + cell % DISTANCES)
+        weighted = {}
+        for hidden, chance in (spread_law(spread) if spread else uniform_law)(sequences, k).items():
+            mask = torch.zeros(1, length, dtype=torch.bool)
+            mask[0, list(hidden)] = True
+            weights = gaps.weights(cells_of(mask)[0, list(hidden)]).double() if power else torch.ones(k, dtype=torch.float64)
+            weighted[hidden] = chance[:, None] * weights
+        return weighted
+
+    return law
+
+
+BLIND = (
+    ("evenly spread", 1.0, 0.0),
+    ("half of them so", 0.5, 0.0),
+    ("one span", -1.0, 0.0),
+    ("uniform", 0.0, 0.5),
+    ("uniform", 0.0, -0.5),
+    ("half of them evenly spread", 0.5, 0.5),
+)
+"""Masks in words, spread, and gap_power, of the table."""
+
+
+def blind_table() -> str:
+    """Masks and weights that depend on the mask alone, as a table for docs/atat.md."""
+    lines = ["| masks | gap_power | value - entropy | best model off by |", "|---|---|---|---|"]
+    for masks, spread, power in BLIND:
+        above, off = [], 0.0
+        for vocabulary, length, seed in JOINTS:
+            joint = Joint.random(vocabulary, length, seed=seed)
+            found = [
+                (value / k, wrong)
+                for k in range(1, length + 1)
+                for hidden, weight in gap_law(spread, power)(joint.sequences, k).items()
+                for value, wrong in [weighted_cross_entropy(joint, hidden, weight)]
+                if float(weight.sum()) > 0
+            ]
+            above.append(sum(value for value, _ in found) - joint.entropy())
+            off = max(off, *(wrong for _, wrong in found))
+        sure = "0: p(token given visible)" if off < ROUNDING else f"up to {off:.3f}"
+        lines.append(f"| {masks} | {power:g} | {number(min(above))} to {number(max(above))} | {sure} |")
     return "\n".join(lines)
 
 

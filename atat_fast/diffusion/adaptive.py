@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from atat_fast.config import CurriculumConfig, DiffusionConfig, ImportanceConfig
+from atat_fast.diffusion.curriculum import highest_level
 from atat_fast.diffusion.process import MaskedBatch, Scored
 from atat_fast.errors import UsageError
 from atat_fast.ops.masking import mask_tokens
@@ -130,12 +131,17 @@ def check_importance(importance: ImportanceConfig, diffusion: DiffusionConfig, c
                 f"diffusion.weighting {diffusion.weighting} needs scores and importance.source is none; "
                 "set importance.source learned, or diffusion.weighting uniform"
             )
-        if curriculum.kind != "none":
+        if curriculum.kind != "none" and not diffusion.spread:
             raise UsageError(
-                f"curriculum.kind {curriculum.kind} has nothing to change while importance.source is none; "
-                "set importance.source learned, or curriculum.kind none"
+                f"curriculum.kind {curriculum.kind} has nothing to change if importance.source is none and diffusion.spread 0; "
+                "set one of them, such as diffusion.spread 0.5, or curriculum.kind none"
             )
         return
+    if diffusion.spread:
+        raise UsageError(
+            f"diffusion.spread {diffusion.spread} hides tokens wherever they lie, and importance.source {importance.source} "
+            "chooses them; set one of them to 0 or none"
+        )
     if diffusion.mirror:
         raise UsageError(
             "diffusion.mirror hides two halves of one sequence, which importance cannot both choose; "
@@ -143,7 +149,7 @@ def check_importance(importance: ImportanceConfig, diffusion: DiffusionConfig, c
         )
     if not 0 < importance.rho <= 1:
         raise UsageError(f"importance.rho must be above 0 and at most 1, got {importance.rho}")
-    most = max((abs(level) for level in curriculum.levels), default=1.0) if curriculum.kind != "none" else 1.0
+    most = highest_level(curriculum)
     for name in ("tilt", "focus"):
         value = getattr(importance, name)
         if not abs(value) * most <= MOST_TILT:

@@ -1,4 +1,4 @@
-"""The curriculum: one level over training progress, which multiplies the tilt of masks and the focus of weights.
+"""The curriculum: one level over training progress, which multiplies the tilt or spread of masks and the focus of weights.
 
 Level 1 applies importance in full, 0 is the uniform process, below 0 is its opposite. The defaults stress easy tokens first and
 hard ones last. Over the last 5 % of the run the level returns to 0, so the final model was trained on the reported bound. Every
@@ -94,6 +94,11 @@ class Curriculum:
 
 def _signed(level: float) -> str:
     return f"{level:+g}" if level else "0"
+
+
+def highest_level(config: CurriculumConfig) -> float:
+    """The largest absolute level of a run."""
+    return 1.0 if config.kind == "none" else max((abs(level) for level in config.levels), default=1.0)
 
 
 def check_curriculum(config: CurriculumConfig, *, max_steps: int, eval_every: int, log_every: int) -> None:

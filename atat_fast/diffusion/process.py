@@ -42,7 +42,7 @@ class MaskedBatch:
     hidden_share: [B] fp32, the share of each sequence that is hidden; the time of a time-conditioned model.
     tokens: B * L, by which the loss is divided.   documents: boundaries that attention keeps, or None.
     hidden: number of rows that are not padding; they come first.   importance: scores that chose the masks, or None.
-    tilt: what the process adds to the loss, or None.
+    tilt: what the process adds to the loss, or None.   gaps: [R] the rows' cells of `gaps.cells_of`, or None.
     """
 
     noisy: Tensor
@@ -55,6 +55,7 @@ class MaskedBatch:
     hidden: int = 0
     importance: Scored | None = None
     tilt: Tilt | None = None
+    gaps: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """The tensors of the loss, in a fixed order."""

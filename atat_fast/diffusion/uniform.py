@@ -1,4 +1,4 @@
-"""Uniform masks: every set of k tokens is equally likely. Also mirrored pairs, whose halves cover a sequence."""
+"""Masks that are blind to the text: every set of k tokens is equally likely, or the k lie evenly. Also mirrored pairs."""
 
 from __future__ import annotations
 
@@ -21,8 +21,12 @@ def hide(
     seed: int | Tensor,
     step: int | Tensor,
     weighting: str = "uniform",
+    spread: float = 0.0,
 ) -> MaskedBatch:
-    """Hide exactly counts[b] (CPU int64) tokens of sequence b. The loss is sum(weights * nll) / batch.tokens, nats a token."""
+    """Hide exactly counts[b] (CPU int64) tokens of sequence b. The loss is sum(weights * nll) / batch.tokens, nats a token.
+
+    spread: as in ops.mask_tokens.
+    """
     device, hidden = tokens.device, int(counts.sum())
     noisy, rows, weights = mask_tokens(
         tokens,
@@ -33,6 +37,7 @@ def hide(
         seed=seed,
         step=step,
         weighting=weighting,
+        spread=spread,
     )
     share = (counts / max(1, tokens.shape[1])).to(device, torch.float32, non_blocking=True)
     return MaskedBatch(noisy, rows, tokens.flatten()[rows], weights, share, tokens.numel(), hidden=hidden)

@@ -5,6 +5,10 @@ The k smallest keys are hidden; of equal keys the lower position goes first. Wit
 Gumbel grows with its word, so the same tokens are hidden, and an integer is the same on every backend.
 Revealing from the largest key down is Plackett-Luce: the chance that i is next is softmax over hidden tokens of -tilt * score.
 
+With `spread` some sequences hide tokens that lie evenly, one in each of k cells of (nearly) equal length at a random turn, or,
+below 0, one span. Both are blind to the tokens, and every position is still hidden with chance k / L. Their keys are those of
+uniform masks after a first bit that says whether a position is drawn.
+
 Tilted keys are fp64 here and fp32 in the kernels, which may therefore swap tokens whose keys are within 1e-6 of each other.
 """
 
@@ -17,13 +21,15 @@ import torch
 from torch import Tensor
 
 from atat_fast.errors import nearest
-from atat_fast.ops.philox import STREAM_MASK, random_words, uniform
+from atat_fast.ops.philox import STREAM_MASK, STREAM_SPREAD, random_words, uniform
 from atat_fast.ops.registry import Cost, as_ids, backends, choose_backend, dispatch, readable, register, scalar
 
 WEIGHTINGS = ("uniform", "order", "importance", "ce")
 """Kernels take a weighting as its index here."""
 LONGEST = 16_384
 """Longest sequence on a GPU, in tokens: its keys stay in one multiprocessor's shared memory or registers."""
+LONGEST_SPREAD = 8_192
+"""Longest sequence whose hidden tokens the Triton kernel spreads: for more it lacks registers."""
 
 
 def mask_tokens_reference(
@@ -34,6 +40,7 @@ def mask_tokens_reference(
     scores: Tensor | None,
     tilt: float,
     focus: float,
+    spread: int,
     eligible: Tensor | None,
     frozen: Tensor | None,
     weighting: str,
@@ -42,7 +49,7 @@ def mask_tokens_reference(
     sample_ids: Tensor,
     stream: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The specification of mask_tokens, in plain PyTorch. No step waits for the device."""
+    """The specification of mask_tokens, in plain PyTorch; spread is in units of 2^-32. No step waits for the device."""
     length = tokens.shape[1]
     position = torch.arange(length, device=tokens.device)
     word = random_words(sample_ids[:, None] * length + position, seed, step, stream)[0]
@@ -50,6 +57,8 @@ def mask_tokens_reference(
     keys = reveal_keys(word, scores, tilt)
     may_hide = _may_hide(eligible, frozen)
     num_masked = num_masked.clamp(0, length)
+    if spread and length:
+        keys = _spread_keys(keys, num_masked, spread, seed, step, sample_ids)
     if may_hide is not None:
         keys = torch.where(may_hide, keys, torch.inf if keys.is_floating_point() else 2**32)
         num_masked = num_masked.minimum(may_hide.sum(1))
@@ -68,6 +77,23 @@ def reveal_keys(word: Tensor, scores: Tensor | None, tilt: float) -> Tensor:
         return word
     keys = -torch.log(-torch.log(uniform(word))) - tilt * scores.to(torch.float64)
     return keys.nan_to_num(nan=torch.finfo(torch.float64).max)  # finite: tokens that may not be hidden sort after every key
+
+
+def _spread_keys(word: Tensor, num_masked: Tensor, spread: int, seed: Tensor, step: Tensor, sample_ids: Tensor) -> Tensor:
+    """Keys of which num_masked[b] evenly spread positions (spread below 0: one span) are the smallest, in chosen sequences."""
+    length = word.shape[1]
+    first = sample_ids[:, None] * length
+    _, choice, turn, _ = random_words(first, seed, step, STREAM_SPREAD)
+    place = (torch.arange(length, device=word.device) + (turn * length >> 32)) % length
+    k = num_masked.clamp(min=1)[:, None]
+    if spread < 0:
+        drawn = place < k
+    else:
+        cell = place * k // length
+        begin, end = (((cell + more) * length + k - 1) // k for more in (0, 1))
+        within = random_words(first + cell, seed, step, STREAM_SPREAD)[0] * (end - begin) >> 32
+        drawn = place - begin == within
+    return torch.where(choice < abs(spread), (word >> 1) + torch.where(drawn, 0, 1 << 31), word)
 
 
 def _weights(
@@ -109,6 +135,7 @@ def mask_tokens(
     scores: Tensor | None = None,
     tilt: float = 0.0,
     focus: float = 0.0,
+    spread: float = 0.0,
     eligible: Tensor | None = None,
     frozen: Tensor | None = None,
     weighting: str = "uniform",
@@ -126,6 +153,8 @@ def mask_tokens(
                  wait for the device. Rows past the sum are padding: row 0 with weight 0.
     scores:      [B, L] importance in [0, 1], or None for uniform masks.
     tilt:        beta; above 0 hard tokens stay hidden longer, at 0 masks are uniform.
+    spread:      s in [-1, 1], without scores: a sequence's hidden tokens are evenly spread with chance s, or one span (around the
+                 end, if it is there) with chance -s; otherwise every set of k is equally likely. Frozen tokens make holes.
     eligible:    [B, L] bool: only these may be hidden now (they were hidden by an earlier, uniform call).
     frozen:      [B, L] bool: never hidden and not counted (prompt, padding).
     weighting:   with n tokens not frozen and k hidden in a sequence,
@@ -158,6 +187,10 @@ def mask_tokens(
             raise ValueError(f"{name} must have shape {shape} for tokens of shape {(batch, length)}, got {tuple(tensor.shape)}")
     if weighting not in WEIGHTINGS:
         raise ValueError(f"weighting {weighting!r} is unknown{nearest(weighting, WEIGHTINGS)}; choose {', '.join(WEIGHTINGS)}")
+    if not -1.0 <= spread <= 1.0:
+        raise ValueError(f"spread must be in [-1, 1], got {spread}")
+    if spread and scores is not None:
+        raise ValueError(f"spread {spread} is blind and scores choose tokens by what they are; leave one of them out")
     if scores is None and (weighting in ("order", "importance") or tilt):
         raise ValueError(f"weighting {weighting!r} with tilt {tilt} needs scores")
     seed, step = scalar(seed, tokens), scalar(step, tokens)
@@ -171,6 +204,8 @@ def mask_tokens(
         if readable(scores) and scores.isnan().any():
             raise ValueError("scores hold NaN; the network that made them has diverged")
     without = _TOO_LARGE if length > LONGEST or batch * length >= 2**31 else ()
+    if spread and length > LONGEST_SPREAD:
+        without += (("triton", f"it spreads hidden tokens of at most {LONGEST_SPREAD:,}"),)
     return torch.ops.atat_fast.mask_tokens(  # type: ignore[no-any-return]
         tokens,
         counts.to(tokens.device),
@@ -179,6 +214,7 @@ def mask_tokens(
         scores,
         tilt,
         focus,
+        round(spread * 2**32),
         eligible,
         frozen,
         weighting,
@@ -239,11 +275,10 @@ def _fake(tokens: Tensor, num_masked: Tensor, num_rows: int, *rest: object) -> t
 
 def _compiled(*arguments: Any) -> Any:
     """cpu.cpp and launch.cu in csrc/masking/, by the device of the tokens."""
-    tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting, *rest = arguments
+    *before, scores, tilt, focus, spread, eligible, frozen, weighting, seed, step, ids, stream = arguments
     scores = None if scores is None else scores.to(torch.float32)
-    return torch.ops.atat_fast_c.mask_tokens(
-        tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, WEIGHTINGS.index(weighting), *rest
-    )
+    own = (WEIGHTINGS.index(weighting), seed, step, ids, stream)
+    return torch.ops.atat_fast_c.mask_tokens(*before, scores, tilt, focus, spread, eligible, frozen, *own)
 
 
 def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -251,18 +286,20 @@ def _triton(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     from atat_fast.kernels import masking  # triton takes a second to import
 
     packed: list[Any] = [a.contiguous() if isinstance(a, Tensor) else a for a in arguments]
-    tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, weighting, *rest = packed
+    tokens, num_masked, num_rows, mask_id, scores, tilt, focus, spread, *rest = packed
+    eligible, frozen, weighting, *place = rest
     scores = None if scores is None else scores.to(torch.float32)
     outputs = _fake(tokens, num_masked, num_rows)
-    rest = [WEIGHTINGS.index(weighting), *rest, *outputs]
-    masking.mask_tokens(tokens, num_masked, num_rows, mask_id, scores, tilt, focus, eligible, frozen, *rest)
+    rest = [eligible, frozen, WEIGHTINGS.index(weighting), *place, *outputs]
+    masking.mask_tokens(tokens, num_masked, num_rows, mask_id, scores, tilt, focus, spread, *rest)
     return outputs
 
 
 backends("mask_tokens", cuda=_compiled, triton=_triton, cpp=_compiled, torch=mask_tokens_reference)
 register(
     "mask_tokens(Tensor tokens, Tensor num_masked, SymInt num_rows, SymInt mask_id, Tensor? scores, float tilt, float focus, "
-    "Tensor? eligible, Tensor? frozen, str weighting, Tensor seed, Tensor step, Tensor sample_ids, int stream, str backend) "
+    "int spread, Tensor? eligible, Tensor? frozen, str weighting, Tensor seed, Tensor step, Tensor sample_ids, int stream, "
+    "str backend) "
     "-> (Tensor noisy, Tensor rows, Tensor weights)",
     dispatch("mask_tokens"),
     _fake,

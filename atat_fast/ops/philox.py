@@ -35,6 +35,8 @@ STREAM_REMASK = 6
 """Whether a sampler hides a position again, or reveals it, at a step."""
 STREAM_ORDER = 7
 """The order in which a sampler that draws its order reveals positions at a step."""
+STREAM_SPREAD = 8
+"""Which position of its cell is hidden, if a sequence's hidden tokens are spread out; of cell 0 also whether and from where."""
 STREAM_MOMENTS = 16
 """Rounding of an optimizer's bf16 moments; the parameter's number is in the stream's bits 8 and up."""
 

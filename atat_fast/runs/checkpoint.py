@@ -5,7 +5,7 @@
 
 With importance there are also importance.safetensors and importance_ema.safetensors: the estimator, which evaluation does not
 need, and sampling needs only in the estimator's order. A masking process that keeps tensors, such as the rates of a
-token-identity schedule, has schedule.safetensors.
+token-identity schedule, has schedule.safetensors; weights that are learned from losses are in objective.safetensors.
 
 A run on several ranks writes shards/*.safetensors instead of these files (runs/shards.py). Any number of ranks can read them, and
 so can evaluation and sampling.
@@ -47,7 +47,7 @@ FOLDER = "checkpoints"
 MANIFEST = "manifest.json"
 WEIGHTS, EMA, OPTIMIZER = "weights.safetensors", "ema.safetensors", "optimizer.safetensors"
 IMPORTANCE, IMPORTANCE_EMA = "importance.safetensors", "importance_ema.safetensors"
-SCHEDULE = "schedule.safetensors"
+SCHEDULE, OBJECTIVE = "schedule.safetensors", "objective.safetensors"
 LINKS = ("last", "best")
 
 

@@ -22,9 +22,10 @@ from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import hide_by_importance, relative_weights
 from atat_fast.diffusion.counts import weighting_at
 from atat_fast.diffusion.curriculum import Curriculum
+from atat_fast.diffusion.gaps import GapTable, cells_of
 from atat_fast.diffusion.masking import hidden_in_batch, hide_for_training
 from atat_fast.diffusion.process import MaskedBatch, Process, Scored
-from atat_fast.diffusion.uniform import UNIFORM
+from atat_fast.diffusion.uniform import UNIFORM, hide
 from atat_fast.distributed.wrap import compile_blocks
 from atat_fast.hardware.compute import Compute
 from atat_fast.models.dit import DiT
@@ -70,6 +71,7 @@ class Objective:
         self.model, self.config, self.compute, self.estimator, self.process = model, config, compute, estimator, process
         self.seed, self.total = seed, total
         self.curriculum = Curriculum(config.curriculum)
+        self.gaps = GapTable(config.diffusion.gap_power, compute.device) if config.diffusion.gap_power else None
         network = None if estimator is None else estimator.network
         if compute.compile and by_block:
             compile_blocks(model)
@@ -123,6 +125,8 @@ class Objective:
         """`loss` of a batch that is already masked."""
         loss, nll = self.forward_loss(batch, sample_ids, torch.full((), step, device=batch.noisy.device))
         parts = {"diffusion": loss.detach()}
+        if self.gaps is not None and batch.gaps is not None:
+            self.gaps.observe(batch.gaps, nll[: batch.hidden])
         if batch.importance is not None:
             own, more = self._importance(batch, batch.importance, nll, batch.noisy.shape[1], step, progress)
             loss, parts = loss + self.config.importance.loss_weight * own, parts | more
@@ -166,11 +170,12 @@ class Objective:
             "seed": self.seed,
             "step": step,
         }
-        if self.estimator is None:
-            batch = hide_for_training(tokens, config, progress=progress, choose=self.process.hide, **place)
-            batch.documents = documents
-            return batch
         level = self.curriculum.at(progress).level
+        if self.estimator is None:
+            choose: Any = functools.partial(hide, spread=level * config.spread) if config.spread else self.process.hide
+            batch = hide_for_training(tokens, config, progress=progress, choose=choose, **place)
+            batch.documents = documents
+            return self._weigh_gaps(batch)
         tilt, focus = level * importance.tilt, level * importance.focus
 
         def score(seen: Tensor, clean: Tensor, share: Tensor) -> Scored:
@@ -193,7 +198,23 @@ class Objective:
             relative = relative_weights(batch.importance.scores, batch.noisy == self.model.mask_id, exponent)
             batch.weights = batch.weights * relative.flatten()[batch.rows]
         batch.documents = documents
+        return self._weigh_gaps(batch)
+
+    def _weigh_gaps(self, batch: MaskedBatch) -> MaskedBatch:
+        """The batch, its weights times those of its tokens' gaps if there are any."""
+        if self.gaps is not None:
+            batch.gaps = cells_of(batch.noisy == self.model.mask_id).flatten()[batch.rows[: batch.hidden]]
+            batch.weights[: batch.hidden] *= self.gaps.weights(batch.gaps)
         return batch
+
+    def end_step(self, ranks: int) -> None:
+        """Take in what all ranks' losses of this step say about gaps. Every rank calls it, after its last micro-batch."""
+        if self.gaps is not None:
+            self.gaps.step(ranks)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """State that a checkpoint keeps beside parameters, the same on every rank."""
+        return {} if self.gaps is None else {"gaps": self.gaps.sums}
 
     def scores(self, seen: Tensor, clean: Tensor, hidden_share: Tensor, documents: Documents | None = None) -> Scored:
         """The estimator's score of every token. seen, clean [B, L]: ids it may see, and clean ids. hidden_share [B]."""

@@ -9,7 +9,8 @@ import torch
 from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import bias, check_importance
 from atat_fast.diffusion.counts import check_counts, expected_share
-from atat_fast.diffusion.curriculum import Curriculum, check_curriculum
+from atat_fast.diffusion.curriculum import Curriculum, check_curriculum, highest_level
+from atat_fast.diffusion.gaps import check_gaps
 from atat_fast.diffusion.processes import check_process, process_named
 from atat_fast.distributed.fit import Card, Layout, Sizes, check_parallel, choose, describe_fit
 from atat_fast.distributed.ranks import Launch
@@ -82,6 +83,7 @@ def check(config: Config, ranks: int = 1, on_host: int = 1) -> Batches:
     )
     check_importance(config.importance, config.diffusion, config.curriculum)
     check_process(config.diffusion, config.importance)
+    check_gaps(config.diffusion, highest_level(config.curriculum))
     plan = batches(config, ranks)
     check_counts(config.diffusion, config.model.length, plan.global_batch)
     return plan
@@ -173,11 +175,28 @@ def describe_schedule(config: Config) -> list[str]:
     return [f"schedule     {said}"] if said else []
 
 
+def describe_blind(config: Config) -> list[str]:
+    """Lines with the parts of ATAT that see masks only, or one that says that there are none."""
+    spread, power = config.diffusion.spread, config.diffusion.gap_power
+    lines = []
+    if spread:
+        lines.append(
+            f"masking    on   {abs(spread):g} of the sequences hide {'evenly spread tokens' if spread > 0 else 'one span'}"
+        )
+    if power:
+        lines.append(f"loss       on   tokens weigh (expected loss of their gap)^{-power:g}")
+    if spread and config.curriculum.kind != "none":
+        lines.append(f"curriculum on   {Curriculum(config.curriculum).describe()}")
+    if not lines:
+        return ["atat         off (importance.source none: uniform masks and weights)"]
+    return [f"{'atat' if i == 0 else '':<13}{line}" for i, line in enumerate(lines)]
+
+
 def describe_atat(config: Config, parameters: int, work: float) -> list[str]:
     """Lines with the setting of each part of ATAT. work: the estimator's share of a step's operations."""
     importance, curriculum = config.importance, config.curriculum
     if importance.source == "none":
-        return ["atat         off (importance.source none: uniform masks and weights)"]
+        return describe_blind(config)
     seen = f"what stays visible, rho {importance.rho:g}" if importance.sees == "visible" else "the clean text"
     made = {
         "learned": f"learned from {seen}",

@@ -133,8 +133,8 @@ def tensor_files(parts: Parts) -> dict[str, dict[str, Tensor]]:
         kept = checkpoint.saved_tensors(parts.estimator)
         files[checkpoint.IMPORTANCE] = kept
         files[checkpoint.IMPORTANCE_EMA] = {name: average.get(PREFIX + name, value) for name, value in kept.items()}
-    process = parts.process.tensors()
-    return files | ({checkpoint.SCHEDULE: process} if process else {})
+    more = {checkpoint.SCHEDULE: parts.process.tensors(), checkpoint.OBJECTIVE: parts.objective.tensors()}
+    return files | {name: tensors for name, tensors in more.items() if tensors}
 
 
 class Checkpoints:

@@ -94,9 +94,19 @@ void mask_sequence(const MaskArguments& a, int64_t b, int64_t offset, float ce_w
   Threshold threshold = wanted == 0 ? hide_none() : hide_all();
   if (wanted > 0 && wanted < limit) {
     const uint64_t first = static_cast<uint64_t>(a.sample_ids[b]) * static_cast<uint64_t>(a.length);
-    fill_words(scratch.keys.data(), a.length, first, static_cast<uint64_t>(*a.seed), static_cast<uint32_t>(*a.step), a.stream);
+    const uint64_t seed = static_cast<uint64_t>(*a.seed);
+    const uint32_t step = static_cast<uint32_t>(*a.step);
+    fill_words(scratch.keys.data(), a.length, first, seed, step, a.stream);
     if (a.tilted()) {
       for (int64_t i = 0; i < a.length; ++i) scratch.keys[i] = tilted_key(scratch.keys[i], scores[i], a.tilt);
+    }
+    const Spread spread(a, first, seed, step, clamp_count(a.num_masked[b], a.length));
+    if (spread.chosen) {
+      for (int64_t i = 0; i < a.length; ++i) scratch.keys[i] = Spread::passed_over(scratch.keys[i]);
+      for (int64_t cell = 0; cell < spread.cells; ++cell) {
+        uint32_t& key = scratch.keys[spread.position(cell, first, seed, step)];
+        key = Spread::drawn(key);
+      }
     }
     threshold = select_threshold(scratch.keys.data(), may_hide, a.length, wanted);
   }

@@ -148,6 +148,7 @@ struct MaskSequence {
     const uint64_t seed = static_cast<uint64_t>(*a.seed);
     const uint32_t step = static_cast<uint32_t>(*a.step);
     const uint64_t first = static_cast<uint64_t>(a.sample_ids[b]) * static_cast<uint64_t>(a.length);
+    const Spread spread(a, first, seed, step, slots);
     for (int group = threadIdx.x; group < groups; group += blockDim.x) {
       const int count = tokens_of(group);
       uint8_t frozen[kGroup] = {}, eligible[kGroup] = {1, 1, 1, 1};
@@ -160,6 +161,7 @@ struct MaskSequence {
         if (e >= count) break;
         uint32_t key = random_words(first + static_cast<uint64_t>(kGroup * group + e), seed, step, a.stream).word[0];
         if (a.tilted()) key = tilted_key(key, scores[e], a.tilt);
+        if (spread.chosen) key = Spread::passed_over(key);
         keys[kGroup * group + e] = key;
         free += !frozen[e];
         may |= static_cast<uint8_t>((!frozen[e] && eligible[e]) << e);
@@ -170,6 +172,13 @@ struct MaskSequence {
     may_hide = cta_sum(may_hide, shared);
     free = cta_sum(free, shared);
     wanted = slots < may_hide ? slots : may_hide;
+    if (spread.chosen) {  // the sums above synchronised: all keys are there, and no two cells share one
+      for (int64_t cell = threadIdx.x; cell < spread.cells; cell += blockDim.x) {
+        uint32_t& key = keys[spread.position(cell, first, seed, step)];
+        key = Spread::drawn(key);
+      }
+      __syncthreads();
+    }
   }
 
   // Adds 1 to a bin for each token in play. Tilted keys fall into few bins, so lanes first agree on one adder for each bin.

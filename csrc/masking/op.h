@@ -15,8 +15,8 @@ namespace {
 // The op on the device that `run` is for.
 template <void (*run)(const MaskArguments&, const Tensor& tokens)>
 MaskedTensors mask_tokens(Tensor tokens, Tensor num_masked, int64_t num_rows, int64_t mask_id, std::optional<Tensor> scores,
-                          double tilt, double focus, std::optional<Tensor> eligible, std::optional<Tensor> frozen,
-                          int64_t weighting, Tensor seed, Tensor step, Tensor sample_ids, int64_t stream) {
+                          double tilt, double focus, int64_t spread, std::optional<Tensor> eligible,
+                          std::optional<Tensor> frozen, int64_t weighting, Tensor seed, Tensor step, Tensor sample_ids, int64_t stream) {
   const ScalarType id_type = tokens.scalar_type();
   STD_TORCH_CHECK(tokens.dim() == 2 && (id_type == ScalarType::Long || id_type == ScalarType::Int),
                   "mask_tokens takes tokens as a matrix of int32 or int64");
@@ -46,6 +46,7 @@ MaskedTensors mask_tokens(Tensor tokens, Tensor num_masked, int64_t num_rows, in
   a.mask_id = mask_id;
   a.tilt = static_cast<float>(tilt);
   a.focus = static_cast<float>(focus);
+  a.spread = spread;
   a.weighting = static_cast<int>(weighting);
   a.stream = static_cast<uint32_t>(stream);
   a.wide_ids = id_type == ScalarType::Long;

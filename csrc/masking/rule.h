@@ -13,6 +13,8 @@ namespace atat_fast {
 // In the order of WEIGHTINGS in atat_fast/ops/masking.py.
 enum Weighting : int { kUniform = 0, kOrder = 1, kImportance = 2, kCrossEntropy = 3 };
 
+constexpr uint32_t kStreamSpread = 8;  // STREAM_SPREAD in atat_fast/ops/philox.py
+
 // One call on plain pointers. Tensors are contiguous; null stands for a tensor that was not given.
 struct MaskArguments {
   const void* tokens;         // [batch, length] int64 if wide_ids, else int32
@@ -27,6 +29,7 @@ struct MaskArguments {
   int64_t* rows;            // [num_rows]
   float* weights;           // [num_rows]
   int64_t batch, length, num_rows, mask_id;
+  int64_t spread;  // in units of 2^-32: the chance that hidden tokens are spread evenly or, below 0, are one span
   float tilt, focus;
   int weighting;
   uint32_t stream;
@@ -44,6 +47,36 @@ ATAT_FAST_INLINE uint32_t ordered(float value) {
 
 // Small keys are hidden first. Without a tilt the key is the word itself, so nothing is rounded.
 ATAT_FAST_INLINE uint32_t tilted_key(uint32_t word, float score, float tilt) { return ordered(gumbel(word) - tilt * score); }
+
+// How one sequence's hidden tokens are spread. Positions turned by `turn` fall into `cells` cells of nearly equal length, and one of
+// each is drawn. Keys have a first bit that is 0 for drawn positions, so that these are the smallest.
+struct Spread {
+  bool chosen, span;
+  int64_t turn, cells, length;
+
+  ATAT_FAST_INLINE Spread(const MaskArguments& a, uint64_t first, uint64_t seed, uint32_t step, int64_t count)
+      : chosen(a.spread != 0 && count > 0), span(a.spread < 0), turn(0), cells(count), length(a.length) {
+    if (!chosen) return;
+    const PhiloxWords words = random_words(first, seed, step, kStreamSpread);
+    chosen = static_cast<int64_t>(words.word[1]) < (span ? -a.spread : a.spread);
+    turn = static_cast<int64_t>((static_cast<uint64_t>(words.word[2]) * static_cast<uint64_t>(length)) >> 32);
+  }
+
+  // A key whose position is not drawn, as all are at first; and what becomes of the key of a drawn position.
+  static ATAT_FAST_INLINE uint32_t passed_over(uint32_t word) { return word >> 1 | 0x80000000u; }
+  static ATAT_FAST_INLINE uint32_t drawn(uint32_t key) { return key & 0x7FFFFFFFu; }
+
+  // The position that is drawn from a cell.
+  ATAT_FAST_INLINE int64_t position(int64_t cell, uint64_t first, uint64_t seed, uint32_t step) const {
+    int64_t place = cell;
+    if (!span) {
+      const int64_t begin = (cell * length + cells - 1) / cells, end = ((cell + 1) * length + cells - 1) / cells;
+      const uint64_t word = random_words(first + static_cast<uint64_t>(cell), seed, step, kStreamSpread).word[0];
+      place = begin + static_cast<int64_t>((word * static_cast<uint64_t>(end - begin)) >> 32);
+    }
+    return place < turn ? place - turn + length : place - turn;
+  }
+};
 
 // Hidden are keys under `key`, and the first `ties` positions whose key is `key`.
 struct Threshold {

@@ -40,11 +40,12 @@ class Cuda:
 def masking() -> Iterator[Triton]:
     """Each weighting once, with and without tilt and masks, over the lengths at which the configuration changes."""
     from atat_fast.kernels.masking import configuration
+    from atat_fast.ops.masking import LONGEST_SPREAD
 
     types = {
         "Noisy": "*i64", "Rows": "*i64", "Weights": "*fp32", "Tokens": "*i64", "NumMasked": "*i64", "SampleIds": "*i64",
         "Seed": "*i64", "Step": "*i64", "Scores": "*fp32", "Eligible": "*i1", "Frozen": "*i1", "num_rows": "i32",
-        "mask_id": "i32", "tilt": "fp32", "focus": "fp32", "stream": "i32", "B": "i32", "L": "i32",
+        "mask_id": "i32", "tilt": "fp32", "focus": "fp32", "spread": "i64", "stream": "i32", "B": "i32", "L": "i32",
     }  # fmt: skip
     variants = {
         "uniform": {"weighting": 0},
@@ -52,13 +53,17 @@ def masking() -> Iterator[Triton]:
         "order-tilt": {"weighting": 1, "tilt": True},
         "importance-tilt-masks-int32-odd": {"weighting": 2, "tilt": True, "masks": True, "ids": "*i32", "divisible": False},
         "ce-masks": {"weighting": 3, "masks": True},
+        "ce-spread": {"weighting": 3, "spread": 1},
+        "ce-span-masks": {"weighting": 3, "spread": -1, "masks": True},
     }
-    for length in (512, 4096, 16384):
-        sizes = configuration(length)
-        options = {name: sizes.pop(name) for name in ("num_warps", "maxnreg")}
+    for longest in (512, 4096, 16384):
         for name, v in variants.items():
+            length = min(longest, LONGEST_SPREAD) if "spread" in v else longest
+            sizes = configuration(length)
+            options = {name: sizes.pop(name) for name in ("num_warps", "maxnreg")}
             tilt, masks = v.get("tilt", False), v.get("masks", False)
-            constants = sizes | {"WEIGHTING": v["weighting"], "TILTED": tilt, "ELIGIBLE": masks, "FROZEN": masks, "BLOCK_B": 32}
+            flags = {"TILTED": tilt, "SPREAD": v.get("spread", 0), "ELIGIBLE": masks, "FROZEN": masks}
+            constants = sizes | flags | {"WEIGHTING": v["weighting"], "BLOCK_B": 32}
             absent = {n: None for n, given in (("Scores", tilt), ("Eligible", masks), ("Frozen", masks)) if not given}
             here = {n: t for n, t in types.items() if n not in absent}
             here["Noisy"] = here["Tokens"] = v.get("ids", "*i64")

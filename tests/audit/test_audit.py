@@ -15,13 +15,16 @@ from atat_fast.audit.masks import (
     Joint,
     audit,
     bernoulli_value,
+    blind_table,
     count_factors,
     exact_count_value,
     frequency_example,
+    gap_law,
     importance_law,
     learned_example,
     masked_cross_entropy,
     plackett_luce_law,
+    spread_law,
     subsets,
     table,
     uniform_law,
@@ -54,6 +57,20 @@ def test_the_masked_cross_entropy_of_everything_is_the_sum_of_marginal_entropies
         total -= float((p * p.log()).sum())
     assert masked_cross_entropy(joint, (0, 1, 2, 3), ones) == pytest.approx(total, abs=1e-12)
     assert masked_cross_entropy(joint, (), ones) == 0.0
+
+
+@pytest.mark.parametrize("spread", [1.0, 0.3, -1.0, -0.4])
+@pytest.mark.parametrize("length", [1, 4, 5])
+def test_spread_masks_are_a_law_that_hides_every_position_alike_and_keeps_the_best_model(spread, length):
+    joint = Joint.random(2, length, seed=4)
+    for k in range(length + 1):
+        law = spread_law(spread)(joint.sequences, k)
+        assert sum(float(chance[0]) for chance in law.values()) == pytest.approx(1)
+        for i in range(length):
+            assert sum(float(p[0]) for hidden, p in law.items() if i in hidden) == pytest.approx(k / length)
+        for hidden, weight in gap_law(spread, 0.7)(joint.sequences, k).items():
+            if k and float(weight.sum()) > 0:
+                assert weighted_cross_entropy(joint, hidden, weight)[1] < 1e-12
 
 
 def identity_score(sequences):
@@ -125,7 +142,12 @@ def test_the_kernel_follows_the_law_that_is_audited():
 
 def test_the_tables_in_the_docs_are_in_step():
     text = (Path(__file__).resolve().parents[2] / "docs" / "atat.md").read_text(encoding="utf-8")
-    for name, made in (("audit", table()), ("audit_counts", counts_table()), ("audit_identity", identity_table())):
+    for name, made in (
+        ("audit", table()),
+        ("audit_blind", blind_table()),
+        ("audit_counts", counts_table()),
+        ("audit_identity", identity_table()),
+    ):
         assert f"<!-- {name} -->\n{made}\n<!-- /{name} -->" in text, "run python bench/report.py"
 
 

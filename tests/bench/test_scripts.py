@@ -79,7 +79,7 @@ def test_block_scripts_check_then_time_and_write(tmp_path, script, name, argumen
         ("bench_sampling", "--ways ddpm", "did you mean ddpm_cache"),
         ("without_bf16", "--rounds 0", "--rounds must be at least 1, got 0"),
         ("ceilings", "--device cpu --rounds 1", "at least 2"),
-        ("scaling", "--ranks 0", "--ranks and --steps must be at least 1"),
+        ("scaling", "--ranks 0", "--ranks and --steps must be at least 1, and --sums 2; got [0], 20, 8"),
         ("instructions", "", "valgrind is not installed"),
         ("train_short", "--steps 0", "--steps and --seeds must be at least 1"),
         ("compare", "none.json none.json", "cannot be read"),
@@ -100,11 +100,15 @@ def test_what_cannot_be_measured_is_refused_in_a_sentence(load, name, arguments,
 
 @pytest.mark.slow
 def test_ranks_are_measured_and_learn_the_same(tmp_path, script):
-    done = script("scaling.py", "--steps", 4, "--modes", "ddp", "--out", tmp_path / "out")
+    done = script("scaling.py", "--steps", 4, "--ranks", 1, 2, "--sums", 2, "--modes", "ddp", "--out", tmp_path / "out")
     assert done.returncode == 0, done.stderr
-    one, two = json.loads((tmp_path / "out" / "scaling.json").read_text())["results"]
+    record = json.loads((tmp_path / "out" / "scaling.json").read_text())
+    one, two = record["results"]
     assert (one["ranks"], one["mode"], two["ranks"], two["mode"]) == (1, "none", 2, "ddp")
     assert len(one["losses"]) == 4 and one["tokens_per_second"] > 0 and two["loss_difference"] < 1e-5
+    assert one["sent"] == {} and two["sent"] == pytest.approx(two["formula"], rel=0.02) and set(two["sent"]) == {"all-reduce"}
+    errors, apart = record["sums"]["error"], record["sums"]["halves_apart"]
+    assert errors["fp32"] < 1e-6 < 1e-4 < errors["bf16"] < 0.02 < apart < 2  # rounding is far below the noise of the batch
 
 
 @pytest.mark.slow

@@ -16,8 +16,9 @@ MODEL = {
     "model.layers": 2, "model.dropout": 0, "model.qk_norm": True, "train.dtype": "fp32", "optim.name": "adamw",
     "optim.lr": 2e-3, "sample.num_samples": 0, "train.global_batch": 12,
 }  # fmt: skip
-TWENTY = MODEL | {"train.max_steps": 20, "train.log_every": 2, "eval.every": 20}
-TWELVE = MODEL | {"train.max_steps": 12, "train.log_every": 1, "eval.every": 6}
+GAPS = {"diffusion.gap_power": 0.5}
+TWENTY = MODEL | GAPS | {"train.max_steps": 20, "train.log_every": 2, "eval.every": 20, "diffusion.spread": 0.5}
+TWELVE = MODEL | GAPS | {"train.max_steps": 12, "train.log_every": 1, "eval.every": 6}
 ATAT = TWELVE | {
     "importance.source": "learned", "importance.width": 16, "importance.heads": 2, "importance.layers": 1,
     "diffusion.weighting": "importance", "curriculum.kind": "linear", "model.tie_embeddings": True,

@@ -24,7 +24,7 @@ class Arguments(ctypes.Structure):
     _fields_ = [
         *((name, P) for name in ("tokens", "num_masked", "sample_ids", "seed", "step", "scores", "eligible", "frozen")),
         *((name, P) for name in ("noisy", "rows", "weights")),
-        *((name, ctypes.c_int64) for name in ("batch", "length", "num_rows", "mask_id")),
+        *((name, ctypes.c_int64) for name in ("batch", "length", "num_rows", "mask_id", "spread")),
         ("tilt", ctypes.c_float),
         ("focus", ctypes.c_float),
         ("weighting", ctypes.c_int),
@@ -65,6 +65,7 @@ def example(
     *,
     weighting="uniform",
     tilt=0.0,
+    spread=0,
     scored=False,
     frozen=False,
     eligible=False,
@@ -82,7 +83,8 @@ def example(
     counts = torch.as_tensor(counts)
     return {
         "tokens": torch.randint(0, 90, (batch, length), dtype=dtype), "num_masked": counts, "num_rows": int(counts.sum()) + pad,
-        "mask_id": 99, "scores": torch.rand(batch, length) if scored else None, "tilt": tilt, "focus": 0.7, "eligible": allowed,
+        "mask_id": 99, "scores": torch.rand(batch, length) if scored else None, "tilt": tilt, "focus": 0.7,
+        "spread": spread, "eligible": allowed,
         "frozen": held, "weighting": weighting, "seed": torch.tensor(2**40 + 9), "step": torch.tensor(77),
         "sample_ids": torch.arange(batch) * 1_000_003 + 2**33, "stream": 0,
     }  # fmt: skip
@@ -95,6 +97,9 @@ UNIFORM = (
     {"batch": 4, "length": 1024},
     {"batch": 3, "length": 64, "dtype": torch.int32, "frozen": True, "weighting": "ce"},
     {"batch": 3, "length": 200, "frozen": True, "eligible": True, "pad": 7},
+    {"batch": 6, "length": 128, "spread": 3 << 30, "weighting": "ce"},
+    {"batch": 5, "length": 301, "spread": 1 << 32, "frozen": True},
+    {"batch": 5, "length": 76, "spread": -(1 << 31), "eligible": True},
 )
 
 

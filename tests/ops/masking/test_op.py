@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from op_checks import CPU, backends, bits_of, compiled_whole, for_gpu, interprets, same
 
+from atat_fast.audit.masks import spread_law
 from atat_fast.ops import mask_tokens, registry
 from atat_fast.ops.masking import LONGEST, WEIGHTINGS, reveal_keys
 from atat_fast.ops.philox import random_words
@@ -77,6 +78,37 @@ def test_subsets_are_hidden_as_often_as_plackett_luce_says(backend, device, leng
 
 
 @quick
+@pytest.mark.parametrize("spread", [1.0, 0.4, -1.0, -0.3])
+@pytest.mark.parametrize(("length", "k"), [(6, 2), (5, 3), (4, 4), (7, 1)])
+def test_spread_subsets_are_hidden_as_often_as_the_law_says(backend, device, spread, length, k):
+    """The law of the audit: evenly spread with chance `spread`, one span with chance -spread, else any subset."""
+    trials, law = 40_000, spread_law(spread)(torch.zeros(1, length, dtype=torch.int64), k)
+    noisy, _, _ = draw(torch.zeros(trials, length, dtype=torch.int64), [k] * trials, spread=spread, backend=backend)
+    seen = torch.bincount(((noisy == MASK) * 2 ** torch.arange(length)).sum(1), minlength=2**length)
+    expected = torch.zeros(2**length, dtype=torch.float64)
+    for hidden, chance in law.items():
+        expected[sum(2**i for i in hidden)] = trials * chance[0]
+    possible = expected > 0
+    assert (seen[~possible] == 0).all()
+    degrees = max(1, int(possible.sum()) - 1)
+    chi2 = float(((seen - expected)[possible] ** 2 / expected[possible]).sum())
+    assert chi2 < degrees + 4 * math.sqrt(2 * degrees)
+
+
+@every
+def test_spread_tokens_lie_one_in_a_cell_and_frozen_ones_are_passed_over(backend, device):
+    tokens, length, k = torch.zeros(8, 60, dtype=torch.int64), 60, 15
+    hidden = draw(tokens, [k] * 8, spread=1.0, backend=backend)[0] == MASK
+    gaps = [(row.nonzero()[:, 0].roll(-1) - row.nonzero()[:, 0]) % length for row in hidden]
+    assert all(int(gap.max()) <= 2 * length // k - 1 and int(gap.sum()) == length for gap in gaps)
+    frozen = torch.rand(8, 60) < 0.5
+    noisy, _, _ = draw(tokens, [20] * 8, spread=1.0, frozen=frozen, backend=backend)
+    assert (noisy == MASK).sum(1).tolist() == [20] * 8 and not ((noisy == MASK) & frozen).any()
+    span = draw(tokens, [k] * 8, spread=-1.0, backend=backend)[0] == MASK
+    assert ((span != span.roll(1, 1)).sum(1) == 2).all()
+
+
+@quick
 def test_tilt_zero_hides_what_uniform_hides(backend, device):
     tokens = torch.zeros(32, 37, dtype=torch.int64)
     counts = torch.randint(0, 38, (32,))
@@ -134,6 +166,8 @@ def test_weights_of_every_kind(backend, device):
         ({"num_rows": 2}, "num_rows is 2, but num_masked adds up to 3"),
         ({"weighting": "unifrom"}, "did you mean uniform"),
         ({"weighting": "order"}, "needs scores"),
+        ({"spread": 1.5}, r"spread must be in \[-1, 1\], got 1.5"),
+        ({"spread": 0.5, "scores": torch.zeros(1, 6)}, "spread 0.5 is blind and scores choose tokens"),
         ({"scores": torch.zeros(1, 5)}, "scores must have shape"),
         ({"backend": "tritn"}, "has no backend 'tritn'"),
         ({"backend": "cuda"}, "cannot use backend 'cuda' here: it runs on CUDA tensors"),
@@ -156,7 +190,7 @@ def test_opcheck(backend, device):
     tensors = (torch.zeros(3, 7, dtype=torch.int64), torch.tensor([1, 2, 7]), 12, MASK)
     named = (torch.tensor(1), torch.tensor(2), torch.arange(3), 0, backend)
     for scores, tilt, weighting in ((None, 0.0, "uniform"), (torch.rand(3, 7), 1.0, "order")):
-        arguments = (*tensors, scores, tilt, 0.0, None, None, weighting, *named)
+        arguments = (*tensors, scores, tilt, 0.0, 0, None, None, weighting, *named)
         torch.library.opcheck(torch.ops.atat_fast.mask_tokens.default, arguments)
 
 
@@ -206,6 +240,9 @@ CASES = [
     pytest.param({"batch": 3, "length": 40, "frozen": True, "weighting": "ce"}, I32, id="tiny-ce"),
     *(pytest.param({"batch": 3, "length": 40, "frozen": True, "weighting": weighting, "focus": -0.8}, I64, id=weighting)
       for weighting in WEIGHTINGS),
+    *(pytest.param({"batch": 6, "length": n, "spread": s, **more}, I64, id=f"spread{s}-{n}") for n, s, more in (
+        (1, 1.0, {}), (37, 0.6, {"weighting": "ce"}), (40, -0.7, {"frozen": True}), (1024, 0.5, {}),
+        (127, 1.0, {"frozen": True, "eligible": True}))),
     pytest.param({"batch": 2, "length": 1500, "weighting": "importance", "focus": 2.0}, I64, id="two tiles"),
     for_gpu({"batch": 3, "length": 509, "pad": 77}, I64, id="prime"),
     *(for_gpu({"batch": 9, "length": length, "weighting": weighting, "frozen": True, "pad": 77}, dtype,
@@ -264,7 +301,7 @@ def test_counts_beyond_what_may_be_hidden_stop_there(backend, device):
     """What the wrapper refuses where it can see counts, and an op has to survive where it cannot."""
     tokens, frozen = torch.zeros(3, 20, dtype=torch.int64), torch.rand(3, 20) < 0.4
     counts, free = torch.tensor([-4, 10**10, 5]), (~frozen).sum(1).tolist()
-    arguments = (tokens, counts, 22, MASK, None, 0.0, 0.0, None, frozen, "uniform")
+    arguments = (tokens, counts, 22, MASK, None, 0.0, 0.0, 0, None, frozen, "uniform")
     named = (torch.tensor(1), torch.tensor(2), torch.arange(3), 0, backend)
     noisy, rows, weights = torch.ops.atat_fast.mask_tokens(*arguments, *named)
     assert (noisy == MASK).sum(1).tolist() == [0, free[1], 5] and not ((noisy == MASK) & frozen).any()

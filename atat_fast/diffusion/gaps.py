@@ -1,0 +1,103 @@
+"""Weights of hidden tokens by how much their context can tell: the distances to the nearest visible tokens.
+
+    weight = (expected loss + FLOOR)^-power / its mean,   expected loss: a running mean for each pair of distances
+
+A token between two visible neighbours is easy to tell; the loss of one deep inside a gap is mostly noise. The table has 81
+numbers, for 9 distances on each side: 1, 2, up to 4, 8, 16, 32, 64, more, and none visible. Weights depend on the mask only, so
+the best model is still p(token | visible tokens); audit/masks.py shows it.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from atat_fast.config import DiffusionConfig
+from atat_fast.errors import UsageError
+
+EDGES = (1, 2, 4, 8, 16, 32, 64)
+DISTANCES = len(EDGES) + 2
+"""Distances up to each edge, longer ones, and none."""
+CELLS = DISTANCES * DISTANCES
+FLOOR = 0.1
+"""Nats added to an expected loss, which tends to 0 where the context tells all."""
+DECAY = 0.98
+"""Of the running sums in a step: they hold about the last fifty."""
+PRIOR = 10.0
+"""Tokens of the mean loss that a cell begins with."""
+
+
+def cells_of(hidden: Tensor) -> Tensor:
+    """The cell of every position, [B, L] int64 in 0 .. CELLS - 1, from hidden [B, L] bool. Visible positions get one too."""
+    length = hidden.shape[1]
+    position = torch.arange(length, device=hidden.device).expand_as(hidden)
+    far = 2 * length + 2 * EDGES[-1]  # beyond every edge, so that it is told from a distance
+    before = position - torch.cummax(torch.where(hidden, -far, position), dim=1).values
+    after = torch.cummin(torch.where(hidden, position + far, position).flip(1), dim=1).values.flip(1) - position
+    edges = torch.tensor([*EDGES, length + EDGES[-1]], device=hidden.device)
+    left, right = (torch.bucketize(distance.contiguous(), edges) for distance in (before, after))
+    cells: Tensor = left * DISTANCES + right
+    return cells
+
+
+class GapTable:
+    """The running losses by cell, and the weights that follow from them. The same on every rank."""
+
+    def __init__(self, power: float, device: torch.device) -> None:
+        self.power = power
+        self.sums = torch.zeros(2, CELLS, device=device)
+        """Decayed sums of losses, and numbers of tokens."""
+        self.fresh = torch.zeros_like(self.sums)
+        """This rank's sums of the step so far."""
+
+    def expected(self) -> Tensor:
+        """Expected loss of each cell in nats, [CELLS]."""
+        total, count = self.sums
+        mean = total.sum() / count.sum().clamp(min=1)
+        expected: Tensor = (total + PRIOR * mean) / (count + PRIOR)
+        return expected
+
+    def weights(self, cells: Tensor) -> Tensor:
+        """Relative weights of tokens [R] in these cells, of mean 1 over the tokens that the table has seen; ones before any."""
+        raw = (self.expected() + FLOOR) ** -self.power
+        count = self.sums[1]
+        mean = (raw * count).sum() / count.sum().clamp(min=1)
+        return torch.where(count.sum() > 0, raw / mean.clamp(min=torch.finfo(raw.dtype).tiny), 1.0)[cells]
+
+    def observe(self, cells: Tensor, nll: Tensor) -> None:
+        """Add the losses nll [R] of hidden tokens in these cells. No atomics: the same bits every time."""
+        member = F.one_hot(cells, CELLS).to(self.fresh.dtype)
+        self.fresh += torch.stack((nll.detach().to(self.fresh.dtype), torch.ones_like(nll))) @ member
+
+    def step(self, ranks: int) -> None:
+        """Take in what all ranks observed in this step. Every rank calls it."""
+        if ranks > 1:
+            dist.all_reduce(self.fresh)
+        self.sums.mul_(DECAY).add_(self.fresh)
+        self.fresh.zero_()
+
+
+def check_gaps(config: DiffusionConfig, most_level: float) -> None:
+    """Raise UsageError for settings of spread masks and of these weights that do not go together."""
+    if not abs(config.spread) * most_level <= 1:
+        raise UsageError(
+            f"diffusion.spread {config.spread} times the curriculum's level {most_level:g} is no chance; "
+            f"use at most {1 / max(most_level, 1e-9):g}"
+        )
+    if config.spread and (config.masking != "exact" or config.mirror or config.schedule != "log_linear"):
+        what = {config.masking != "exact": f"masking {config.masking}", config.mirror: "mirror true"}.get(
+            True, f"schedule {config.schedule}"
+        )
+        raise UsageError(
+            f"diffusion.spread {config.spread} chooses tokens by where they lie, and diffusion.{what} in its own way; set "
+            "diffusion.spread 0, or masking exact, mirror false and schedule log_linear"
+        )
+    if not abs(config.gap_power) <= 4:
+        raise UsageError(f"diffusion.gap_power must be in [-4, 4], got {config.gap_power}")
+    if config.gap_power and config.schedule != "log_linear":
+        raise UsageError(
+            f"diffusion.gap_power {config.gap_power} weighs tokens, and diffusion.schedule {config.schedule} has weights of its "
+            "own; set gap_power 0 or schedule log_linear"
+        )
