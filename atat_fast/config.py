@@ -89,10 +89,11 @@ class DiffusionConfig:
             of global_batch equal parts, as MDLM does; independent draws each alone.
         mirror: Whether both slots of an antithetic pair hold the same sequence, with complementary masks. A step then sees
             global_batch / 2 sequences and hides each of their tokens exactly once. global_batch must be even.
-        counts: Law of k in training: uniform on 0..L, or bell, a Gaussian in k/L cut to 1..L. Needs exact masking.
+        counts: Law of k in training: uniform on 0..L; bell, a Gaussian in k/L cut to 1..L; or learned, which begins as a bell and
+            follows the slope of the loss in k/L. All but uniform need exact masking.
         counts_centre: Centre of the bell, a share of L.
         counts_width: Standard deviation of the bell before it is cut, a share of L.
-        counts_anneal_from: Share of the run after which the bell turns into uniform counts, linearly until the end; 1 is never.
+        counts_anneal_from: Share of the run after which that law turns into uniform counts, linearly until the end; 1 is never.
         weighting: uniform is the bound's weight, (L+1)/k, divided by the ratio of the law of k to uniform counts; ce is the plain
             mean over hidden tokens (no time weight); importance is uniform times exp(focus * score), normalised to mean 1 over a
             sequence's hidden tokens; order is (L+1) times the chance that a hidden token is revealed next. importance and order
@@ -115,7 +116,7 @@ class DiffusionConfig:
     masking: Literal["exact", "bernoulli"] = "exact"
     pairing: Literal["antithetic", "stratified", "independent"] = "antithetic"
     mirror: bool = False
-    counts: Literal["uniform", "bell"] = "uniform"
+    counts: Literal["uniform", "bell", "learned"] = "uniform"
     counts_centre: float = 0.35
     counts_width: float = 0.2
     counts_anneal_from: float = 1.0

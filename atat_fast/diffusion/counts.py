@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from atat_fast.config import DiffusionConfig
+from atat_fast.diffusion.count_law import UNIFORM
 from atat_fast.diffusion.noise import stratified_uniforms
 from atat_fast.errors import UsageError
 
@@ -31,10 +32,11 @@ def bell(length: int, centre: float, width: float) -> Tensor:
     return torch.softmax(score, 0)
 
 
-def count_chances(config: DiffusionConfig, length: int, progress: float) -> Tensor | None:
+def count_chances(config: DiffusionConfig, length: int, progress: float, learned: Tensor | None = None) -> Tensor | None:
     """Chances [L + 1] fp64 of the counts at `progress`, the share of the run that is done; None if they are uniform on 0..L.
 
-    From `counts_anneal_from` on, the law is the mixture (1 - a) bell + a uniform; a rises from 0 there to 1 at the end. A mixture
+    learned: the law that counts learned has come to; without it, it is where it starts, the bell mixed with uniform counts.
+    From `counts_anneal_from` on, the law is the mixture (1 - a) law + a uniform; a rises from 0 there to 1 at the end. A mixture
     is a law too, so weights stay exact.
     """
     if config.counts == "uniform":
@@ -43,7 +45,11 @@ def count_chances(config: DiffusionConfig, length: int, progress: float) -> Tens
     share = 0.0 if progress <= start else (progress - start) / (1 - start)
     if share >= 1:
         return None
-    return (1 - share) * bell(length, config.counts_centre, config.counts_width) + share / (length + 1)
+    law = bell(length, config.counts_centre, config.counts_width) if learned is None else learned
+    if config.counts == "learned" and learned is None:
+        flat = (law > 0).double()
+        law = (1 - UNIFORM) * law + UNIFORM * flat / flat.sum()
+    return (1 - share) * law + share / (length + 1)
 
 
 def draw_counts(u: Tensor, chances: Tensor) -> Tensor:
@@ -85,9 +91,9 @@ def bound_weights(chances: Tensor) -> Tensor:
     return torch.where(k * chances > 0, 1 / (k * chances), 0.0)
 
 
-def expected_share(config: DiffusionConfig, length: int, progress: float = 0.0) -> float:
+def expected_share(config: DiffusionConfig, length: int, progress: float = 0.0, learned: Tensor | None = None) -> float:
     """Average share of tokens that a step hides, and so of rows that the vocabulary head sees."""
-    chances = count_chances(config, length, progress)
+    chances = count_chances(config, length, progress, learned)
     if chances is None:
         return 0.5
     return float((chances * torch.arange(length + 1, dtype=torch.float64)).sum()) / max(1, length)
@@ -115,8 +121,8 @@ def check_counts(config: DiffusionConfig, length: int, global_batch: int) -> Non
         )
     if config.masking == "bernoulli" and (config.counts != "uniform" or config.mirror):
         raise UsageError(
-            "diffusion.counts bell and diffusion.mirror need exact counts; set diffusion.masking exact, or diffusion.counts "
-            "uniform and diffusion.mirror false"
+            f"diffusion.counts {config.counts} and diffusion.mirror {str(config.mirror).lower()} need exact counts; set "
+            "diffusion.masking exact, or diffusion.counts uniform and diffusion.mirror false"
         )
     if config.counts == "bell" and config.weighting != "ce":
         chances = bell(length, config.counts_centre, config.counts_width)

@@ -10,11 +10,10 @@ the best model is still p(token | visible tokens); audit/masks.py shows it.
 from __future__ import annotations
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 
 from atat_fast.config import DiffusionConfig
+from atat_fast.diffusion.running import RunningLosses
 from atat_fast.errors import UsageError
 
 EDGES = (1, 2, 4, 8, 16, 32, 64)
@@ -25,8 +24,6 @@ FLOOR = 0.1
 """Nats added to an expected loss, which tends to 0 where the context tells all."""
 DECAY = 0.98
 """Of the running sums in a step: they hold about the last fifty."""
-PRIOR = 10.0
-"""Tokens of the mean loss that a cell begins with."""
 
 
 def cells_of(hidden: Tensor) -> Tensor:
@@ -42,41 +39,19 @@ def cells_of(hidden: Tensor) -> Tensor:
     return cells
 
 
-class GapTable:
-    """The running losses by cell, and the weights that follow from them. The same on every rank."""
+class GapTable(RunningLosses):
+    """The running losses by cell, and the weights that follow from them."""
 
     def __init__(self, power: float, device: torch.device) -> None:
+        super().__init__(CELLS, DECAY, device)
         self.power = power
-        self.sums = torch.zeros(2, CELLS, device=device)
-        """Decayed sums of losses, and numbers of tokens."""
-        self.fresh = torch.zeros_like(self.sums)
-        """This rank's sums of the step so far."""
-
-    def expected(self) -> Tensor:
-        """Expected loss of each cell in nats, [CELLS]."""
-        total, count = self.sums
-        mean = total.sum() / count.sum().clamp(min=1)
-        expected: Tensor = (total + PRIOR * mean) / (count + PRIOR)
-        return expected
 
     def weights(self, cells: Tensor) -> Tensor:
         """Relative weights of tokens [R] in these cells, of mean 1 over the tokens that the table has seen; ones before any."""
-        raw = (self.expected() + FLOOR) ** -self.power
+        raw = (self.means() + FLOOR) ** -self.power
         count = self.sums[1]
         mean = (raw * count).sum() / count.sum().clamp(min=1)
         return torch.where(count.sum() > 0, raw / mean.clamp(min=torch.finfo(raw.dtype).tiny), 1.0)[cells]
-
-    def observe(self, cells: Tensor, nll: Tensor) -> None:
-        """Add the losses nll [R] of hidden tokens in these cells. No atomics: the same bits every time."""
-        member = F.one_hot(cells, CELLS).to(self.fresh.dtype)
-        self.fresh += torch.stack((nll.detach().to(self.fresh.dtype), torch.ones_like(nll))) @ member
-
-    def step(self, ranks: int) -> None:
-        """Take in what all ranks observed in this step. Every rank calls it."""
-        if ranks > 1:
-            dist.all_reduce(self.fresh)
-        self.sums.mul_(DECAY).add_(self.fresh)
-        self.fresh.zero_()
 
 
 def check_gaps(config: DiffusionConfig, most_level: float) -> None:

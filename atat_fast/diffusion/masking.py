@@ -27,11 +27,13 @@ def hide_for_training(
     step: int,
     progress: float = 0.0,
     choose: Hide = hide,
+    learned: Tensor | None = None,
 ) -> MaskedBatch:
     """Mask slots first .. first + B - 1 of a global batch of `total` sequences as `config` says at `progress`, the share of the
     run that is done. With config.mirror, slots 2j and 2j + 1 must hold the same sequence, and sample_ids be even for slot 2j.
 
-    `choose` says which tokens are hidden; by default every set of k is equally likely. Weights do not depend on how the global
+    `choose` says which tokens are hidden; by default every set of k is equally likely. `learned` is the law of counts learned,
+    as in `count_chances`. Weights do not depend on how the global
     batch is cut: `ce` divides by all tokens hidden in it (for bernoulli by their expected number, which needs no other slots).
     With a tilt every weight is multiplied by the process's own weight over (L + 1) / k. The rest of the weight then depends only
     on the count, which leaves the best model unchanged.
@@ -40,14 +42,14 @@ def hide_for_training(
     weighting = weighting_at(config, progress)
     if config.masking == "bernoulli":
         return _hide_bernoulli(tokens, config, first, total, mask_id, sample_ids, seed, step, choose, weighting)
-    chances = count_chances(config, length, progress)
+    chances = count_chances(config, length, progress, learned)
     counts = mask_counts(length, first, batch, total, seed=seed, step=step, pairing=config.pairing, chances=chances)
     if config.mirror:
         masked = hide_mirrored(tokens, counts, first=first, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step)
     else:
         masked = choose(tokens, counts, mask_id=mask_id, sample_ids=sample_ids, seed=seed, step=step, weighting=weighting)
     if weighting == "ce":
-        hidden = hidden_in_batch(config, length, total, seed=seed, step=step, progress=progress)
+        hidden = hidden_in_batch(config, length, total, seed=seed, step=step, progress=progress, learned=learned)
         plain = total * length / max(1, hidden)
         if masked.tilt is None:
             masked.weights.fill_(plain)
@@ -60,10 +62,19 @@ def hide_for_training(
     return masked
 
 
-def hidden_in_batch(config: DiffusionConfig, length: int, total: int, *, seed: int, step: int, progress: float = 0.0) -> float:
+def hidden_in_batch(
+    config: DiffusionConfig,
+    length: int,
+    total: int,
+    *,
+    seed: int,
+    step: int,
+    progress: float = 0.0,
+    learned: Tensor | None = None,
+) -> float:
     """Tokens hidden in a global batch of `total` sequences; for bernoulli, their expected number at its times."""
     if config.masking == "exact":
-        chances = count_chances(config, length, progress)
+        chances = count_chances(config, length, progress, learned)
         return int(mask_counts(length, 0, total, total, seed=seed, step=step, pairing=config.pairing, chances=chances).sum())
     schedule = LogLinear(config.sigma_min, config.sigma_max)
     t = stratified_uniforms(0, total, total, seed=seed, step=step, pairing=config.pairing)

@@ -45,8 +45,8 @@ def why_not(config: Config, compute: Compute, mode: str) -> str | None:
         return f"under {mode} ranks sum gradients during the backward pass, which a graph would hide from them"
     if config.importance.source != "none":
         return "the importance estimator's strength changes from step to step on the host"
-    if config.diffusion.gap_power:
-        return "weights by gaps are learned from the loss of each token, which a graph does not return"
+    if config.diffusion.gap_power or config.diffusion.counts == "learned":
+        return "weights by gaps and laws of counts are learned from the loss of each token, which a graph does not return"
     if config.model.document_mask:
         return "the number of documents changes from batch to batch"
     return None

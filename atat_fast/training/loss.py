@@ -20,7 +20,8 @@ from torch import Tensor, nn
 
 from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import hide_by_importance, relative_weights
-from atat_fast.diffusion.counts import weighting_at
+from atat_fast.diffusion.count_law import CountLaw
+from atat_fast.diffusion.counts import count_chances, weighting_at
 from atat_fast.diffusion.curriculum import Curriculum
 from atat_fast.diffusion.gaps import GapTable, cells_of
 from atat_fast.diffusion.masking import hidden_in_batch, hide_for_training
@@ -72,6 +73,11 @@ class Objective:
         self.seed, self.total = seed, total
         self.curriculum = Curriculum(config.curriculum)
         self.gaps = GapTable(config.diffusion.gap_power, compute.device) if config.diffusion.gap_power else None
+        self.count_law: CountLaw | None = None
+        if config.diffusion.counts == "learned":
+            start = count_chances(config.diffusion, config.model.length, 0.0)
+            assert start is not None
+            self.count_law = CountLaw(start, compute.device)
         network = None if estimator is None else estimator.network
         if compute.compile and by_block:
             compile_blocks(model)
@@ -127,6 +133,8 @@ class Objective:
         parts = {"diffusion": loss.detach()}
         if self.gaps is not None and batch.gaps is not None:
             self.gaps.observe(batch.gaps, nll[: batch.hidden])
+        if self.count_law is not None:
+            self.count_law.observe(batch.hidden_share, batch.rows[: batch.hidden], nll[: batch.hidden])
         if batch.importance is not None:
             own, more = self._importance(batch, batch.importance, nll, batch.noisy.shape[1], step, progress)
             loss, parts = loss + self.config.importance.loss_weight * own, parts | more
@@ -169,6 +177,7 @@ class Objective:
             "sample_ids": sample_ids,
             "seed": self.seed,
             "step": step,
+            "learned": self.learned_counts(),
         }
         level = self.curriculum.at(progress).level
         if self.estimator is None:
@@ -207,14 +216,21 @@ class Objective:
             batch.weights[: batch.hidden] *= self.gaps.weights(batch.gaps)
         return batch
 
-    def end_step(self, ranks: int) -> None:
-        """Take in what all ranks' losses of this step say about gaps. Every rank calls it, after its last micro-batch."""
+    def end_step(self, step: int, ranks: int) -> None:
+        """Take in what all ranks' losses of this step say. Every rank calls it, after its last micro-batch."""
         if self.gaps is not None:
             self.gaps.step(ranks)
+        if self.count_law is not None:
+            self.count_law.step(step, ranks)
+
+    def learned_counts(self) -> Tensor | None:
+        """The law that counts learned has come to, or None."""
+        return None if self.count_law is None else self.count_law.chances()
 
     def tensors(self) -> dict[str, Tensor]:
         """State that a checkpoint keeps beside parameters, the same on every rank."""
-        return {} if self.gaps is None else {"gaps": self.gaps.sums}
+        found = {} if self.gaps is None else {"gaps": self.gaps.sums}
+        return found if self.count_law is None else found | self.count_law.tensors()
 
     def scores(self, seen: Tensor, clean: Tensor, hidden_share: Tensor, documents: Documents | None = None) -> Scored:
         """The estimator's score of every token. seen, clean [B, L]: ids it may see, and clean ids. hidden_share [B]."""
@@ -232,7 +248,8 @@ class Objective:
         hidden, rows = batch.hidden, batch.rows[: batch.hidden]  # the rest is padding
         nll, target = nll[:hidden], error_chance(nll[:hidden])
         scores = scored.scores.detach().flatten()[rows]
-        everywhere = hidden_in_batch(self.config.diffusion, length, self.total, seed=self.seed, step=step, progress=progress)
+        place: dict[str, Any] = {"seed": self.seed, "step": step, "progress": progress, "learned": self.learned_counts()}
+        everywhere = hidden_in_batch(self.config.diffusion, length, self.total, **place)
         mean = 1 / max(1.0, everywhere)
         loss = torch.zeros((), device=nll.device)
         if scored.logits is not None:

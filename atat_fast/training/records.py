@@ -58,10 +58,14 @@ def train_row(parts: Parts, state: RunState, sums: dict[str, Any], steps: int, e
         "tokens_per_second": done * tokens / elapsed,
         "seconds": round(state.seconds, 3),
     }
+    learned, length = parts.objective.learned_counts(), config.model.length
+    share = expected_share(config.diffusion, length, state.progress(config), learned)
+    if learned is not None:
+        row["hidden_share"] = share
     peak = peak_flops(parts.compute.device)
     if peak is not None:
-        length, sequences = config.model.length, parts.plan.global_batch
-        hidden = round(sequences * length * expected_share(config.diffusion, length, state.progress(config)))
+        sequences = parts.plan.global_batch
+        hidden = round(sequences * length * share)
         work = step_cost(config.model, parts.tokenizer.model_vocab_size, sequences, hidden).flops
         work += importance_cost(config.importance, config.model, sequences).flops
         row["mfu"] = done * work / elapsed / (peak * parts.ranks.size)

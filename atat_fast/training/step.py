@@ -41,7 +41,7 @@ def train_step(parts: Parts, state: RunState, watch: Watch, stopwatch: Stopwatch
         state.window.add("loss", measured.pop("diffusion", loss))
         for name, part in measured.items():
             state.window.add(name, part)
-    objective.end_step(parts.ranks.size)
+    objective.end_step(step, parts.ranks.size)
     watch.mark(step, "moving the weights")
     norm = parallel.clip(objective.parameters(), config.optim.clip)
     parts.optimizers.step(learning_rate(config.optim, step, config.train.max_steps))

@@ -14,6 +14,7 @@ import torch
 
 from atat_fast import convert, evaluate, push, train
 from atat_fast.data import make_tokenizer
+from atat_fast.diffusion import count_law
 from atat_fast.distributed.ranks import Launch, Ranks
 from atat_fast.errors import UsageError
 from atat_fast.models import hub
@@ -62,6 +63,27 @@ def test_a_copy_that_followed_links_goes_on_from_its_newest_step(run, trainer, s
         assert all((root / link).is_symlink() for link in ("last", "best"))
         assert (root / "last").resolve().name == "step-00000012" and checkpoint.find(copy).step == 12
         assert {"step-00000003", "step-00000006", "step-00000012"} <= names(copy)
+
+
+def test_weights_and_counts_that_are_learned_go_on_as_if_uninterrupted(run, trainer, monkeypatch):
+    """A law of the counts that follows every fourth step, weights by gaps, and masks that lie evenly until half of the run."""
+    arguments, folder = run
+    monkeypatch.setattr(count_law, "PERIOD", 4)
+    blind = {
+        "diffusion.counts": "learned", "diffusion.gap_power": 0.5, "diffusion.spread": 1, "diffusion.weighting": "ce",
+        "curriculum.kind": "step", "curriculum.phases": "[even, uniform]", "curriculum.boundaries": "[0.5]",
+        "curriculum.levels": "[1, 0]",
+    }  # fmt: skip
+    trainer(arguments, blind, {"run.name": "whole"}).train()
+    with pytest.raises(Interrupted):
+        trainer(arguments, blind, stop=6).train()
+    trainer(arguments, blind, resume=True).train()
+    mine, whole = (checkpoint.find(path) for path in (folder, folder.with_name("whole")))
+    for name in (checkpoint.WEIGHTS, checkpoint.OBJECTIVE):
+        assert all(torch.equal(value, mine.tensors(name)[key]) for key, value in whole.tensors(name).items())
+    learned = mine.tensors(checkpoint.OBJECTIVE)
+    assert learned.keys() == {"gaps", "count_losses", "count_law"}
+    assert learned["gaps"][1].sum() > 0 and float(learned["count_law"].sum()) == pytest.approx(1)
 
 
 def test_a_file_system_without_links(run, trainer, stopped, monkeypatch):
