@@ -101,6 +101,17 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(preset, expected, tmp_pat
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_dry_run_lists_the_parts_that_see_masks_only(capsys):
+    assert (
+        train.main(["--dry_run", "--diffusion.spread", "-0.5", "--diffusion.gap_power", "0.5", "--curriculum.kind", "linear"])
+        == 0
+    )
+    text = capsys.readouterr().out
+    assert "atat         masking    on   0.5 of the sequences hide one span\n" in text
+    assert "             loss       on   tokens weigh (expected loss of their gap)^-0.5\n" in text
+    assert "             curriculum on   linear: " in text
+
+
 def test_a_dry_run_says_what_is_biased(capsys):
     assert train.main(["--preset", "atat", "--importance.sees", "clean", "--diffusion.weighting", "ce", "--dry_run"]) == 0
     text = capsys.readouterr().out
@@ -122,6 +133,11 @@ BAD = [
     (["--importance.source", "learned", "--importance.tilt", "50"], "beyond 40, where fp32 keys"),
     (["--preset", "atat", "--curriculum.boundaries", "[0.7, 0.3]"], "curriculum.boundaries [0.7, 0.3] are out of order"),
     (["--preset", "atat", "--curriculum.kind", "adaptive", "--eval.every", "500"], "make eval.every 124 or less"),
+    (["--diffusion.spread", "2"], "diffusion.spread 2.0 times the curriculum's level 1 is no chance"),
+    (
+        ["--diffusion.counts", "learned", "--diffusion.masking", "bernoulli"],
+        "diffusion.counts learned and diffusion.mirror false need",
+    ),
     (["--config", "nowhere.yaml"], "nowhere.yaml"),
     (["--data.corpus", "wikitext13"], "did you mean wikitext103"),
     (["--data.corpus", "wikitext2", "--data.tokenizer", "bytes"], "wikitext2"),
