@@ -144,7 +144,10 @@ class ImportanceConfig:
         focus: Weight exp(focus * score) of a hidden token, at curriculum level 1 (diffusion.weighting importance only).
         loss_weight: Weight of the estimator's own loss.
         differentiable_weights: Whether the model's loss reaches the estimator through the weights it makes.
-        width: Width of the estimator.
+        reads: embedding: a transformer of its own reads the backbone's token embeddings; hidden: one linear map reads the
+            backbone's own hidden states after its first `depth` blocks, which run once more on the context, without gradients.
+        depth: Blocks of the backbone that it reads behind (reads hidden only).
+        width: Width of the estimator (reads embedding only, as are layers and heads).
         layers: Transformer layers of the estimator.
         heads: Attention heads of the estimator; width / heads must be an even number.
     """
@@ -156,6 +159,8 @@ class ImportanceConfig:
     focus: float = 1.0
     loss_weight: float = 0.1
     differentiable_weights: bool = False
+    reads: Literal["embedding", "hidden"] = "embedding"
+    depth: int = 1
     width: int = 256
     layers: int = 2
     heads: int = 4

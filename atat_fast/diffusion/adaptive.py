@@ -159,7 +159,7 @@ def check_importance(importance: ImportanceConfig, diffusion: DiffusionConfig, c
             )
     if not (importance.loss_weight >= 0 and math.isfinite(importance.loss_weight)):
         raise UsageError(f"importance.loss_weight must be at least 0, got {importance.loss_weight}")
-    for name in ("width", "layers", "heads"):
+    for name in ("depth", "width", "layers", "heads"):
         if getattr(importance, name) < 1:
             raise UsageError(f"importance.{name} must be at least 1, got {getattr(importance, name)}")
     if importance.width % importance.heads or importance.width // importance.heads % 2:

@@ -218,12 +218,13 @@ class DiT(
         *,
         rows: Tensor | None = None,
         documents: Documents | None = None,
+        depth: int | None = None,
     ) -> Tensor:
         """The rows that the head reads.
 
         tokens [B, L] ids; hidden_share [B] in [0, 1], read only with time conditioning; randomness turns dropout on.
         rows [R] integers, flat indices b * L + i, or None for all; what only other rows need is not computed.
-        documents: if given, attention stays inside them.
+        documents: if given, attention stays inside them.   depth: run the first so many blocks only.
         Returns [R, D], or [B * L, D], in the compute dtype. Raises ValueError for sequences longer than the model's length.
         """
         length = tokens.shape[1]
@@ -231,7 +232,7 @@ class DiT(
             raise ValueError(f"the sequence has {length} tokens, but this model takes at most {self.config.length}")
         modulation = self.modulation(self.conditioning(hidden_share)).unflatten(-1, (-1, self.config.dim)).unbind(1)
         x = self.embedding(tokens)
-        blocks = cast("list[Block]", list(self.blocks))
+        blocks = cast("list[Block]", list(self.blocks)[:depth])
         return run_trunk(
             x,
             blocks,

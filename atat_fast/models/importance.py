@@ -1,7 +1,9 @@
 """The importance estimator: how likely the backbone is to get each token wrong, judged from the visible tokens.
 
-- Input: the backbone's own token embeddings of the noised sequence, normalised and projected to 256, plus an embedding of k / L.
-- Two pre-norm transformer layers of 4 heads with rotary positions, a last norm, one number a token, a sigmoid.
+- `reads: embedding`: its input are the backbone's own token embeddings of the noised sequence, normalised and projected to 256,
+  plus an embedding of k / L. Two pre-norm transformer layers of 4 heads with rotary positions, a last norm, one number a token,
+  a sigmoid.
+- `reads: hidden`: its input are the backbone's hidden states after `depth` blocks, and a linear map makes the number.
 - Target: 1 - p(x_i | z) of the backbone at the tokens that end up hidden, by binary cross-entropy. The head starts at zero, so
   the first masks are uniform.
 `frequency` needs no network: a token's importance is the log-rank of its count in the training text, 0 for the commonest, 1 for
@@ -23,7 +25,7 @@ from atat_fast.diffusion.process import Scored
 from atat_fast.distributed.tensors import load_parts
 from atat_fast.errors import UsageError
 from atat_fast.models import start
-from atat_fast.models.dit import DiT, TimeEmbedding
+from atat_fast.models.dit import DiT, TimeEmbedding, step_cost
 from atat_fast.models.tables import RotaryTables
 from atat_fast.models.trunk import BlockContext, block_context
 from atat_fast.ops.attention import Documents, self_attention
@@ -93,11 +95,34 @@ class Network(RotaryTables):
         return cast(Tensor, self.head(self.final_norm(x))[..., 0].float())
 
 
+class LinearNetwork(nn.Module):
+    """The learned part that reads hidden states: normalised [B, L, D] and k / L to one logit a token."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.head = nn.Linear(dim, 1)
+        self.share = nn.Linear(2, 1, bias=False)
+        load_parts(dict(self.named_parameters()), self._own_start())
+
+    def _own_start(self) -> start.Values:
+        for name in ("head.weight", "head.bias", "share.weight"):
+            yield name, torch.zeros(self.get_parameter(name).shape)
+
+    def initial_values(self) -> start.Values:
+        """`DiT.initial_values`, of this network."""
+        return start.initial_values(self, self._own_start)
+
+    def forward(self, states: Tensor, hidden_share: Tensor, documents: Documents | None = None) -> Tensor:
+        """states [B, L, D], hidden_share [B] in [0, 1]. Returns logits [B, L] fp32."""
+        share = torch.stack((hidden_share, hidden_share.square()), dim=1)
+        return cast(Tensor, self.head(states)[..., 0].float() + self.share(share).float())
+
+
 class ImportanceEstimator(nn.Module):
     """Scores in [0, 1] for every token of a batch, as `config.source` says.
 
     Args:
-        config: source, width, layers and heads are read.
+        config: source, reads, depth, width, layers and heads are read.
         dim: Width D of the backbone's token embeddings.
         length: Longest sequence L.
         counts: [V] how often each id occurs in the training text; needed for the sources frequency and full.
@@ -112,7 +137,9 @@ class ImportanceEstimator(nn.Module):
         if config.source == "none":
             raise ValueError("importance.source is none, which has no estimator; choose learned, frequency or full")
         self.config = config
-        self.network = Network(config, dim, length) if config.source in ("learned", "full") else None
+        self.network: Network | LinearNetwork | None = None
+        if config.source in ("learned", "full"):
+            self.network = Network(config, dim, length) if config.reads == "embedding" else LinearNetwork(dim)
         if config.source in ("frequency", "full"):
             if counts is None:
                 raise ValueError(f"importance.source {config.source} needs the counts of every id in the training text")
@@ -124,6 +151,14 @@ class ImportanceEstimator(nn.Module):
         if config.importance.source == "none":
             return None
         return cls(config.importance, config.model.dim, config.model.length, counts)
+
+    def read(self, model: DiT, tokens: Tensor, hidden_share: Tensor, documents: Documents | None = None) -> Tensor:
+        """What the network reads of tokens [B, L]: the model's embeddings, or its detached hidden states; [B, L, D]."""
+        if self.config.reads == "embedding":
+            return cast(Tensor, model.embedding(tokens))
+        with torch.no_grad():
+            states = model.features(tokens, hidden_share, documents=documents, depth=self.config.depth)
+        return states.view(*tokens.shape, -1)
 
     def combine(self, logits: Tensor | None, clean: Tensor) -> Scored:
         """Scores from the network's logits [B, L] and clean ids [B, L], together with those logits."""
@@ -147,7 +182,7 @@ class ImportanceEstimator(nn.Module):
             raise UsageError("importance.source frequency scores tokens that are known; a sampler needs learned scores (or full)")
 
         def scores(tokens: Tensor, hidden_share: Tensor) -> Tensor:
-            return torch.sigmoid(network(model.embedding(tokens), hidden_share))
+            return torch.sigmoid(network(self.read(model, tokens, hidden_share), hidden_share))
 
         return scores
 
@@ -170,6 +205,9 @@ def importance_cost(config: ImportanceConfig, model: ModelConfig, batch: int, *,
     """Floating-point operations of scoring `batch` sequences: matrix products and attention, as `step_cost` counts them."""
     if config.source not in ("learned", "full"):
         return Cost(0, 0)
+    if config.reads == "hidden":
+        part = ModelConfig(**{**vars(model), "layers": min(config.depth, model.layers)})
+        return step_cost(part, 0, batch, batch * model.length, backward=False)
     rows, width = batch * model.length, config.width
     per_row = model.dim * width + (4 + 2 * MLP_RATIO) * width * width * config.layers
     attention = 2 * 2 * batch * model.length**2 * width * config.layers

@@ -238,7 +238,8 @@ class Objective:
         if self.score is None:
             return self.estimator.combine(None, clean)
         with self.compute.autocast():
-            logits = self.score(self.model.embedding(seen), hidden_share, documents)
+            read = self.estimator.read(self.model, seen, hidden_share, documents)
+            logits = self.score(read, hidden_share, documents)
         return self.estimator.combine(logits, clean)
 
     def _importance(

@@ -115,16 +115,43 @@ def test_the_target_is_the_chance_of_error():
     assert baseline(0.5) == pytest.approx(math.log(2)) and baseline(0.0) == baseline(1.0) == 0.0
 
 
-def test_the_estimators_loss_reaches_the_estimator_and_the_embeddings_and_nothing_else():
-    objective = make(settings())
+@pytest.mark.parametrize(("reads", "also"), [("embedding", {"embedding.weight"}), ("hidden", set())])
+def test_the_estimators_loss_reaches_the_estimator_and_the_embeddings_it_reads_and_nothing_else(reads, also):
+    objective = make(settings(reads=reads))
     x, ids = tokens()
     batch = objective.hide(x, ids, first=0, step=1)
     nll = torch.rand(len(batch.rows), requires_grad=True)
     own, _ = objective._importance(batch, batch.importance, nll, L, 1, 0.0)
     own.backward()
     reached = {name for name, p in objective.named_parameters().items() if p.grad is not None and p.grad.abs().sum() > 0}
-    assert reached == {"embedding.weight"} | {n for n in objective.named_parameters() if n.startswith("importance.")}
+    assert reached == also | {n for n in objective.named_parameters() if n.startswith("importance.")}
     assert nll.grad is None  # the target is detached
+
+
+def test_a_linear_map_of_hidden_states_sees_what_the_backbone_sees_and_costs_the_blocks_it_reads_behind():
+    config = settings(reads="hidden", depth=2)
+    config.model.layers = 3
+    objective = make(config)
+    estimator, model = objective.estimator, objective.model
+    x, share = tokens()[0], torch.rand(4)
+    states = estimator.read(model, x, share)
+    whole = model.features(x, share)
+    assert states.shape == (4, L, 16) and not states.requires_grad and not torch.allclose(states.flatten(0, 1), whole)
+    assert torch.equal(model.features(x, share, depth=3), whole) and torch.equal(model.features(x, share, depth=9), whole)
+    logits = objective.scores(x, x, share).logits
+    torch.testing.assert_close(logits, estimator.network(states, share))
+    torch.testing.assert_close(estimator.scorer(model)(x, share), torch.sigmoid(logits))
+    with FlopCounterMode(display=False) as counter, torch.no_grad():
+        estimator.read(model, x, share)
+    counted = sum(n for op, n in counter.get_flop_counts()["Global"].items() if "attention" not in str(op))
+    attention = 2 * 2 * 4 * L**2 * 16 * 2
+    cost = importance_cost(config.importance, config.model, 4).flops
+    conditioning = 2 * (256 * 8 + 8 * 8 + 8 * (6 * 3 + 2) * 16)
+    assert cost - attention <= counted <= cost + conditioning
+    config = load_preset("tiny")
+    config.importance = ImportanceConfig(source="learned", reads="hidden")
+    work = importance_cost(config.importance, config.model, 8).flops
+    assert work / step_cost(config.model, 4097, 8, 8 * config.model.length // 2).flops < 0.07
 
 
 def test_the_models_loss_reaches_the_estimator_only_through_learned_weights():
