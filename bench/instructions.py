@@ -45,7 +45,7 @@ def mask_tokens(batch: int, length: int, scored: bool) -> tuple[str, tuple[Any, 
     tilt, focus, weighting = (1.5, 1.0, 2) if scored else (0.0, 0.0, 0)
     rest = (torch.tensor(1), torch.tensor(7), torch.arange(batch), 0)
     rows = batch * length // 2
-    return "mask_tokens", (tokens, counts, rows, MASK_ID, scores, tilt, focus, None, None, weighting, *rest)
+    return "mask_tokens", (tokens, counts, rows, MASK_ID, scores, tilt, focus, 0, None, None, weighting, *rest)
 
 
 def philox(count: int) -> tuple[str, tuple[Any, ...]]:

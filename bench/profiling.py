@@ -19,7 +19,7 @@ import torch
 from devices import Device
 from timing import synchronize
 from torch.profiler import ProfilerActivity
-from variants import ADAPTIVE, OURS, Variant
+from variants import MDLM, Variant
 
 from atat_fast.models.dit import step_cost
 from atat_fast.ops import (
@@ -88,7 +88,7 @@ def costs(variant: Variant) -> dict[str, Cost]:
     s = variant.setting
     c, size = s.config.model, s.compute.dtype.itemsize
     rows, width, layers = s.batch * c.length, c.dim, c.layers
-    ours = variant.name in (OURS, ADAPTIVE)
+    ours = variant.name not in MDLM
     reach = rows // 2 if ours else rows
     head = linear_cross_entropy_cost(reach, width, s.vocabulary, element_size=size)
     attend = [attention_cost(s.batch, c.length, width, element_size=size, backward=b) for b in (False, True)]

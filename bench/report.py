@@ -63,8 +63,9 @@ def tables() -> dict[Path, dict[str, str]]:
         "audit_counts": audit_schedules.counts_table(),
         "audit_identity": audit_schedules.identity_table(),
     }
-    if any(RESULTS.glob("*/compare-*.json")):
-        atat["compare"] = report_tables.compare(RESULTS)
+    for name, preset in (("compare", "plain"), ("compare_demo", "demo")):
+        if any(RESULTS.glob(f"*/compare-{preset}-*.json")):
+            atat[name] = report_tables.compare(RESULTS, preset)
     return {
         README: readme,
         DOCS / "ops" / "linear_cross_entropy.md": {"linear_cross_entropy": report_tables.head(RESULTS)},
@@ -105,9 +106,9 @@ def record(folder: Path) -> None:
         shutil.copyfile(folder / name, kept / name)
 
 
-def record_compare(folder: Path) -> Path:
-    """Copy a comparison's compare.json and curves under its device, preset and budget; a new one replaces the one at the same
-    cost. Raises UsageError if the folder has none.
+def record_compare(folder: Path, called: str = "") -> Path:
+    """Copy a comparison's compare.json and curves under its device, preset and budget, and what it is called; a new one replaces
+    the one of that name. Of a corpus that is a path, its last part is kept. Raises UsageError if the folder has none.
     """
     path = folder / "compare.json"
     try:
@@ -115,7 +116,9 @@ def record_compare(folder: Path) -> Path:
         device = found["environment"]["device"]
         whole = found["benchmark"] == "compare" and found["results"] and found["differences"] is not None
         kind, amount = found["settings"]["budget"].split("=")
-        name = f"compare-{found['settings']['preset']}-{kind}-{float(amount):.12g}"
+        preset = found["settings"]["preset"]
+        name = "-".join(["compare", preset, kind, f"{float(amount):.12g}", *([called] if called else [])])
+        found["settings"]["corpus"] = Path(found["settings"]["corpus"]).name
     except (OSError, ValueError, KeyError, TypeError):
         whole = False
     if not whole:
@@ -124,7 +127,7 @@ def record_compare(folder: Path) -> Path:
         )
     kept = RESULTS / ("cpu" if device.startswith("CPU") else device.lower().replace(" ", "-"))
     kept.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(path, kept / f"{name}.json")
+    (kept / f"{name}.json").write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     IMAGES.mkdir(parents=True, exist_ok=True)
     shutil.copyfile(folder / "curves.png", IMAGES / f"{kept.name}-{name}.png")
     return kept / f"{name}.json"
@@ -136,12 +139,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--check", action="store_true", help="change nothing; exit 1 if a document is out of step")
     parser.add_argument("--record", type=Path, help="a run folder of the demo preset to keep")
     parser.add_argument("--record_compare", type=Path, help="a folder of python -m atat_fast.compare to keep")
+    parser.add_argument("--called", default="", help="a word in the kept name of --record_compare, beside its preset and budget")
     args: Any = parser.parse_args(arguments)
     try:
         if args.record:
             record(args.record)
         if args.record_compare:
-            record_compare(args.record_compare)
+            record_compare(args.record_compare, args.called)
         stale = []
         for document, generated in tables().items():
             before = document.read_text(encoding="utf-8")

@@ -10,7 +10,14 @@ from typing import Any
 
 import devices
 
-COLOURS = {"mdlm": "#9aa3ab", "mdlm+compile": "#5f6b76", "atat_fast": "#1f77b4", "atat_fast+atat": "#17a589"}
+COLOURS = {
+    "mdlm": "#9aa3ab",
+    "mdlm+compile": "#5f6b76",
+    "atat_fast": "#1f77b4",
+    "atat_fast+atat": "#17a589",
+    "atat_fast+spread": "#4aa3df",
+    "atat_fast+hidden": "#76c7b0",
+}
 MIB = 1 << 20
 
 

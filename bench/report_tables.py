@@ -53,10 +53,10 @@ def model_of(s: dict[str, Any]) -> str:
     )
 
 
-def compare(results: Path) -> str:
-    """Recipes at equal cost, every device: the bound with its standard error, and paired differences from the first."""
+def compare(results: Path, preset: str) -> str:
+    """Recipes over a preset at equal cost, every device: the bound with its error, and paired differences from the first."""
     lines: list[str] = []
-    for path in sorted(results.glob("*/compare-*.json")):
+    for path in sorted(results.glob(f"*/compare-{preset}-*.json")):
         found = json.loads(path.read_text(encoding="utf-8"))
         facts, s, first = found["environment"], found["settings"], found["results"][0]["recipe"]
         differences = {d["minus"]: d for d in found["differences"] if d["of"] == first}

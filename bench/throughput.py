@@ -37,7 +37,7 @@ import devices
 from mdlm import mdlm_network
 from power import EnergyMeter, figures
 from timing import RESULTS, peak_resident_bytes, results_folder, spread, synchronize
-from variants import ADAPTIVE, COMPILED, OURS, PARTS, PLAIN, VARIANTS, Setting, Variant, check_agreement
+from variants import COMPILED, MDLM, OURS, PARTS, PLAIN, VARIANTS, Setting, Variant, check_agreement
 
 from atat_fast.config import DataConfig, TrainConfig, load_preset
 from atat_fast.data import SequenceLoader, prepare
@@ -345,8 +345,10 @@ def compare(names: list[str], args: argparse.Namespace, setting: Setting, ranks:
     if args.sampling and ranks.rank == 0:
         from bench_sampling import time_samplers
 
-        model = (variants.get(OURS) or variants.get(ADAPTIVE) or Variant(OURS, setting)).model
-        record["sampling"] = time_samplers(model, compute, batch=2 if compute.device.type == "cpu" else 16, budget=budget.left)
+        ours = next((v for name, v in variants.items() if name not in MDLM), None) or Variant(OURS, setting)
+        record["sampling"] = time_samplers(
+            ours.model, compute, batch=2 if compute.device.type == "cpu" else 16, budget=budget.left
+        )
     del variants
     finish(record, args, ranks, budget, folder, stem)
     return 0

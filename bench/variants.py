@@ -1,4 +1,4 @@
-"""The training steps that bench/throughput.py times: plain MDLM, the same compiled, atat_fast, and atat_fast with all of ATAT.
+"""The training steps that bench/throughput.py times: plain MDLM, the same compiled, atat_fast, and atat_fast with parts of ATAT.
 
 All begin with the same weights and read the same tokens. A step is everything a trainer does: read tokens, hide some, forward,
 backward, clip, optimizer, average. A clock, which does nothing unless it is started, notes which part time belongs to.
@@ -28,12 +28,22 @@ from atat_fast.training.graphs import Graphs, why_not
 from atat_fast.training.loss import Objective
 from atat_fast.training.optimizers import Average, Optimizers
 
-PLAIN, COMPILED, OURS, ADAPTIVE = VARIANTS = ("mdlm", "mdlm+compile", "atat_fast", "atat_fast+atat")
+PLAIN, COMPILED, OURS, SPREAD, HIDDEN, ADAPTIVE = VARIANTS = (
+    "mdlm",
+    "mdlm+compile",
+    "atat_fast",
+    "atat_fast+spread",
+    "atat_fast+hidden",
+    "atat_fast+atat",
+)
+MDLM = (PLAIN, COMPILED)
 MEANING = {
     PLAIN: "MDLM as people run it: eager, SDPA, fp32 log-probabilities of every token",
     COMPILED: "the same under torch.compile",
     OURS: "atat_fast, uniform masks",
-    ADAPTIVE: "atat_fast with importance estimator, two-stage masks, importance weights and curriculum",
+    SPREAD: "atat_fast with evenly spread masks, as preset atat has them",
+    HIDDEN: "atat_fast with preset importance: an estimator that reads hidden states, two-stage masks, curriculum",
+    ADAPTIVE: "atat_fast with an estimator of its own, two-stage masks, importance weights and curriculum",
 }
 PARTS = ("data", "masking", "forward", "backward", "clip", "optimizer", "average")
 LR = 1e-4
@@ -129,12 +139,17 @@ class Plain:
             return self.forward(tokens, noisy, weight), {}
 
 
-def with_every_part(config: Config) -> Config:
-    """`config` with all of the `atat` preset's ATAT, and the estimator's default size instead of the demo's."""
-    atat = load_preset("atat")
-    chosen = {name: getattr(atat.importance, name) for name in ("source", "sees", "tilt", "focus")}
-    importance = ImportanceConfig(**chosen)
-    return dataclasses.replace(config, importance=importance, curriculum=atat.curriculum, diffusion=atat.diffusion)
+def config_of(name: str, config: Config) -> Config:
+    """`config` with the variant's parts of ATAT. The estimator of all of it has the default size."""
+    if name == SPREAD:
+        return dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, spread=1.0))
+    if name not in (HIDDEN, ADAPTIVE):
+        return config
+    preset = load_preset("importance")
+    if name == ADAPTIVE:
+        preset.importance = ImportanceConfig(source="learned")
+        preset.diffusion.weighting = "importance"
+    return dataclasses.replace(config, importance=preset.importance, curriculum=preset.curriculum, diffusion=preset.diffusion)
 
 
 def common_start(setting: Setting) -> DiT:
@@ -150,12 +165,12 @@ def common_start(setting: Setting) -> DiT:
 def objective_of(name: str, setting: Setting) -> Any:
     """The variant's loss, with its model on the device."""
     ours, compute = common_start(setting), setting.compute
-    if name in (PLAIN, COMPILED):
+    if name in MDLM:
         plain = PlainMDLM(setting.vocabulary, setting.vocabulary - 1, setting.config.model)
         plain.load_state_dict(block_by_block(ours.state_dict(), setting.config.model.layers))
         return Plain(plain.to(compute.device), compute, name == COMPILED)
-    config = with_every_part(setting.config) if name == ADAPTIVE else setting.config
-    estimator = ImportanceEstimator.of(config, None) if name == ADAPTIVE else None
+    config = config_of(name, setting.config)
+    estimator = ImportanceEstimator.of(config, None)
     estimator = estimator and estimator.to(compute.device)
     total = setting.ranks * setting.batch
     return Objective(ours.to(compute.device), config, compute, seed=SEED, total=total, estimator=estimator)
@@ -190,12 +205,12 @@ class Variant:
         self.model, self.losses_of = objective.model, Losses(objective)
         self.call: Any = self.losses_of
         # DDP takes the mean over ranks: right for plain MDLM's loss, a rank's mean; ours is a share of the sum.
-        self.scale = setting.ranks if name in (OURS, ADAPTIVE) else 1
+        self.scale = 1 if name in MDLM else setting.ranks
         if setting.ranks > 1:
             ids = [self.device] if self.device.type == "cuda" else None
             self.call = nn.parallel.DistributedDataParallel(self.losses_of, device_ids=ids)
         self.graphs: Graphs | None = None
-        if name == OURS and why_not(objective.config, setting.compute, "none" if setting.ranks == 1 else "ddp") is None:
+        if name in (OURS, SPREAD) and why_not(objective.config, setting.compute, "none" if setting.ranks == 1 else "ddp") is None:
             self.graphs = Graphs(objective)
         self.optimizers = Optimizers(self.losses_of, OptimConfig())
         self.average = Average(self.losses_of, 0.9999)
@@ -213,7 +228,9 @@ class Variant:
             if self.device.type == "cuda":
                 tokens, ids = (t.pin_memory().to(self.device, non_blocking=True) for t in (tokens, ids))
         if self.graphs is not None and not self.clock.on:
-            loss = self.graphs(tokens, ids, first=first, step=self.count, progress=PROGRESS)
+            objective = self.losses_of.objective
+            batch = objective.hide(tokens, ids, first=first, step=self.count, progress=PROGRESS)
+            loss = self.graphs(batch, tokens, ids, self.count)
         else:
             with part("forward"):
                 loss = self.call(tokens, ids, first, self.count) * self.scale

@@ -130,10 +130,11 @@ def test_a_run_that_diverges_is_said_to(tiny, tmp_path):
 
 
 def test_importance_is_a_recipe_like_others(tiny, tmp_path):
-    assert compare.main([*tiny, "--recipes", "elbo,atat", "--seeds", "1", "--importance.width", "16"]) == 0
-    plain, atat = (yaml.safe_load((tmp_path / "out" / "recipes" / f"{name}.yaml").read_text()) for name in ("elbo", "atat"))
+    assert compare.main([*tiny, "--recipes", "elbo,importance", "--seeds", "1"]) == 0
+    kept = tmp_path / "out" / "recipes"
+    plain, chosen = (yaml.safe_load((kept / f"{name}.yaml").read_text()) for name in ("elbo", "importance"))
     assert plain["importance"]["source"] == "none" and plain["curriculum"]["kind"] == "none"
-    assert atat["importance"]["source"] == "learned" and atat["diffusion"]["weighting"] == "importance"
+    assert chosen["importance"]["source"] == "learned" and chosen["curriculum"]["kind"] == "linear"
     assert found(tmp_path / "out")["differences"][0]["difference"] != 0
 
 
@@ -164,7 +165,7 @@ BAD = [
     (["--recipes", "text.yaml"], "must hold groups of settings"),
     (["--recipes", "shared.yaml"], "sets data.tokenizer, which all recipes share"),
     (["--recipes", "budget.yaml"], "sets train.max_steps, which all recipes share"),
-    (["--recipes", "choice.yaml"], "diffusion.counts must be one of uniform, bell, got 'bel'"),
+    (["--recipes", "choice.yaml"], "diffusion.counts must be one of uniform, bell, learned, got 'bel'"),
     (["--recipes", "unknown.yaml"], "there is no setting diffusion.count (did you mean counts?)"),
     (["--recipes", "number.yaml"], "optim.lr must be float, got 'fast'"),
     (["--recipes", "sense.yaml"], "recipe sense: diffusion.counts_centre must be a share"),
@@ -205,8 +206,15 @@ def test_recipes_lie_over_the_preset_and_leave_its_sizes():
     fast = with_recipe(base, "fast")
     assert (fast.model.dim, fast.model.length) == (base.model.dim, base.model.length)
     demo = load_preset("demo")
-    assert (fast.data, fast.train, fast.diffusion, fast.optim) == (base.data, base.train, demo.diffusion, demo.optim)
-    assert with_recipe(load_preset("plain"), "fast") == dataclasses.replace(load_preset("demo"), preset="plain")
+    even = demo.diffusion.spread
+    uniform_masks = dataclasses.replace(demo.diffusion, spread=0.0)
+    assert even > 0 and (fast.data, fast.train, fast.diffusion, fast.optim) == (base.data, base.train, uniform_masks, demo.optim)
+    plain = load_preset("plain")
+    assert with_recipe(plain, "fast") == dataclasses.replace(demo, preset="plain", diffusion=uniform_masks)
+    assert with_recipe(plain, "atat") == dataclasses.replace(demo, preset="plain")
+    assert load_preset("atat") == dataclasses.replace(demo, preset="atat")
+    importance = with_recipe(demo, "importance")
+    assert importance.importance.reads == "hidden" and importance.diffusion.spread == 0
     assert set(WHAT) == {*RECIPES, *FROM_PRESETS}
 
 

@@ -44,10 +44,10 @@ def report(load, tmp_path, monkeypatch):
 
 def test_a_recorded_comparison_becomes_a_table_in_its_document(report, tmp_path):
     folder, found = page_of(tmp_path)
-    assert "compare" not in report.tables()[report.COMPARED]
+    assert "compare_demo" not in report.tables()[report.COMPARED]
     assert report.record_compare(folder) == tmp_path / "results" / "cpu" / "compare-demo-tokens-2000000.json"
     assert (tmp_path / "images" / "cpu-compare-demo-tokens-2000000.png").read_bytes() == (folder / "curves.png").read_bytes()
-    table = report.tables()[report.COMPARED]["compare"]
+    table = report.tables()[report.COMPARED]["compare_demo"]
     assert "Preset demo on python-docs, 2 M tokens a run, 2 seeds; CPU (X), bf16." in table
     lines = {line.split(" | ")[0].strip("| "): line for line in table.splitlines() if line.startswith("| ")}
     (d,) = found["differences"]
@@ -65,9 +65,10 @@ def test_minutes_and_masks_are_said(report, tmp_path):
     (folder / "compare.json").write_text(json.dumps(found | {"masks": [row]}))
     report.record_compare(folder)
     (tmp_path / "other").mkdir()  # another budget stands beside it
-    report.record_compare(page_of(tmp_path / "other", budget="tokens=800000", recipes=("uniform", "fast"))[0])
+    other = page_of(tmp_path / "other", budget="tokens=800000", recipes=("uniform", "fast"))[0]
+    assert report.record_compare(other, "again").name == "compare-demo-tokens-800000-again.json"
     assert len(list((tmp_path / "results" / "cpu").iterdir())) == 2
-    table = report.tables()[report.COMPARED]["compare"]
+    table = report.tables()[report.COMPARED]["compare_demo"]
     assert "800 k tokens a run" in table and table.count("| recipe |") == 2
     assert "1.5 min of training a run" in table and "of its time" in table
     assert "| evaluation: exact | 0.0500 | 0.45x | 0.20x |" in table

@@ -10,6 +10,7 @@ import torch
 
 from atat_fast.config import Config, ModelConfig
 from atat_fast.hardware.compute import Compute
+from atat_fast.training.graphs import Graphs
 
 ROOT = Path(__file__).resolve().parents[2]
 CPU = Compute(torch.device("cpu"), torch.float32, compile=False)
@@ -53,6 +54,27 @@ def test_adaptive_variant_has_every_part_on(variant):
     before = [p.detach().clone() for p in objective.estimator.parameters()]
     one.timed(2)
     assert any(not torch.equal(a, b) for a, b in zip(before, objective.estimator.parameters(), strict=True))
+
+
+def test_other_variants_have_their_own_parts_on(variant):
+    spread, hidden = (variant(f"atat_fast+{name}").losses_of.objective for name in ("spread", "hidden"))
+    assert spread.config.diffusion.spread == 1 and spread.estimator is None
+    assert hidden.config.importance.reads == "hidden" and hidden.config.diffusion.weighting == "ce"
+    assert hidden.estimator is not None and hidden.estimator.parameter_count() < 100
+
+
+def test_a_pass_as_a_graph_is_the_same_pass(variant):
+    """What a GPU does; here nothing can be captured, so the first passes run as they are."""
+
+    def refuse(call):
+        raise RuntimeError("no stream is captured here")
+
+    plain, graphed = (variant("atat_fast") for _ in range(2))
+    graphed.graphs = Graphs(graphed.losses_of.objective, refuse)
+    plain.timed(3)
+    with pytest.warns(UserWarning, match="cannot be captured as a CUDA graph"):
+        graphed.timed(3)
+    assert torch.equal(torch.stack(plain.losses), torch.stack(graphed.losses))
 
 
 def test_the_form_that_compiles_is_the_same_loss(variant):
