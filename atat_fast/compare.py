@@ -24,7 +24,7 @@ def main(arguments: Sequence[str]) -> int:
         "--recipes",
         type=str,
         default="uniform,fast",
-        help="Names or .yaml files, comma-separated: preset, mdlm, elbo, uniform, fast, atat, importance; the first is the base.",
+        help="Names or .yaml files, comma-separated: preset, mdlm, elbo, uniform, atat, fast; the first is the base.",
     )
     parser.add_argument("--seeds", type=int, default=3, help="Runs of each recipe, with seeds from train.seed on.")
     parser.add_argument("--budget", type=str, default="minutes=1.5", help="Of each run: minutes=1.5 of training, or tokens=2M.")

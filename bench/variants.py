@@ -41,8 +41,8 @@ MEANING = {
     PLAIN: "MDLM as people run it: eager, SDPA, fp32 log-probabilities of every token",
     COMPILED: "the same under torch.compile",
     OURS: "atat_fast, uniform masks",
-    SPREAD: "atat_fast with evenly spread masks, as preset atat has them",
-    HIDDEN: "atat_fast with preset importance: an estimator that reads hidden states, two-stage masks, curriculum",
+    SPREAD: "atat_fast with evenly spread masks",
+    HIDDEN: "atat_fast with preset atat: an estimator that reads hidden states, two-stage masks, curriculum",
     ADAPTIVE: "atat_fast with an estimator of its own, two-stage masks, importance weights and curriculum",
 }
 PARTS = ("data", "masking", "forward", "backward", "clip", "optimizer", "average")
@@ -145,7 +145,7 @@ def config_of(name: str, config: Config) -> Config:
         return dataclasses.replace(config, diffusion=dataclasses.replace(config.diffusion, spread=1.0))
     if name not in (HIDDEN, ADAPTIVE):
         return config
-    preset = load_preset("importance")
+    preset = load_preset("atat")
     if name == ADAPTIVE:
         preset.importance = ImportanceConfig(source="learned")
         preset.diffusion.weighting = "importance"

@@ -140,7 +140,6 @@ def small_at(corpus: Path) -> Callable[[Path], list[str]]:
         settings = {
             "data.corpus": corpus, "data.tokenizer": "bytes", "data.cache_dir": corpus.parent / "cache",
             "model.dim": 16, "model.layers": 1, "model.heads": 2, "model.length": 16, "model.dropout": 0.1,
-            "diffusion.spread": 0,
             "train.max_steps": 12, "train.global_batch": 4, "train.log_every": 5, "eval.every": 6, "eval.sequences": 8,
             "sample.num_samples": 1, "sample.steps": 4, "run.root": folder / "runs", "run.tensorboard": "false",
         }  # fmt: skip

@@ -64,7 +64,7 @@ def test_files_lie_over_presets_and_options_over_files_and_options_may_be_lists(
     assert (got.model.dim, got.model.length, got.train.seed, got.train.max_steps) == (768, 512, 9, 11)
     assert got.model.time_conditioning is True
     words = ("--curriculum.levels", "[0.0, 2.0]", "--curriculum.boundaries", "[0.5]", "--curriculum.phases", "[a, b]")
-    got = settings("--preset", "importance", *words).curriculum
+    got = settings("--preset", "atat", *words).curriculum
     assert (got.levels, got.boundaries, got.phases) == ([0.0, 2.0], [0.5], ["a", "b"])
 
 
@@ -98,7 +98,7 @@ def test_help_names_every_setting(capsys):
     ("preset", "expected"),
     [
         ("small", ["parameters   169,627,218", "24 sequences = 24,576 tokens a step", "memory       about", "(estimate)"]),
-        ("importance", [" parameters", "% of a step's work", "rho 0.5"]),
+        ("atat", [" parameters", "% of a step's work", "rho 0.5"]),
         ("wikitext103", ["1,906,177 parameters", "% of a step's work", "rho 0.5"]),
     ],
 )
@@ -107,7 +107,7 @@ def test_a_dry_run_prints_the_plan_and_touches_nothing(preset, expected, tmp_pat
     text = capsys.readouterr().out
     assert all(part in text for part in expected), text
     for part in ("estimator", "masking", "loss", "curriculum"):
-        on = preset != "small" and (preset, part) != ("importance", "loss")  # whose weights are ce
+        on = preset != "small" and (preset, part) != ("atat", "loss")  # whose weights are ce
         assert bool(re.search(rf"^(atat)? +{part} +on ", text, re.MULTILINE)) == on, part
     assert preset != "small" or "atat         off" in text
     assert list(tmp_path.iterdir()) == []
@@ -125,7 +125,7 @@ def test_a_dry_run_lists_the_parts_that_see_masks_only(capsys):
 
 
 def test_a_dry_run_says_what_is_biased(capsys):
-    assert train.main(["--preset", "importance", "--importance.sees", "clean", "--diffusion.weighting", "ce", "--dry_run"]) == 0
+    assert train.main(["--preset", "atat", "--importance.sees", "clean", "--diffusion.weighting", "ce", "--dry_run"]) == 0
     text = capsys.readouterr().out
     assert "note: importance.sees clean lets masks depend on the tokens they hide" in text
     assert "loss       off  ce: importance is not asked" in text
@@ -141,11 +141,11 @@ BAD = [
     (["--train.global_batch", "24", "--train.micro_batch", "5"], "train.global_batch 24 does not divide into micro-batches of 5"),
     (["--train.max_steps", "0"], "train.max_steps must be at least 1"),
     (["--diffusion.weighting", "importance"], "diffusion.weighting importance needs scores and importance.source is none"),
-    (["--importance.source", "learned"], "diffusion.spread 1.0 hides tokens wherever they lie, and importance.source learned"),
-    (["--preset", "importance", "--importance.rho", "0"], "importance.rho must be above 0 and at most 1, got 0"),
-    (["--preset", "importance", "--importance.tilt", "50"], "beyond 40, where fp32 keys"),
-    (["--preset", "importance", "--curriculum.boundaries", "[0.7, 0.3]"], "curriculum.boundaries [0.7, 0.3] are out of order"),
-    (["--preset", "importance", "--curriculum.kind", "adaptive", "--eval.every", "500"], "make eval.every 124 or less"),
+    (["--preset", "atat", "--diffusion.spread", "1"], "diffusion.spread 1.0 hides tokens wherever they lie, and importance"),
+    (["--preset", "atat", "--importance.rho", "0"], "importance.rho must be above 0 and at most 1, got 0"),
+    (["--preset", "atat", "--importance.tilt", "50"], "beyond 40, where fp32 keys"),
+    (["--preset", "atat", "--curriculum.boundaries", "[0.7, 0.3]"], "curriculum.boundaries [0.7, 0.3] are out of order"),
+    (["--preset", "atat", "--curriculum.kind", "adaptive", "--eval.every", "500"], "make eval.every 124 or less"),
     (["--diffusion.spread", "2"], "diffusion.spread 2.0 times the curriculum's level 1 is no chance"),
     (
         ["--preset", "plain", "--diffusion.counts", "learned", "--diffusion.masking", "bernoulli"],

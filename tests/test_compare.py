@@ -130,9 +130,9 @@ def test_a_run_that_diverges_is_said_to(tiny, tmp_path):
 
 
 def test_importance_is_a_recipe_like_others(tiny, tmp_path):
-    assert compare.main([*tiny, "--recipes", "elbo,importance", "--seeds", "1"]) == 0
+    assert compare.main([*tiny, "--recipes", "elbo,atat", "--seeds", "1"]) == 0
     kept = tmp_path / "out" / "recipes"
-    plain, chosen = (yaml.safe_load((kept / f"{name}.yaml").read_text()) for name in ("elbo", "importance"))
+    plain, chosen = (yaml.safe_load((kept / f"{name}.yaml").read_text()) for name in ("elbo", "atat"))
     assert plain["importance"]["source"] == "none" and plain["curriculum"]["kind"] == "none"
     assert chosen["importance"]["source"] == "learned" and chosen["curriculum"]["kind"] == "linear"
     assert found(tmp_path / "out")["differences"][0]["difference"] != 0
@@ -206,15 +206,10 @@ def test_recipes_lie_over_the_preset_and_leave_its_sizes():
     fast = with_recipe(base, "fast")
     assert (fast.model.dim, fast.model.length) == (base.model.dim, base.model.length)
     demo = load_preset("demo")
-    even = demo.diffusion.spread
-    uniform_masks = dataclasses.replace(demo.diffusion, spread=0.0)
-    assert even > 0 and (fast.data, fast.train, fast.diffusion, fast.optim) == (base.data, base.train, uniform_masks, demo.optim)
-    plain = load_preset("plain")
-    assert with_recipe(plain, "fast") == dataclasses.replace(demo, preset="plain", diffusion=uniform_masks)
-    assert with_recipe(plain, "atat") == dataclasses.replace(demo, preset="plain")
-    assert load_preset("atat") == dataclasses.replace(demo, preset="atat")
-    importance = with_recipe(demo, "importance")
-    assert importance.importance.reads == "hidden" and importance.diffusion.spread == 0
+    assert (fast.data, fast.train, fast.diffusion, fast.optim) == (base.data, base.train, demo.diffusion, demo.optim)
+    assert with_recipe(load_preset("plain"), "fast") == dataclasses.replace(demo, preset="plain")
+    even = dataclasses.replace(demo, diffusion=dataclasses.replace(demo.diffusion, spread=1.0))
+    assert with_recipe(even, "fast") == with_recipe(demo, "fast") and with_recipe(even, "uniform").diffusion.spread == 0
     assert set(WHAT) == {*RECIPES, *FROM_PRESETS}
 
 

@@ -29,12 +29,11 @@ WHAT = {
     "elbo": "exactly k tokens hidden, k uniform, with the bound's own weights",
     "uniform": "exactly k tokens hidden, k uniform, weighed as the preset says",
     "identity": "uniform under a token-identity schedule: rare tokens stay hidden longer, with the bound's own term for it",
-    "atat": "what preset atat sets: fast with evenly spread masks",
-    "fast": "what preset demo sets, with uniform masks: bell counts, weights, the model's and optimizer's options",
-    "importance": "what preset importance sets: masks chosen by an estimator, and a curriculum",
+    "atat": "what preset atat sets: masks chosen by an estimator, and a curriculum",
+    "fast": "what preset demo sets: bell counts, weights, the model's and optimizer's options",
 }
-FROM_PRESETS: dict[str, tuple[str, Settings]] = {"atat": ("atat", {}), "fast": ("demo", BLIND), "importance": ("importance", {})}
-"""Recipes that take a preset's settings, and what they change of its diffusion."""
+FROM_PRESETS = {"atat": "atat", "fast": "demo"}
+"""Recipes that take a preset's settings."""
 SIZES = ("dim", "layers", "heads", "length", "mlp_ratio", "conditioning_dim", "time_conditioning", "document_mask")
 """Model settings that all recipes share."""
 SHARED = ("data", "eval", "run", "sample", "preset", "train.max_steps", "train.seed", "model.length", "model.document_mask")
@@ -44,7 +43,7 @@ SHARED = ("data", "eval", "run", "sample", "preset", "train.max_steps", "train.s
 def recipe_settings(name: str) -> Settings:
     """The settings of a recipe by name, or of a YAML file. Raises UsageError for an unknown name or an invalid file."""
     if name in FROM_PRESETS:
-        return _from_preset(*FROM_PRESETS[name])
+        return _from_preset(FROM_PRESETS[name])
     if name in RECIPES:
         return copy.deepcopy(RECIPES[name])
     if not name.endswith((".yaml", ".yml")):
@@ -69,10 +68,10 @@ def recipe_settings(name: str) -> Settings:
     return settings
 
 
-def _from_preset(name: str, changes: Settings) -> Settings:
-    """A preset's recipe: its settings with some of its diffusion changed, without shared ones and the model's sizes."""
+def _from_preset(name: str) -> Settings:
+    """A preset's recipe: its settings, without shared ones and the model's sizes."""
     settings = {group: value for group, value in preset_settings(name).items() if group not in (*SHARED, "train")}
-    settings["diffusion"] = BLIND | settings.get("diffusion", {}) | changes
+    settings["diffusion"] = BLIND | settings.get("diffusion", {})
     if "model" in settings:
         settings["model"] = {key: value for key, value in settings["model"].items() if key not in SIZES}
     return settings
