@@ -32,18 +32,7 @@ def settings(*arguments):
 
 
 def test_every_preset_is_its_file_over_the_defaults():
-    assert set(preset_names()) == {
-        "demo",
-        "tiny",
-        "small",
-        "medium",
-        "large",
-        "wikitext103",
-        "openwebtext",
-        "atat",
-        "importance",
-        "plain",
-    }
+    assert set(preset_names()) == {"demo", "tiny", "small", "medium", "large", "wikitext103", "openwebtext", "atat", "plain"}
     for name in preset_names():
         assert settings("--preset", name) == load_preset(name)
     assert settings() == load_preset("demo")
