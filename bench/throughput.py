@@ -1,4 +1,4 @@
-"""Tokens a second of whole training steps: plain MDLM, the same compiled, atat_fast, and atat_fast with ATAT, in one run.
+"""Tokens a second of whole training steps: plain MDLM, the same compiled, atat_fast, and it with parts of ATAT, in one run.
 
     python bench/throughput.py                                at most three minutes anywhere, two CPU cores included
     python bench/throughput.py --preset small --vocabulary 50258 --micro_batch 16 --largest --profile --sampling

@@ -344,11 +344,10 @@ def gap_law(spread: float, power: float) -> WeightedLaw:
         gaps.sums[1] = 1.0
         gaps.sums[0] = 0.2 * (1 + cell // DISTANCES) * (1 + cell % DISTANCES)
         weighted = {}
-        for hidden, chance in (spread_law(spread) if spread else uniform_law)(sequences, k).items():
+        for hidden, chance in spread_law(spread)(sequences, k).items():
             mask = torch.zeros(1, length, dtype=torch.bool)
             mask[0, list(hidden)] = True
-            weights = gaps.weights(cells_of(mask)[0, list(hidden)]).double() if power else torch.ones(k, dtype=torch.float64)
-            weighted[hidden] = chance[:, None] * weights
+            weighted[hidden] = chance[:, None] * gaps.weights(cells_of(mask)[0, list(hidden)]).double()
         return weighted
 
     return law

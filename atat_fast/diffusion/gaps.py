@@ -33,10 +33,9 @@ def cells_of(hidden: Tensor) -> Tensor:
     far = 2 * length + 2 * EDGES[-1]  # beyond every edge, so that it is told from a distance
     before = position - torch.cummax(torch.where(hidden, -far, position), dim=1).values
     after = torch.cummin(torch.where(hidden, position + far, position).flip(1), dim=1).values.flip(1) - position
-    edges = torch.tensor([*EDGES, length + EDGES[-1]], device=hidden.device)
-    left, right = (torch.bucketize(distance.contiguous(), edges) for distance in (before, after))
-    cells: Tensor = left * DISTANCES + right
-    return cells
+    edges = (*EDGES, length + EDGES[-1])  # as numbers: a tensor of them would wait for the device
+    left, right = (sum(((distance > edge).long() for edge in edges), torch.zeros_like(position)) for distance in (before, after))
+    return left * DISTANCES + right
 
 
 class GapTable(RunningLosses):
@@ -54,21 +53,23 @@ class GapTable(RunningLosses):
         return torch.where(count.sum() > 0, raw / mean.clamp(min=torch.finfo(raw.dtype).tiny), 1.0)[cells]
 
 
-def check_gaps(config: DiffusionConfig, most_level: float) -> None:
-    """Raise UsageError for settings of spread masks and of these weights that do not go together."""
+def check_blind(config: DiffusionConfig, most_level: float) -> None:
+    """Raise UsageError for settings of spread masks and of weights by gaps that do not go together."""
     if not abs(config.spread) * most_level <= 1:
         raise UsageError(
             f"diffusion.spread {config.spread} times the curriculum's level {most_level:g} is no chance; "
             f"use at most {1 / max(most_level, 1e-9):g}"
         )
-    if config.spread and (config.masking != "exact" or config.mirror or config.schedule != "log_linear"):
-        what = {config.masking != "exact": f"masking {config.masking}", config.mirror: "mirror true"}.get(
-            True, f"schedule {config.schedule}"
-        )
-        raise UsageError(
-            f"diffusion.spread {config.spread} chooses tokens by where they lie, and diffusion.{what} in its own way; set "
-            "diffusion.spread 0, or masking exact, mirror false and schedule log_linear"
-        )
+    for setting, wrong in (
+        (f"masking {config.masking}", config.masking != "exact"),
+        ("mirror true", config.mirror),
+        (f"schedule {config.schedule}", config.schedule != "log_linear"),
+    ):
+        if config.spread and wrong:
+            raise UsageError(
+                f"diffusion.spread {config.spread} chooses tokens by where they lie, and diffusion.{setting} in its own way; set "
+                "diffusion.spread 0, or masking exact, mirror false and schedule log_linear"
+            )
     if not abs(config.gap_power) <= 4:
         raise UsageError(f"diffusion.gap_power must be in [-4, 4], got {config.gap_power}")
     if config.gap_power and config.schedule != "log_linear":

@@ -32,9 +32,9 @@ def hide_for_training(
     """Mask slots first .. first + B - 1 of a global batch of `total` sequences as `config` says at `progress`, the share of the
     run that is done. With config.mirror, slots 2j and 2j + 1 must hold the same sequence, and sample_ids be even for slot 2j.
 
-    `choose` says which tokens are hidden; by default every set of k is equally likely. `learned` is the law of counts learned,
-    as in `count_chances`. Weights do not depend on how the global
-    batch is cut: `ce` divides by all tokens hidden in it (for bernoulli by their expected number, which needs no other slots).
+    `choose` says which tokens are hidden; by default every set of k is equally likely. `learned` is as in `count_chances`.
+    Weights do not depend on how the global batch is cut: `ce` divides by all tokens hidden in it (for bernoulli by their expected
+    number, which needs no other slots).
     With a tilt every weight is multiplied by the process's own weight over (L + 1) / k. The rest of the weight then depends only
     on the count, which leaves the best model unchanged.
     """

@@ -10,7 +10,7 @@ from atat_fast.config import Config
 from atat_fast.diffusion.adaptive import bias, check_importance
 from atat_fast.diffusion.counts import check_counts, expected_share
 from atat_fast.diffusion.curriculum import Curriculum, check_curriculum, highest_level
-from atat_fast.diffusion.gaps import check_gaps
+from atat_fast.diffusion.gaps import check_blind
 from atat_fast.diffusion.processes import check_process, process_named
 from atat_fast.distributed.fit import Card, Layout, Sizes, check_parallel, choose, describe_fit
 from atat_fast.distributed.ranks import Launch
@@ -83,7 +83,7 @@ def check(config: Config, ranks: int = 1, on_host: int = 1) -> Batches:
     )
     check_importance(config.importance, config.diffusion, config.curriculum)
     check_process(config.diffusion, config.importance)
-    check_gaps(config.diffusion, highest_level(config.curriculum))
+    check_blind(config.diffusion, highest_level(config.curriculum))
     plan = batches(config, ranks)
     check_counts(config.diffusion, config.model.length, plan.global_batch)
     return plan

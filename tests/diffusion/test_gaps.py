@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from atat_fast.config import CurriculumConfig, DiffusionConfig, ImportanceConfig
 from atat_fast.diffusion.adaptive import check_importance
-from atat_fast.diffusion.gaps import CELLS, DECAY, DISTANCES, FLOOR, GapTable, cells_of, check_gaps
+from atat_fast.diffusion.gaps import CELLS, DECAY, DISTANCES, FLOOR, GapTable, cells_of, check_blind
 from atat_fast.errors import UsageError
 
 CPU = torch.device("cpu")
@@ -89,7 +89,7 @@ def test_a_table_repeats_itself_and_does_not_depend_on_how_a_step_is_cut():
 )
 def test_settings_that_do_not_go_together(diffusion, curriculum, message):
     with pytest.raises(UsageError, match=message):
-        check_gaps(DiffusionConfig(**diffusion), curriculum)
+        check_blind(DiffusionConfig(**diffusion), curriculum)
 
 
 def test_spread_masks_and_importance_exclude_each_other_and_either_has_a_curriculum():
