@@ -32,7 +32,6 @@ from atat_fast.ops.linear_cross_entropy.slabs import (
     default_budget,
     run_slabs,
 )
-from atat_fast.ops.processor import widens_bf16
 from atat_fast.ops.registry import (
     Cost,
     again,
@@ -302,7 +301,7 @@ def _totals_fake(given: LossArguments, wanted: Wanted) -> Totals:
         max_probability=hidden.new_empty(statistics, dtype=wide),
         entropy=hidden.new_empty(statistics, dtype=wide),
         velocity=hidden.new_empty(0 if given.rates is None else count, dtype=wide),
-        hidden=hidden.new_empty((count if wanted.hidden else 0, width), dtype=wide if widens_bf16(hidden) else hidden.dtype),
+        hidden=hidden.new_empty((count if wanted.hidden else 0, width), dtype=wide),
         weight=hidden.new_empty((vocabulary if wanted.weight else 0, width), dtype=wide),
         bias=hidden.new_empty(vocabulary if wanted.bias else 0, dtype=wide),
     )
@@ -326,11 +325,11 @@ def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
     if again():
         return *pull(lambda *values: plain_sum(LossArguments(*values)), tuple(given), grad), *none[9:]
     dh, dw, db, dloss = torch.ops.atat_fast.linear_cross_entropy_scale(
-        grad, dhidden, dweight, dbias, losses, given.rows, given.hidden.shape[0]
+        grad, dhidden, dweight, dbias, losses, given.rows, given.hidden.shape[0], given.hidden.dtype
     )
     need_hidden, need_weight, need_bias = ctx.needed
     return (
-        dh.to(given.hidden.dtype) if need_hidden else None,
+        dh if need_hidden else None,
         dw.to(given.weight.dtype) if need_weight else None,
         None,
         db.to(given.bias.dtype) if need_bias and given.bias is not None else None,
@@ -340,11 +339,16 @@ def _sum_backward(ctx: Any, grad: Tensor | None, *_: Any) -> tuple[Any, ...]:
 
 
 def _scale(
-    grad: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, nll: Tensor, rows: Tensor | None, num_hidden: int
+    grad: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    nll: Tensor,
+    rows: Tensor | None,
+    num_hidden: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    wide = accumulation_dtype(dhidden)  # an upstream of 1 / 769 in bf16 would scale every gradient by 1.002
-    scaled = _scatter((dhidden.to(wide) * grad.to(wide)).to(dhidden.dtype), rows, num_hidden)
-    return scaled, dweight * grad, dbias * grad, nll * grad
+    return _scatter((dhidden * grad).to(dtype), rows, num_hidden), dweight * grad, dbias * grad, nll * grad
 
 
 def _scatter(dhidden: Tensor, rows: Tensor | None, num_hidden: int) -> Tensor:
@@ -356,9 +360,17 @@ def _scatter(dhidden: Tensor, rows: Tensor | None, num_hidden: int) -> Tensor:
 
 
 def _scale_fake(
-    grad: Tensor, dhidden: Tensor, dweight: Tensor, dbias: Tensor, nll: Tensor, rows: Tensor | None, num_hidden: int
+    grad: Tensor,
+    dhidden: Tensor,
+    dweight: Tensor,
+    dbias: Tensor,
+    nll: Tensor,
+    rows: Tensor | None,
+    num_hidden: int,
+    dtype: torch.dtype,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    dh = torch.empty_like(dhidden) if rows is None else dhidden.new_empty((num_hidden, dhidden.shape[1]))
+    count = dhidden.shape[0] if rows is None else num_hidden
+    dh = dhidden.new_empty((count, dhidden.shape[1]), dtype=dtype)
     return dh, torch.empty_like(dweight), torch.empty_like(dbias), torch.empty_like(nll)
 
 
@@ -420,8 +432,8 @@ def _rows_grad(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     """The backward of the per-row form: the weighted sum's gradients, with the upstream vector as token weights."""
     given, (chunk_bytes, *needs, backend) = _of_rows(arguments)
     out = run_slabs(given._replace(token_weight=grad), chunk_bytes, Wanted(*needs), backend)
-    dhidden = _scatter(out.hidden, given.rows, given.hidden.shape[0]) if needs[0] else out.hidden
-    return dhidden.to(given.hidden.dtype), out.weight, out.bias
+    dhidden = out.hidden.to(given.hidden.dtype)
+    return _scatter(dhidden, given.rows, given.hidden.shape[0]) if needs[0] else dhidden, out.weight, out.bias
 
 
 def _rows_grad_fake(grad: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
@@ -443,7 +455,7 @@ _SUM = register(
 )
 register(
     "linear_cross_entropy_scale(Tensor grad, Tensor dhidden, Tensor dweight, Tensor dbias, Tensor nll, Tensor? rows, "
-    "SymInt num_hidden) -> (Tensor, Tensor, Tensor, Tensor)",
+    "SymInt num_hidden, ScalarType dtype) -> (Tensor, Tensor, Tensor, Tensor)",
     _scale,
     _scale_fake,
 )
