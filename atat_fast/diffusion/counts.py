@@ -23,7 +23,7 @@ RAREST = 2.0**-32
 """The resolution of one random word: a rarer count is as good as never drawn."""
 
 
-@functools.lru_cache(maxsize=16)
+@functools.lru_cache(maxsize=4096)  # of prompt and response rows, every length has its own
 def bell(length: int, centre: float, width: float) -> Tensor:
     """A Gaussian in k / L cut to the counts 1..L: chances [L + 1] fp64, 0 at k = 0, which has nothing to learn from."""
     k = torch.arange(length + 1, dtype=torch.float64)
@@ -83,6 +83,26 @@ def mask_counts(
     second = torch.arange(first, first + count) % 2 == 1
     low = (torch.where(second, 1 - u, u) * (length + 1)).long().clamp_(max=length)
     return torch.where(second, length - low, low)
+
+
+def ragged_counts(config: DiffusionConfig, lengths: Tensor, u: Tensor, progress: float) -> tuple[Tensor, Tensor | None]:
+    """k of sequences of which lengths[b] tokens may be hidden, at the points u: int64 [B], each by the law of its own length.
+
+    Also the bound's weight of a hidden token of each, fp64 [B]; None if it is (lengths + 1) / k, as of uniform counts.
+    lengths [B] int64 and u [B] fp64 on a CPU.
+    """
+    counts, weights = torch.zeros_like(lengths), torch.zeros_like(u)
+    plain = True
+    for length in lengths.unique().tolist():
+        of_length = lengths == length
+        chances = count_chances(config, length, progress)
+        if chances is None:
+            counts[of_length] = (u[of_length] * (length + 1)).long().clamp_(max=length)
+        else:
+            plain = False
+            counts[of_length] = draw_counts(u[of_length], chances)
+            weights[of_length] = bound_weights(chances)[counts[of_length]]
+    return counts, None if plain else weights
 
 
 def bound_weights(chances: Tensor) -> Tensor:

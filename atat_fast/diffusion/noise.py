@@ -33,6 +33,15 @@ def stratified_uniforms(first: int, count: int, total: int, *, seed: int, step: 
     return torch.where(second, 1 - u, u)
 
 
+def dealt_uniforms(total: int, *, seed: int, step: int, pairing: str = "antithetic") -> Tensor:
+    """`stratified_uniforms` of a whole batch, dealt to its slots in a random order, fp64 [total].
+
+    For sequences of different lengths, whose order in the batch may go by length: a slot's stratum must then not be fixed.
+    """
+    u = stratified_uniforms(0, total, total, seed=seed, step=step, pairing=pairing)
+    return u[torch.argsort(random_words(torch.arange(total), seed, step, STREAM_COUNT)[1], stable=True)]
+
+
 @dataclass(frozen=True)
 class LogLinear:
     """MDLM's schedule, with total noise sigma from sigma_min to sigma_max: the hide rate is linear in time.

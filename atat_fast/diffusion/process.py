@@ -40,7 +40,8 @@ class MaskedBatch:
 
     noisy: [B, L] ids.   rows: [R] flat indices of hidden tokens.   target: [R] their true ids.   weights: [R] fp32.
     hidden_share: [B] fp32, the share of each sequence that is hidden; the time of a time-conditioned model.
-    tokens: B * L, by which the loss is divided.   documents: boundaries that attention keeps, or None.
+    tokens: what the loss is divided by: B * L, or this call's share of the global batch's tokens that are not frozen.
+    documents: boundaries that attention keeps, or None.
     hidden: number of rows that are not padding; they come first.   importance: scores that chose the masks, or None.
     tilt: what the process adds to the loss, or None.   gaps: [R] the rows' cells of `gaps.cells_of`, or None.
     """
@@ -50,7 +51,7 @@ class MaskedBatch:
     target: Tensor
     weights: Tensor
     hidden_share: Tensor
-    tokens: int
+    tokens: float
     documents: Documents | None = None
     hidden: int = 0
     importance: Scored | None = None

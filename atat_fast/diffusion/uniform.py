@@ -22,10 +22,11 @@ def hide(
     step: int | Tensor,
     weighting: str = "uniform",
     spread: float = 0.0,
+    frozen: Tensor | None = None,
 ) -> MaskedBatch:
     """Hide exactly counts[b] (CPU int64) tokens of sequence b. The loss is sum(weights * nll) / batch.tokens, nats a token.
 
-    spread: as in ops.mask_tokens.
+    spread, frozen: as in ops.mask_tokens.
     """
     device, hidden = tokens.device, int(counts.sum())
     noisy, rows, weights = mask_tokens(
@@ -38,6 +39,7 @@ def hide(
         step=step,
         weighting=weighting,
         spread=spread,
+        frozen=frozen,
     )
     share = (counts / max(1, tokens.shape[1])).to(device, torch.float32, non_blocking=True)
     return MaskedBatch(noisy, rows, tokens.flatten()[rows], weights, share, tokens.numel(), hidden=hidden)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 
 import pytest
@@ -16,6 +17,7 @@ from atat_fast.data.loader import SequenceLoader
 from atat_fast.diffusion.counts import bell, bound_weights, count_chances, draw_counts, expected_share, mask_counts, weighting_at
 from atat_fast.diffusion.masking import hide_for_training
 from atat_fast.diffusion.noise import LogLinear, stratified_uniforms
+from atat_fast.diffusion.uniform import hide
 from atat_fast.errors import UsageError
 from atat_fast.training.plan import check
 
@@ -227,6 +229,54 @@ def test_the_training_loss_of_the_best_model_is_the_entropy(config):
         values.append(float((masked.weights * model.nll(masked)).sum()) / masked.tokens)
     found = torch.tensor(values, dtype=torch.float64)
     assert abs(float(found.mean()) - joint.entropy() / 4) < 4 * float(found.std()) / math.sqrt(len(found))
+
+
+@pytest.mark.parametrize("config", [DiffusionConfig(), BELL, DiffusionConfig(masking="bernoulli"), DiffusionConfig(spread=1.0)])
+def test_with_prompts_the_best_models_loss_is_the_conditional_entropy(config):
+    """Sorted by length: prompts of one token, then of two. (H(x | x1) + H(x | x1 x2)) / 2 over the mean of 3 and 2 tokens."""
+    joint = Joint.random(3, 4, seed=0)
+    model, values, frozen = Exact(joint), [], torch.arange(4) < torch.tensor([1, 2]).repeat_interleave(4)[:, None]
+    choose = functools.partial(hide, spread=config.spread)
+    for step in range(150):
+        generator = torch.Generator().manual_seed(step)
+        tokens = joint.sequences[torch.multinomial(joint.chance, 8, replacement=True, generator=generator)]
+        place = {"first": 0, "total": 8, "mask_id": MASK, "sample_ids": torch.arange(8) + 8 * step, "seed": 1, "step": step}
+        masked = hide_for_training(tokens, config, frozen=frozen, choose=choose, **place)
+        assert masked.tokens == 20 and not (masked.noisy == MASK)[frozen].any()
+        values.append(float((masked.weights * model.nll(masked)).sum()) / masked.tokens)
+
+    def entropy_of_prompt(tokens):
+        chance = torch.zeros(3**tokens, dtype=torch.float64)
+        place = (joint.sequences[:, :tokens] * 3 ** torch.arange(tokens)).sum(1)
+        return float(torch.special.entr(chance.index_add(0, place, joint.chance.double())).sum())
+
+    want = joint.entropy() - (entropy_of_prompt(1) + entropy_of_prompt(2)) / 2
+    found = torch.tensor(values, dtype=torch.float64)
+    assert abs(float(found.mean()) - want / 2.5) < 4 * float(found.std()) / math.sqrt(len(found))
+
+
+@pytest.mark.parametrize("config", [c for c in CUT if not c.mirror])
+def test_nothing_frozen_changes_nothing_and_lengths_may_be_cut(config):
+    plain, tokens = batch(config)
+    options = {"mask_id": 99, "seed": 4, "step": 0, "total": 32}
+    nothing = torch.zeros_like(tokens, dtype=torch.bool)
+    same = hide_for_training(tokens, config, first=0, sample_ids=torch.arange(32), frozen=nothing, **options)
+    assert same.tokens == plain.tokens  # the same counts and weights, dealt to other sequences
+    if config.masking == "exact":
+        torch.testing.assert_close(same.hidden_share.sort().values, plain.hidden_share.sort().values)
+        torch.testing.assert_close(same.weights.sort().values, plain.weights.sort().values)
+    frozen = torch.arange(50) < torch.arange(0, 64, 2)[:, None]  # up to a sequence of nothing but a prompt
+    lengths = (~frozen).sum(1)
+    whole = hide_for_training(tokens, config, first=0, sample_ids=torch.arange(32), frozen=frozen, **options)
+    parts = []
+    for i in range(0, 32, 8):
+        own = {"first": i, "sample_ids": torch.arange(i, i + 8), "frozen": frozen[i : i + 8], "lengths": lengths}
+        parts.append(hide_for_training(tokens[i : i + 8], config, **own, **options))
+    assert torch.equal(torch.cat([p.noisy for p in parts]), whole.noisy)
+    assert torch.equal(torch.cat([p.weights for p in parts]), whole.weights)
+    assert sum(p.tokens for p in parts) == whole.tokens == int(lengths.sum())
+    if config.masking == "exact" and config.weighting == "ce":
+        assert float(whole.weights.sum()) == pytest.approx(whole.tokens, rel=1e-5)
 
 
 class Numbered:

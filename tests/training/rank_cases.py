@@ -396,6 +396,57 @@ def held_and_sent(file: str) -> None:
     ranks.leave()
 
 
+def accelerated(file: str) -> None:
+    """Losses and gradients of a BERT under DDP, of its own forward and of hidden rows alone, and of a bound."""
+    import masked_lms
+
+    from atat_fast.models.accelerate import accelerate, masked_diffusion_loss
+
+    class Bound(torch.nn.Module):
+        """DDP calls a forward, so the loss is one."""
+
+        def __init__(self, network: torch.nn.Module) -> None:
+            super().__init__()
+            self.network = network
+
+        def forward(self, *arguments: Any, **more: Any) -> torch.Tensor:
+            return masked_diffusion_loss(self.network, *arguments, mask_id=masked_lms.MASK, seed=1, step=2, **more)
+
+    ranks = Ranks.start("cpu", 60)
+    torch.manual_seed(3)
+    inputs = masked_lms.batch(rows=4)
+    own = slice(2 * RANK, 2 * RANK + 2)
+    part = {name: value[own] for name, value in inputs.items()}
+    found: dict[str, Any] = {}
+    for name in ("plain", "fast", "bound"):
+        made = masked_lms.make("BERT")
+        if name != "plain":
+            accelerate(made)
+        wrapped = torch.nn.parallel.DistributedDataParallel(Bound(made) if name == "bound" else made)
+        if name == "bound":
+            lengths = inputs["attention_mask"].sum(1)
+            mask = part["attention_mask"]
+            loss = wrapped(part["input_ids"], first=2 * RANK, total=4, attention_mask=mask, lengths=lengths)
+        else:
+            loss = wrapped(**part).loss
+        loss.backward()
+        found[name] = [float(loss), [p.grad.flatten().tolist() for p in made.parameters()]]
+    loss = masked_diffusion_loss(
+        accelerate(masked_lms.make("BERT")),
+        inputs["input_ids"],
+        mask_id=masked_lms.MASK,
+        seed=1,
+        step=2,
+        attention_mask=inputs["attention_mask"],
+    )
+    found["whole"] = [float(loss), []]
+    found["bounds"] = ranks.total(torch.tensor([found["bound"][0]])).tolist()
+    if RANK == 0:
+        Path(file).write_text(json.dumps(found))
+    ranks.leave()
+
+
 if __name__ == "__main__":
-    sys.path.append(str(Path(__file__).resolve().parents[2] / "bench"))  # a folder of scripts, not a package
+    for folder in ("bench", "tests/helpers"):  # folders of scripts, not packages
+        sys.path.append(str(Path(__file__).resolve().parents[2] / folder))
     globals()[sys.argv[1]](*sys.argv[2:])

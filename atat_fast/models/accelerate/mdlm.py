@@ -1,12 +1,9 @@
-"""accelerate: run an existing MDLM model, with its own classes and parameters, on this package's ops.
+"""MDLM's networks: DiT's trunk over their weights, with one op between two matrix products.
 
-    model = atat_fast.accelerate(model)            # in place; restore(model) undoes it
-    loss = masked_diffusion_loss(model, tokens, mask_id=50_257, seed=1, step=step)
-
-A model is recognised by its parts (`NETWORK`, `BLOCK` below), wherever it comes from. It is then run once before and once after,
-and both must give the same logits. Only `forward` of that one object is replaced. Parameters stay the same objects under the same
-names, so optimizers, averages and checkpoints do not notice. DiT's trunk runs over the model's weights, with one op between two
-matrix products. The loss forms no logits of visible tokens, and those of hidden tokens a slab at a time.
+A network is recognised by its parts (`NETWORK`, `BLOCK` below), wherever it comes from. It is then run once before and once
+after, and both must give the same logits. Only `forward` of that one object is replaced. Parameters stay the same objects under
+the same names, so optimizers, averages and checkpoints do not notice. The loss forms no logits of visible tokens, and those of
+hidden tokens a slab at a time.
 
 Embeddings and linear layers are still called as modules, so their hooks and adapters work. Blocks and norms are not called, so
 hooks on them are refused.
@@ -16,7 +13,6 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from types import MethodType
@@ -26,8 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from atat_fast.config import DiffusionConfig
-from atat_fast.diffusion.masking import hide_for_training
+from atat_fast.models.accelerate.probe import allowed_error, evaluating, first_line, stand_ins
 from atat_fast.models.trunk import BlockContext, BlockParts, Norm, Randomness, run_block, run_trunk
 from atat_fast.ops.adaptive_norm import EPS
 from atat_fast.ops.attention import attention
@@ -61,31 +56,20 @@ class _Settings:
     pair: bool
 
 
-def accelerate(
-    model: nn.Module, *, time_conditioning: bool | None = None, autocast: torch.dtype | None = torch.bfloat16, check: bool = True
-) -> nn.Module:
-    """Replace the forward of an MDLM network by one made of fused ops, in place.
+def looks_alike(model: nn.Module) -> bool:
+    """Whether it, or its `backbone`, has a part that only MDLM's networks have."""
+    network = network_of(model)
+    return any(hasattr(network, path.split(".")[0]) for path in ("vocab_embed", "sigma_map", "rotary_emb"))
 
-    model: the network, or a module that holds it as `backbone` (MDLM's Lightning module, the hub's class). Not compiled or
-    wrapped:
-        accelerate first, then compile or wrap.
-    time_conditioning: whether sigma is read. False takes every sigma as 0, and modulation then costs nothing. The default is the
-        setting of the module around the network (MDLM zeroes sigma itself if its time_conditioning is False), else True.
-    autocast: on a GPU the blocks and the head run under autocast to this dtype, as in MDLM's own forward; None leaves the
-        precision to the caller. On a CPU it is always the caller's.
-    check: run the network before and after on two short sequences, and refuse if logits differ. It runs without dropout, with
-    small
-        random numbers in place of parameters that are all zero. The model must be able to run on its device.
 
-    forward(indices [B, L], sigma [B]) gives logits [B, L, V] as before. A block in training mode drops at its own rate. Each
-    forward takes a new seed from torch's generator, so torch.manual_seed repeats its masks, but they are not the masks of torch's
-    dropout. Activation checkpointing uses the same mask twice.
+def is_accelerated(model: nn.Module) -> bool:
+    """Whether `accelerate` changed this model."""
+    return _SETTINGS in network_of(model).__dict__
 
-    Returns model. Raises ValueError, and changes nothing, if the model is not one of MDLM's; the error says what is missing.
-    """
-    outer, network = model, _network(model)
-    if _SETTINGS in network.__dict__:
-        restore(model)
+
+def accelerate(model: nn.Module, *, time_conditioning: bool | None, autocast: torch.dtype | None, check: bool) -> None:
+    """Change the network in place. Raises ValueError, and changes nothing, if it is not one of MDLM's."""
+    outer, network = model, network_of(model)
     _recognise(network)
     extra = _extra_arguments(network)
     if time_conditioning is None:
@@ -103,14 +87,12 @@ def accelerate(
         except Exception:
             restore(model)
             raise
-    return model
 
 
-def restore(model: nn.Module) -> nn.Module:
-    """Give an accelerated model its own forward back. Returns model. Raises ValueError if it is not accelerated."""
-    network = _accelerated(model)
+def restore(model: nn.Module) -> None:
+    """Give the network its own forward back."""
+    network = accelerated(model)
     del network.__dict__["forward"], network.__dict__[_SETTINGS]
-    return model
 
 
 def forward(self: nn.Module, indices: Tensor, sigma: Tensor, output_hidden_states: bool = False) -> Any:
@@ -132,7 +114,7 @@ def features(model: nn.Module, indices: Tensor, sigma: Tensor | None = None, row
     indices [B, L]; sigma [B], or None for zeros. After the last attention only `rows` are computed. Raises ValueError if the
     model is not accelerated.
     """
-    network: Any = _accelerated(model)
+    network: Any = accelerated(model)
     settings = _settings(network)
     x = network.vocab_embed(indices)
     if sigma is None or not settings.time_conditioning:
@@ -197,60 +179,21 @@ def weighted_loss(
     torch.compile.
     """
     y = features(model, noisy, sigma, rows)
-    linear = cast(nn.Linear, cast(Any, _network(model)).output_layer.linear)
+    linear = cast(nn.Linear, cast(Any, network_of(model)).output_layer.linear)
     return linear_cross_entropy(  # type: ignore[no-any-return]
         y, linear.weight, target, bias=linear.bias, token_weight=weights, forbidden=mask_id
     )
 
 
-def masked_diffusion_loss(
-    model: nn.Module,
-    tokens: Tensor,
-    *,
-    mask_id: int,
-    seed: int,
-    step: int,
-    sample_ids: Tensor | None = None,
-    weighting: str = "uniform",
-    masking: str = "exact",
-    first: int = 0,
-    total: int | None = None,
-) -> Tensor:
-    """The training loss of an accelerated model on clean tokens, in nats a token: hide, run, weigh.
+def vocabulary_of(model: nn.Module) -> int:
+    """Number of ids that the head predicts."""
+    return int(cast(Any, network_of(model)).vocab_embed.embedding.shape[0])
 
-    tokens:      [B, L] ids without mask_id.
-    seed, step:  fix the masks, together with sample_ids [B] (int64, by default first + 0 .. B - 1) and the position.
-    weighting:   "uniform" is the likelihood bound's own weight; "ce" the plain mean over hidden tokens (docs/training.md).
-    masking:     "exact" hides exactly k tokens, k stratified over the global batch; "bernoulli" is MDLM's process.
-    first, total: this call's sequences are first .. first + B - 1 of a global batch of `total`, B by default.
 
-    A model with time conditioning gets -log(1 - share hidden), with a share of at most 0.999 as in MDLM's own schedule.
-    Returns a scalar to call backward on. Under DDP, call it inside the wrapped module's forward.
-    Raises ValueError if the model is not accelerated, masking or weighting is unknown, or ids are bad.
-    """
-    network = _accelerated(model)
-    for name, value, known in (("masking", masking, ("exact", "bernoulli")), ("weighting", weighting, ("uniform", "ce"))):
-        if value not in known:
-            raise ValueError(f"{name} {value!r} is unknown; choose {' or '.join(known)}")
-    batch, vocabulary = tokens.shape[0], cast(Any, network).vocab_embed.embedding.shape[0]
-    if not 0 <= mask_id < vocabulary:
-        raise ValueError(f"mask_id {mask_id} is outside the vocabulary of {vocabulary}")
-    if sample_ids is None:
-        sample_ids = torch.arange(first, first + batch, device=tokens.device)
-    config = DiffusionConfig(masking=masking, weighting=weighting)  # type: ignore[arg-type]
-    masked = hide_for_training(
-        tokens,
-        config,
-        first=first,
-        total=batch if total is None else total,
-        mask_id=mask_id,
-        sample_ids=sample_ids,
-        seed=seed,
-        step=step,
-    )
-    sigma = -torch.log1p(-masked.hidden_share.clamp(max=MOST_HIDDEN)) if _settings(network).time_conditioning else None
-    loss = weighted_loss(network, masked.noisy, masked.rows, masked.target, masked.weights, sigma, mask_id=mask_id)
-    return loss / masked.tokens
+def sigma_of(model: nn.Module, hidden_share: Tensor) -> Tensor | None:
+    """What a network with time conditioning reads, -log(1 - share) with a share of at most 0.999; None without."""
+    conditioned = _settings(accelerated(model)).time_conditioning
+    return -torch.log1p(-hidden_share.clamp(max=MOST_HIDDEN)) if conditioned else None
 
 
 def _precision(settings: _Settings, x: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -263,14 +206,15 @@ def _settings(network: nn.Module) -> _Settings:
     return cast(_Settings, network.__dict__[_SETTINGS])
 
 
-def _network(model: nn.Module) -> nn.Module:
+def network_of(model: nn.Module) -> nn.Module:
     """The network itself: model, or its `backbone`."""
     inner = getattr(model, "backbone", None)
     return inner if isinstance(inner, nn.Module) and not hasattr(model, "vocab_embed") else model
 
 
-def _accelerated(model: nn.Module) -> nn.Module:
-    network = _network(model)
+def accelerated(model: nn.Module) -> nn.Module:
+    """The network of an accelerated model. Raises ValueError if it is not accelerated."""
+    network = network_of(model)
     if _SETTINGS not in network.__dict__:
         raise ValueError(f"this {type(model).__name__} is not accelerated; call accelerate(model) first")
     return network
@@ -343,25 +287,19 @@ class _Probe:
             raise ValueError("a network on the meta device has no logits to compare with those of the ops; pass check=False")
         self.indices = torch.randint(embedding.shape[0], (2, _PROBE_LENGTH), generator=generator).to(device)
         self.sigma = torch.tensor([0.3, 1.7] if settings.time_conditioning else [0.0, 0.0], device=device)
-        self.stand_ins = {
-            name: (0.1 * torch.randn(p.shape, generator=generator)).to(p)
-            for name, p in network.named_parameters()
-            if not p.is_meta and not bool(p.detach().any())
-        }
+        self.stand_ins = stand_ins(network, generator)
         try:
             self.want = self._logits()
         except Exception as error:
-            reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
             raise ValueError(
-                f"the network cannot be run on {device} to compare its logits with those of the ops ({reason}); move it to "
-                "where it runs first, or pass check=False"
+                f"the network cannot be run on {device} to compare its logits with those of the ops ({first_line(error)}); move "
+                "it to where it runs first, or pass check=False"
             ) from error
 
     def compare(self) -> None:
         """Raise ValueError if the present forward gives other logits."""
         got = self._logits()
-        exact = got.dtype is self.want.dtype and got.dtype in (torch.float32, torch.float64)
-        allowed = 0.01 if exact else 0.1  # of the logits' norm; another network is off by all of it
+        allowed = allowed_error(got.dtype if got.dtype is self.want.dtype else torch.bfloat16)
         error = float((got.double() - self.want.double()).norm() / self.want.double().norm().clamp(min=1e-30))
         if not error <= allowed:
             raise ValueError(
@@ -371,19 +309,6 @@ class _Probe:
 
     @torch.no_grad()  # not inference mode: the network may keep its rotary tables, which training then reads
     def _logits(self) -> Tensor:
-        with _evaluating(self.network):
+        with evaluating(self.network):
             out = torch.func.functional_call(self.network, self.stand_ins, (self.indices, self.sigma))
         return cast(Tensor, out[0] if self.settings.pair else out)
-
-
-@contextlib.contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    """Evaluation mode for every module inside; each one's own mode is restored after."""
-    modes = [(module, module.training) for module in model.modules()]
-    try:
-        for module, _ in modes:
-            module.training = False
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
