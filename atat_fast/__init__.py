@@ -2,7 +2,7 @@
 
 ``atat_fast.ops`` holds the fused ops with plain PyTorch semantics; ``python -m atat_fast.train`` trains a model.
 Importing this package does not import torch; the modules that need it do.
-``atat_fast.accelerate(model)`` runs an existing MDLM model on these ops.
+``atat_fast.accelerate(model)`` runs an existing model, MDLM's or transformers', on these ops.
 """
 
 from typing import Any

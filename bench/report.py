@@ -70,6 +70,7 @@ def tables() -> dict[Path, dict[str, str]]:
         README: readme,
         DOCS / "ops" / "linear_cross_entropy.md": {"linear_cross_entropy": report_tables.head(RESULTS)},
         COMPARED: atat,
+        DOCS / "accelerate.md": {"accelerate": report_tables.accelerate(RESULTS) or NOTHING},
         DOCS / "distributed.md": {name: table(RESULTS) or NOTHING for name, table in report_tables.DISTRIBUTED.items()},
         DOCS / "benchmarks.md": {name: table(RESULTS) or NOTHING for name, table in report_tables.DOCUMENT.items()},
     }

@@ -373,6 +373,30 @@ def projected_six(results: Path) -> str:
     return "\n".join([markdown(heads, rows), "", f"In a sentence: {record['verdict']}."])
 
 
+def accelerate(results: Path) -> str:
+    """Training steps of transformers' models before and after accelerate, and their heads alone."""
+    rows = []
+    for device, record in records(results, "accelerate"):
+        by = {(r["model"], r["part"], r["way"]): r for r in record["results"]}
+        for (model, part, way), r in by.items():
+            own = by[model, part, "transformers"]
+            what = f"{model}, V={r['vocabulary']:,}, {r['batch']} x {r['length']}, {r['share']:.0%} hidden"
+            ratio = f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
+            rows.append(
+                [
+                    device,
+                    what,
+                    part,
+                    way,
+                    f"{r['ms']:,.0f} ms",
+                    ratio,
+                    f"{r['bytes'] / MIB:,.0f} MiB",
+                    f"{own['bytes'] / r['bytes']:.1f}",
+                ]
+            )
+    return markdown(["device", "model", "part", "way", "time", "times as fast", "memory added", "times less"], rows)
+
+
 DISTRIBUTED: dict[str, Callable[[Path], str]] = {"scaling-measured": scaling_measured, "projected-six": projected_six}
 """Tables of docs/distributed.md by their names there."""
 

@@ -66,9 +66,24 @@ def test_block_scripts_check_then_time_and_write(tmp_path, script, name, argumen
     assert ways or 0.8 < record["predicted_ratio"] < 1
 
 
+@pytest.mark.slow
+def test_accelerated_models_agree_with_their_classes_and_are_timed(tmp_path, script):
+    pytest.importorskip("transformers")
+    small = ["--small", "--rounds", 1, "--models", "bert", "--parts", "step", "--out", tmp_path / "out"]
+    done = script("bench_accelerate.py", *small)
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "accelerate.json").read_text())
+    ways = {(r["model"], r["part"], r["way"]) for r in record["results"]}
+    assert {("bert", "step", "transformers"), ("bert", "step", "rows first"), ("bert", "step", "atat_fast")} <= ways
+    assert all(r["ms"] > 0 and r["bytes"] >= 0 and r["agreement"] < 8e-2 for r in record["results"])
+    assert {"liger", "cce"} <= {*record["missing"], *(way for *_, way in ways)}
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
+        ("bench_accelerate", "--models brt", "did you mean bert"),
+        ("bench_accelerate", "--rounds 0", "--rounds must be at least 1, got 0"),
         ("throughput", "--rounds 0", "must be at least 1"),
         ("throughput", "--preset tny", "did you mean tiny"),
         ("throughput", "--vocabulary 100", "is below"),
