@@ -63,6 +63,8 @@ class DataConfig:
             of a single document.
         valid_fraction: Share of documents held out if the corpus has no validation split.
         text_column: Column of the text in rows of files and hub data sets; by default `text`, or the only column of text.
+        prompt_column: Column of prompts. Each row is then a sequence of its own: a prompt, the text of text_column (by default
+            `response`) and an end of document. Prompts are seen, and are never hidden nor counted. Needs model.document_mask.
         max_documents: Most documents read of each split; 0 reads all.
         cache_dir: Folder of token files; by default $ATAT_FAST_CACHE, else ~/.cache/atat_fast.
         num_workers: Threads that tokenise; 0 is one for each core.
@@ -73,6 +75,7 @@ class DataConfig:
     valid: str | None = None
     valid_fraction: float = 0.05
     text_column: str | None = None
+    prompt_column: str | None = None
     max_documents: int = 0
     cache_dir: str | None = None
     num_workers: int = 0

@@ -47,7 +47,7 @@ class Dataset:
 
     def hashes(self) -> dict[str, str]:
         """SHA-256 of each split's tokens; a resumed run must have the same."""
-        return {name: self.manifest["splits"][name]["sha256"] for name in ("train", "valid")}
+        return {name: packing.identity(self.manifest["splits"][name]) for name in ("train", "valid")}
 
     def describe(self) -> str:
         """One line with the counts of both splits."""
@@ -123,7 +123,7 @@ def _with_hashes(cache: Path, hashes: dict[str, str], tokenizer: Tokenizer | Non
     for file in sorted(cache.glob(f"*/{packing.MANIFEST_FILE}")):
         try:
             splits = json.loads(file.read_text(encoding="utf-8"))["splits"]
-            same = all(splits[name]["sha256"] == value for name, value in hashes.items())
+            same = all(packing.identity(splits[name]) == value for name, value in hashes.items())
         except (OSError, ValueError, KeyError, TypeError):  # a damaged folder is no match
             continue
         dataset = _open(file.parent, tokenizer) if same else None

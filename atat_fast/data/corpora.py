@@ -17,7 +17,7 @@ from typing import Any, Literal
 from atat_fast.config import DataConfig
 from atat_fast.data import local, python_docs
 from atat_fast.data import network as hub
-from atat_fast.data.text import valid_unicode
+from atat_fast.data.text import Prompted, valid_unicode
 from atat_fast.errors import UsageError, nearest
 
 Split = Literal["train", "valid"]
@@ -114,6 +114,8 @@ class HeldOut:
                     return threshold
         if highest < 0:
             raise UsageError(f"corpus {self._name} holds no text")
+        if count == 1 and isinstance(last, Prompted):
+            raise UsageError(f"corpus {self._name} is one row, and nothing is left to hold out: {self._remedy}")
         if count == 1:
             self._cut = _end_of_text(last, self._fraction)
             return threshold
@@ -132,6 +134,8 @@ def open_corpus(config: DataConfig) -> Corpus:
         raise UsageError(f"data.max_documents is {config.max_documents}; give a positive number, or 0 for all")
     if config.valid is not None and (name in NAMES or name.startswith(HUB)):
         raise UsageError(f"data.valid goes with a corpus that is a path; {name} has its own held-out text, so leave it out")
+    if config.prompt_column is not None and (name == "python-docs" or name in KNOWN):
+        raise UsageError(f"data.prompt_column {config.prompt_column!r} needs rows with columns, and corpus {name} has plain text")
     if name == "python-docs":
         held_out = HeldOut(python_docs.documents, config.valid_fraction, name, "this Python has no documentation; use a path")
         known = python_docs.fingerprint() | {"valid_fraction": config.valid_fraction}
@@ -144,7 +148,7 @@ def open_corpus(config: DataConfig) -> Corpus:
 def _local_corpus(config: DataConfig) -> Corpus:
     name, column = config.corpus, config.text_column
     try:
-        text = local.TextFiles(name, column)
+        text = local.TextFiles(name, column, config.prompt_column)
     except UsageError:
         looks_like_path = name.lower().endswith(local.SUFFIXES) or name.startswith((".", "/", "~")) or local.exists(name)
         if looks_like_path:
@@ -156,19 +160,24 @@ def _local_corpus(config: DataConfig) -> Corpus:
             f"{local.FORMATS} or of a folder of them"
         ) from None
     train = text.fingerprint()
-    known: dict[str, Any] = {"train": train, "text_column": column}
+    known: dict[str, Any] = {"train": train, "text_column": column} | _prompts(config)
     source: dict[str, Any] = {"source": "local", "path": name, "bytes": sum(size for _, size, _ in train["files"])}
     if config.valid is None:
         held_out = HeldOut(text.documents, config.valid_fraction, name, "give held-out text with data.valid")
         known["valid_fraction"] = source["valid_fraction"] = config.valid_fraction
         return Corpus(name, known, held_out.documents, lambda: source | held_out.provenance(), config.max_documents)
-    held = local.TextFiles(config.valid, column)
+    held = local.TextFiles(config.valid, column, config.prompt_column)
     valid = held.fingerprint()
     if valid["path"] == train["path"]:
         raise UsageError(f"data.valid and data.corpus are both {name}: a model must be measured on text it did not see")
     known["valid"], source["valid"] = valid, config.valid
     texts = {"train": text, "valid": held}
     return Corpus(name, known, lambda split: texts[split].documents(), lambda: source, config.max_documents)
+
+
+def _prompts(config: DataConfig) -> dict[str, Any]:
+    """What a fingerprint says of prompts."""
+    return {} if config.prompt_column is None else {"prompt_column": config.prompt_column}
 
 
 class _HubCorpus:
@@ -201,7 +210,7 @@ class _HubCorpus:
             "regroup": source.regroup,
             "text_column": self.config.text_column,
             "valid_fraction": self.config.valid_fraction,
-        }
+        } | _prompts(self.config)
         return Corpus(self.name, known, self.read, self.provenance, self.config.max_documents)
 
     def read(self, split: Split) -> Iterable[str]:
@@ -244,7 +253,20 @@ class _HubCorpus:
         table = self.tables[split]
         kinds = {"string": local.TEXT, "large_string": local.TEXT, "null": local.NOTHING}
         columns = {name: {kinds.get(getattr(kind, "dtype", ""), local.OTHER)} for name, kind in table.features.items()}
-        column = local.choose_column(columns, self.config.text_column, f"data set {self.source.repository}")
+        asked, where = (
+            local.response_column(self.config.text_column, self.config.prompt_column),
+            f"data set {self.source.repository}",
+        )
+        column = local.choose_column(columns, asked, where)
+        if self.config.prompt_column is not None:
+            prompt = local.choose_column(columns, self.config.prompt_column, where)
+            batches = table.select_columns([prompt, column]).iter(local.ROWS_AT_ONCE)
+            return (
+                Prompted.of(first or "", text)
+                for batch in batches
+                for first, text in zip(batch[prompt], batch[column], strict=True)
+                if text and not text.isspace()
+            )
         rows = (text or "" for batch in table.select_columns([column]).iter(local.ROWS_AT_ONCE) for text in batch[column])
         return articles(rows) if self.source.regroup else rows
 

@@ -68,10 +68,21 @@ class SequenceLoader:
         """
         sample_ids = np.arange(first_sample, first_sample + count, dtype=np.int64)
         tokens = np.empty((count, self.length), dtype=np.int64)
-        for row, sample in enumerate(sample_ids.tolist()):
-            epoch, place = divmod(sample // self.copies, self.num_sequences)
-            tokens[row] = self.split.sequence(int(self._order(epoch)[place]), self.length)
+        for row, sequence in enumerate(self._sequences(first_sample, count)):
+            tokens[row] = self.split.sequence(sequence, self.length)
         return torch.from_numpy(tokens), torch.from_numpy(sample_ids)
+
+    def extents(self, first_sample: int, count: int) -> torch.Tensor | None:
+        """Where the responses of these samples begin and end, [count, 2] int64: other tokens are never hidden nor counted. None
+        for plain text, all of which may be hidden.
+        """
+        found = self.split.extents(self._sequences(first_sample, count), self.length)
+        return None if found is None else torch.from_numpy(found)
+
+    def _sequences(self, first_sample: int, count: int) -> list[int]:
+        samples = range(first_sample, first_sample + count)
+        places = (divmod(sample // self.copies, self.num_sequences) for sample in samples)
+        return [int(self._order(epoch)[place]) for epoch, place in places]
 
     def _order(self, epoch: int) -> np.ndarray:
         if epoch not in self._orders:

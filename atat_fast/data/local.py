@@ -25,6 +25,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from atat_fast.data.text import Prompted
 from atat_fast.errors import UsageError, first_line
 from atat_fast.files import expanded
 
@@ -104,12 +105,13 @@ def exists(path: str) -> bool:
 class TextFiles:
     """The documents under a path.
 
-    path: a file, or a folder of them.   column: the text column; None finds it.
+    path: a file, or a folder of them.   column: the text column; None finds it.   prompt: the column of prompts, if rows are
+    prompts and responses; documents are then `Prompted`, and the text column is `response` unless it is named.
     Raises UsageError if there is nothing to read.
     """
 
-    def __init__(self, path: str, column: str | None = None) -> None:
-        self.path, self.asked = path, column
+    def __init__(self, path: str, column: str | None = None, prompt: str | None = None) -> None:
+        self.path, self.asked, self.prompt = path, response_column(column, prompt), prompt
         self.files = find_files(path)
         self._column: str | None = None
         self._without: list[Path] = []
@@ -133,21 +135,17 @@ class TextFiles:
             with _readable(file):
                 if _kind(file) == ".txt":
                     yield from _text(file)
-                elif _kind(file) == ".parquet":
-                    for text in _parquet(file, column):
-                        if text is None:
-                            empty[file] += 1
-                        else:
-                            yield text
-                else:
-                    for place, row in _rows(file):
-                        text = row.get(column)
-                        if text is None:
-                            empty[file] += 1
-                        elif isinstance(text, str):
-                            yield text
-                        else:
-                            raise UsageError(f"column {column!r} is not text in {place}: it is {json.dumps(text)[:40]}")
+                    continue
+                read = [column, *([] if self.prompt is None else [self.prompt])]
+                for place, row in _parquet(file, read) if _kind(file) == ".parquet" else _rows(file):
+                    text = _text_in(row, column, place)
+                    if self.prompt is not None:
+                        blank = text is None or not text or text.isspace()
+                        text = None if blank else Prompted.of(_text_in(row, self.prompt, place) or "", text or "")
+                    if text is None:
+                        empty[file] += 1
+                    else:
+                        yield text
         self._note(column, empty)
 
     def _choose(self) -> str:
@@ -156,6 +154,9 @@ class TextFiles:
             tables = [file for file in self.files if _kind(file) != ".txt"]
             most = max(20, min(1_000, ROWS_LOOKED_AT // max(1, len(tables))))
             seen = {file: _look(file, most) for file in tables}
+            if self.prompt is not None and len(tables) < len(self.files):
+                plain = next(file for file in self.files if file not in tables)
+                raise UsageError(f"data.prompt_column {self.prompt!r} needs rows with columns, and {plain} is plain text")
             if not any(seen.values()):  # nothing but plain text, or no row anywhere
                 self._column = ""
                 return ""
@@ -165,6 +166,8 @@ class TextFiles:
                     together[name] |= kinds
             where = str(self.files[0]) if len(self.files) == 1 else f"the {len(tables)} files of {self.path} that have columns"
             self._column = choose_column(together, self.asked, where)
+            if self.prompt is not None:
+                choose_column(together, self.prompt, where)
             self._without = [file for file, columns in seen.items() if columns and self._column not in columns]
         return self._column
 
@@ -194,6 +197,18 @@ def json_lines(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
     if file.is_file() and _kind(file) == ".jsonl":
         with _readable(file):
             yield from _rows(file)
+
+
+def response_column(asked: str | None, prompt: str | None) -> str | None:
+    """The text column to look for: of rows with prompts it is `response` unless another is asked for."""
+    return "response" if prompt is not None and asked is None else asked
+
+
+def _text_in(row: Mapping[str, Any], column: str, place: str) -> str | None:
+    text = row.get(column)
+    if text is None or isinstance(text, str):
+        return text
+    raise UsageError(f"column {column!r} is not text in {place}: it is {json.dumps(text)[:40]}")
 
 
 def choose_column(columns: Mapping[str, set[str]], asked: str | None, where: str) -> str:
@@ -365,12 +380,14 @@ def _parquet_columns(file: Path) -> Columns:
         return {field.name: {kind(field.type)} for field in table.schema_arrow}
 
 
-def _parquet(file: Path, column: str) -> Iterator[str | None]:
+def _parquet(file: Path, columns: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     from pyarrow import parquet
 
     try:
         with parquet.ParquetFile(file) as table:
-            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=[column]):
-                yield from batch.column(0).to_pylist()
+            known = [name for name in columns if name in table.schema_arrow.names]
+            for batch in table.iter_batches(batch_size=ROWS_AT_ONCE, columns=known):
+                for row in zip(*(batch.column(name).to_pylist() for name in known), strict=True):
+                    yield str(file), dict(zip(known, row, strict=True))
     except UnicodeDecodeError as error:
         raise UsageError(f"{file} holds text that is not UTF-8: {error}") from error

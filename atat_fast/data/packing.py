@@ -21,14 +21,14 @@ import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, wait
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import numpy as np
 from filelock import FileLock
 
 from atat_fast.data.background import in_background
 from atat_fast.data.corpora import Corpus, Split
-from atat_fast.data.text import pieces
+from atat_fast.data.text import Prompted, pieces
 from atat_fast.data.tokenizers import SETTINGS_FILE, TOKENIZER_FILE, Tokenizer
 from atat_fast.errors import UsageError
 
@@ -50,6 +50,8 @@ class TokenSplit:
         num_tokens: Tokens, document ends included.
         num_bytes: UTF-8 bytes of the text.
         num_documents: Documents.
+        rows: Of prompts and responses [num_documents, 2] int64: tokens of each document, its end included, and of its prompt.
+            None for plain text.
         unknown_share: Share of the text's characters that the vocabulary lacks, 0 to 1; 0 if the manifest does not say.
         vocab_size: Ids a model of these tokens needs, the mask included.
         eos_id: The token that ends a document.
@@ -64,39 +66,81 @@ class TokenSplit:
         self.unknown_share: float = counts.get("unknown_share", 0.0)
         self.vocab_size: int = manifest["tokenizer"]["model_vocab_size"]
         self.eos_id: int = manifest["tokenizer"]["eos_id"]
+        self.rows: np.ndarray | None = None
+        self._fitting: dict[int, np.ndarray] = {}
+        self._responses: tuple[int, int] = counts.get("response_tokens", 0), counts.get("response_bytes", 0)
+        if "rows_sha256" in counts:
+            self.rows = np.fromfile(folder / f"{name}.rows.bin", dtype="<i8").reshape(-1, 2)
+            self._starts = np.concatenate(([0], self.rows[:, 0].cumsum()))
         dtype = np.dtype(manifest["dtype"]).newbyteorder("<")
         self.tokens: np.ndarray = np.memmap(folder / f"{name}.bin", dtype=dtype, mode="r", shape=(self.num_tokens,))
 
     def num_sequences(self, length: int) -> int:
-        """Number of whole windows of `length` tokens; a partial last one does not count."""
-        return self.num_tokens // length
+        """Number of whole windows of `length` tokens; a partial last one does not count. Of prompts and responses the number of
+        rows whose prompt leaves room for a token.
+        """
+        return self.num_tokens // length if self.rows is None else len(self._usable(length))
 
     def sequence(self, i: int, length: int) -> np.ndarray:
-        """Window i: tokens i·length to (i+1)·length, a view [length]. Raises IndexError outside 0..num_sequences."""
+        """Window i: tokens i·length to (i+1)·length, a view [length]. Of prompts and responses row i, cut or padded with ends of
+        document. Raises IndexError outside 0..num_sequences.
+        """
         if not 0 <= i < self.num_sequences(length):
             raise IndexError(f"sequence {i} of {self.num_sequences(length)} in the {self.name} split")
-        return self.tokens[i * length : (i + 1) * length]
+        if self.rows is None:
+            return self.tokens[i * length : (i + 1) * length]
+        start, stop = self._starts[self._usable(length)[i] :][:2]
+        tokens = self.tokens[start : min(stop, start + length)]
+        return np.concatenate((tokens, np.full(length - len(tokens), self.eos_id, dtype=self.tokens.dtype)))
+
+    def extents(self, sequences: list[int], length: int) -> np.ndarray | None:
+        """Where responses of these sequences begin and end, [n, 2] int64: other tokens are never hidden. None for plain text."""
+        if self.rows is None:
+            return None
+        rows = self.rows[self._usable(length)[sequences]]
+        return np.stack((rows[:, 1], np.minimum(rows[:, 0], length)), axis=1)
+
+    def _usable(self, length: int) -> np.ndarray:
+        assert self.rows is not None
+        if length not in self._fitting:
+            self._fitting[length] = np.flatnonzero(self.rows[:, 1] < length)
+        return self._fitting[length]
+
+    @property
+    def bytes_per_token(self) -> float:
+        """UTF-8 bytes of text that a token stands for; of prompts and responses that of the responses."""
+        tokens, size = (self.num_tokens, self.num_bytes) if self.rows is None else self._responses
+        return size / max(1, tokens)
 
     def require_sequences(self, length: int) -> None:
         """Raises UsageError if the split is shorter than one sequence."""
         if self.num_sequences(length) < 1:
             part = "training" if self.name == "train" else "held-out"
+            if self.rows is not None:
+                raise UsageError(
+                    f"no prompt of the {part} rows is shorter than model.length {length:,}; the shortest has "
+                    f"{int(self.rows[:, 1].min()):,} tokens"
+                )
             raise UsageError(
                 f"the {part} text is {self.num_tokens:,} tokens, shorter than one sequence of {length:,}; "
                 f"use model.length {self.num_tokens} or less, or more text"
             )
 
     def token_counts(self) -> np.ndarray:
-        """[vocab_size] int64: how often each id occurs."""
+        """[vocab_size] int64: how often each id occurs; in responses, of prompts and responses."""
         counts = np.zeros(self.vocab_size, dtype=np.int64)
         for start in range(0, self.num_tokens, CHUNK):
             counts += np.bincount(self.tokens[start : start + CHUNK], minlength=self.vocab_size)
+        if self.rows is not None:  # but for prompts
+            prompts = self.rows[:, 1]
+            place = np.repeat(self._starts[:-1] - prompts.cumsum() + prompts, prompts) + np.arange(prompts.sum())
+            counts -= np.bincount(self.tokens[place], minlength=self.vocab_size)
         return counts
 
     def unigram_entropy(self) -> float:
         """Empirical entropy of a token of the split, in nats: the score of guessing by frequency alone."""
         counts = self.token_counts()
-        share = counts[counts > 0] / self.num_tokens
+        share = counts[counts > 0] / counts.sum()
         return float(-(share * np.log(share)).sum())
 
 
@@ -124,6 +168,8 @@ def read_manifest(folder: Path) -> tuple[dict[str, Any], str]:
                 return manifest, f"{file.name} has {found:,} bytes instead of {counts['tokens'] * size:,}"
             if found <= HASHED_ON_OPEN and _sha256(file) != counts["sha256"]:
                 return manifest, f"{file.name} is not what was written"
+            if "rows_sha256" in counts and _sha256(folder / f"{name}.rows.bin") != counts["rows_sha256"]:
+                return manifest, f"{name}.rows.bin is not what was written"
         fingerprint = manifest["tokenizer"]["fingerprint"]  # SHA-256 of the tokenizer's file
         if _sha256(folder / TOKENIZER_FILE) != fingerprint:
             return manifest, f"{TOKENIZER_FILE} is not what was written"
@@ -185,7 +231,8 @@ def _fill(folder: Path, corpus: Corpus, tokenizer: Tokenizer, settings: dict[str
     splits = {}
     for name in get_args(Split):
         with _progress_bar(progress, f"tokenising {corpus.name}, {name}") as advance:
-            splits[name] = _write_split(folder / f"{name}.bin", corpus.documents(name), tokenizer, dtype, num_workers, advance)
+            path = folder / f"{name}.bin"
+            splits[name] = _write_split(path, corpus.documents(name), tokenizer, dtype, num_workers, advance)
         if not splits[name]["documents"]:
             part = "for training" if name == "train" else "to hold out"
             raise UsageError(f"corpus {corpus.name} has no text {part}; choose another corpus, or give data.valid")
@@ -205,6 +252,11 @@ def _fill(folder: Path, corpus: Corpus, tokenizer: Tokenizer, settings: dict[str
     (folder / MANIFEST_FILE).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
 
 
+def identity(counts: dict[str, Any]) -> str:
+    """What tells a split's tokens from others: their SHA-256, and that of the rows of prompts and responses."""
+    return str(counts["sha256"]) + str(counts.get("rows_sha256", ""))
+
+
 def settings_hash(settings: dict[str, Any]) -> str:
     """Twelve hexadecimal digits of a hash of the settings and the format."""
     return hashlib.sha256(json.dumps([FORMAT, settings], sort_keys=True).encode()).hexdigest()[:12]
@@ -215,33 +267,45 @@ def _write_split(
 ) -> dict[str, Any]:
     """Writes the split's token file; returns its counts."""
     counts = {"documents": 0, "tokens": 0, "text_bytes": 0}
+    extents: list[list[tuple[int, int]]] = []
+    response_bytes = 0
     characters = unknown = 0
     example = ""
     digest = hashlib.sha256()
     little = np.dtype(dtype).newbyteorder("<")
 
-    def encode(batch: list[tuple[str, bool]]) -> tuple[np.ndarray, int, int, int, int, str]:
-        texts = [text for text, _ in batch]
+    def encode(batch: list[Piece]) -> tuple[np.ndarray, int, int, int, int, str, list[tuple[int, int]], int]:
+        texts = [piece.text for piece in batch]
         rows = tokenizer.encode_batch(texts)
         ids: list[int] = []
-        for (_, ends), row in zip(batch, rows, strict=True):
+        found, responses, begin = [], 0, 0
+        for i, (piece, row) in enumerate(zip(batch, rows, strict=True)):
             ids += row
-            if ends:
+            if piece.ends:
                 ids.append(tokenizer.eos_id)
+            if piece.answers:  # the piece before it is its prompt
+                found.append((len(ids) - begin, len(rows[i - 1])))
+                responses += len(piece.text.encode("utf-8"))
+                begin = len(ids)
         tokens = np.array(ids, dtype=little)
         if (tokens == tokenizer.mask_id).any():
             raise UsageError(f"tokenizer {tokenizer.name} turns plain text into its mask token; choose another tokenizer")
         size = sum(len(text.encode("utf-8")) for text in texts)
-        return tokens, sum(ends for _, ends in batch), size, sum(map(len, texts)), *tokenizer.lost(texts, rows)
+        ended, characters = sum(piece.ends for piece in batch), sum(map(len, texts))
+        return tokens, ended, size, characters, *tokenizer.lost(texts, rows), found, responses
 
     with path.open("wb") as file:
-        for tokens, ended, size, length, lost, piece in _ordered_map(encode, _batches(documents, tokenizer), num_workers):
+        for tokens, ended, size, length, lost, piece, found, responses in _ordered_map(
+            encode, _batches(documents, tokenizer), num_workers
+        ):
             data = tokens.tobytes()
             file.write(data)
             digest.update(data)
             counts["documents"] += ended
             counts["tokens"] += len(tokens)
             counts["text_bytes"] += size
+            extents.append(found)
+            response_bytes += responses
             characters, unknown, example = characters + length, unknown + lost, example or piece
             advance(ended, size)
         file.flush()
@@ -253,23 +317,44 @@ def _write_split(
             "token or nothing; use a tokenizer made for this text, or bytes or bpe-N, which lose nothing",
             *(tokenizer.name, 100 * share, path.stem, example[:20]),
         )
-    return counts | {"unknown_share": share, "sha256": digest.hexdigest()}
+    known: dict[str, Any] = {"unknown_share": share, "sha256": digest.hexdigest()}
+    rows = np.array([extent for found in extents for extent in found], dtype="<i8").reshape(-1, 2)
+    if len(rows):
+        beside = path.with_suffix(".rows.bin")
+        rows.tofile(beside)
+        known["rows_sha256"] = _sha256(beside)
+        known |= {"response_tokens": int((rows[:, 0] - rows[:, 1]).sum()), "response_bytes": response_bytes}
+    return counts | known
 
 
-def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[tuple[str, bool]]]:
-    """Lists of (text, whether a document ends after it) of about BATCH_CHARACTERS each."""
+class Piece(NamedTuple):
+    """A part of a document. ends: whether it is the last.   answers: whether it is the response to the piece before it."""
+
+    text: str
+    ends: bool
+    answers: bool = False
+
+
+def _batches(documents: Iterable[str], tokenizer: Tokenizer) -> Iterator[list[Piece]]:
+    """Pieces of about BATCH_CHARACTERS together. A prompt and its response are in one list."""
     # Some tokenizers mark the start of a text (a space put before it, say): their documents must stay whole.
     may_cut = tokenizer.encode("one two") == tokenizer.encode("one") + tokenizer.encode(" two")
-    batch: list[tuple[str, bool]] = []
+    batch: list[Piece] = []
     characters = 0
     for document in documents:
-        parts = list(pieces(document)) if may_cut else [document]
+        if isinstance(document, Prompted):
+            batch += [Piece(document[: document.prompt], False), Piece(document[document.prompt :], True, answers=True)]
+            characters += len(document)
+        parts = [] if isinstance(document, Prompted) else list(pieces(document)) if may_cut else [document]
         for i, part in enumerate(parts):
-            batch.append((part, i + 1 == len(parts)))
+            batch.append(Piece(part, i + 1 == len(parts)))
             characters += len(part)
             if characters >= BATCH_CHARACTERS:
                 yield batch
                 batch, characters = [], 0
+        if characters >= BATCH_CHARACTERS:
+            yield batch
+            batch, characters = [], 0
     if batch:
         yield batch
 

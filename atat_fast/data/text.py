@@ -18,6 +18,20 @@ def valid_unicode(text: str) -> str:
     return text
 
 
+class Prompted(str):
+    """A row of a prompt and a response: both texts, one after the other. prompt: characters of the first."""
+
+    prompt: int
+
+    @classmethod
+    def of(cls, prompt: str, response: str) -> Prompted:
+        """The row of these, each made valid Unicode."""
+        first = valid_unicode(prompt)
+        row = cls(first + valid_unicode(response))
+        row.prompt = len(first)
+        return row
+
+
 def pieces(text: str, size: int = PIECE_CHARACTERS) -> Iterator[str]:
     """Consecutive parts of `text` of about `size` characters. Every part but the first starts with a single space and a word.
 

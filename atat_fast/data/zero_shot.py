@@ -72,6 +72,7 @@ class TokenBlocks(TokenSplit):
         self.num_tokens = int(blocks.size)
         self.num_bytes = round(text_bytes)
         self.num_documents = int(source["rows"])
+        self.rows = None
         self.unknown_share: float = source["unknown_share"]
         self.vocab_size, self.eos_id = tokenizer.model_vocab_size, tokenizer.eos_id
 

@@ -14,12 +14,14 @@ import functools
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from atat_fast.diffusion.control import Control, Surprisals
 from atat_fast.diffusion.process import Hide, MaskedBatch
+from atat_fast.diffusion.prompts import frozen_of
 from atat_fast.diffusion.uniform import hide
 from atat_fast.ops.attention import documents_of
 from atat_fast.ops.philox import STREAM_COUNT, random_words, uniform
@@ -94,6 +96,7 @@ def estimate_nll(
     spread: Spread = Spread(),
     process: Hide | None = None,
     control: bool = True,
+    extents: Callable[[int, int], Tensor] | None = None,
 ) -> Estimate:
     """The bound over `sequences` sequences.
 
@@ -104,6 +107,8 @@ def estimate_nll(
     process: estimate this process's own bound, with its masks instead of uniform ones and without control.
     control: subtract from each sequence's value the part of its mask's noise that counts of the text explain
     (diffusion/control.py).
+    extents(first, count): [count, 2] int64 on a CPU: only tokens from the first number to before the second may be hidden. The
+        bound is then theirs alone, given the others, in nats a token of theirs. Not with a process.
 
     Counts are stratified over 1..L. Masks and counts depend only on (seed, draw, sequence, position), so two models are compared
     on the same masks. The standard error covers the choice of sequences and of masks. With several draws it is the spread of the
@@ -113,7 +118,8 @@ def estimate_nll(
     strata = evaluation_strata(sequences, draws, seed=seed)
     values = torch.zeros(sequences, draws, dtype=torch.float64)
     length, known = 0, Surprisals(tokens, sequences, batch)
-    controls = Control(sequences, draws) if control and process is None else None
+    controls = Control(sequences, draws) if control and process is None and extents is None else None
+    counted = torch.ones(sequences, dtype=torch.float64)
     batches = [(first, draw) for first in range(0, sequences, batch) for draw in range(draws)]
     for turn in range(-(-len(batches) // spread.ranks)):
         mine = turn * spread.ranks + spread.rank
@@ -124,8 +130,15 @@ def estimate_nll(
         ids = torch.arange(first, first + count, dtype=torch.int64)
         jitter = uniform(random_words(ids, seed, draw, STREAM_COUNT)[0])
         share = (strata[first : first + count, draw] + jitter) / (sequences * draws)
-        k = 1 + (share * length).long().clamp_(max=length - 1)
-        masked = (process or hide)(x, k, mask_id=mask_id, sample_ids=ids.to(x.device), seed=seed, step=draw)
+        place: dict[str, Any] = {"mask_id": mask_id, "sample_ids": ids.to(x.device), "seed": seed, "step": draw}
+        most: Any = length
+        if extents is not None:
+            ours = extents(first, count)
+            most = ours[:, 1] - ours[:, 0]
+            counted[first : first + count] = most
+            place["frozen"] = frozen_of(ours, length).to(x.device)
+        k = torch.minimum(1 + (share * most).long(), torch.as_tensor(most))
+        masked: MaskedBatch = (process or hide)(x, k, **place)
         if document_end is not None:
             masked.documents = documents_of(x.cpu(), document_end).to(x.device)
         losses = spread.run(functools.partial(nll, masked))
@@ -141,7 +154,11 @@ def estimate_nll(
     if controls is not None:
         values = controls.adjust(values, spread.total)
     means = values.mean(1)
-    return Estimate(float(values.mean()), standard_error(means, strata), sequences, length, means)
+    if extents is not None:  # a mean over tokens, and each sequence's share of its error
+        counted = counted / counted.mean()
+        mean = (means * counted).mean()
+        means = mean + counted * (means - mean)
+    return Estimate(float(means.mean()), standard_error(means, strata), sequences, length, means)
 
 
 def per_sequence(nll: Tensor, k: Tensor) -> Tensor:

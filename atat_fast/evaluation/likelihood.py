@@ -36,7 +36,15 @@ def evaluate(
     """
     if config.draws < 1 or config.batch < 1:
         raise UsageError(f"eval.draws and eval.batch must be at least 1, got {config.draws} and {config.batch}")
-    tokens, wanted = spread_sequences(split, model.config.length, config.sequences, model.cos.device)
+    length = model.config.length
+    tokens, wanted = spread_sequences(split, length, config.sequences, model.cos.device, prompts=True)
+    available = split.num_sequences(length)
+
+    def extents(first: int, count: int) -> Tensor:
+        found = split.extents([i * available // wanted for i in range(first, first + count)], length)
+        assert found is not None
+        return torch.from_numpy(found)
+
     with torch.no_grad(), autocast, evaluating(model):
         return estimate_nll(
             model_nll(model),
@@ -49,6 +57,7 @@ def evaluate(
             document_end=split.eos_id if model.config.document_mask else None,
             spread=spread,
             process=None if process is None else process.hide,
+            extents=None if split.rows is None else extents,
         )
 
 
@@ -58,10 +67,18 @@ def model_nll(model: DiT) -> NllFunction:
 
 
 def spread_sequences(
-    split: TokenSplit, length: int, sequences: int, device: torch.device
+    split: TokenSplit, length: int, sequences: int, device: torch.device, *, prompts: bool = False
 ) -> tuple[Callable[[int, int], Tensor], int]:
-    """tokens(first, count) [count, L] of up to `sequences` sequences (0: all) spread evenly over the split, and their number."""
+    """tokens(first, count) [count, L] of up to `sequences` sequences (0: all) spread evenly over the split, and their number.
+
+    prompts: whether the caller knows what to do with prompts and responses. Raises UsageError if it does not, and they are.
+    """
     split.require_sequences(length)
+    if split.rows is not None and not prompts:
+        raise UsageError(
+            "this is not made for prompts and responses (data.prompt_column): it would count prompts; only the plain bound, with "
+            "--draws masks of each row, leaves them out"
+        )
     available = split.num_sequences(length)
     wanted = min(sequences or available, available)
 
@@ -90,7 +107,7 @@ def report(estimate: Estimate, split: TokenSplit, own: Estimate | None = None) -
 
     If the tokenizer loses so much text that bits per byte bound nothing, bits_per_byte is None and unknown_share says why.
     """
-    bytes_per_token = split.num_bytes / max(1, split.num_tokens)
+    bytes_per_token = split.bytes_per_token
     lossy = split.unknown_share > MUCH_UNKNOWN
     return {
         "nll": estimate.nll,

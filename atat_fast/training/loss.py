@@ -113,18 +113,21 @@ class Objective:
         step: int,
         progress: float = 0.0,
         documents: Documents | None = None,
+        frozen: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> tuple[Tensor, dict[str, Tensor]]:
         """The loss of slots first .. first + B - 1 of step `step`'s global batch.
 
         tokens [B, L] and sample_ids [B] on the model's device. progress: the share of the run that is over. documents: attention
-        stays inside them.
+        stays inside them. frozen, lengths: tokens that are never hidden nor counted, as in `hide_for_training`.
         Returns the loss to backpropagate, divided by the global batch's tokens so that micro-batches add up, and detached parts
         that also add up: diffusion (nats a token); with an estimator also importance (its cross-entropy), target, score and
         square_error (means over the global batch's hidden tokens), and nll_quarters and hidden_quarters [4], sums of nll and
         numbers of tokens by rising score.
         Raises BadScores, on a CPU, if the estimator's scores are not numbers in [0, 1].
         """
-        batch = self.hide(tokens, sample_ids, first=first, step=step, progress=progress, documents=documents)
+        how: dict[str, Any] = {"first": first, "step": step, "progress": progress, "documents": documents}
+        batch = self.hide(tokens, sample_ids, frozen=frozen, lengths=lengths, **how)
         return self.loss_of(batch, sample_ids, step=step, progress=progress)
 
     def loss_of(self, batch: MaskedBatch, sample_ids: Tensor, *, step: int, progress: float) -> tuple[Tensor, dict[str, Tensor]]:
@@ -156,7 +159,7 @@ class Objective:
                 batch.documents,
                 batch.tilt,
             )
-        return loss / (self.total * batch.noisy.shape[1]), nll
+        return loss / (self.total * batch.tokens / len(batch.noisy)), nll
 
     def hide(
         self,
@@ -167,8 +170,10 @@ class Objective:
         step: int,
         progress: float = 0.0,
         documents: Documents | None = None,
+        frozen: Tensor | None = None,
+        lengths: Tensor | None = None,
     ) -> MaskedBatch:
-        """The masked batch: masks, rows and weights of slots first .. first + B - 1."""
+        """The masked batch: masks, rows and weights of slots first .. first + B - 1. Arguments are those of `loss`."""
         config, importance = self.config.diffusion, self.config.importance
         place: dict[str, Any] = {
             "first": first,
@@ -182,6 +187,7 @@ class Objective:
         level = self.curriculum.at(progress).level
         if self.estimator is None:
             choose: Any = functools.partial(hide, spread=level * config.spread) if config.spread else self.process.hide
+            place |= {"frozen": frozen, "lengths": lengths}
             batch = hide_for_training(tokens, config, progress=progress, choose=choose, **place)
             batch.documents = documents
             return self._weigh_gaps(batch)

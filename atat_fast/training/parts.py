@@ -33,7 +33,7 @@ from atat_fast.training.loss import Objective
 from atat_fast.training.optimizers import Average, Optimizers
 from atat_fast.training.plan import Batches, check, choose_layout
 
-OF_THE_TEXT = ("corpus", "valid", "valid_fraction", "text_column", "max_documents")
+OF_THE_TEXT = ("corpus", "valid", "valid_fraction", "text_column", "prompt_column", "max_documents")
 """Settings that say which text is read."""
 
 

@@ -12,6 +12,7 @@ from atat_fast.diffusion.counts import check_counts, expected_share
 from atat_fast.diffusion.curriculum import Curriculum, check_curriculum, highest_level
 from atat_fast.diffusion.gaps import check_blind
 from atat_fast.diffusion.processes import check_process, process_named
+from atat_fast.diffusion.prompts import check_prompts
 from atat_fast.distributed.fit import Card, Layout, Sizes, check_parallel, choose, describe_fit
 from atat_fast.distributed.ranks import Launch
 from atat_fast.errors import UsageError, check_seed
@@ -84,6 +85,7 @@ def check(config: Config, ranks: int = 1, on_host: int = 1) -> Batches:
     check_importance(config.importance, config.diffusion, config.curriculum)
     check_process(config.diffusion, config.importance)
     check_blind(config.diffusion, highest_level(config.curriculum))
+    check_prompts(config)
     plan = batches(config, ranks)
     check_counts(config.diffusion, config.model.length, plan.global_batch)
     return plan
@@ -158,6 +160,7 @@ def describe(
         f"model        {sizes}, vocabulary {vocab_size:,}, head {head}",
         f"parameters   {counts['total']:,}" + (f" and {scored:,} of the importance estimator" if scored else ""),
         f"             {parts}",
+        *describe_prompts(config),
         *describe_schedule(config),
         *describe_atat(config, scored, scoring / (cost.flops + scoring)),
         f"batch        {plan.global_batch} sequences = {tokens:,} tokens a step ({passes})",
@@ -167,6 +170,12 @@ def describe(
         f"mode         {layout.name}: {layout.reason}",
         *fit,
     ]
+
+
+def describe_prompts(config: Config) -> list[str]:
+    """A line about rows of prompts and responses, if there are any."""
+    column = config.data.prompt_column
+    return [] if column is None else [f"rows         column {column!r} is seen, and is neither hidden nor counted"]
 
 
 def describe_schedule(config: Config) -> list[str]:

@@ -7,9 +7,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from atat_fast.diffusion.counts import expected_share
+from atat_fast.diffusion.prompts import frozen_of
 from atat_fast.distributed.ranks import Ranks
 from atat_fast.evaluation.likelihood import evaluating
 from atat_fast.files import disk_errors, write_text
@@ -33,7 +36,7 @@ def run_facts(parts: Parts, resumed_from: int | None) -> dict[str, Any]:
         "data": parts.data.describe(),
         "tokens_per_step": parts.tokens_per_step,
         "unigram_entropy": parts.data.valid.unigram_entropy(),
-        "bytes_per_token": parts.data.valid.num_bytes / max(1, parts.data.valid.num_tokens),
+        "bytes_per_token": parts.data.valid.bytes_per_token,
         "vocabulary": parts.tokenizer.model_vocab_size,
         "sequence_length": parts.config.model.length,
         "resumed_from": resumed_from,
@@ -127,10 +130,30 @@ def draw_samples(parts: Parts, state: RunState, model: DiT, averaged: contextlib
     """The run's samples, drawn on rank 0 by `model`, which holds the averaged weights within `averaged`."""
     settings, device = parts.config.sample, parts.compute.device
     sampler = "ancestral" if model.time_conditioning else settings.sampler
-    start = torch.full((settings.num_samples, parts.config.model.length), parts.tokenizer.mask_id, device=device)
+    start, lengths = _starts(parts)
     with averaged, evaluating(model), parts.compute.autocast():
         drawn = sample(
-            model, start, steps=settings.steps, sampler=sampler, temperature=settings.temperature, seed=parts.config.train.seed
+            model,
+            start.to(device),
+            steps=settings.steps,
+            sampler=sampler,
+            temperature=settings.temperature,
+            seed=parts.config.train.seed,
+            lengths=None if lengths is None else lengths.to(device),
         )
-    texts = [parts.tokenizer.decode(ids) for ids in drawn.tolist()]
+    ends = [drawn.shape[1]] * len(drawn) if lengths is None else lengths.tolist()
+    texts = [parts.tokenizer.decode(ids[:end]) for ids, end in zip(drawn.tolist(), ends, strict=True)]
     return {"step": state.step, "sampler": sampler, "steps": settings.steps, "texts": texts}
+
+
+def _starts(parts: Parts) -> tuple[Tensor, Tensor | None]:
+    """What samples begin from: nothing; or held-out prompts with as many masks as their responses are long, and all lengths."""
+    wanted, length, mask = parts.config.sample.num_samples, parts.config.model.length, parts.tokenizer.mask_id
+    split = parts.data.valid
+    which = list(range(min(wanted, split.num_sequences(length))))
+    found = split.extents(which, length)
+    if found is None:
+        return torch.full((wanted, length), mask), None
+    tokens = torch.from_numpy(np.stack([split.sequence(i, length) for i in which]).astype(np.int64))
+    extents = torch.from_numpy(found)
+    return torch.where(frozen_of(extents, length), tokens, mask), extents[:, 1]

@@ -6,6 +6,7 @@ from functools import partial
 
 from torch import Tensor
 
+from atat_fast.diffusion.prompts import frozen_of
 from atat_fast.distributed.watch import Watch
 from atat_fast.hardware.monitor import Stopwatch
 from atat_fast.ops.attention import Documents, documents_of
@@ -23,7 +24,8 @@ def train_step(parts: Parts, state: RunState, watch: Watch, stopwatch: Stopwatch
     step, progress = state.step, state.progress(config)
 
     def forward(slot: int, tokens: Tensor, ids: Tensor, documents: Documents | None) -> tuple[Tensor, dict[str, Tensor]]:
-        batch = objective.hide(tokens, ids, first=slot, step=step, progress=progress, documents=documents)
+        prompts = read_prompts(parts, step, slot)
+        batch = objective.hide(tokens, ids, first=slot, step=step, progress=progress, documents=documents, **prompts)
         if parts.graphs is not None:  # forward and backward in one launch
             return parts.graphs(batch, tokens, ids, step), {}
         return objective.loss_of(batch, ids, step=step, progress=progress)
@@ -48,6 +50,19 @@ def train_step(parts: Parts, state: RunState, watch: Watch, stopwatch: Stopwatch
     parts.average.update(step)
     state.step += 1
     state.window.step(state.step, norm.detach())
+
+
+def read_prompts(parts: Parts, step: int, slot: int) -> dict[str, Tensor]:
+    """What `Objective.hide` needs of rows of prompts and responses; {} for plain text.
+
+    frozen [B, L] bool on the device: prompts and padding of the micro-batch. lengths [global batch]: tokens of the responses.
+    """
+    plan, first = parts.plan, step * parts.plan.global_batch
+    extents = parts.loader.extents(first, plan.global_batch)
+    if extents is None:
+        return {}
+    frozen = frozen_of(extents[slot : slot + plan.micro_batch], parts.config.model.length)
+    return {"frozen": frozen.to(parts.compute.device, non_blocking=True), "lengths": extents[:, 1] - extents[:, 0]}
 
 
 def read_batch(parts: Parts, step: int, slot: int) -> tuple[Tensor, Tensor, Documents | None]:

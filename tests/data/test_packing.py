@@ -189,7 +189,7 @@ def test_ctrl_c_ends_tokenising_and_leaves_nothing(config, method, monkeypatch):
         over.wait(5)
 
     over, tokenizer = threading.Event(), make_tokenizer("bpe-270", ["some text about things"] * 50)
-    monkeypatch.setattr(packing, "_batches", lambda documents, tokenizer: [[(text, True) for text in documents]])
+    monkeypatch.setattr(packing, "_batches", lambda documents, tokenizer: [[packing.Piece(text, True) for text in documents]])
     monkeypatch.setattr(tokenizer, method, deaf)
     before, begin = os.environ.get("TOKENIZERS_PARALLELISM"), time.monotonic()
     with pytest.raises(KeyboardInterrupt):

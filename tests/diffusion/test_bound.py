@@ -35,6 +35,33 @@ def test_the_estimate_finds_the_entropy_and_knows_its_error(draws):
     assert 0.75 < float(torch.tensor(claimed).mean() / errors.std()) < 1.35
 
 
+def test_with_prompts_it_is_the_conditional_entropy_of_the_responses():
+    """Prompts of one token and of two in turn, and the last token is padding for half of them."""
+    joint = Joint.random(3, 4, seed=0)
+    model, errors, claimed = Exact(joint), [], []
+    extents = torch.tensor([[1, 4], [2, 4]]).repeat(30, 1)
+    seen = lambda k: float(torch.special.entr(joint.chance.double().view(-1, 3 ** (4 - k)).sum(1)).sum())  # noqa: E731
+    want = (2 * joint.entropy() - seen(1) - seen(2)) / 5  # of the first tokens, which are the slowest digits
+    assert torch.equal(joint.sequences[0, :2], joint.sequences[1, :2])
+    for seed in range(60):
+        generator = torch.Generator().manual_seed(seed)
+        data = joint.sequences[torch.multinomial(joint.chance, 60, replacement=True, generator=generator)]
+
+        def nll(masked):
+            hidden = masked.noisy == MASK
+            assert not hidden[:, 0].any() and hidden.any(1).all()
+            return model.nll(masked)
+
+        options = {"mask_id": MASK, "draws": 1, "batch": 20, "seed": seed}
+        found = estimate_nll(nll, lambda f, c, x=data: x[f : f + c], 60, extents=lambda f, c: extents[f : f + c], **options)
+        errors.append(found.nll - want)
+        claimed.append(found.se)
+        assert float(found.values.mean()) == pytest.approx(found.nll)
+    errors = torch.tensor(errors)
+    assert abs(float(errors.mean())) < 4 * float(errors.std()) / math.sqrt(60)
+    assert 0.7 < float(torch.tensor(claimed).mean() / errors.std()) < 1.4
+
+
 def test_masks_do_not_depend_on_the_batch_or_the_model_and_a_constant_loss_is_found():
     masks = {}
     for batch, loss in ((7, 2.0), (40, 5.0)):
