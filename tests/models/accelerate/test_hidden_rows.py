@@ -404,7 +404,7 @@ class Rows(torch.utils.data.Dataset):
         return self.rows[i]
 
 
-def train(model, folder, **settings):
+def train(model, folder, evaluate=True, **settings):
     arguments = transformers.TrainingArguments(
         output_dir=str(folder),
         max_steps=4,
@@ -421,7 +421,7 @@ def train(model, folder, **settings):
     trainer = transformers.Trainer(model=model, args=arguments, train_dataset=Rows(), eval_dataset=Rows())
     trainer.train()
     losses = [row["loss"] for row in trainer.state.log_history if "loss" in row]
-    return losses, trainer.evaluate()["eval_loss"], trainer
+    return losses, trainer.evaluate()["eval_loss"] if evaluate else None, trainer
 
 
 @pytest.mark.parametrize("name", ["BERT", "RoBERTa", "DistilBERT", "ModernBERT", "Dream"])
@@ -432,6 +432,17 @@ def test_a_trainers_losses_are_the_same(name, tmp_path):
     got, ours, _ = train(fast, tmp_path / "fast", **settings)
     assert got == pytest.approx(want, rel=1e-4) and len(got) == 4 and got[0] != got[-1]
     assert ours == pytest.approx(evaluated, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", ["LLaDA", "LLaDA, tied"])
+def test_a_trainer_trains_a_class_that_has_no_loss_of_its_own(name, tmp_path):
+    plain, fast = pair(name)
+    with pytest.raises(ValueError, match="did not return a loss"):
+        train(plain, tmp_path / "plain")
+    before = copy.deepcopy(fast.state_dict())
+    losses = train(fast, tmp_path / "fast", evaluate=False)[0]
+    assert len(losses) == 4 and all(0 < loss < 20 for loss in losses)
+    assert all(not torch.equal(value, before[name]) for name, value in fast.state_dict().items())
 
 
 def test_a_trainer_in_bf16_with_checkpoints_of_activations(tmp_path):
