@@ -34,6 +34,8 @@ class ModelConfig:
         dropout: Chance of dropping an element of a branch before it joins the residual stream.
         document_mask: Whether attention stays inside a document if a sequence holds several. Likelihoods are then those of text
             with known document ends.
+        block: Tokens K of a block, which divide the length: hidden tokens see their own block and all earlier ones whole, and
+            text is made block by block, from a cache. 1 is autoregressive; 0 is one block, the whole sequence.
     """
 
     dim: int = 768
@@ -48,6 +50,7 @@ class ModelConfig:
     activation: Literal["gelu", "relu2"] = "gelu"
     dropout: float = 0.1
     document_mask: bool = False
+    block: int = 0
 
 
 @dataclass

@@ -80,6 +80,10 @@ class Answers:
             if value < least:
                 raise UsageError(f"{name} must be at least {least}, got {value}")
         check_seed("seed", seed)
+        if model.config.block:
+            raise UsageError(
+                f"lm-eval's scores are made for models without blocks, and this one has model.block {model.config.block}"
+            )
         self.noted: set[str] = set()
         self.model, self.tokenizer, self.compute = model.to(compute.device).eval(), tokenizer, compute
         self.likelihood, self.draws, self.per_pass, self.steps = likelihood, draws, per_pass, steps

@@ -241,6 +241,10 @@ def build(player: Player) -> Any:
 
     usable = [name for name in SAMPLERS if _usable(name, player)]
     longest = player.model.config.length
+    if player.model.config.block:
+        raise UsageError(
+            "the playground shows whole texts, and this model makes them block by block; use python -m atat_fast.sample"
+        )
     pieces = Pieces(player.tokenizer.decode, player.model.mask_id)
     running: dict[str | None, threading.Event] = {}  # stops the sampler of each open page
 

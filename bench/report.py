@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder o
 import report_pictures
 import report_tables
 
+from atat_fast.audit import blocks as audit_blocks
 from atat_fast.audit import masks as audit
 from atat_fast.audit import schedules as audit_schedules
 from atat_fast.errors import UsageError
@@ -70,6 +71,7 @@ def tables() -> dict[Path, dict[str, str]]:
         README: readme,
         DOCS / "ops" / "linear_cross_entropy.md": {"linear_cross_entropy": report_tables.head(RESULTS)},
         COMPARED: atat,
+        DOCS / "blocks.md": {"audit_blocks": audit_blocks.block_table(), "blocks": report_tables.blocks(RESULTS) or NOTHING},
         DOCS / "accelerate.md": {"accelerate": report_tables.accelerate(RESULTS) or NOTHING},
         DOCS / "distributed.md": {name: table(RESULTS) or NOTHING for name, table in report_tables.DISTRIBUTED.items()},
         DOCS / "benchmarks.md": {name: table(RESULTS) or NOTHING for name, table in report_tables.DOCUMENT.items()},

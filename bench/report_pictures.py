@@ -157,9 +157,39 @@ def roofline_png(results: Path) -> bytes | None:
     return None
 
 
+def blocks_png(results: Path) -> bytes | None:
+    """Time of a text by its length with the cache, and tokens a second of each way; None without a file."""
+    path = results / "cpu" / "blocks.json"
+    if not path.is_file():
+        return None
+    record = json.loads(path.read_text(encoding="utf-8"))
+    s, facts = record["settings"], record["environment"]
+    figure = _figure(7.6, 3.0)
+    left, right = figure.subplots(1, 2)
+    names = [r["way"] for r in record["results"]]
+    bars = left.bar(names, [r["tokens_per_second"] for r in record["results"]], color="#1f77b4")
+    left.bar_label(bars, [f"{r['tokens_per_second']:,.0f}" for r in record["results"]], fontsize=7)
+    left.set_ylabel(f"tokens/s of a text of {s['length']:,}")
+    left.margins(y=0.15)
+    sizes = [row["length"] for row in record["growth"]]
+    right.plot(sizes, [row["seconds"] for row in record["growth"]], marker="o", markersize=3, color="#1f77b4")
+    right.set_xlabel("tokens of the text")
+    right.set_ylabel("seconds, cached")
+    right.set_ylim(0)
+    for panel in (left, right):
+        panel.tick_params(labelsize=7)
+        panel.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(
+        f"{s['preset']}, V={s['vocabulary']:,}, blocks of {s['block']}, {s['steps']} steps; {facts['device']}, {facts['dtype']}",
+        fontsize=9,
+    )
+    return _png(figure)
+
+
 DOCUMENT: dict[str, Callable[[Path], bytes | None]] = {
     "throughput.png": latest_throughput_png,
     "roofline.png": roofline_png,
     "linear_cross_entropy_memory.png": head_memory_png,
+    "cpu-blocks.png": blocks_png,
 }
 """Pictures of the documents by their names in docs/images."""

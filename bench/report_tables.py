@@ -397,6 +397,18 @@ def accelerate(results: Path) -> str:
     return markdown(["device", "model", "part", "way", "time", "times as fast", "memory added", "times less"], rows)
 
 
+def blocks(results: Path) -> str:
+    """Tokens a second of block diffusion, with its cache and without."""
+    rows = []
+    for device, record in records(results, "blocks"):
+        s = record["settings"]
+        what = f"{s['preset']}, V={s['vocabulary']:,}, 1 x {s['length']:,}, blocks of {s['block']} in {s['steps']} steps"
+        for r in record["results"]:
+            ratio = f"{r['ratio']:.2f} ({r['ratio_low']:.2f} to {r['ratio_high']:.2f})"
+            rows.append([device, what, r["way"], rate(r), ratio])
+    return markdown(["device", "text", "way", "tokens/s (quartiles)", "against uncached"], rows)
+
+
 DISTRIBUTED: dict[str, Callable[[Path], str]] = {"scaling-measured": scaling_measured, "projected-six": projected_six}
 """Tables of docs/distributed.md by their names there."""
 

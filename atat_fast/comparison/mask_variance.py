@@ -17,7 +17,7 @@ from atat_fast.diffusion.bound import NllFunction, estimate_nll
 from atat_fast.diffusion.masking import hide_for_training
 from atat_fast.diffusion.process import MaskedBatch
 from atat_fast.errors import UsageError
-from atat_fast.evaluation.likelihood import evaluating, model_nll, spread_sequences
+from atat_fast.evaluation.likelihood import evaluating, model_nll, require_whole_texts, spread_sequences
 from atat_fast.models.dit import DiT
 from atat_fast.ops.attention import documents_of
 
@@ -92,6 +92,7 @@ def model_mask_errors(
 ) -> dict[str, MaskError]:
     """`mask_errors` of a model on config.sequences sequences, spread over the split, in groups of config.batch."""
     tokens: Callable[[int, int], Tensor]
+    require_whole_texts(model, split)
     tokens, count = spread_sequences(split, model.config.length, config.sequences, model.cos.device)
     group = min(config.batch, count) // 2 * 2
     forward = model_nll(model)

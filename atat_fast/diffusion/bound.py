@@ -97,6 +97,7 @@ def estimate_nll(
     process: Hide | None = None,
     control: bool = True,
     extents: Callable[[int, int], Tensor] | None = None,
+    block: int = 0,
 ) -> Estimate:
     """The bound over `sequences` sequences.
 
@@ -109,15 +110,22 @@ def estimate_nll(
     (diffusion/control.py).
     extents(first, count): [count, 2] int64 on a CPU: only tokens from the first number to before the second may be hidden. The
         bound is then theirs alone, given the others, in nats a token of theirs. Not with a process.
+    block: K, if the model predicts K tokens at a time from all before them. The bound is then the sum of the blocks' own: each
+        has its count, from 1 to K, and its masks. The error is the spread of the sequences' means.
 
     Counts are stratified over 1..L. Masks and counts depend only on (seed, draw, sequence, position), so two models are compared
     on the same masks. The standard error covers the choice of sequences and of masks. With several draws it is the spread of the
     sequences' own means. With one draw it is that of stratified sampling with neighbouring strata collapsed in pairs: each pair's
     difference is its own estimate of noise, slightly generous.
     """
+    length = tokens(0, 1).shape[1] if sequences else 0
+    parts = length // block if block else 1
+    if parts > 1:
+        values = _of_blocks(nll, tokens, sequences, parts, mask_id, draws, batch, seed, spread, process)
+        return Estimate(float(values.mean()), _plain_standard_error(values), sequences, length, values)
     strata = evaluation_strata(sequences, draws, seed=seed)
     values = torch.zeros(sequences, draws, dtype=torch.float64)
-    length, known = 0, Surprisals(tokens, sequences, batch)
+    known = Surprisals(tokens, sequences, batch)
     controls = Control(sequences, draws) if control and process is None and extents is None else None
     counted = torch.ones(sequences, dtype=torch.float64)
     batches = [(first, draw) for first in range(0, sequences, batch) for draw in range(draws)]
@@ -159,6 +167,48 @@ def estimate_nll(
         mean = (means * counted).mean()
         means = mean + counted * (means - mean)
     return Estimate(float(means.mean()), standard_error(means, strata), sequences, length, means)
+
+
+def _of_blocks(
+    nll: NllFunction,
+    tokens: Callable[[int, int], Tensor],
+    sequences: int,
+    parts: int,
+    mask_id: int,
+    draws: int,
+    batch: int,
+    seed: int,
+    spread: Spread,
+    process: Hide | None,
+) -> Tensor:
+    """Each sequence's bound in nats a token, the mean of its `parts` blocks' own: [sequences] fp64. A block is masked as a
+    sequence of its own, whose number is that of its sequence times parts, plus its place.
+    """
+    strata = evaluation_strata(sequences * parts, draws, seed=seed)
+    values = torch.zeros(sequences, parts, draws, dtype=torch.float64)
+    batches = [(first, draw) for first in range(0, sequences, batch) for draw in range(draws)]
+    for turn in range(-(-len(batches) // spread.ranks)):
+        mine = turn * spread.ranks + spread.rank
+        first, draw = batches[min(mine, len(batches) - 1)]
+        count = min(batch, sequences - first)
+        x = tokens(first, count)
+        each = x.shape[1] // parts
+        ids = torch.arange(first * parts, (first + count) * parts, dtype=torch.int64)
+        share = (strata[ids, draw] + uniform(random_words(ids, seed, draw, STREAM_COUNT)[0])) / (sequences * parts * draws)
+        k = 1 + (share * each).long().clamp_(max=each - 1)
+        masked: MaskedBatch = (process or hide)(
+            x.view(-1, each), k, mask_id=mask_id, sample_ids=ids.to(x.device), seed=seed, step=draw
+        )
+        masked.noisy = masked.noisy.view_as(x)
+        losses = spread.run(functools.partial(nll, masked))
+        if mine >= len(batches):
+            continue
+        if process is None:
+            found = per_sequence(losses, k)
+        else:
+            found = per_sequence(losses * masked.weights, k) * k / (each + 1)
+        values[first : first + count, :, draw] = found.view(count, parts)
+    return spread.total(values).mean((1, 2))
 
 
 def per_sequence(nll: Tensor, k: Tensor) -> Tensor:

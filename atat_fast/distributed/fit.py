@@ -178,12 +178,13 @@ def card_memory(config: Config, sizes: Sizes, layout: Layout, card: Card, micro_
     blocks, rest, small = sizes.blocks, sizes.total - sizes.blocks, card.element
     gathered = BYTES[layout.gathers]
     rows, width = micro_batch * config.model.length, config.model.dim
+    streams = 2 if config.model.block else 1  # noised and clean
     parts = {
         "parameters": 4 * own,
         "gradients": 4 * own,
         "optimizer": round((1 if config.optim.name == "muon" else 2) * MOMENT_BYTES[config.optim.state] * own),
         "average": 4 * own,
-        "activations": activation_bytes(config.model, rows, small, config.parallel.activation_checkpointing),
+        "activations": activation_bytes(config.model, streams * rows, small, config.parallel.activation_checkpointing),
         "head": default_budget(torch.device(card.kind)) + 4 * sizes.vocabulary * width + rows // 2 * width * small,
     }
     if small == 2:

@@ -37,7 +37,7 @@ def evaluate(
     if config.draws < 1 or config.batch < 1:
         raise UsageError(f"eval.draws and eval.batch must be at least 1, got {config.draws} and {config.batch}")
     length = model.config.length
-    tokens, wanted = spread_sequences(split, length, config.sequences, model.cos.device, prompts=True)
+    tokens, wanted = spread_sequences(split, length, config.sequences, model.cos.device)
     available = split.num_sequences(length)
 
     def extents(first: int, count: int) -> Tensor:
@@ -58,6 +58,7 @@ def evaluate(
             spread=spread,
             process=None if process is None else process.hide,
             extents=None if split.rows is None else extents,
+            block=model.config.block,
         )
 
 
@@ -66,19 +67,25 @@ def model_nll(model: DiT) -> NllFunction:
     return lambda masked: model.nll(masked.noisy, masked.rows, masked.target, masked.hidden_share, masked.documents, masked.tilt)
 
 
-def spread_sequences(
-    split: TokenSplit, length: int, sequences: int, device: torch.device, *, prompts: bool = False
-) -> tuple[Callable[[int, int], Tensor], int]:
-    """tokens(first, count) [count, L] of up to `sequences` sequences (0: all) spread evenly over the split, and their number.
-
-    prompts: whether the caller knows what to do with prompts and responses. Raises UsageError if it does not, and they are.
-    """
-    split.require_sequences(length)
-    if split.rows is not None and not prompts:
+def require_whole_texts(model: DiT, split: TokenSplit) -> None:
+    """Raise UsageError for prompts and responses, and for models of blocks, to which only `evaluate` does justice."""
+    if split.rows is not None:
         raise UsageError(
             "this is not made for prompts and responses (data.prompt_column): it would count prompts; only the plain bound, with "
             "--draws masks of each row, leaves them out"
         )
+    if model.config.block:
+        raise UsageError(
+            f"this is not made for models of blocks (model.block {model.config.block}), whose masks go block by block; only the "
+            "plain bound, with --draws masks of each block, is theirs"
+        )
+
+
+def spread_sequences(
+    split: TokenSplit, length: int, sequences: int, device: torch.device
+) -> tuple[Callable[[int, int], Tensor], int]:
+    """tokens(first, count) [count, L] of up to `sequences` sequences (0: all) spread evenly over the split, and their number."""
+    split.require_sequences(length)
     available = split.num_sequences(length)
     wanted = min(sequences or available, available)
 

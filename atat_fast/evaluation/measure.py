@@ -24,7 +24,7 @@ from atat_fast.data.zero_shot import tokens_hash
 from atat_fast.diffusion.bound import Estimate
 from atat_fast.diffusion.process import Process
 from atat_fast.errors import UsageError
-from atat_fast.evaluation.likelihood import evaluate, evaluating, model_nll, report, spread_sequences
+from atat_fast.evaluation.likelihood import evaluate, evaluating, model_nll, report, require_whole_texts, spread_sequences
 from atat_fast.evaluation.orders import EXACT, evaluate_order
 from atat_fast.evaluation.precision import estimate_to
 from atat_fast.models.dit import DiT
@@ -69,6 +69,7 @@ def uniform(model: DiT, split: TokenSplit, plan: Measures, autocast: Autocast) -
         estimate = evaluate(model, split, settings, autocast())
         draws, of, text = settings.draws, "masks and text", estimate.se
     else:
+        require_whole_texts(model, split)
         tokens, wanted = spread_sequences(split, model.config.length, settings.sequences, model.cos.device)
         with torch.no_grad(), autocast(), evaluating(model), _progress(f"{split.name}: drawing masks") as show:
             precise = estimate_to(
@@ -106,6 +107,7 @@ def beside_orders(model: DiT, split: TokenSplit, plan: Measures, autocast: Autoc
     """The uniform bound on the orders' sequences, 32 masks each, for paired comparison."""
     if plan.order_sequences < 0:
         raise UsageError(f"--order_sequences must be at least 0, which reads all, got {plan.order_sequences}")
+    require_whole_texts(model, split)
     tokens, wanted = spread_sequences(split, model.config.length, plan.order_sequences, model.cos.device)
     with torch.no_grad(), autocast(), evaluating(model):
         return estimate_to(

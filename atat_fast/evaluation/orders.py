@@ -27,7 +27,7 @@ from torch import Tensor
 from atat_fast.data import TokenSplit
 from atat_fast.diffusion.bound import Estimate
 from atat_fast.errors import UsageError, nearest
-from atat_fast.evaluation.likelihood import evaluating, spread_sequences
+from atat_fast.evaluation.likelihood import evaluating, require_whole_texts, spread_sequences
 from atat_fast.models.dit import DiT
 from atat_fast.models.importance import ImportanceEstimator
 from atat_fast.ops.attention import Documents, documents_of
@@ -88,6 +88,7 @@ def evaluate_order(
     check_orders([order], estimator)
     if per_pass < 1:
         raise UsageError(f"tokens revealed in a pass must be at least 1, got {per_pass}")
+    require_whole_texts(model, split)
     tokens, wanted = spread_sequences(split, model.config.length, sequences, model.cos.device)
     score = None if estimator is None else estimator.scorer(model)
     if tilt is None and estimator is not None:

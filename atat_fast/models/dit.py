@@ -29,12 +29,13 @@ from atat_fast.diffusion.process import Tilt
 from atat_fast.distributed.tensors import load_parts
 from atat_fast.errors import UsageError
 from atat_fast.models import start
+from atat_fast.models.blocks import BlockCache, check_block, masked_attention, two_streams
 from atat_fast.models.mdlm import TIME_FREQUENCIES, read_mdlm
 from atat_fast.models.tables import RotaryTables
 from atat_fast.models.trunk import BlockContext, BlockParts, Norm, Randomness, block_context, run_block, run_trunk
 from atat_fast.ops.attention import Documents, self_attention
 from atat_fast.ops.linear_cross_entropy import linear_cross_entropy, linear_cross_entropy_cost
-from atat_fast.ops.registry import Cost, transformed
+from atat_fast.ops.registry import Cost, autocast_dtype, transformed
 
 LEAST_VISIBLE = 2e-9  # keeps the hidden share a model is told below 1 - e^-20, the log-linear schedule's last rate
 
@@ -219,30 +220,66 @@ class DiT(
         rows: Tensor | None = None,
         documents: Documents | None = None,
         depth: int | None = None,
+        clean: Tensor | None = None,
     ) -> Tensor:
         """The rows that the head reads.
 
         tokens [B, L] ids; hidden_share [B] in [0, 1], read only with time conditioning; randomness turns dropout on.
         rows [R] integers, flat indices b * L + i, or None for all; what only other rows need is not computed.
         documents: if given, attention stays inside them.   depth: run the first so many blocks only.
+        clean: [B, L] ids without a mask, of a model with `block`: blocks of tokens see the blocks before them as they are here.
+            Without it such a model takes at most one block of tokens, the first of a text.
         Returns [R, D], or [B * L, D], in the compute dtype. Raises ValueError for sequences longer than the model's length.
         """
         length = tokens.shape[1]
         if length > self.config.length:
             raise ValueError(f"the sequence has {length} tokens, but this model takes at most {self.config.length}")
         modulation = self.modulation(self.conditioning(hidden_share)).unflatten(-1, (-1, self.config.dim)).unbind(1)
-        x = self.embedding(tokens)
         blocks = cast("list[Block]", list(self.blocks)[:depth])
+        if 0 < self.config.block < length and depth is None:
+            x, context, rows = self._two_streams(tokens, clean, rows)
+        else:
+            x = self.embedding(tokens)
+            context = block_context(x, *self.tables(length), documents)
         return run_trunk(
             x,
             blocks,
             modulation,
             Norm(self.final_norm),
-            block_context(x, *self.tables(length), documents),
+            context,
             rates=[self.config.dropout] * len(blocks),
             randomness=randomness,
             rows=rows,
         )
+
+    def _two_streams(self, tokens: Tensor, clean: Tensor | None, rows: Tensor | None) -> tuple[Tensor, BlockContext, Tensor]:
+        """Embeddings of [noised, clean] [B, 2 L, D], what their blocks see, and the noised rows to read in it."""
+        if clean is None:
+            raise UsageError(
+                f"this model predicts {self.config.block} tokens from the finished ones before them, and {tokens.shape[1]} are "
+                "given at once: orders, scores and samples of whole texts are for models without blocks"
+            )
+        batch, length = tokens.shape
+        x = self.embedding(torch.cat((tokens, clean), 1))
+        cos, sin = (torch.cat((table, table)) for table in self.tables(length))
+        layout = two_streams(length, self.config.block, x.device).expand(batch, -1, -1, -1)
+        implementation = masked_attention(x.device, autocast_dtype(x), 2 * cos.shape[-1])
+        if rows is None:
+            rows = torch.arange(batch * length, device=tokens.device)
+        rows = rows + torch.div(rows, length, rounding_mode="floor") * length
+        return x, BlockContext(cos, sin, layout, implementation), rows
+
+    def _clean(self, noisy: Tensor, rows: Tensor, target: Tensor) -> Tensor | None:
+        """The text of a noised batch, if a model with blocks needs it. Padding rows name a token that is there anyway."""
+        if not 0 < self.config.block < noisy.shape[1]:
+            return None
+        return noisy.flatten().index_copy(0, rows, target.to(noisy.dtype)).view_as(noisy)
+
+    def cache(self, batch: int) -> BlockCache:
+        """An empty cache of finished blocks, for `batch` texts. Raises UsageError for a model without blocks."""
+        if not self.config.block:
+            raise UsageError("a cache of finished blocks needs a model trained with model.block, and this one has none")
+        return BlockCache(self, batch, self.config.length - self.config.block)
 
     def logits(self, features: Tensor) -> Tensor:
         """[R, D] rows of `features` to [R, V] logits with -inf at the mask token (SUBS)."""
@@ -265,7 +302,8 @@ class DiT(
     ) -> Tensor:
         """-log p of the hidden tokens, [R] fp32 in nats, the terms of the likelihood bound; with a tilt, its loss."""
         rates, elapsed = tilt or (None, None)
-        features = self.features(noisy, hidden_share, rows=rows, documents=documents)
+        clean = self._clean(noisy, rows, target)
+        features = self.features(noisy, hidden_share, rows=rows, documents=documents, clean=clean)
         nll = self.head(features, target, forbidden=self.mask_id, reduction="none", rates=rates, elapsed=elapsed)
         return cast(Tensor, nll)
 
@@ -287,7 +325,8 @@ class DiT(
         Returns the fp32 scalar sum(weights * loss) and nll [R] detached, in nats. loss is nll or, with a tilt, the tilt's loss.
         """
         rates, elapsed = tilt or (None, None)
-        features = self.features(noisy, hidden_share, randomness, rows=rows, documents=documents)
+        clean = self._clean(noisy, rows, target)
+        features = self.features(noisy, hidden_share, randomness, rows=rows, documents=documents, clean=clean)
         loss, nll = self.head(
             features, target, token_weight=weights, forbidden=self.mask_id, rates=rates, elapsed=elapsed, return_nll=True
         )
@@ -343,6 +382,10 @@ def check_model(config: ModelConfig) -> None:
             f"model.dim {config.dim} does not divide into {config.heads} heads of an even size; "
             f"try model.heads {_heads_for(config.dim)}"
         )
+    check_block(config.block, config.length)
+    if config.block and (config.time_conditioning or config.document_mask):
+        name = "time_conditioning" if config.time_conditioning else "document_mask"
+        raise UsageError(f"model.{name} is not made for blocks (model.block {config.block}); set model.{name} false")
     if not 0 <= config.dropout < 1:
         raise UsageError(f"model.dropout must be in [0, 1), got {config.dropout}")
 
@@ -356,11 +399,13 @@ def step_cost(config: ModelConfig, vocab_size: int, batch: int, hidden_rows: int
     """Floating-point operations and bytes of one pass over `batch` sequences whose head sees `hidden_rows` rows.
 
     Counts matrix products and attention only, as model-FLOPs utilisation does. After the last attention only hidden rows are
-    computed. Bytes are the head's.
+    computed. With blocks there are two streams, of which pairs that see each other count. Bytes are the head's.
     """
-    rows, width = batch * config.length, config.dim
+    streams = 2 if 0 < config.block < config.length else 1
+    rows, width = batch * config.length * streams, config.dim
     after = 1 + 2 * config.mlp_ratio  # out, MLP up and down; qkv is 3 more
     matmul = 2 * width * width * ((3 + after) * rows * config.layers - after * (rows - hidden_rows))
-    attention = 2 * 2 * batch * config.length**2 * width * config.layers
+    pairs = config.length**2 if streams == 1 else config.length * (config.length + config.block)
+    attention = 2 * 2 * batch * pairs * width * config.layers
     body = (matmul + attention) * (3 if backward else 1)
     return Cost(body, 0) + linear_cross_entropy_cost(hidden_rows, width, vocab_size, backward=backward)

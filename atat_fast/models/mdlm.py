@@ -93,7 +93,11 @@ def to_mdlm_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises UsageError for QK-norm and ReLU squared, which MDLM's network does not have.
     """
     config = cast(ModelConfig, model.config)
-    for option, value, plain in (("qk_norm", config.qk_norm, False), ("activation", config.activation, "gelu")):
+    for option, value, plain in (
+        ("qk_norm", config.qk_norm, False),
+        ("activation", config.activation, "gelu"),
+        ("block", config.block, 0),
+    ):
         if value != plain:
             raise UsageError(
                 f"this model has {option} {value}, which MDLM's network does not; only {option} {plain} can go there"

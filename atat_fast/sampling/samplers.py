@@ -9,7 +9,7 @@ alone. docs/sampling.md gives each sampler's law and source.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor
@@ -91,7 +91,9 @@ def sample(
                  seed, its name and its own tokens, not on its batch (up to how the model's products round).
     lengths:     [B] tokens of each sequence; the rest is padding, which is returned unchanged and not attended to.
     block:       fill this many positions at a time, from left to right, each block given all before it; text may then be longer
-                 than the model's length L, and a block sees the L tokens that end with it. 0 fills everything at once.
+                 than the model's length L, and a block sees the L tokens that end with it. 0 fills everything at once, or with
+                 a model trained on blocks (`model.block`) fills those. Such a model keeps the keys and values of finished
+                 blocks, so a pass computes one block; texts that are finished leave the batch.
     importance:  (tokens [B, L], hidden share [B]) -> scores [B, L] in [0, 1], for sampler importance;   tilt: its odds are
                  exp(-tilt * score). `ImportanceEstimator.scorer(model)` makes one.
     eta:         how much the remasking samplers hide again; see sampling/remask.py. None is the sampler's default.
@@ -107,6 +109,8 @@ def sample(
     vocabulary, text longer than the model takes, and a model whose logits are invalid.
     """
     cut = Cut(temperature, top_k, top_p)
+    own = _own_block(model, block)
+    block = own or block
     _check(model, tokens, steps, sampler, cut, block, importance, eta, lengths, stop_at, seed)
     batch, length = tokens.shape
     ids = torch.arange(batch) if sample_ids is None else sample_ids.cpu()
@@ -122,24 +126,37 @@ def sample(
 
     out = tokens.clone()
     longest = _longest(model) or length
+    cache: Any = cast(Any, model).cache(batch) if own else None
+    rows: Any = slice(None) if cache is None else torch.arange(batch)  # with a cache those that have something left to fill
     for number, start in enumerate(range(0, length, block) if block else (0,)):
-        end = start + block if block else length
-        first = max(0, end - longest)
-        window = slice(first, min(first + longest, length)) if block else slice(0, length)
-        here = fill[:, window].clone()
+        end = min(start + block, length) if block else length
+        if cache is not None:
+            left = fill[rows, start:].any(1)
+            if not left.any():
+                break
+            if not left.all():
+                rows = rows[left]
+                cache.keep(left.nonzero()[:, 0])
+        first = start if cache is not None else max(0, end - longest)
+        window = slice(first, end if cache is not None else min(first + longest, length)) if block else slice(0, length)
+        here = fill[rows, window].clone()
         here[:, : start - first] = False
         here[:, end - first :] = False
+        if here.any():
+            canvas = Canvas(out[rows, window], here, names[rows, window], model.mask_id, seed)
+
+            def tell(step: int, canvas: Canvas = canvas, place: Any = (rows, window), offset: int = number * steps) -> None:
+                out[place] = canvas.tokens
+                if on_step is not None:
+                    on_step(offset + step, out)
+
+            sizes = inside[rows, window].sum(1) if lengths is not None else None
+            _fill(model if cache is None else cache, canvas, sizes, cut, settings, graphs, tell)
+            out[rows, window] = canvas.tokens
+        if cache is not None and end < length:
+            cache.append(out[rows, window])
         if not here.any():
             continue
-        canvas = Canvas(out[:, window], here, names[:, window], model.mask_id, seed)
-
-        def tell(step: int, canvas: Canvas = canvas, window: slice = window, offset: int = number * steps) -> None:
-            out[:, window] = canvas.tokens
-            if on_step is not None:
-                on_step(offset + step, out)
-
-        _fill(model, canvas, inside[:, window].sum(1) if lengths is not None else None, cut, settings, graphs, tell)
-        out[:, window] = canvas.tokens
         if bool(canvas.failed):
             raise UsageError("the model's logits are not numbers (NaN, or all of them -inf); its weights have diverged")
         if stop_at is not None:
@@ -150,6 +167,14 @@ def sample(
                 if on_step is not None:
                     on_step(number * steps + steps - 1, out)
     return out
+
+
+def _own_block(model: Any, asked: int) -> int:
+    """The size of the model's own blocks; 0 if it has none. Raises UsageError if another size is asked for."""
+    own = int(getattr(getattr(model, "config", None), "block", 0) or 0)
+    if own and asked not in (0, own):
+        raise UsageError(f"block is {asked}, but this model was trained on blocks of {own}; leave block out")
+    return own
 
 
 def _after_the_end(ends: Tensor, given: Tensor, fill: Tensor) -> Tensor:

@@ -175,22 +175,28 @@ class Objective:
     ) -> MaskedBatch:
         """The masked batch: masks, rows and weights of slots first .. first + B - 1. Arguments are those of `loss`."""
         config, importance = self.config.diffusion, self.config.importance
+        shape, blocks = tokens.shape, self.blocks
+        if blocks > 1:  # each is masked as a sequence of its own
+            tokens = tokens.view(-1, self.config.model.block)
+            sample_ids = (sample_ids[:, None] * blocks + torch.arange(blocks, device=sample_ids.device)).flatten()
+            lengths = self.lengths_of_blocks()
         place: dict[str, Any] = {
-            "first": first,
-            "total": self.total,
+            "first": first * blocks,
+            "total": self.total * blocks,
             "mask_id": self.model.mask_id,
             "sample_ids": sample_ids,
             "seed": self.seed,
             "step": step,
             "learned": self.learned_counts(),
+            "frozen": frozen,
+            "lengths": lengths,
         }
         level = self.curriculum.at(progress).level
         if self.estimator is None:
             choose: Any = functools.partial(hide, spread=level * config.spread) if config.spread else self.process.hide
-            place |= {"frozen": frozen, "lengths": lengths}
             batch = hide_for_training(tokens, config, progress=progress, choose=choose, **place)
             batch.documents = documents
-            return self._weigh_gaps(batch)
+            return self._whole(self._weigh_gaps(batch), shape)
         tilt, focus = level * importance.tilt, level * importance.focus
 
         def score(seen: Tensor, clean: Tensor, share: Tensor) -> Scored:
@@ -213,7 +219,23 @@ class Objective:
             relative = relative_weights(batch.importance.scores, batch.noisy == self.model.mask_id, exponent)
             batch.weights = batch.weights * relative.flatten()[batch.rows]
         batch.documents = documents
-        return self._weigh_gaps(batch)
+        return self._whole(self._weigh_gaps(batch), shape)
+
+    @property
+    def blocks(self) -> int:
+        """Blocks of a sequence that are masked each by itself; 1 without model.block."""
+        model = self.config.model
+        return model.length // model.block if model.block else 1
+
+    def lengths_of_blocks(self) -> Tensor | None:
+        """Lengths of all blocks of a global batch, for counts that are dealt to them in a random order; None without blocks."""
+        return torch.full((self.total * self.blocks,), self.config.model.block) if self.blocks > 1 else None
+
+    def _whole(self, batch: MaskedBatch, shape: torch.Size) -> MaskedBatch:
+        """A batch of blocks as one of sequences [B, L] again. Flat rows are the same."""
+        if self.blocks > 1:
+            batch.noisy = batch.noisy.view(shape)
+        return batch
 
     def _weigh_gaps(self, batch: MaskedBatch) -> MaskedBatch:
         """The batch, its weights times those of its tokens' gaps if there are any."""
@@ -256,7 +278,9 @@ class Objective:
         nll, target = nll[:hidden], error_chance(nll[:hidden])
         scores = scored.scores.detach().flatten()[rows]
         place: dict[str, Any] = {"seed": self.seed, "step": step, "progress": progress, "learned": self.learned_counts()}
-        everywhere = hidden_in_batch(self.config.diffusion, length, self.total, **place)
+        everywhere = hidden_in_batch(
+            self.config.diffusion, length, self.total * self.blocks, lengths=self.lengths_of_blocks(), **place
+        )
         mean = 1 / max(1.0, everywhere)
         loss = torch.zeros((), device=nll.device)
         if scored.logits is not None:

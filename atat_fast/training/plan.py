@@ -86,9 +86,23 @@ def check(config: Config, ranks: int = 1, on_host: int = 1) -> Batches:
     check_process(config.diffusion, config.importance)
     check_blind(config.diffusion, highest_level(config.curriculum))
     check_prompts(config)
+    check_blocks(config)
     plan = batches(config, ranks)
-    check_counts(config.diffusion, config.model.length, plan.global_batch)
+    check_counts(config.diffusion, config.model.block or config.model.length, plan.global_batch)
     return plan
+
+
+def check_blocks(config: Config) -> None:
+    """Raise UsageError for settings that do not go with model.block."""
+    block, diffusion = config.model.block, config.diffusion
+    if not block:
+        return
+    for name, value, needed in (
+        ("diffusion.counts", diffusion.counts, ("uniform", "bell")),
+        ("diffusion.mirror", str(diffusion.mirror).lower(), ("false",)),
+    ):
+        if value not in needed:
+            raise UsageError(f"{name} {value} is not made for blocks (model.block {block}); set {name} {' or '.join(needed)}")
 
 
 def empty_model(config: Config, vocab_size: int, mask_id: int) -> DiT:
@@ -144,7 +158,7 @@ def describe(
     m, length = config.model, config.model.length
     head = "tied to the embedding" if m.tie_embeddings else "untied"
     tokens = plan.global_batch * length
-    share = expected_share(config.diffusion, length)
+    share = expected_share(config.diffusion, config.model.block or length)
     cost = step_cost(m, vocab_size, plan.global_batch, round(tokens * share))
     scoring = importance_cost(config.importance, m, plan.global_batch).flops
     estimator = empty_estimator(config, vocab_size)

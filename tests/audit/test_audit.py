@@ -9,6 +9,7 @@ import pytest
 import torch
 from exact import chi_square
 
+from atat_fast.audit.blocks import BELL, beginning, block_table, block_value
 from atat_fast.audit.masks import (
     MASKINGS,
     SOURCES,
@@ -57,6 +58,17 @@ def test_the_masked_cross_entropy_of_everything_is_the_sum_of_marginal_entropies
         total -= float((p * p.log()).sum())
     assert masked_cross_entropy(joint, (0, 1, 2, 3), ones) == pytest.approx(total, abs=1e-12)
     assert masked_cross_entropy(joint, (), ones) == 0.0
+
+
+@pytest.mark.parametrize(("vocabulary", "length", "seed"), [(3, 4, 0), (2, 6, 1)])
+def test_blocks_bound_the_likelihood_and_blocks_of_one_are_the_chain_rule(vocabulary, length, seed):
+    joint = Joint.random(vocabulary, length, seed=seed)
+    for block in (k for k in range(1, length + 1) if length % k == 0):
+        for counts in (None, BELL):
+            assert block_value(joint, block, counts=counts) == pytest.approx(joint.entropy(), abs=1e-10)
+    steps = [beginning(joint, end) for end in range(1, length + 1)]
+    assert steps[-1].entropy() == pytest.approx(joint.entropy()) and float(steps[0].chance.sum()) == pytest.approx(1)
+    assert block_value(joint, length) == pytest.approx(exact_count_value(joint))
 
 
 @pytest.mark.parametrize("spread", [1.0, 0.3, -1.0, -0.4])
@@ -141,13 +153,15 @@ def test_the_kernel_follows_the_law_that_is_audited():
 
 
 def test_the_tables_in_the_docs_are_in_step():
-    text = (Path(__file__).resolve().parents[2] / "docs" / "atat.md").read_text(encoding="utf-8")
-    for name, made in (
-        ("audit", table()),
-        ("audit_blind", blind_table()),
-        ("audit_counts", counts_table()),
-        ("audit_identity", identity_table()),
+    docs = Path(__file__).resolve().parents[2] / "docs"
+    for page, name, made in (
+        ("atat", "audit", table()),
+        ("atat", "audit_blind", blind_table()),
+        ("atat", "audit_counts", counts_table()),
+        ("atat", "audit_identity", identity_table()),
+        ("blocks", "audit_blocks", block_table()),
     ):
+        text = (docs / f"{page}.md").read_text(encoding="utf-8")
         assert f"<!-- {name} -->\n{made}\n<!-- /{name} -->" in text, "run python bench/report.py"
 
 

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from exact import MASK, Exact
+from exact import MASK, Exact, ExactOfBlocks
 
 from atat_fast.audit.masks import Joint
-from atat_fast.diffusion.bound import collapsed_standard_error, estimate_nll, evaluation_strata
+from atat_fast.diffusion.bound import Spread, collapsed_standard_error, estimate_nll, evaluation_strata
 
 
 @pytest.mark.parametrize("draws", [1, 3])
@@ -60,6 +60,31 @@ def test_with_prompts_it_is_the_conditional_entropy_of_the_responses():
     errors = torch.tensor(errors)
     assert abs(float(errors.mean())) < 4 * float(errors.std()) / math.sqrt(60)
     assert 0.7 < float(torch.tensor(claimed).mean() / errors.std()) < 1.4
+
+
+@pytest.mark.parametrize("block", [1, 2, 4])
+def test_the_bound_of_blocks_is_the_likelihood_of_the_best_model(block):
+    """At K = 1 without any noise: the chain rule. At K = L it is the number of a model without blocks."""
+    joint = Joint.random(3, 4, seed=0)
+    data = joint.sequences[torch.multinomial(joint.chance, 40, replacement=True, generator=torch.Generator().manual_seed(0))]
+    truth = float(-joint.chance[(data * 3 ** torch.arange(3, -1, -1)).sum(1)].log().mean()) / 4
+    model, found = ExactOfBlocks(joint, block), []
+    options = {"mask_id": MASK, "draws": 2, "batch": 16}
+    for seed in range(30 if block == 2 else 1):
+        found.append(estimate_nll(model.nll, lambda f, c: data[f : f + c], 40, seed=seed, block=block, **options))
+    values = torch.tensor([f.nll for f in found])
+    if block == 1:
+        assert float(values[0]) == pytest.approx(truth, rel=1e-6)
+    elif block == 2:
+        assert abs(float(values.mean()) - truth) < 4 * float(values.std()) / math.sqrt(30)
+        assert found[0].se == pytest.approx(float(found[0].values.std()) / math.sqrt(40)) and found[0].length == 4
+    else:
+        assert found[0].nll == estimate_nll(Exact(joint).nll, lambda f, c: data[f : f + c], 40, seed=0, **options).nll
+    other = Spread(1, 2, total=lambda t: t)  # the batches of one of two processes
+    if block == 2:
+        half = estimate_nll(model.nll, lambda f, c: data[f : f + c], 40, seed=0, block=2, spread=other, **options).values
+        first = estimate_nll(model.nll, lambda f, c: data[f : f + c], 40, seed=0, block=2, spread=Spread(0, 2), **options).values
+        torch.testing.assert_close(half + first, found[0].values)
 
 
 def test_masks_do_not_depend_on_the_batch_or_the_model_and_a_constant_loss_is_found():

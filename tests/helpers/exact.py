@@ -41,6 +41,27 @@ class Exact:
         return -logp.gather(1, masked.target[:, None])[:, 0].float()
 
 
+class ExactOfBlocks(Exact):
+    """The exact posterior of each block given its visible tokens and all blocks before it."""
+
+    def __init__(self, joint, block):
+        super().__init__(joint)
+        self.block = block
+
+    def nll(self, masked):
+        """Loss of each hidden token of a MaskedBatch of whole sequences."""
+        noisy, length = masked.noisy, masked.noisy.shape[1]
+        clean = noisy.flatten().index_copy(0, masked.rows, masked.target).view_as(noisy)
+        out = torch.zeros(len(masked.rows))
+        for start in range(0, length, self.block):
+            end = start + self.block
+            seen = torch.cat((clean[:, :start], noisy[:, start:end], torch.full_like(noisy[:, end:], MASK)), 1)
+            inside = (masked.rows % length >= start) & (masked.rows % length < end)
+            logp = torch.log_softmax(self.logits(self.features(seen, rows=masked.rows[inside])), 1)
+            out[inside] = -logp.gather(1, masked.target[inside, None])[:, 0].float()
+        return out
+
+
 def chi_square(seen, law):
     """The statistic in standard deviations: of counts [N] under chances [N], or of samples [N, L] under {sequence: chance}."""
     if isinstance(law, dict):
