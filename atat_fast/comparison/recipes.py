@@ -34,7 +34,7 @@ WHAT = {
 }
 FROM_PRESETS = {"atat": "atat", "fast": "demo"}
 """Recipes that take a preset's settings."""
-SIZES = ("dim", "layers", "heads", "length", "mlp_ratio", "conditioning_dim", "time_conditioning", "document_mask")
+SIZES = ("dim", "layers", "heads", "length", "mlp_ratio", "conditioning_dim", "time_conditioning", "block", "document_mask")
 """Model settings that all recipes share."""
 SHARED = ("data", "eval", "run", "sample", "preset", "train.max_steps", "train.seed", "model.length", "model.document_mask")
 """Settings no recipe may set: they change what is compared, or the budget and the seeds decide them."""
