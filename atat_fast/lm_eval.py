@@ -6,6 +6,7 @@ Requests it answers:
 - loglikelihood: of a continuation given its context. `likelihood=nelbo` is minus the conditional bound, a Monte-Carlo mean over
   masks of the continuation alone; if there are at most `draws` masks, all are read and nothing is random.
   `likelihood=left_to_right` and the other orders of evaluation/orders.py are exact, one pass a token.
+  A model of blocks (`model.block`) sums the bounds of the continuation's blocks; at block 1 that is its likelihood.
 - loglikelihood_rolling: of a whole text, each token scored once, in windows of the model's length with as much context as fits.
 - generate_until: a sampler fills in masks after the context, and the text is cut at the first stop. A context that does not fit
   beside them loses its beginning.
@@ -80,9 +81,10 @@ class Answers:
             if value < least:
                 raise UsageError(f"{name} must be at least {least}, got {value}")
         check_seed("seed", seed)
-        if model.config.block:
+        if model.config.block and likelihood != "nelbo":
             raise UsageError(
-                f"lm-eval's scores are made for models without blocks, and this one has model.block {model.config.block}"
+                f"likelihood {likelihood} reveals tokens of a whole text in an order, and this model makes it in blocks "
+                f"(model.block {model.config.block}); use likelihood nelbo, which is exact at block 1"
             )
         self.noted: set[str] = set()
         self.model, self.tokenizer, self.compute = model.to(compute.device).eval(), tokenizer, compute
@@ -136,24 +138,53 @@ class Answers:
             if self.likelihood != "nelbo":
                 nll, sure = order_nll(self.model, tokens, hidden, self.likelihood, per_pass=self.per_pass)
                 return float(nll), bool(sure)
+            if self.model.config.block:
+                return self._block_bound(tokens, len(given)), greedy and self._writes(tokens, len(given))
             sure = (
                 order_nll(self.model, tokens, hidden, "confidence", per_pass=self.per_pass)[1] if greedy else torch.tensor(False)
             )
             return self._bound(tokens, len(given), len(part)), bool(sure)
 
+    def _writes(self, tokens: Tensor, given: int) -> bool:
+        """Whether a model of blocks writes tokens [1, T] after the first `given`, the surest first in every block."""
+        start = tokens.clone()
+        start[:, given:] = self.model.mask_id
+        steps = -(-self.model.config.block // self.per_pass)
+        return torch.equal(sample(self.model, start, steps=steps, sampler="confidence", temperature=0.0), tokens)
+
+    def _block_bound(self, tokens: Tensor, given: int) -> float:
+        """The bound of tokens [1, T] after the first `given` by a model of blocks, nats: the sum of the blocks' own.
+
+        A block's bound does not depend on how other blocks are masked, so a pass reads a mask of each. With one token in each
+        block there is one mask, and the sum is the likelihood itself. What follows the text in its last block stays hidden.
+        """
+        size, length = self.model.config.block, tokens.shape[1]
+        padded = torch.nn.functional.pad(tokens, (0, -length % size), value=self.model.mask_id)
+        found = []
+        for start in range(given // size * size, length, size):
+            begin, end = max(given, start) - start, min(length - start, size)
+            hidden, weight = self._masks(padded[:, start : start + end], begin, end - begin, first=start)
+            found.append((start + begin, end - begin, hidden, weight))
+        most = max(len(hidden) for _, _, hidden, _ in found)
+        masks = torch.zeros(most, padded.shape[1], dtype=torch.bool)
+        weights = torch.zeros(masks.shape, dtype=torch.float64)  # of each hidden token: m / k, and the mask's share
+        for begin, m, hidden, weight in found:
+            place = (slice(len(hidden)), slice(begin, begin + m))
+            masks[place] = hidden
+            weights[place] = (m / hidden.sum(1) * weight)[:, None]
+        total = 0.0
+        for first in range(0, most, self.batch):
+            now = masks[first : first + self.batch]
+            x, rows = padded.expand(len(now), -1), now.flatten().nonzero()[:, 0]
+            noisy, rows_here = x.masked_fill(now.to(x.device), self.model.mask_id), rows.to(x.device)
+            nll = self.model.nll(noisy, rows_here, x.flatten()[rows_here]).double().cpu()
+            total += float((nll * weights[first : first + self.batch].flatten()[rows]).sum())
+        return total
+
     def _bound(self, tokens: Tensor, given: int, m: int) -> float:
         """The conditional bound of the last m tokens of tokens [1, given + m], nats: E over k in 1..m of m / k * sum of k."""
-        if (1 << m) - 1 <= self.draws:  # all masks
-            sets = [chosen for k in range(1, m + 1) for chosen in itertools.combinations(range(m), k)]
-            hidden = torch.zeros(len(sets), m, dtype=torch.bool)
-            for row, chosen in enumerate(sets):
-                hidden[row, list(chosen)] = True
-            sizes = hidden.sum(1)
-            weight = 1.0 / (m * torch.bincount(sizes)[sizes].double())  # all k weigh the same, and all sets of one size
-        else:
-            hidden = self._pairs(tokens, given, m)
-            weight = torch.full((len(hidden),), 1.0 / len(hidden), dtype=torch.float64)
-        hidden = torch.cat((torch.zeros(len(hidden), given, dtype=torch.bool), hidden.cpu()), 1)
+        hidden, weight = self._masks(tokens, given, m)
+        hidden = torch.cat((torch.zeros(len(hidden), given, dtype=torch.bool), hidden), 1)
         total = 0.0
         for first in range(0, len(hidden), self.batch):
             now = hidden[first : first + self.batch].to(tokens.device)
@@ -167,13 +198,28 @@ class Answers:
             total += float((sums * m / now.sum(1).cpu() * weight[first : first + len(now)]).sum())
         return total
 
-    def _pairs(self, tokens: Tensor, given: int, m: int) -> Tensor:
+    def _masks(self, tokens: Tensor, given: int, m: int, first: int = 0) -> tuple[Tensor, Tensor]:
+        """Masks of the last m tokens of tokens [1, given + m], and each one's share of the mean: [n, m] bool, [n] fp64, on a CPU.
+
+        All masks, if there are at most `draws`; else so many at random. first: makes those of another block others.
+        """
+        if (1 << m) - 1 > self.draws:
+            hidden = self._pairs(tokens, given, m, first).cpu()
+            return hidden, torch.full((len(hidden),), 1.0 / len(hidden), dtype=torch.float64)
+        sets = [chosen for k in range(1, m + 1) for chosen in itertools.combinations(range(m), k)]
+        hidden = torch.zeros(len(sets), m, dtype=torch.bool)
+        for row, chosen in enumerate(sets):
+            hidden[row, list(chosen)] = True
+        sizes = hidden.sum(1)
+        return hidden, 1.0 / (m * torch.bincount(sizes)[sizes].double())  # all k weigh the same, and all sets of one size
+
+    def _pairs(self, tokens: Tensor, given: int, m: int, first: int = 0) -> Tensor:
         """Masks of the last m tokens, [draws, m] bool, in antithetic pairs (evaluation/precision.py) over strata of 1..m."""
         pairs = -(-self.draws // 2)
-        k = antithetic_counts(pairs, m, seed=self.seed, step=0)
+        k = antithetic_counts(pairs, m, seed=self.seed, step=first)
         x = tokens.cpu().expand(pairs, -1).contiguous()
         frozen = (torch.arange(x.shape[1]) < given).expand(pairs, -1).contiguous()
-        ids = torch.arange(pairs)
+        ids = torch.arange(pairs) + first * pairs
 
         def hide(counts: Tensor) -> Tensor:
             noisy, _, _ = mask_tokens(

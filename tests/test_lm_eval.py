@@ -351,3 +351,63 @@ def test_the_harness_itself_runs_tasks_of_all_three_kinds(trained_run, tmp_path,
     found = results["results"]
     assert 0 <= found["choices"]["acc,none"] <= 1 and found["writing"]["exact_match,none"] == 0
     assert 2 < found["rolling"]["bits_per_byte,none"] < 12
+
+
+def of_blocks(block):
+    tokenizer = make_tokenizer("bytes")
+    torch.manual_seed(8)
+    sizes = {"dim": 16, "layers": 2, "heads": 2, "length": LENGTH, "dropout": 0.0, "block": block}
+    model = DiT(tokenizer.model_vocab_size, tokenizer.mask_id, **sizes)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.add_(torch.randn_like(parameter) * (0.03 if "modulation" in name else 0.4))
+        model.head.weight.mul_(0.3)
+    return model.eval(), tokenizer, resolve(TrainConfig(device="cpu", dtype="fp32"))
+
+
+def sum_of_blocks(model, given, part):
+    """The bound by its definition: each block's over all of its masks, from a cache of the tokens before it."""
+    text, total, size = given + part, 0.0, model.config.block
+    cache = model.cache(1)
+    for start in range(0, len(text), size):
+        here = text[start : start + size]
+        counted = [i for i in range(len(here)) if start + i >= len(given)]
+        for k in range(1, len(counted) + 1):
+            sets = list(itertools.combinations(counted, k))
+            for chosen in sets:
+                ids = [model.mask_id if i in chosen else t for i, t in enumerate(here)]
+                ids += [model.mask_id] * (size - len(ids))
+                p = torch.log_softmax(model.logits(cache.features(torch.tensor([ids]))).double(), -1)
+                total -= sum(float(p[i, here[i]]) for i in chosen) / k / len(sets)
+        if len(here) == size:
+            cache.append(torch.tensor([here]))
+    return total
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("block", [1, 2, 3, 4])
+@pytest.mark.parametrize(("context", "text"), [("ab", "cdef"), ("abc", "defghi"), ("a", "bcdefgh"), ("", "xyzuvwxyz")])
+def test_a_model_of_blocks_is_scored_by_the_sum_of_its_blocks(block, context, text):
+    parts = of_blocks(block)
+    model, tokenizer, _ = parts
+    said, writes = answers(parts, draws=64, batch=3).continuation(context, text)
+    given = list(context.encode()) or [tokenizer.eos_id]
+    assert said == pytest.approx(-sum_of_blocks(model, given, list(text.encode())), rel=1e-4)
+    assert not writes
+    if block == 1:  # an exact likelihood: no draws, and the text that greedy decoding writes is known
+        drawn = answers(parts).generated(context, stops=[], most=4, temperature=0.0, sample_id=0)
+        if drawn and len(drawn.encode()) == 4 and "\ufffd" not in drawn:
+            assert answers(parts).continuation(context, drawn)[1]
+
+
+def test_larger_blocks_are_scored_by_draws():
+    parts = of_blocks(6)
+    truth = sum_of_blocks(parts[0], list(b"ab"), list(b"cdefghijkl"))
+    found = [-answers(parts, draws=12, seed=seed).continuation("ab", "cdefghijkl")[0] for seed in range(24)]
+    spread = torch.tensor(found).std() / math.sqrt(24)
+    assert abs(sum(found) / 24 - truth) < 4 * float(spread) and spread > 0
+
+
+def test_orders_of_a_model_of_blocks_are_refused():
+    with pytest.raises(UsageError, match="likelihood left_to_right reveals tokens of a whole text in an order, and this model"):
+        answers(of_blocks(4), likelihood="left_to_right")
