@@ -25,7 +25,7 @@ SAVED = {"config.json", "model.safetensors", "README.md"}
 
 def main(arguments: Sequence[str]) -> int:
     """The command. Writes the converted model and prints what it is. Status 0, or 2 on bad input."""
-    parser = make_parser(prog="python -m atat_fast.convert", description="MDLM checkpoints in and out.")
+    parser = make_parser(prog="python -m atat_fast.convert", description="MDLM's and BD3-LM's checkpoints in and out.")
     parser.add_argument(
         "source", type=path_text, help="An MDLM checkpoint (file, folder, hub id), a folder of ours, or a run folder."
     )
@@ -40,6 +40,9 @@ def main(arguments: Sequence[str]) -> int:
     parser.add_argument("--mask_id", type=int | None, default=None, help="The mask token; by default the head's untrained row.")
     parser.add_argument("--time_conditioning", type=bool | None, default=None, help="Whether the model is told the time.")
     parser.add_argument("--dropout", type=float | None, default=None, help="Dropout in further training.")
+    parser.add_argument(
+        "--block", type=int | None, default=None, help="Tokens of a block (BD3-LM); by default what the file says."
+    )
     parser.add_argument("--no_ema", action="store_true", help="Take the last step's weights, not their moving average.")
     parser.add_argument("--overwrite", action="store_true", help="Replace a model that is already at the destination.")
     args = parser.parse_args(list(arguments))
@@ -55,6 +58,8 @@ def main(arguments: Sequence[str]) -> int:
     config, total = model.config, model.parameter_counts()["total"]
     print(f"read   {args.source}: {found.what}")
     print(f"model  {config.layers} layers of {config.dim}, {config.heads} heads, length {config.length:,}, {total:,} parameters")
+    if config.block:
+        print(f"       blocks of {config.block}")
     time = "on" if config.time_conditioning else "off"
     print(f"       vocabulary {model.vocab_size:,} with mask {model.mask_id:,}, time conditioning {time}")
     print(f"wrote  {destination}")

@@ -32,7 +32,8 @@ def settings(*arguments):
 
 
 def test_every_preset_is_its_file_over_the_defaults():
-    assert set(preset_names()) == {"demo", "tiny", "small", "medium", "large", "wikitext103", "openwebtext", "atat", "plain"}
+    sizes, ways = {"tiny", "small", "medium", "large"}, {"demo", "plain", "atat", "block"}
+    assert set(preset_names()) == sizes | ways | {"wikitext103", "openwebtext"}
     for name in preset_names():
         assert settings("--preset", name) == load_preset(name)
     assert settings() == load_preset("demo")

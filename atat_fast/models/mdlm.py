@@ -1,8 +1,9 @@
 """MDLM's checkpoints, in and out: the published parameter names beside ours.
 
 MDLM (Sahoo et al., Simple and effective masked diffusion language models, 2024) publishes the network that `DiT` computes, under
-other names. `NAMES` is the whole translation, in the order of MDLM's parameters, which is also that of its moving average. Sizes
-are read from shapes; nothing is guessed that the file could contradict.
+other names, and so does BD3-LM (Arriola et al., Block diffusion, 2025) for blocks. `NAMES` is the whole translation, in the order
+of MDLM's parameters, which is also that of its moving average. Sizes are read from shapes; nothing is guessed that the file could
+contradict.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ TIME_FREQUENCIES = 256
 ROTARY = "rotary_emb.inv_freq"
 ROTARY_BASE = 10_000.0
 PREFIXES = ("_orig_mod.", "module.", "backbone.", "model.")
-OVERRIDES = ("heads", "length", "mask_id", "time_conditioning", "dropout")
+OVERRIDES = ("heads", "length", "mask_id", "time_conditioning", "dropout", "block")
 HEAD_SIZE = 64
 LENGTH = 1024
 BERT = (30_522, 103)  # size of BERT's vocabulary, which has a mask token of its own, and that token
@@ -67,6 +68,8 @@ def read_mdlm(
             30,522, else the last id.
     time_conditioning: whether the model is told the time. By default config.json's, else no, as in MDLM's published ones.
     dropout: for further training; 0.1 by default.
+    block: tokens of a block, of BD3-LM's checkpoints, which have the same names. By default config.json's block_size, else 0; a
+            block as long as the model is one without blocks.
 
     Raises UsageError if the file cannot be read or is not MDLM's; the error lists what is missing, unexpected or of another
     shape.
@@ -93,11 +96,7 @@ def to_mdlm_state_dict(model: nn.Module) -> dict[str, Tensor]:
     Raises UsageError for QK-norm and ReLU squared, which MDLM's network does not have.
     """
     config = cast(ModelConfig, model.config)
-    for option, value, plain in (
-        ("qk_norm", config.qk_norm, False),
-        ("activation", config.activation, "gelu"),
-        ("block", config.block, 0),
-    ):
+    for option, value, plain in (("qk_norm", config.qk_norm, False), ("activation", config.activation, "gelu")):
         if value != plain:
             raise UsageError(
                 f"this model has {option} {value}, which MDLM's network does not; only {option} {plain} can go there"
@@ -245,6 +244,8 @@ def _settings(tensors: Mapping[str, Tensor], asked: Mapping[str, Any], given: Ma
         "conditioning_dim": sizes["C"],
         "time_conditioning": asked.get("time_conditioning", False),
     }
+    block = asked.get("block", 0)
+    settings["block"] = block if block != settings["length"] else 0
     return settings | ({"dropout": asked["dropout"]} if "dropout" in asked else {})
 
 

@@ -24,7 +24,7 @@ from atat_fast.errors import UsageError, first_line
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 SETTINGS = "config.json"
 STATED = {"heads": ("n_heads", int), "length": ("model_length", int), "time_conditioning": ("time_conditioning", bool)}
-STATED |= {"mask_id": ("mask_id", int), "dropout": ("dropout", float)}
+STATED |= {"mask_id": ("mask_id", int), "dropout": ("dropout", float), "block": ("block_size", int)}
 """What a config.json, or the metadata of a safetensors file, may say about a model: our name, the published one and its type."""
 
 INERT_PACKAGES = ("omegaconf", "transformers", "tokenizers", "typing", "lightning", "pytorch_lightning", "lightning_fabric")
@@ -92,6 +92,8 @@ def _read_safetensors(file: Path) -> tuple[Mapping[str, Any], dict[str, str]]:
 
 
 def _stated(facts: Mapping[str, Any], where: str) -> Facts:
+    if facts.get("causal") is True:
+        raise UsageError(f"{where} says that the model is causal: an autoregressive baseline, which DiT does not compute")
     found = {}
     for ours, (published, kind) in STATED.items():
         value = facts.get(published)

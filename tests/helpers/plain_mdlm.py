@@ -70,7 +70,7 @@ class Block(nn.Module):
         self.mlp = nn.Sequential(nn.Linear(width, 4 * width), activation, nn.Linear(4 * width, width))
         self.adaLN_modulation = nn.Linear(conditioning, 6 * width)
 
-    def forward(self, x, cos, sin, c):
+    def forward(self, x, cos, sin, c, sees=None):
         batch, length, width = x.shape
         shift1, scale1, gate1, shift2, scale2, gate2 = self.adaLN_modulation(c)[:, None].chunk(6, -1)
         qkv = self.attn_qkv(self.norm1(x) * (1 + scale1) + shift1).view(batch, length, 3, self.n_heads, -1)
@@ -79,6 +79,8 @@ class Block(nn.Module):
             q, k = (F.rms_norm(u, u.shape[-1:]) for u in (q, k))
         q, k = rotate(q, cos.to(q.dtype), sin.to(q.dtype)), rotate(k, cos.to(k.dtype), sin.to(k.dtype))
         scores = torch.einsum("blhe,bmhe->bhlm", q, k) / math.sqrt(q.shape[-1])
+        if sees is not None:
+            scores = scores.masked_fill(~sees, -torch.inf)
         attended = torch.einsum("bhlm,bmhe->blhe", scores.softmax(-1), v).reshape(batch, length, width)
         x = x + gate1 * F.dropout(self.attn_out(attended), self.dropout, self.training)
         inner = self.mlp(self.norm2(x) * (1 + scale2) + shift2)
@@ -128,6 +130,20 @@ class DIT(nn.Module):
             nn.init.zeros_(zeroed.bias)
         nn.init.zeros_(self.output_layer.linear.weight)
         nn.init.zeros_(self.output_layer.linear.bias)
+
+    def of_blocks(self, noisy, clean, block):
+        """BD3-LM's logits: noised blocks see themselves and clean ones before, clean ones those up to themselves."""
+        x, c = self.vocab_embed(torch.cat((noisy, clean), 1)), F.silu(self.sigma_map(torch.zeros(1)))
+        length = noisy.shape[1]
+        cos, sin = (torch.cat((t, t)) for t in self.rotary_emb(x[:, :length]))
+        sees = torch.zeros(2 * length, 2 * length, dtype=torch.bool)
+        for q in range(2 * length):
+            for k in range(2 * length):
+                own, other = q % length // block, k % length // block
+                sees[q, k] = (own == other and (q < length) == (k < length)) or (k >= length and own > other)
+        for part in self.blocks:
+            x = part(x, cos, sin, c, sees)
+        return self.output_layer(x, c)[:, :length]
 
     def run(self, indices, sigma):
         """Logits, and what each block returns."""

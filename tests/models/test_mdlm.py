@@ -392,3 +392,30 @@ def test_a_run_goes_to_mdlm_or_to_a_folder(here, capsys, refused):
     assert all(torch.equal(a, b) for a, b in zip(back.parameters(), averaged.parameters(), strict=True))
     assert torch.equal(DiT.from_pretrained(here / "out").head.weight, raw.head.weight)
     assert "is a run and has its own settings; leave --length out" in refused(main, "run", "other", "--length", 5)
+
+
+@pytest.mark.parametrize("block", [1, 3, 4])
+def test_bd3lms_weights_give_its_logits_and_go_back(dit, here, block, capsys):
+    clean = torch.randint(0, plain.MASK, (2, 12))
+    noisy = torch.where(torch.rand(2, 12) < 0.5, plain.MASK, clean)
+    want = dit.of_blocks(noisy, clean, block)
+    model = DiT.from_mdlm(dit.state_dict(), block=block, length=12)
+    got = model.head(model.features(noisy, clean=clean)).view(want.shape)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+    (folder := here / "theirs").mkdir()
+    save_file({f"backbone.{name}": value for name, value in dit.state_dict().items()}, folder / "model.safetensors")
+    settings = {"block_size": block, "model_length": 12, "n_heads": plain.HEADS, "causal": False, "cross_attn": True}
+    (folder / "config.json").write_text(json.dumps(settings))
+    assert main(["theirs", "ours"]) == 0 and f"blocks of {block}" in capsys.readouterr().out
+    saved = DiT.from_pretrained("ours")
+    assert saved.config.block == block and torch.equal(saved.head(saved.features(noisy, clean=clean)), got.flatten(0, 1))
+    assert main(["ours", "back.safetensors", "--to", "mdlm"]) == 0
+    again = DiT.from_mdlm("back.safetensors")
+    assert again.config.block == block and torch.equal(again.features(noisy, clean=clean), saved.features(noisy, clean=clean))
+    (folder / "config.json").write_text(json.dumps(settings | {"causal": True}))
+    with pytest.raises(UsageError, match=r"config\.json says that the model is causal: an autoregressive baseline"):
+        main(["theirs", "more"])
+    (folder / "config.json").write_text(json.dumps(settings | {"block_size": 12}))
+    assert DiT.from_mdlm("theirs").config.block == 0
+    with pytest.raises(UsageError, match=r"model.block 5 does not divide model.length 12"):
+        DiT.from_mdlm("theirs", block=5)
