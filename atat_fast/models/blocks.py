@@ -13,8 +13,9 @@ block attends to.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,9 +45,50 @@ def two_streams(length: int, block: int, device: torch.device) -> Tensor:
     return ((before & clean[None, :]) | (same & alike))[None, None]
 
 
+FLEX = "flex"
+SWITCH = "ATAT_FAST_BLOCK_ATTENTION"
+
+
+@functools.lru_cache(maxsize=8)
+def flex_two_streams(length: int, block: int, device: torch.device) -> Any:
+    """`two_streams` as FlexAttention takes it: tiles that nothing sees are never computed, and no mask of 2 L x 2 L is stored."""
+    from torch.nn.attention.flex_attention import create_block_mask
+
+    def sees(_: Tensor, __: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        clean_q, clean_k, own, other = q >= length, k >= length, q % length // block, k % length // block
+        return ((own == other) & (clean_q == clean_k)) | (clean_k & (own > other))
+
+    return create_block_mask(sees, None, None, 2 * length, 2 * length, device=device.type)
+
+
+@functools.cache
+def _flex_attention(compiled: bool) -> Callable[..., Any]:
+    from torch.nn.attention.flex_attention import flex_attention
+
+    return cast(Callable[..., Any], torch.compile(flex_attention, dynamic=False) if compiled else flex_attention)
+
+
+def flex_branch(x: Tensor, block: Any, context: BlockContext) -> Tensor:
+    """A block's attention branch of a normalised x [B, 2 L, D] by FlexAttention: as it is, or [R, D] for the context's rows."""
+    qkv = block.qkv(x).view(*x.shape[:2], 3, block.heads, -1)
+    q, k, v = (t.transpose(1, 2) for t in rotary(qkv, context.cos, context.sin, norm=block.qk_norm).unbind(2))
+    attended = _flex_attention(x.is_cuda)(q, k, v, block_mask=context.layout).transpose(1, 2).flatten(2)
+    if context.rows is not None:
+        attended = attended.flatten(0, 1).index_select(0, context.rows)
+    return block.out(attended)  # type: ignore[no-any-return]
+
+
 @torch.compiler.assume_constant_result
 def masked_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
-    """The fastest attention here that takes a mask."""
+    """The attention of two streams: `flex` if $ATAT_FAST_BLOCK_ATTENTION asks for it, else the fastest here that takes a mask.
+
+    Raises UsageError if something else is asked for.
+    """
+    asked = os.environ.get(SWITCH)
+    if asked not in (None, "", "mask", FLEX):
+        raise UsageError(f"{SWITCH} is {asked!r}; it is {FLEX}, for FlexAttention, or mask")
+    if asked == FLEX:
+        return FLEX
     reasons = explain_attention(device, dtype, head_dim, documents=True)
     return next(name for name, reason in reasons.items() if reason is None and name not in MODULES)
 

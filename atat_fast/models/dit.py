@@ -29,7 +29,7 @@ from atat_fast.diffusion.process import Tilt
 from atat_fast.distributed.tensors import load_parts
 from atat_fast.errors import UsageError
 from atat_fast.models import start
-from atat_fast.models.blocks import BlockCache, check_block, masked_attention, two_streams
+from atat_fast.models.blocks import FLEX, BlockCache, check_block, flex_branch, flex_two_streams, masked_attention, two_streams
 from atat_fast.models.mdlm import TIME_FREQUENCIES, read_mdlm
 from atat_fast.models.tables import RotaryTables
 from atat_fast.models.trunk import BlockContext, BlockParts, Norm, Randomness, block_context, run_block, run_trunk
@@ -92,6 +92,8 @@ class Block(nn.Module):
 
     def attend(self, x: Tensor, context: BlockContext) -> Tensor:
         """The attention branch of a normalised x [B, L, D]: [B, L, D], or [R, D] for the context's rows."""
+        if context.implementation == FLEX:
+            return flex_branch(x, self, context)
         return self_attention(
             x,
             self.qkv.weight,
@@ -262,8 +264,11 @@ class DiT(
         batch, length = tokens.shape
         x = self.embedding(torch.cat((tokens, clean), 1))
         cos, sin = (torch.cat((table, table)) for table in self.tables(length))
-        layout = two_streams(length, self.config.block, x.device).expand(batch, -1, -1, -1)
         implementation = masked_attention(x.device, autocast_dtype(x), 2 * cos.shape[-1])
+        if implementation == FLEX:
+            layout = flex_two_streams(length, self.config.block, x.device)
+        else:
+            layout = two_streams(length, self.config.block, x.device).expand(batch, -1, -1, -1)
         if rows is None:
             rows = torch.arange(batch * length, device=tokens.device)
         rows = rows + torch.div(rows, length, rounding_mode="floor") * length

@@ -11,7 +11,7 @@ recomputed. After the last attention only the rows that the head reads go on.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -51,14 +51,15 @@ class BlockContext(NamedTuple):
     """What a block needs beside the stream and its modulation.
 
     cos, sin: rotary tables [L, head_dim / 2].   before, after: dropout of the pending and of the attention branch, or None.
-    layout, implementation: the result of `document_layout` and the attention it is for; None if attention sees whole sequences.
+    layout, implementation: who sees whom, and the attention it is for: a result of `document_layout`, or the two streams of
+    blocks.py. None if attention sees whole sequences.
     rows: flat indices [R] of the rows that go on after attention, None for all.   apart: whether they go on as R sequences of
     one token, or as one sequence of R.
     """
 
     cos: Tensor
     sin: Tensor
-    layout: Tensor | None = None
+    layout: Any = None
     implementation: str | None = None
     before: Dropout | None = None
     after: Dropout | None = None

@@ -79,9 +79,22 @@ def test_accelerated_models_agree_with_their_classes_and_are_timed(tmp_path, scr
     assert {"liger", "cce"} <= {*record["missing"], *(way for *_, way in ways)}
 
 
+@pytest.mark.slow
+def test_blocks_are_timed_after_the_texts_agree(tmp_path, script):
+    small = ["--block", 4, "--steps", 2, "--length", 32, "--longest", 64, "--vocabulary", 50, "--rounds", 1]
+    done = script("bench_blocks.py", *small, "--out", tmp_path / "out")
+    assert done.returncode == 0, done.stderr
+    record = json.loads((tmp_path / "out" / "blocks.json").read_text())
+    assert [r["way"] for r in record["results"]] == ["uncached", "bd3lm", "cached", "mdlm loop"]
+    assert all(r["low"] <= r["tokens_per_second"] <= r["high"] for r in record["results"])
+    assert [row["length"] for row in record["growth"]] == [8, 16, 32, 64]
+
+
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
+        ("bench_blocks", "--block 0", "--block and --length must be at least 1"),
+        ("bench_blocks", "--block 7", "model.block 7 does not divide model.length 1024"),
         ("bench_accelerate", "--models brt", "did you mean bert"),
         ("bench_accelerate", "--rounds 0", "--rounds must be at least 1, got 0"),
         ("throughput", "--rounds 0", "must be at least 1"),

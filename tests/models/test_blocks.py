@@ -132,6 +132,18 @@ def test_two_streams_are_a_rule_of_few_words():
     assert ["".join(str(int(v)) for v in row) for row in sees] == want
 
 
+@pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
+def test_flex_attention_computes_the_same(monkeypatch):
+    model, (clean, noisy, _) = model_of(4, qk_norm=True, dim=32).float(), noised()
+    with torch.no_grad():
+        want = logits(model, noisy, clean)
+        monkeypatch.setenv("ATAT_FAST_BLOCK_ATTENTION", "flex")
+        torch.testing.assert_close(logits(model, noisy, clean), want, rtol=1e-4, atol=1e-4)
+        monkeypatch.setenv("ATAT_FAST_BLOCK_ATTENTION", "flx")
+        with pytest.raises(UsageError, match="ATAT_FAST_BLOCK_ATTENTION is 'flx'; it is flex, for FlexAttention, or mask"):
+            logits(model, noisy, clean)
+
+
 def test_a_window_of_the_newest_blocks_and_positions_that_go_on():
     """Beyond its length a text is given on, as attention to the last L - K finished tokens, at their own places."""
     model = model_of(4)
