@@ -165,7 +165,9 @@ def describe(
     scored = 0 if estimator is None else estimator.parameter_count()
     layout = choose_layout(config, launch, vocab_size, compute, device)
     card = card_of(compute, launch.local_size) if device is None else Card(device.memory, "cuda", 2, device.p2p)
-    sizes = f"{m.layers} layers, width {m.dim}, {m.heads} heads, length {length}"
+    sizes = f"{m.layers} layers, width {m.dim}, {m.heads} heads, length {length}" + (
+        f" in blocks of {m.block}" if m.block else ""
+    )
     parts = "  ".join(f"{name} {counts[name]:,}" for name in ("embedding", "blocks", "conditioning", "head"))
     passes = f"{launch.size} ranks x {plan.accumulation} passes x {plan.micro_batch}"
     computed = f"{launch.size} x {device.name}, bf16" if device is not None else compute.describe()

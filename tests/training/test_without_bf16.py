@@ -61,7 +61,7 @@ def slow(monkeypatch):
 @pytest.mark.parametrize("preset", preset_names())
 def test_a_step_multiplies_nothing_in_bf16(preset, slow):
     config = load_preset(preset)
-    config.model.dim, config.model.layers, config.model.heads, config.model.length = 32, 2, 2, 24
+    config.model.dim, config.model.layers, config.model.heads, config.model.length = 32, 2, 2, 32
     compute = resolve(TrainConfig())
     assert compute.dtype is torch.float32
     model = DiT(67, 66, **vars(config.model))
@@ -70,7 +70,7 @@ def test_a_step_multiplies_nothing_in_bf16(preset, slow):
     optimizers = Optimizers(objective.named_parameters(), config.optim)
     with Products() as products:
         for step in range(2):
-            loss, _ = objective.loss(torch.randint(0, 66, (4, 24)), torch.arange(4), first=0, step=step, progress=0.5)
+            loss, _ = objective.loss(torch.randint(0, 66, (4, 32)), torch.arange(4), first=0, step=step, progress=0.5)
             loss.backward()
             optimizers.step(1e-3)
     assert products.all > 20 and products.bf16 == []
