@@ -29,6 +29,11 @@ COMPILED = ATAT | {
     "model.document_mask": False, "optim.name": "muon", "importance.reads": "hidden",
 }  # fmt: skip
 DDP, FSDP = {"parallel.mode": "ddp"}, {"parallel.mode": "fsdp"}
+SIX = MODEL | {"train.max_steps": 6, "train.log_every": 1, "eval.every": 6}
+BLOCKS = SIX | {"model.block": 4}
+PROMPTS = SIX | {
+    "data.prompt_column": "prompt", "data.tokenizer": "bytes", "model.document_mask": True, "model.length": 24,
+}  # fmt: skip
 WIDE = MODEL | FSDP | {"model.dim": 512, "model.layers": 10}
 DROPOUT = TWELVE | FSDP | {"model.dropout": 0.1}
 AGAIN = "parallel.activation_checkpointing"
@@ -46,6 +51,14 @@ WAYS = {
 def numbers(rows):
     """numbers(folder): what its log lines and its evaluations say."""
     return lambda folder: (rows(folder, "train", "step", "loss", "grad_norm"), rows(folder, "eval", "step", "nll", "nll_se"))
+
+
+def rows_under(folder):
+    """A file of prompts and responses of several lengths."""
+    path = folder / "rows.jsonl"
+    words = ["abcdefghij"[: i % 9 + 2] for i in range(150)]
+    path.write_text("".join(json.dumps({"prompt": f"{word} is ", "response": word[::-1]}) + "\n" for word in words))
+    return path
 
 
 @pytest.fixture(scope="module")
@@ -70,7 +83,8 @@ def legs(tmp_path_factory, small_at, torchrun, trainer, arguments):
             job("handed", TWELVE | FSDP, resume=True, stop=6),
             job("compiled-ddp", COMPILED | DDP | {"train.compile": "on"}, graphs=folder / "graphs.json"),
             job("compiled-fsdp", COMPILED | FSDP | {AGAIN: 2, "train.compile": "on"}), job("again", DROPOUT),
-            job("stopped", DROPOUT, stop=7), job("stopped", DROPOUT, resume=True),
+            job("stopped", DROPOUT, stop=7), job("stopped", DROPOUT, resume=True), job("blocks", BLOCKS | FSDP),
+            job("prompts", PROMPTS | DDP | {"data.corpus": rows_under(folder), "train.micro_batch": 2}),
         ],
         1: [],
         3: [job("handed", TWELVE | FSDP, resume=True)],
@@ -111,6 +125,18 @@ def test_losses_and_masks_are_those_of_one_process(legs, trainer, numbers, monke
         assert [row[2] for row in mine] == pytest.approx([row[2] for row in losses], rel=1e-3)  # the gradient's norm
         close(mine_evaluated, evaluations)
         assert json.loads((folder / f"{name}.json").read_text()) == seen, name
+
+
+@pytest.mark.parametrize(("name", "settings"), [("blocks", BLOCKS), ("prompts", PROMPTS)])
+def test_blocks_and_prompts_are_trained_alike(legs, trainer, numbers, name, settings):
+    """Counts of all blocks, and lengths of all responses, of the global batch decide on every rank."""
+    folder, small = legs
+    more = {"data.corpus": rows_under(folder)} if name == "prompts" else {}
+    trainer(small, settings | more, {"run.name": f"{name}-one"}).train()
+    (losses, evaluations), (mine, mine_evaluated) = (numbers(folder / "runs" / run) for run in (f"{name}-one", name))
+    assert len(losses) == 6
+    close([row[:2] for row in mine], [row[:2] for row in losses])
+    close(mine_evaluated, evaluations)
 
 
 def test_the_estimator_is_trained_alike(legs, trainer, rows):
