@@ -71,7 +71,11 @@ def tables() -> dict[Path, dict[str, str]]:
         README: readme,
         DOCS / "ops" / "linear_cross_entropy.md": {"linear_cross_entropy": report_tables.head(RESULTS)},
         COMPARED: atat,
-        DOCS / "blocks.md": {"audit_blocks": audit_blocks.block_table(), "blocks": report_tables.blocks(RESULTS) or NOTHING},
+        DOCS / "blocks.md": {
+            "compare_blocks": report_tables.compare(RESULTS, "demo", "blocks") or NOTHING,
+            "audit_blocks": audit_blocks.block_table(),
+            "blocks": report_tables.blocks(RESULTS) or NOTHING,
+        },
         DOCS / "accelerate.md": {"accelerate": report_tables.accelerate(RESULTS) or NOTHING},
         DOCS / "distributed.md": {name: table(RESULTS) or NOTHING for name, table in report_tables.DISTRIBUTED.items()},
         DOCS / "benchmarks.md": {name: table(RESULTS) or NOTHING for name, table in report_tables.DOCUMENT.items()},

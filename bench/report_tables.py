@@ -13,6 +13,8 @@ from typing import Any
 from atat_fast.runs.figures import compact, duration, measured
 
 MIB = 1 << 20
+ELSEWHERE = ("-blocks",)
+"""Ends of names of comparisons that have a page of their own."""
 
 
 def records(results: Path, name: str) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -53,10 +55,15 @@ def model_of(s: dict[str, Any]) -> str:
     )
 
 
-def compare(results: Path, preset: str) -> str:
-    """Recipes over a preset at equal cost, every device: the bound with its error, and paired differences from the first."""
+def compare(results: Path, preset: str, called: str = "") -> str:
+    """Recipes over a preset at equal cost, every device: the bound with its error, and paired differences from the first.
+
+    called: only comparisons kept under this word; without it all but those that another page shows.
+    """
     lines: list[str] = []
     for path in sorted(results.glob(f"*/compare-{preset}-*.json")):
+        if not path.stem.endswith(f"-{called}") if called else path.stem.endswith(ELSEWHERE):
+            continue
         found = json.loads(path.read_text(encoding="utf-8"))
         facts, s, first = found["environment"], found["settings"], found["results"][0]["recipe"]
         differences = {d["minus"]: d for d in found["differences"] if d["of"] == first}
