@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -33,7 +32,7 @@ from torch import Tensor
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
 from peers import linear_cross_entropy_missing, linear_cross_entropy_peers
-from timing import added_at_peak, interleaved, results_folder, spread, synchronize
+from timing import added_at_peak, interleaved, spread, synchronize, write_record
 
 from atat_fast.config import TrainConfig
 from atat_fast.errors import UsageError, nearest
@@ -215,11 +214,7 @@ def measure(args: argparse.Namespace) -> int:
         "benchmark": "accelerate", "rounds": args.rounds, "results": rows, "environment": environment(compute),
         "missing": {name: why for name, why in linear_cross_entropy_missing(compute.device).items() if name in FOREIGN},
     }  # fmt: skip
-    folder = args.out or results_folder(compute.device)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "accelerate.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+    write_record(record, compute.device, args.out)
     return 0
 
 

@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -29,7 +28,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parent))  # bench/ is a folder of scripts, not a package
 
 from bench_sampling import plain_model, plain_sample
-from timing import interleaved, results_folder, seconds, spread
+from timing import interleaved, seconds, spread, write_record
 from torch import Tensor
 
 from atat_fast.config import TrainConfig, load_preset
@@ -185,11 +184,7 @@ def measure(args: argparse.Namespace) -> int:
         "growth": growth,
         "environment": environment(compute),
     }
-    folder = args.out or results_folder(compute.device)
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / "blocks.json"
-    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    print(f"written to {path}")
+    write_record(record, compute.device, args.out)
     return 0
 
 

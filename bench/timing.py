@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
@@ -19,6 +20,16 @@ def results_folder(device: torch.device, results: Path = RESULTS) -> Path:
     folder = results / name
     folder.mkdir(parents=True, exist_ok=True)
     return folder
+
+
+def write_record(record: dict[str, object], device: torch.device, out: Path | None = None) -> Path:
+    """Write a record as BENCHMARK.json into `out`, or the results folder of the device, and say where."""
+    folder = out or results_folder(device)
+    folder.mkdir(parents=True, exist_ok=True)
+    path = folder / f"{record['benchmark']}.json"
+    path.write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+    print(f"written to {path}")
+    return path
 
 
 def synchronize(device: torch.device) -> None:
