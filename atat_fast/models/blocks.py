@@ -169,9 +169,9 @@ class BlockCache:
         end = self.start + width
         if end <= self.config.length:
             cos, sin = self.model.tables(end)
-        else:
-            cos, sin = (t.to(device) for t in rotary_table(end, self.config.dim // self.config.heads, device=torch.device("cpu")))
-        return cos[self.start :], sin[self.start :]
+            return cos[self.start :], sin[self.start :]
+        cos, sin = rotary_table(width, self.config.dim // self.config.heads, device=torch.device("cpu"), first=self.start)
+        return cos.to(device), sin.to(device)
 
     def _attend(self, layer: int, block: Any, mask: Tensor | None) -> Callable[[Tensor, BlockContext], Tensor]:
         """A block's attention over finished tokens and its own. The own keys and values lie after the kept ones."""

@@ -35,11 +35,11 @@ def rotary_reference(qkv: Tensor, cos: Tensor, sin: Tensor, *, norm: bool = Fals
 
 
 def rotary_table(
-    length: int, head_dim: int, *, base: float = 10_000.0, device: torch.device | None = None
+    length: int, head_dim: int, *, base: float = 10_000.0, device: torch.device | None = None, first: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """cos and sin of position * base^(-2 j / head_dim), [length, head_dim / 2] fp32 each."""
+    """cos and sin of position * base^(-2 j / head_dim), [length, head_dim / 2] fp32 each, for positions from `first` on."""
     frequency = base ** (-torch.arange(0, head_dim, 2, device=device, dtype=torch.float32) / head_dim)
-    angle = torch.outer(torch.arange(length, device=device, dtype=torch.float32), frequency)
+    angle = torch.outer(torch.arange(first, first + length, device=device, dtype=torch.float32), frequency)
     return angle.cos(), angle.sin()
 
 

@@ -155,6 +155,15 @@ def test_a_window_of_the_newest_blocks_and_positions_that_go_on():
             out = cache.logits(cache.features(torch.full((2, 4), MASK)))
             assert out[:, :MASK].isfinite().all()
             cache.append(text[:, start : start + 4])
+    longer = model_of(4, length=40)
+    longer.load_state_dict(model.state_dict())
+    mine, theirs = model.cache(2), longer.cache(2)
+    theirs.longest = mine.longest
+    with torch.no_grad():
+        for start in range(0, 40, 4):  # a longer model's tables have the same places
+            assert torch.equal(*(c.features(torch.full((2, 4), MASK)) for c in (mine, theirs)))
+            for c in (mine, theirs):
+                c.append(text[:, start : start + 4])
 
 
 @pytest.mark.parametrize(
