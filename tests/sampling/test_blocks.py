@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from exact import MASK as EXACT_MASK
@@ -10,6 +12,7 @@ from small import small_dit
 
 from atat_fast.audit.masks import Joint
 from atat_fast.errors import UsageError
+from atat_fast.sampling import samplers
 from atat_fast.sampling.samplers import SAMPLERS, sample
 
 MASK, END = 10, 9
@@ -74,10 +77,17 @@ def prompts():
     return tokens
 
 
-@pytest.mark.parametrize("sampler", [s for s in SAMPLERS if s != "importance"])
+def by_place(tokens, share):
+    """Importance of a block's tokens, from what is visible, the place and the time."""
+    width = tokens.shape[1]
+    return torch.remainder(tokens.roll(1, 1) * 5 + 3 * torch.arange(width) + (share * width).long()[:, None], 7) / 6
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
 @pytest.mark.parametrize("steps", [1, 3, 8])
 def test_samples_are_those_of_a_model_without_a_cache(sampler, steps):
     model, tokens = model_of(), prompts()
+    sample = functools.partial(samplers.sample, importance=by_place if sampler == "importance" else None)
     got = sample(model, tokens, steps=steps, sampler=sampler, seed=3)
     assert torch.equal(got, sample(Anew(model), tokens, steps=steps, sampler=sampler, seed=3))
     given = tokens != MASK
