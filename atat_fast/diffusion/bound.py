@@ -120,13 +120,11 @@ def estimate_nll(
     """
     length = tokens(0, 1).shape[1] if sequences else 0
     parts = length // block if block else 1
-    if parts > 1:
-        values = _of_blocks(nll, tokens, sequences, parts, mask_id, draws, batch, seed, spread, process)
-        return Estimate(float(values.mean()), _plain_standard_error(values), sequences, length, values)
-    strata = evaluation_strata(sequences, draws, seed=seed)
-    values = torch.zeros(sequences, draws, dtype=torch.float64)
+    units = sequences * parts  # what is masked by itself: sequences, or their blocks
+    strata = evaluation_strata(units, draws, seed=seed)
+    values = torch.zeros(units, draws, dtype=torch.float64)
     known = Surprisals(tokens, sequences, batch)
-    controls = Control(sequences, draws) if control and process is None and extents is None else None
+    controls = Control(sequences, draws) if control and process is None and extents is None and parts == 1 else None
     counted = torch.ones(sequences, dtype=torch.float64)
     batches = [(first, draw) for first in range(0, sequences, batch) for draw in range(draws)]
     for turn in range(-(-len(batches) // spread.ranks)):
@@ -134,81 +132,40 @@ def estimate_nll(
         first, draw = batches[min(mine, len(batches) - 1)]  # a rank without a batch repeats the last one, uncounted
         count = min(batch, sequences - first)
         x = tokens(first, count)
-        length = x.shape[1]
-        ids = torch.arange(first, first + count, dtype=torch.int64)
+        ids = torch.arange(first * parts, (first + count) * parts, dtype=torch.int64)
         jitter = uniform(random_words(ids, seed, draw, STREAM_COUNT)[0])
-        share = (strata[first : first + count, draw] + jitter) / (sequences * draws)
+        share = (strata[ids, draw] + jitter) / (units * draws)
         place: dict[str, Any] = {"mask_id": mask_id, "sample_ids": ids.to(x.device), "seed": seed, "step": draw}
-        most: Any = length
+        most: Any = length // parts
         if extents is not None:
             ours = extents(first, count)
             most = ours[:, 1] - ours[:, 0]
             counted[first : first + count] = most
             place["frozen"] = frozen_of(ours, length).to(x.device)
         k = torch.minimum(1 + (share * most).long(), torch.as_tensor(most))
-        masked: MaskedBatch = (process or hide)(x, k, **place)
+        masked: MaskedBatch = (process or hide)(x.view(len(ids), -1), k, **place)
+        masked.noisy = masked.noisy.view_as(x)
         if document_end is not None:
             masked.documents = documents_of(x.cpu(), document_end).to(x.device)
         losses = spread.run(functools.partial(nll, masked))
         if mine >= len(batches):
             continue
         if process is None:
-            values[first : first + count, draw] = per_sequence(losses, k)
+            values[ids, draw] = per_sequence(losses, k)
         else:  # weights are (L + 1) / W, for counts from 0 to L; counts here start at 1
-            values[first : first + count, draw] = per_sequence(losses * masked.weights, k) * k / (length + 1)
+            values[ids, draw] = per_sequence(losses * masked.weights, k) * k / (most + 1)
         if controls is not None:
             controls.add(first, draw, known.of(first, x), masked.rows, losses, k)
     values = spread.total(values)
     if controls is not None:
         values = controls.adjust(values, spread.total)
-    means = values.mean(1)
+    means = values.view(sequences, -1).mean(1)
     if extents is not None:  # a mean over tokens, and each sequence's share of its error
         counted = counted / counted.mean()
         mean = (means * counted).mean()
         means = mean + counted * (means - mean)
-    return Estimate(float(means.mean()), standard_error(means, strata), sequences, length, means)
-
-
-def _of_blocks(
-    nll: NllFunction,
-    tokens: Callable[[int, int], Tensor],
-    sequences: int,
-    parts: int,
-    mask_id: int,
-    draws: int,
-    batch: int,
-    seed: int,
-    spread: Spread,
-    process: Hide | None,
-) -> Tensor:
-    """Each sequence's bound in nats a token, the mean of its `parts` blocks' own: [sequences] fp64. A block is masked as a
-    sequence of its own, whose number is that of its sequence times parts, plus its place.
-    """
-    strata = evaluation_strata(sequences * parts, draws, seed=seed)
-    values = torch.zeros(sequences, parts, draws, dtype=torch.float64)
-    batches = [(first, draw) for first in range(0, sequences, batch) for draw in range(draws)]
-    for turn in range(-(-len(batches) // spread.ranks)):
-        mine = turn * spread.ranks + spread.rank
-        first, draw = batches[min(mine, len(batches) - 1)]
-        count = min(batch, sequences - first)
-        x = tokens(first, count)
-        each = x.shape[1] // parts
-        ids = torch.arange(first * parts, (first + count) * parts, dtype=torch.int64)
-        share = (strata[ids, draw] + uniform(random_words(ids, seed, draw, STREAM_COUNT)[0])) / (sequences * parts * draws)
-        k = 1 + (share * each).long().clamp_(max=each - 1)
-        masked: MaskedBatch = (process or hide)(
-            x.view(-1, each), k, mask_id=mask_id, sample_ids=ids.to(x.device), seed=seed, step=draw
-        )
-        masked.noisy = masked.noisy.view_as(x)
-        losses = spread.run(functools.partial(nll, masked))
-        if mine >= len(batches):
-            continue
-        if process is None:
-            found = per_sequence(losses, k)
-        else:
-            found = per_sequence(losses * masked.weights, k) * k / (each + 1)
-        values[first : first + count, :, draw] = found.view(count, parts)
-    return spread.total(values).mean((1, 2))
+    error = standard_error(means, strata) if parts == 1 else _plain_standard_error(means)
+    return Estimate(float(means.mean()), error, sequences, length, means)
 
 
 def per_sequence(nll: Tensor, k: Tensor) -> Tensor:
