@@ -106,7 +106,11 @@ def _hide_ragged(
         place["frozen"] = frozen
     masked: MaskedBatch = choose(tokens, own, weighting=weighting, **place)
     if weighting == "ce":
-        masked.weights.fill_(int(lengths.sum()) / max(1, int(counts.sum())))
+        plain = int(lengths.sum()) / max(1, int(counts.sum()))
+        if masked.tilt is None:
+            masked.weights.fill_(plain)
+        else:
+            masked.weights = masked.weights * per_row(plain * own / (n + 1), own, masked.rows)
     elif bound is not None:  # times what the process makes of (n + 1) / k
         masked.weights = masked.weights * per_row(bound[slots] * own / (n + 1), own, masked.rows)
     masked.hidden_share = (own / n.clamp(min=1)).to(tokens.device, torch.float32, non_blocking=True)

@@ -61,8 +61,10 @@ def read_prompts(parts: Parts, step: int, slot: int) -> dict[str, Tensor]:
     extents = parts.loader.extents(first, plan.global_batch)
     if extents is None:
         return {}
-    frozen = frozen_of(extents[slot : slot + plan.micro_batch], parts.config.model.length)
-    return {"frozen": frozen.to(parts.compute.device, non_blocking=True), "lengths": extents[:, 1] - extents[:, 0]}
+    frozen, device = frozen_of(extents[slot : slot + plan.micro_batch], parts.config.model.length), parts.compute.device
+    if device.type != "cpu":
+        frozen = frozen.pin_memory().to(device, non_blocking=True)
+    return {"frozen": frozen, "lengths": extents[:, 1] - extents[:, 0]}
 
 
 def read_batch(parts: Parts, step: int, slot: int) -> tuple[Tensor, Tensor, Documents | None]:

@@ -87,6 +87,27 @@ def test_what_is_drawn_estimates_what_is_audited(strength, law):
         assert (abs(float(values.mean()) - want) < 4.5 * float(values.std()) / math.sqrt(total)) == right
 
 
+@pytest.mark.parametrize(
+    ("counts", "weighting"), [("uniform", "uniform"), ("uniform", "ce"), ("bell", "ce"), ("bell", "uniform")]
+)
+def test_blocks_keep_the_schedules_own_weights(counts, weighting):
+    """Whole sequences, and blocks whose counts are dealt: a token's weight is the same function of its count."""
+    x = torch.randint(0, 3, (40, 4))
+    config, schedule = DiffusionConfig(counts=counts, weighting=weighting), IdentitySchedule(rates_of(1.0))
+    place = {"first": 0, "total": 40, "mask_id": MASK, "sample_ids": torch.arange(40), "seed": 1, "step": 0}
+    relative = []
+    for lengths in (None, torch.full((40,), 4)):
+        masked = hide_for_training(x, config, lengths=lengths, choose=schedule.hide, **place)
+        k = (masked.noisy == MASK).sum(1)
+        own = schedule.hide(x, k, mask_id=MASK, sample_ids=torch.arange(40), seed=1, step=0)
+        assert torch.equal(own.rows, masked.rows)
+        relative.append(
+            {int(k[row // 4]): float(w / o) for row, w, o in zip(masked.rows, masked.weights, own.weights, strict=True)}
+        )
+    assert relative[0].keys() == relative[1].keys() and len(relative[0]) > 2
+    assert relative[0] == pytest.approx(relative[1], rel=1e-5)
+
+
 def test_masks_follow_the_race_and_times_follow_their_law_given_the_mask():
     joint, trials, k = Joint.random(3, 4, seed=0), 6000, 2
     schedule, rates = IdentitySchedule(rates_of(1.5)), rates_of(1.5).double()
