@@ -24,6 +24,7 @@ from torch import Tensor
 from atat_fast.errors import UsageError
 from atat_fast.models.trunk import BlockContext, BlockParts, Norm, run_block, run_trunk
 from atat_fast.ops.attention import MODULES, Documents, explain_attention
+from atat_fast.ops.registry import constant_in_graphs
 from atat_fast.ops.rotary import rotary, rotary_table
 
 
@@ -78,7 +79,7 @@ def flex_branch(x: Tensor, block: Any, context: BlockContext) -> Tensor:
     return block.out(attended)  # type: ignore[no-any-return]
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def masked_attention(device: torch.device, dtype: torch.dtype, head_dim: int) -> str:
     """The attention of two streams: `flex` if $ATAT_FAST_BLOCK_ATTENTION asks for it, else the fastest here that takes a mask.
 

@@ -16,7 +16,7 @@ import importlib.util
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch.autograd import forward_ad
@@ -25,6 +25,7 @@ from atat_fast.errors import nearest
 from atat_fast.ops import library as compiled
 
 library = torch.library.Library("atat_fast", "FRAGMENT")
+Answer = TypeVar("Answer")
 
 BACKENDS = ("cuda", "triton", "cpp", "torch")
 """Every backend's name: compiled CUDA kernels, Triton kernels, the compiled CPU loop, PyTorch (the specification)."""
@@ -230,7 +231,15 @@ def ops() -> tuple[str, ...]:
     return tuple(name for name in _table if not name.endswith("_backward"))
 
 
-@torch.compiler.assume_constant_result
+def constant_in_graphs(function: Callable[..., Answer]) -> Callable[..., Answer]:
+    """Let compiled graphs keep the function's first answer: torch.compiler.assume_constant_result, without its import of the
+    compiler, which takes longer than everything else here together.
+    """
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+@constant_in_graphs
 def choose_backend(op: str, device: torch.device, asked: str | None = None, without: tuple[tuple[str, str], ...] = ()) -> str:
     """The backend `op` uses on `device`: `asked`, else $ATAT_FAST_BACKEND if it can run, else the fastest that can.
 

@@ -28,7 +28,7 @@ from atat_fast.errors import UsageError, nearest
 from atat_fast.ops.adaptive_norm import EPS, adaptive_layer_norm
 from atat_fast.ops.attention import products as attention_products
 from atat_fast.ops.processor import multiplies_bf16, widens_bf16
-from atat_fast.ops.registry import Cost, as_ids, autocast_dtype, intercepted, register_composite, transformed
+from atat_fast.ops.registry import Cost, as_ids, autocast_dtype, constant_in_graphs, intercepted, register_composite, transformed
 from atat_fast.ops.rotary import rotary, rotary_split, splits
 
 MODULES = {"flash_attn_3": "flash_attn_interface", "flash_attn": "flash_attn"}
@@ -197,7 +197,7 @@ def _import_problem(module: str) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def choose_attention(
     device: torch.device, dtype: torch.dtype, head_dim: int, documents: bool = False, asked: str | None = None
 ) -> str:

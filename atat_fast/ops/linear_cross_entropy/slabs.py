@@ -20,6 +20,7 @@ from torch import Tensor
 
 from atat_fast.ops.linear_cross_entropy.row_pass import cross_entropy_
 from atat_fast.ops.processor import widens_bf16
+from atat_fast.ops.registry import constant_in_graphs
 
 CHUNK_BYTES_GPU = 256 << 20
 CHUNK_BYTES_CPU = 64 << 20
@@ -29,7 +30,7 @@ CHUNK_BYTES_LOW = 32 << 20
 PADDED = 128
 
 
-@torch.compiler.assume_constant_result
+@constant_in_graphs
 def default_budget(device: torch.device) -> int:
     """Bytes of a slab if the caller gives none: 64 MB on a CPU; on a GPU the largest power of two within a 64th of its memory,
     from 256 MB (24 GB) to 1 GB (80 GB). Fewer and larger products are faster: docs/notes/gpu.md has the sweep.
