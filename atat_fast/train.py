@@ -54,12 +54,12 @@ def _main(arguments: Sequence[str]) -> int:
         if ranks.first or not error.everywhere:
             print(f"error: {error}", file=sys.stderr, flush=True)
             return 1
-        leave_to_rank_0(1)
+        leave_to_rank_0(1, ranks)
     except Interrupted as stop:
         if ranks.first:
             print(stop, file=sys.stderr, flush=True)
             return stop.code
-        leave_to_rank_0(stop.code)
+        leave_to_rank_0(stop.code, ranks)
     except Exception as error:
         if ranks.size == 1 or isinstance(error, (UsageError, OSError)):
             raise

@@ -233,9 +233,9 @@ def lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower() or "NCCL" in str(error)
 
 
-def leave_to_rank_0(status: int, seconds: float = 20.0) -> NoReturn:
-    """End a rank that has nothing to add to rank 0's error. It first waits for the launcher to end it: if it exited before rank
-    0 printed, the launcher would kill rank 0.
+def leave_to_rank_0(status: int, ranks: Ranks | None = None, seconds: float = 20.0) -> NoReturn:
+    """End a rank that has nothing to add to what rank 0 prints. It first waits until rank 0 is gone (`ranks` shows it: a sum that
+    rank 0 never joins fails then), or the launcher ends it: if it exited first, the launcher would kill rank 0 before it printed.
     """
 
     def end(number: int, frame: FrameType | None) -> NoReturn:
@@ -243,5 +243,9 @@ def leave_to_rank_0(status: int, seconds: float = 20.0) -> NoReturn:
 
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, end)
-    time.sleep(seconds)
+    with_rank_0 = None if ranks is None else dist.all_reduce(torch.zeros(1), group=ranks.control, async_op=True)
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline and not (with_rank_0 and with_rank_0.is_completed()):
+        time.sleep(0.05)
+    time.sleep(1.0)  # its connections close a moment before it exits
     os._exit(status)
