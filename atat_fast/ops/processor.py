@@ -4,12 +4,15 @@
     emulated   AVX-512 alone: oneDNN widens bf16 as it goes; about as fast as fp32
     none       others, most laptops: torch multiplies bf16 on one thread without vector instructions, some forty times slower
 
-bf16 is the better choice on the first only. On the last it is a bad one, so the ops there multiply in fp32.
+bf16 is the better choice on the first only. On the last it is a bad one, so the ops there multiply in fp32. Instructions that
+oneDNN is told to leave aside (ONEDNN_MAX_CPU_ISA, or by its old name DNNL_MAX_CPU_ISA) count as missing: with AVX2 there, any
+machine multiplies as a laptop does.
 """
 
 from __future__ import annotations
 
 import functools
+import os
 import time
 
 import torch
@@ -21,7 +24,10 @@ def _bf16_instructions() -> str:
         probes = (getattr(torch.cpu, name, None) for name in names)
         return any(probe is not None and probe() for probe in probes)
 
-    if has("_is_amx_tile_supported", "_is_avx512_bf16_supported"):
+    limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
+    if limit.startswith(("SSE", "AVX")) and not limit.startswith(("AVX512", "AVX10")):
+        return "none"
+    if has("_is_amx_tile_supported", "_is_avx512_bf16_supported") and limit not in ("AVX512_CORE", "AVX512_CORE_VNNI"):
         return "native"
     return "emulated" if has("_is_avx512_supported") else "none"
 

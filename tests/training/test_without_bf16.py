@@ -37,6 +37,27 @@ class Products:
         self.bf16 = [e.name() for e in found if "c10::BFloat16" in e.dtypes()]
 
 
+@pytest.mark.parametrize(
+    ("has", "limit", "found"),
+    [
+        ("_is_avx512_bf16_supported _is_avx512_supported", "", "native"),
+        ("_is_amx_tile_supported", "nonsense", "native"),  # oneDNN passes over it too
+        ("_is_avx512_supported", "AVX512_CORE_BF16", "emulated"),
+        ("_is_avx512_bf16_supported _is_avx512_supported", "AVX512_CORE", "emulated"),
+        ("_is_avx512_bf16_supported _is_avx512_supported", "avx2", "none"),
+        ("", "", "none"),
+    ],
+)
+@pytest.mark.parametrize("name", ["ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"])
+def test_what_the_processor_has_and_onednn_may_use_decides(monkeypatch, name, has, limit, found):
+    for other in ("ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(other, raising=False)
+    monkeypatch.setenv(name, limit)
+    for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_avx512_supported"):
+        monkeypatch.setattr(torch.cpu, probe, lambda probe=probe: probe in has.split(), raising=False)
+    assert processor._bf16_instructions.__wrapped__() == found
+
+
 def test_products_are_noticed():
     a = torch.randn(4, 4)
     with Products() as products:
