@@ -52,6 +52,8 @@ PROCESSES, MICRO_BATCH = "PROCESSES", "MICRO_BATCH"
 """Placeholders in a step's command: processes that share the device in tests, and sequences a step; by the device's memory."""
 SMALL = ("--preset", "small", "--vocabulary", "50258", "--micro_batch", MICRO_BATCH)
 """MDLM's own size, with GPT-2's vocabulary and the mask."""
+SMALLEST = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "1")
+"""What takes seconds on a CPU; its memory is left out."""
 LEAST_SECONDS = 5.0
 """A step is not begun with less time than this left."""
 
@@ -129,7 +131,7 @@ def first_tier(small: bool) -> list[Step]:
         (*SMALL, "--seconds", "110", "--profile"),
     )
     if small:
-        sizes = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "30")
+        sizes = SMALLEST
     out, processes = ("--out", DEVICE_FOLDER), not small
     only = ("--collect-only",) * small  # on a CPU the test suite that calls this runs them itself
     others = ("tests/gpu", "-m", marker, f"--ignore={ops[1]}", "--continue-on-collection-errors", *only)
@@ -148,7 +150,8 @@ def second_tier(small: bool) -> list[Step]:
     """Peers, sampling, a training run, memory checks."""
     python, found = sys.executable, []
     out, tools = ("--out", DEVICE_FOLDER), ("compute-sanitizer",)
-    for name, seconds in (("linear_cross_entropy", 45), ("adaptive_norm", 20), ("rotary", 15), ("attention", 20)):
+    benchmarks = (("linear_cross_entropy", 45), ("adaptive_norm", 20), ("rotary", 15), ("attention", 20))
+    for name, seconds in benchmarks[:1] if small else benchmarks:
         only = ("--collect-only",) if small else ("-s",)
         found.append(pytest_step(f"op {name}", seconds, f"bench/bench_{name}.py", *only, why=f"{name} beside its peers"))
     sampling = ("--batch", "1", "16", "--steps", "128", "--seconds", "12")
@@ -164,8 +167,7 @@ def second_tier(small: bool) -> list[Step]:
     found.append(replace(pytest_step("memcheck", 35, *memcheck, why="no kernel touches memory out of bounds"), needs=tools))
     sizes, variants = (*SMALL, "--rounds", "3", "--seconds", "85"), ("mdlm", "mdlm+compile", "atat_fast", "atat_fast+atat")
     if small:  # a CPU would compile it for most of a minute
-        sizes = ("--length", "32", "--vocabulary", "4097", "--micro_batch", "2", "--rounds", "1", "--seconds", "30")
-        variants = ("mdlm", "atat_fast")
+        sizes, variants = SMALLEST, ("mdlm", "atat_fast")
     found.append(
         Step(
             "compiled mdlm",

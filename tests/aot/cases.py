@@ -38,7 +38,7 @@ class Cuda:
 
 
 def masking() -> Iterator[Triton]:
-    """Each weighting once, with and without tilt and masks, over the lengths at which the configuration changes."""
+    """Each weighting once, with and without tilt and masks; some of them for the shortest and the longest sequences too."""
     from atat_fast.kernels.masking import configuration
     from atat_fast.ops.masking import LONGEST_SPREAD
 
@@ -56,8 +56,10 @@ def masking() -> Iterator[Triton]:
         "ce-spread": {"weighting": 3, "spread": 1},
         "ce-span-masks": {"weighting": 3, "spread": -1, "masks": True},
     }
-    for longest in (512, 4096, 16384):
-        for name, v in variants.items():
+    ends = ("uniform-masks", "importance-tilt-masks-int32-odd", "ce-span-masks")
+    for longest, names in ((512, ends), (4096, variants), (16384, ends)):
+        for name in names:
+            v = variants[name]
             length = min(longest, LONGEST_SPREAD) if "spread" in v else longest
             sizes = configuration(length)
             options = {name: sizes.pop(name) for name in ("num_warps", "maxnreg")}
@@ -221,7 +223,7 @@ def adaptive_norm() -> Iterator[Triton]:
         name = f"{kernel}/{width}/{','.join(marks)}" + ",row_ids" * row_ids
         return Triton(name, "adaptive_norm", f"_{kernel}_kernel", types, {"D": width} | sizes | absent, options, strides)
 
-    for width in (256, 768, 1024, 2048, 4096):
+    for width in (256, 768, 2048, 4096):
         yield case("norm_forward", width)
         yield case("norm_backward", width)
         yield case("gated_forward", width, no_dropout)
@@ -245,45 +247,45 @@ def adaptive_norm() -> Iterator[Triton]:
 
 def rotary() -> Iterator[Triton]:
     """Half a head of 16, 32 and 64 elements, in place and out of place, and a length that nothing divides; with a norm, whose
-    scales are kept out of place, also a head that is no power of two; and the gradient of that.
+    scales are kept out of place, also a head that is no power of two; and the gradient of that. fp32 at two of the sizes.
     """
     from atat_fast.kernels.rotary import IN_PLACE, configuration
 
     integers = ("rows", "L", "H", "in_batch", "in_row", "out_batch", "out_row")
     backward_integers = ("rows", "L", "H", "grad_batch", "grad_row", "out_row")
     three = ("Q", "K", "V")
-    for size in (32, 64, 96, 128, 256):
-        for name, pointer in (("fp32", "*fp32"), ("bf16", "*bf16")):
-            sizes = configuration(12, size)
-            options = {"num_warps": sizes.pop("num_warps")}
-            types = {f"{name}{part}": pointer for name in ("Out", "In") for part in three}
-            types |= {"Cos": "*fp32", "Sin": "*fp32"} | dict.fromkeys(integers, "i32")
-            for norm, copy in itertools.product((False, True), repeat=2):
-                if size in (96, 256) and not norm:
-                    continue
-                constants = sizes | {"INVERSE": copy and not norm, "NORM": norm, "COPY": copy, "HALF": size // 2}
-                given = types | ({"eps": "fp32"} if norm else {}) | ({"Rstd": "*fp32"} if norm and copy else {})
-                absent = {optional: None for optional in ("eps", "Rstd") if optional not in given}
-                yield Triton(
-                    f"rotary/{name}-{'norm-' * norm}{'copy' if copy else 'inplace'}/{size}",
-                    "rotary",
-                    "_rotary_kernel",
-                    given,
-                    constants | absent,
-                    options | ({} if copy else IN_PLACE),
-                    divisible=("in_batch", "in_row", "out_batch", "out_row") if copy else integers[:2] + integers[3:],
-                )
-            types = {f"{name}{part}": pointer for name in ("Dx", "Grad") for part in three} | {"OutQ": pointer, "OutK": pointer}
-            types |= {"Rstd": "*fp32", "Cos": "*fp32", "Sin": "*fp32"}
+    for size, name in ((32, "bf16"), (64, "bf16"), (64, "fp32"), (96, "bf16"), (128, "bf16"), (256, "bf16"), (256, "fp32")):
+        pointer = f"*{name}"
+        sizes = configuration(12, size)
+        options = {"num_warps": sizes.pop("num_warps")}
+        types = {f"{side}{part}": pointer for side in ("Out", "In") for part in three}
+        types |= {"Cos": "*fp32", "Sin": "*fp32"} | dict.fromkeys(integers, "i32")
+        for norm, copy in itertools.product((False, True), repeat=2):
+            if size in (96, 256) and not norm:
+                continue
+            constants = sizes | {"INVERSE": copy and not norm, "NORM": norm, "COPY": copy, "HALF": size // 2}
+            given = types | ({"eps": "fp32"} if norm else {}) | ({"Rstd": "*fp32"} if norm and copy else {})
+            absent = {optional: None for optional in ("eps", "Rstd") if optional not in given}
             yield Triton(
-                f"rotary/{name}-norm-backward/{size}",
+                f"rotary/{name}-{'norm-' * norm}{'copy' if copy else 'inplace'}/{size}",
                 "rotary",
-                "_rotary_backward_kernel",
-                types | dict.fromkeys(backward_integers, "i32"),
-                sizes | {"HALF": size // 2},
-                options,
-                divisible=backward_integers[3:],
+                "_rotary_kernel",
+                given,
+                constants | absent,
+                options | ({} if copy else IN_PLACE),
+                divisible=("in_batch", "in_row", "out_batch", "out_row") if copy else integers[:2] + integers[3:],
             )
+        types = {f"{side}{part}": pointer for side in ("Dx", "Grad") for part in three} | {"OutQ": pointer, "OutK": pointer}
+        types |= {"Rstd": "*fp32", "Cos": "*fp32", "Sin": "*fp32"}
+        yield Triton(
+            f"rotary/{name}-norm-backward/{size}",
+            "rotary",
+            "_rotary_backward_kernel",
+            types | dict.fromkeys(backward_integers, "i32"),
+            sizes | {"HALF": size // 2},
+            options,
+            divisible=backward_integers[3:],
+        )
 
 
 TRITON = (adaptive_norm, cross_entropy, linear_categorical, masking, philox, rotary)

@@ -18,29 +18,12 @@ def script(python):
 
 @pytest.mark.slow
 def test_throughput_checks_then_times_and_writes(tmp_path, script):
-    small = [
-        "--vocabulary",
-        30522,
-        "--length",
-        128,
-        "--micro_batch",
-        2,
-        "--rounds",
-        2,
-        "--dtype",
-        "fp32",
-        "--seconds",
-        0,
-        "--variants",
-        "mdlm",
-        "atat_fast",
-        "--out",
-        tmp_path / "out",
-    ]
+    sizes = ("--vocabulary", 8192, "--length", 128, "--micro_batch", 2, "--dtype", "fp32")
+    small = (*sizes, "--rounds", 2, "--seconds", 0, "--variants", "mdlm", "atat_fast", "--out", tmp_path / "out")
     done = script("throughput.py", *small)
     assert done.returncode == 0, done.stderr
     assert "losses and gradients agree to" in done.stdout
-    record = json.loads((tmp_path / "out" / "throughput-tiny-30522-2.json").read_text())
+    record = json.loads((tmp_path / "out" / "throughput-tiny-8192-2.json").read_text())
     assert record["agreement"] < 1e-3 and record["environment"]["torch"]
     for name in ("mdlm", "atat_fast"):
         r = record["results"][name]
@@ -152,10 +135,10 @@ def test_a_cpu_without_bf16_is_played_checked_and_timed(tmp_path, script):
 
 @pytest.mark.slow
 def test_the_readme_says_what_the_files_say_and_another_figure_is_noticed(tmp_path, script):
+    """That the tree itself passes is what `make check` asks."""
     for name in ("README.md", "bench", "docs"):
         source = ROOT / name
         shutil.copytree(source, tmp_path / name) if source.is_dir() else shutil.copyfile(source, tmp_path / name)
-    assert script("report.py", "--check", root=tmp_path).returncode == 0
     readme = tmp_path / "README.md"
     honest = readme.read_text()
     start = honest.index("<!-- throughput -->")

@@ -10,7 +10,7 @@ from small import small_dit
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from atat_fast.distributed.wrap import recompute_blocks
+from atat_fast.distributed.wrap import compile_blocks, recompute_blocks
 from atat_fast.models import DiT
 from atat_fast.models.dit import Randomness
 from atat_fast.ops import documents_of
@@ -105,10 +105,11 @@ def test_peak_memory_falls():
 
 @pytest.mark.slow
 def test_it_compiles_as_a_block_and_as_a_whole():
-    loss, gradients = step(build(0, time_conditioning=True))
-    whole, parts = build(2, time_conditioning=True), build(1, time_conditioning=True)
-    for block in parts.blocks:
-        block.run = torch.compile(block.run)
+    """The whole to generated code, which takes half a minute, and blocks to graphs."""
+    options = {"time_conditioning": True, "layers": 2}
+    loss, gradients = step(build(0, **options))
+    whole, parts = build(2, **options), build(1, **options)
+    compile_blocks(parts, backend="aot_eager_decomp_partition")
     for compiled, others in (step(whole, forward=torch.compile(whole, fullgraph=True)), step(parts)):
         torch.testing.assert_close(compiled, loss, rtol=1e-5, atol=1e-6)
         for name, gradient in gradients.items():

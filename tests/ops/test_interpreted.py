@@ -14,13 +14,15 @@ import pytest
 
 pytest.importorskip("triton")
 HERE = Path(__file__).parent
-PLACES = ("test_interpreter.py", "philox", "masking", "linear_cross_entropy", "linear_categorical", "adaptive_norm", "rotary")
+PLACES = (("masking", "linear_cross_entropy"), ("adaptive_norm", "rotary", "linear_categorical", "philox", "test_interpreter.py"))
+"""In two processes, which take about as long."""
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("place", PLACES)
-def test_in_the_interpreter(place):
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", str(HERE / place)]
+@pytest.mark.parametrize("places", PLACES, ids=" ".join)
+def test_in_the_interpreter(places):
+    files = [str(HERE / place) for place in places]
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-k", "triton", *files]
     done = subprocess.run(
         command, cwd=HERE.parents[1], env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True, check=False
     )

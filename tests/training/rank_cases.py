@@ -42,6 +42,7 @@ from atat_fast.training.trainer import Trainer
 
 RANK = int(os.environ["RANK"])
 ATTEMPT = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+EAGER = "aot_eager_decomp_partition"
 
 
 def trainer(arguments: Sequence[str], ranks: Ranks, resume: bool = False) -> Trainer:
@@ -52,9 +53,11 @@ def trainer(arguments: Sequence[str], ranks: Ranks, resume: bool = False) -> Tra
 def runs(plan: str) -> None:
     """Several runs one after another, in one group. plan: JSON list of {arguments, resume, stop (a step, or 0), masks, graphs,
     memory}. masks and graphs are files for the masks, and for each rank's numbers of graphs that were traced and compiled; memory
-    starts the run only.
+    starts the run only. Compiled runs have their graphs traced, joined with their backwards and cut, but no code generated.
     """
     ranks = Ranks.start("cpu", 60)
+    compile_ = torch.compile
+    torch.compile = lambda module, **_: compile_(module, backend=EAGER)  # type: ignore[assignment]
     hide, stage = objective.hide_for_training, shards.stage
     for job in json.loads(plan):
         if job["memory"]:

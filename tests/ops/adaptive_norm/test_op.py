@@ -156,8 +156,8 @@ CHAINS = [
 @every
 @pytest.mark.parametrize(("shape", "options", "dropout"), CHAINS, ids=str)
 def test_chain_and_gradients_against_fp64(poisoned, backend, device, shape, options, dropout):
-    if interprets(backend, device) and shape[1] == 65:
-        pytest.skip("the interpreter takes long for so many rows; the other shapes have these dtypes too")
+    if interprets(backend, device) and (shape[1] == 65 or shape in ((1, 2, 4096), (2, 3, 1000))):
+        pytest.skip("the interpreter takes long for so many rows or columns; other shapes have the dtypes and the tiles too")
     inputs = example(*shape, **options)
     check(backend, device, inputs, BF16 if inputs["branch"].dtype is BF16 else inputs["residual"].dtype, dropout=dropout)
 

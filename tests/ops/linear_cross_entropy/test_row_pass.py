@@ -227,6 +227,16 @@ def test_rows_anywhere_in_memory(row_pass, device, dtype, columns, offset, gap):
     assert (memory == 33).all()
 
 
+@backends("linear_cross_entropy")
+def test_a_slab_of_more_than_two_to_the_31_elements(backend, device):
+    """Two rows that far apart; what lies between is never touched, so a CPU gives it no memory."""
+    slab = make(2, 77, BF16)
+    view = torch.empty((1 << 31) + 99, dtype=BF16, device=device).as_strided((2, 77), ((1 << 31) + 11, 1), 1)
+    view.copy_(slab.logits)
+    slab = slab.to(device)
+    compare(run(backend, replace(slab, logits=view), in_place=True), slab)
+
+
 @every
 @dtypes
 def test_a_bf16_target_is_computed_again(row_pass, device, dtype):
