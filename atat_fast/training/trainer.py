@@ -54,6 +54,7 @@ class Trainer:
         self.config = config
         self.ranks = ranks or Ranks(Launch())
         self._lock: Any = None
+        self._closed = False
         try:
             self._start(resume, show_progress)
         except BaseException:
@@ -118,11 +119,23 @@ class Trainer:
         return None if place is None else checkpoint.Checkpoint(*place)
 
     def close(self) -> None:
-        """Close the display, the watch and the folder's lock."""
+        """Close the display, the watch and the folder's lock, once."""
+        if self._closed:
+            return
+        self._closed = True
         self.watch.stop()
         self.monitor.close()
         self.show.close()
         self._release()
+
+    @contextlib.contextmanager
+    def _closed_after_an_error(self) -> Iterator[None]:
+        """Close while signals are still caught: once a rank fails, the launcher ends the others, and each is to say first why."""
+        try:
+            yield
+        except BaseException:
+            self.close()
+            raise
 
     def _release(self) -> None:
         if self._lock is not None:
@@ -135,7 +148,7 @@ class Trainer:
         """
         config, state, last = self.config, self.state, None
         try:
-            with catch_signals() as caught:
+            with catch_signals() as caught, self._closed_after_an_error():
                 for sentence in self.introduction():
                     self.show.say(sentence)
                 state.window.begin = time.perf_counter()

@@ -202,3 +202,16 @@ def test_names_and_rows_may_be_integers_of_any_width():
         pytest.raises(ValueError, match=r"hidden is torch.float16, which autocast makes it"),
     ):
         draw(ids)
+
+
+def test_ops_are_imported_without_the_compiler(python):
+    """It takes longer than everything else that they need."""
+    done = python("-c", "import sys, atat_fast.ops; print('torch._dynamo' in sys.modules)")
+    assert done.stdout == "False\n", done.stderr
+
+
+def test_graphs_keep_an_answer_by_the_mark_of_torchs_own_decorator():
+    def ours(): ...
+    def theirs(): ...
+
+    assert vars(registry.constant_in_graphs(ours)) == vars(torch.compiler.assume_constant_result(theirs))

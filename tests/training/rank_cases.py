@@ -33,6 +33,7 @@ from atat_fast.errors import UsageError
 from atat_fast.models.dit import DiT
 from atat_fast.runs import checkpoint, shards
 from atat_fast.runs.saver import Saver
+from atat_fast.runs.telemetry import Telemetry
 from atat_fast.training import loss as objective
 from atat_fast.training import step
 from atat_fast.training.optimizers import Average, Optimizers
@@ -329,15 +330,19 @@ def command_apart(folder: str, *arguments: str) -> None:
 
 
 def command_raised(*arguments: str) -> None:
-    """Rank 1 raises in step 3, which no code expects."""
-    read = step.read_batch
+    """Rank 1 raises in step 3, which no code expects. The launcher ends rank 0 while that closes, which takes it a while."""
+    read, close = step.read_batch, Telemetry.close
 
     def broken(parts: Any, number: int, slot: int) -> Any:
         if RANK == 1 and number == 2:
             raise LookupError("broken on purpose")
         return read(parts, number, slot)
 
-    step.read_batch = broken
+    def slow(self: Telemetry) -> None:
+        time.sleep(0 if RANK else 2)
+        close(self)
+
+    step.read_batch, Telemetry.close = broken, slow  # type: ignore[method-assign]
     command(*arguments)
 
 
