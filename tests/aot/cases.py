@@ -228,13 +228,14 @@ def adaptive_norm() -> Iterator[Triton]:
         yield case("norm_backward", width)
         yield case("gated_forward", width, no_dropout)
         yield case("gated_backward", width, no_dropout)
-    for dtypes in ({}, {"stream": "*bf16", "conditioning": "*bf16"}, {"branch": "*fp32"}):
-        yield case("gated_forward", 768, **dtypes)
-        yield case("gated_backward", 768, **dtypes)
+    yield case("gated_forward", 768)
+    yield case("gated_backward", 768)
     for dtypes in ({"stream": "*bf16", "conditioning": "*bf16"}, {"branch": "*fp32"}):
-        yield case("norm_forward", 768, "Weight", **dtypes)
+        yield case("gated_backward", 768, **dtypes)
         yield case("norm_backward", 768, "Weight", **dtypes)
         yield case("sums", 768, "Dgate", **dtypes)
+    yield case("gated_forward", 768, branch="*fp32")
+    yield case("norm_forward", 768, "Weight", branch="*fp32")
     yield case("sums", 768)
     yield case("gated_backward", 768, f"Dtotal {no_dropout}")
     yield case("gated_backward", 768, f"Dy {no_dropout}")

@@ -187,8 +187,8 @@ def test_opcheck(backend, device):
 @pytest.mark.parametrize("form", ["packed", "in place", "split"])
 @pytest.mark.parametrize("compiler", ["aot_eager", pytest.param("inductor", marks=pytest.mark.slow)])
 def test_it_compiles_whole(backend, device, norm, form, compiler):
-    if compiler == "inductor" and (form == "split" or not norm):
-        pytest.skip("one form shows it: the norm's, which is read again")
+    if compiler == "inductor" and (form == "split" or not norm or backend == "torch"):
+        pytest.skip("one form shows it: the norm's, which is read again, as an op that inductor cannot look into")
     qkv, cos, sin = packed(2, 5, 3, 4, F32, norm=norm)
 
     def f(x):
