@@ -17,6 +17,7 @@ import functools
 import importlib
 import importlib.util
 import os
+import threading
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -383,18 +384,23 @@ def _packed(qkv: Tensor, starts: Tensor | None, implementation: str) -> Tensor:
     return first.view(batch, length, heads, size)
 
 
+_SWITCHED = threading.Lock()
+"""Held while SDPA's switches, which all threads share, are not as they were found."""
+
+
 @contextlib.contextmanager
 def _only(implementation: str) -> Iterator[None]:
-    """Let SDPA use this kernel alone. Takes 2 microseconds; torch.nn.attention.sdpa_kernel takes 25."""
+    """Let SDPA use this kernel alone, for one thread at a time. Takes 2 microseconds; torch.nn.attention.sdpa_kernel takes 25."""
     implementation = "sdpa_flash" if implementation == PRODUCTS else implementation
-    before = {name: allowed() for name, allowed in _ALLOWED.items()}
-    for name, switch in SWITCHES.items():
-        switch(name == implementation)
-    try:
-        yield
-    finally:
-        for name, switch in SWITCHES.items():
-            switch(before[name])
+    with contextlib.nullcontext() if torch.compiler.is_compiling() else _SWITCHED:  # dynamo takes no lock
+        before = {name: allowed() for name, allowed in _ALLOWED.items()}
+        try:
+            for name, switch in SWITCHES.items():
+                switch(name == implementation)
+            yield
+        finally:
+            for name, switch in SWITCHES.items():
+                switch(before[name])
 
 
 def _self_attention(

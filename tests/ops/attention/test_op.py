@@ -6,7 +6,9 @@ import importlib
 import importlib.machinery
 import itertools
 import sys
+import time
 import types
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -445,3 +447,14 @@ def test_a_compiled_block_reads_three_gradients_where_that_compiles(lazy, monkey
     (ours,), (theirs,) = torch.autograd.grad(out.sum(), x), torch.autograd.grad(plain.sum(), x)
     torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-5)
     assert not any(event.key == "aten::stack" for event in watched.key_averages())
+
+
+def test_threads_leave_torchs_switches_as_they_were(monkeypatch):
+    """Each reads them, changes them and puts them back; two at once would put back each other's."""
+    qkv = torch.randn(1, 2, 3, 1, 8)
+    monkeypatch.setattr(module, "_ALLOWED", {name: lambda f=f: (time.sleep(1e-4), f())[1] for name, f in module._ALLOWED.items()})
+    before = {name: allowed() for name, allowed in module._ALLOWED.items()}
+    with ThreadPoolExecutor(4) as threads:
+        same = [threads.submit(attention, qkv, implementation="sdpa_math") for _ in range(40)]
+        assert all(torch.equal(future.result(), same[0].result()) for future in same)
+    assert {name: allowed() for name, allowed in module._ALLOWED.items()} == before and before["sdpa_math"]
