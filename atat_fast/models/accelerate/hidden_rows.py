@@ -12,7 +12,6 @@ once as it is and once changed, and both must give the same loss.
 
 from __future__ import annotations
 
-import contextlib
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -198,8 +197,10 @@ def _run(network: nn.Module, state: _State, rows: _Rows, args: tuple[Any, ...], 
     head = cast(Any, network).get_output_embeddings()
     state.rows = rows
     try:
-        with contextlib.nullcontext() if isinstance(head, nn.Linear) else _TableAsHead(head, state):
+        if isinstance(head, nn.Linear):
             output = _own(network, *args, **kwargs)
+        else:
+            output = _with_a_table(network, _TableAsHead(head, state), args, kwargs)
     finally:
         state.rows = None
     logits = getattr(output, "logits", None)
@@ -232,6 +233,13 @@ def _head_forward(self: nn.Linear, x: Tensor) -> Tensor:
     """The head's own output, or the loss in progress."""
     state = self.__dict__[_STATE]
     return cast(Tensor, _own(self, x)) if state.rows is None else _loss(state, x, self.weight, self.bias)
+
+
+@torch.compiler.disable
+def _with_a_table(network: nn.Module, table: _TableAsHead, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """The class's own forward inside of `table`. Never compiled: dynamo traces such a mode, and the loss comes out wrong."""
+    with table:
+        return _own(network, *args, **kwargs)
 
 
 class _TableAsHead(TorchFunctionMode):

@@ -204,20 +204,23 @@ def test_gradient_checkpointing():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["BERT", "ModernBERT", "LLaDA", "Dream", "LLaDA, tied"])
+@torch._dynamo.config.patch(recompile_limit=64)
 def test_torch_compile(name):
-    """Losses and gradients of steps with different numbers of hidden rows, in few graphs."""
+    """Losses and gradients of steps with different numbers of hidden rows, in few graphs. A limit of graphs would hide what is
+    wrong with the next one, for what is beyond it runs uncompiled.
+    """
     torch._dynamo.reset()
     torch._dynamo.utils.counters.clear()
     plain, fast = pair(name)
-    compiled = torch.compile(fast, backend="aot_eager")
+    compiled, frames = torch.compile(fast, backend="aot_eager"), []
     for share in (0.2, 0.4, 0.6, 0.8):
         inputs = batch(share=share)
         got, want = compiled(**inputs).loss, own_loss(plain, inputs, name)
         torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
+        frames.append(torch._dynamo.utils.counters["frames"]["ok"])
     for a, b in zip(gradients(got, fast), gradients(want, plain), strict=True):
         torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-5)
-    if name != "LLaDA, tied":  # whose head is found by looking at every call
-        assert torch._dynamo.utils.counters["frames"]["ok"] <= 8
+    assert frames[1] == frames[-1] <= 12
 
 
 # What is not recognised.
