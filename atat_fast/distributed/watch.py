@@ -165,9 +165,10 @@ class Watch:
     def _look(self) -> None:
         """Find the ranks that hold the others back; if there are any, end the process."""
         marks, (before, _) = self.state.marks, self._read()
-        if self._done.wait(3 * self._interval):
-            return
-        self._tell()
+        for _ in range(3):  # telling meanwhile: a rank that looks too would take this one for silent
+            if self._done.wait(self._interval):
+                return
+            self._tell()
         news, now = self._read()
         silent = [r for r, (a, b) in enumerate(zip(before, news, strict=True)) if a == b]
         if self.state.marks != marks or any(state.patient for r, state in enumerate(now) if r not in silent):
