@@ -80,6 +80,25 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             file = nodeid.split("::", 1)[0]
             return file if together(file) else nodeid
 
+        def remove_node(self, node: Any) -> str | None:
+            """Give what a dead process has left to others, and name the test that ended it. xdist's own gives them what is done
+            too, for which they wait forever.
+            """
+            units = self.assigned_work.pop(node)
+            crashed = next((test for unit in units.values() for test, done in unit.items() if not done), None)
+            if crashed is not None:
+                units[self._split_scope(crashed)][crashed] = True
+                self.workqueue.update({scope: unit for scope, unit in units.items() if not all(unit.values())})
+                for other in self.assigned_work:
+                    self._reschedule(other)
+            return crashed
+
+        def _reschedule(self, node: Any) -> None:
+            """A process begins a test once it has the next."""
+            super()._reschedule(node)
+            while self.workqueue and not node.shutting_down and self._pending_of(self.assigned_work[node]) < 2:
+                super()._reschedule(node)
+
     return ByFixture(config, log)
 
 
