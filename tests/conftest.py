@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import importlib.util
@@ -87,6 +88,8 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
             units = self.assigned_work.pop(node)
             crashed = next((test for unit in units.values() for test, done in unit.items() if not done), None)
             if crashed is not None:
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self.status = node.gateway._io.popen.wait(timeout=10)
                 units[self._split_scope(crashed)][crashed] = True
                 self.workqueue.update({scope: unit for scope, unit in units.items() if not all(unit.values())})
                 for other in self.assigned_work:
@@ -100,6 +103,12 @@ def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> Any:
                 super()._reschedule(node)
 
     return ByFixture(config, log)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_handlecrashitem(report: Any, sched: Any) -> None:
+    """Say how the process of a test ended: -11 is SIGSEGV, -9 what a machine short of memory does."""
+    report.longrepr = f"its process ended with status {getattr(sched, 'status', 'unknown')}\n{report.longrepr}"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -35,6 +35,7 @@ def test_a_test_that_ends_its_process_fails_and_the_others_are_run(tmp_path):
     (tmp_path / "pyproject.toml").write_text("[tool.pytest.ini_options]\nmarkers = ['slow', 'gpu']\n")
     env = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST")}
     done = subprocess.run([sys.executable, "-m", "pytest"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=300)
-    failed = sorted(line.split()[1] for line in done.stdout.splitlines() if line.startswith("FAILED"))
-    assert failed == [f"tests/test_dies.py::test_it[{number}]" for number in (20, 39)], done.stdout + done.stderr
+    failed = sorted(line for line in done.stdout.splitlines() if line.startswith("FAILED"))
+    said = "FAILED tests/test_dies.py::test_it[{}] - its process ended with status 3"
+    assert failed == [said.format(number) for number in (20, 39)], done.stdout + done.stderr
     assert done.returncode == 1 and "2 failed, 78 passed" in done.stdout
