@@ -347,7 +347,8 @@ def _train(size: int, documents: Iterable[str]) -> Tokenizer:
     tokenizer.pre_tokenizer = words
     found = tokenizer.get_vocab_size() + 2
     if found < size:
-        raise UsageError(f"the training text gives only {found:,} tokens, not the {size:,} asked for; use bpe-{found} or less")
+        fits = f"bpe-{found} or less" if found >= SMALLEST_BPE else "bytes"
+        raise UsageError(f"the training text gives only {found:,} tokens, not the {size:,} asked for; use {fits}, or more text")
     return Tokenizer(_with_specials(tokenizer), f"bpe-{size}")
 
 

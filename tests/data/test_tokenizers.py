@@ -297,8 +297,15 @@ def test_settings_that_cannot_be_met_are_one_sentence(setting, part):
     with pytest.raises(UsageError) as error:
         make_tokenizer(setting, ["text"])
     assert part in str(error.value) and setting in str(error.value) and "\n" not in str(error.value)
-    with pytest.raises(UsageError, match="use bpe-"):
-        make_tokenizer("bpe-5000", ["a few words"])
+
+
+@pytest.mark.parametrize("text", ["the words of a text and of the text", "a few words"])
+def test_the_tokenizer_that_a_short_text_is_told_to_use_can_be_had(text):
+    with pytest.raises(UsageError, match="tokens, not the 5,000 asked for; use b") as error:
+        make_tokenizer("bpe-5000", [text])
+    told = str(error.value).rpartition("use ")[2].removesuffix(", or more text").removesuffix(" or less")
+    tokenizer = make_tokenizer(told, [text])
+    assert tokenizer.decode(tokenizer.encode(text)) == text
 
 
 @pytest.mark.parametrize("content", [b"{", b'{"model": 1}', b"", b"\xff\xfe"])
