@@ -384,8 +384,8 @@ def _packed(qkv: Tensor, starts: Tensor | None, implementation: str) -> Tensor:
     return first.view(batch, length, heads, size)
 
 
-_SWITCHED = threading.Lock()
-"""Held while SDPA's switches, which all threads share, are not as they were found."""
+_SWITCHED = threading.RLock()
+"""Held while SDPA's switches, which all threads share, are not as they were found. A mode that sees SDPA may attend in turn."""
 
 
 @contextlib.contextmanager

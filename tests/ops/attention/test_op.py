@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from op_checks import BF16, CPU, F32, F64, assert_no_worse, for_gpu, leaves, on_gpu, results
 from torch._dynamo.backends.common import aot_autograd
 from torch._functorch.aot_autograd import make_boxed_func
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from atat_fast.ops import (
     Documents,
@@ -458,3 +459,17 @@ def test_threads_leave_torchs_switches_as_they_were(monkeypatch):
         same = [threads.submit(attention, qkv, implementation="sdpa_math") for _ in range(40)]
         assert all(torch.equal(future.result(), same[0].result()) for future in same)
     assert {name: allowed() for name, allowed in module._ALLOWED.items()} == before and before["sdpa_math"]
+
+
+def test_a_mode_that_sees_it_may_attend_too():
+    qkv, seen = torch.randn(1, 2, 3, 1, 8), []
+
+    class Again(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+            if not seen and "softmax" in function.name():
+                seen.append(attention(qkv, implementation="sdpa_math"))
+            return function(*args, **(kwargs or {}))
+
+    with Again():
+        out = attention(qkv, implementation="sdpa_math")
+    torch.testing.assert_close(out, seen[0])
