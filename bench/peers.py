@@ -94,7 +94,7 @@ PEERS = (
         "torch",
         "linear_cross_entropy",
         "linear_cross_entropy",
-        "options=None; LinearCrossEntropyOptions(); chunks of 4096 with acc_policy='balanced'",
+        "options=None; LinearCrossEntropyOptions(); chunks of 4096, with acc_policy='balanced' where torch has it (2.13)",
         "pip install 'torch>=2.13'",
     ),
     Peer(
@@ -265,7 +265,7 @@ def liger_options() -> set[str]:
 LIGER_READ = "its source, 0.8.5; values and gradients equal the eager ones under Triton's interpreter; on a GPU unverified here"
 CUT_READ = "its source, 25.1.1 and later versions in git; unverified here: it runs on a GPU only"
 BY_ROW = "token weights only by row losses and a second computation of the logits"
-TORCH_READ = "torch's docstring and source, 2.13; checked by tests on a CPU"
+TORCH_READ = "torch's docstring and source, 2.13 and 2.14; checked by tests on a CPU"
 
 
 def needs(module: str, device: torch.device) -> str | None:
@@ -281,6 +281,15 @@ def needs(module: str, device: torch.device) -> str | None:
     return None
 
 
+def chunked_by_4096() -> Any:
+    """Options of F.linear_cross_entropy. torch 2.13 can accumulate at a middle precision; later releases choose by device."""
+    options = torch.nn.LinearCrossEntropyOptions
+    try:
+        return options(batch_chunk_size=4096, acc_policy="balanced")
+    except ValueError:
+        return options(batch_chunk_size=4096)
+
+
 def linear_cross_entropy_peers(device: torch.device) -> dict[str, HeadPeer]:
     """Every way to compute a weighted head loss that can run on `device`, by name."""
     found = [
@@ -288,13 +297,10 @@ def linear_cross_entropy_peers(device: torch.device) -> dict[str, HeadPeer]:
         HeadPeer("eager compiled", lambda *a: compiled_eager()(*a), "", "checked by tests on a CPU"),
     ]
     if torch_has("linear_cross_entropy"):
-        options = torch.nn.LinearCrossEntropyOptions
         found += [
             HeadPeer("torch", native(lambda: None), "not chunked without options: the logits are whole", TORCH_READ),
-            HeadPeer("torch chunked", native(options), BY_ROW, TORCH_READ),
-            HeadPeer(
-                "torch chunked 4096", native(lambda: options(batch_chunk_size=4096, acc_policy="balanced")), BY_ROW, TORCH_READ
-            ),
+            HeadPeer("torch chunked", native(torch.nn.LinearCrossEntropyOptions), BY_ROW, TORCH_READ),
+            HeadPeer("torch chunked 4096", native(chunked_by_4096), BY_ROW, TORCH_READ),
         ]
     if needs("liger_kernel", device) is None:
         known, fp32 = liger_options(), torch.float32
