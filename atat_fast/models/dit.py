@@ -29,6 +29,7 @@ from atat_fast.diffusion.process import Tilt
 from atat_fast.distributed.tensors import load_parts
 from atat_fast.errors import UsageError
 from atat_fast.models import start
+from atat_fast.models.activation import squared_relu
 from atat_fast.models.blocks import FLEX, BlockCache, check_block, flex_branch, flex_two_streams, masked_attention, two_streams
 from atat_fast.models.mdlm import TIME_FREQUENCIES, read_mdlm
 from atat_fast.models.tables import RotaryTables
@@ -110,7 +111,7 @@ class Block(nn.Module):
     def mlp(self, x: Tensor) -> Tensor:
         """The MLP branch of a normalised x [..., D]."""
         inner = self.up(x)
-        inner = F.gelu(inner, approximate="tanh") if self.activation == "gelu" else F.relu(inner).square()
+        inner = F.gelu(inner, approximate="tanh") if self.activation == "gelu" else squared_relu(inner)
         return cast(Tensor, self.down(inner))
 
 

@@ -5,8 +5,8 @@
     none       others, most laptops: torch multiplies bf16 on one thread without vector instructions, some forty times slower
 
 bf16 is the better choice on the first only. On the last it is a bad one, so the ops there multiply in fp32. Instructions that
-oneDNN is told to leave aside (ONEDNN_MAX_CPU_ISA, or by its old name DNNL_MAX_CPU_ISA) count as missing: with AVX2 there, any
-machine multiplies as a laptop does.
+oneDNN is told to leave aside (ONEDNN_MAX_CPU_ISA, or by its old name DNNL_MAX_CPU_ISA) count as missing, and so do those that
+torch is told to (ATEN_CPU_CAPABILITY): with AVX2 in one of them, any machine multiplies as a laptop does.
 """
 
 from __future__ import annotations
@@ -26,6 +26,8 @@ def _bf16_instructions() -> str:
 
     limit = (os.environ.get("ONEDNN_MAX_CPU_ISA") or os.environ.get("DNNL_MAX_CPU_ISA") or "").upper()
     if limit.startswith(("SSE", "AVX")) and not limit.startswith(("AVX512", "AVX10")):
+        return "none"
+    if torch.backends.cpu.get_cpu_capability() in ("DEFAULT", "AVX2"):  # its attention in bf16 then raises beside AMX
         return "none"
     if has("_is_amx_tile_supported", "_is_avx512_bf16_supported") and limit not in ("AVX512_CORE", "AVX512_CORE_VNNI"):
         return "native"

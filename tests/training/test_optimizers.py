@@ -110,27 +110,49 @@ def test_muon_is_torchs_up_to_rounding(most, monkeypatch):
     assert [tuple(theirs.state[p]) for p in sets[0]] == [tuple(half.state[p]) for p in sets[1]]
 
 
-def test_muon_makes_matrices_nearly_orthogonal():
-    torch.manual_seed(0)
-    x = torch.randn(3, 12, 40) * torch.tensor([1e-6, 1.0, 1e6])[:, None, None]
-    values = torch.linalg.svdvals(muon.orthogonal(x))
-    assert ((values > 0.6) & (values < 1.25)).all()
-    assert torch.equal(muon.orthogonal(torch.zeros(1, 3, 4)), torch.zeros(1, 3, 4))
+@pytest.mark.parametrize("shape", [(3, 12, 40), (3, 12, 13), (3, 12, 12), (0, 12, 40)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_muon_makes_matrices_nearly_orthogonal(shape, dtype):
+    x = torch.randn(shape, dtype=dtype) * torch.tensor([1e-6, 1.0, 1e6], dtype=dtype)[: shape[0], None, None]
+    values = torch.linalg.svdvals(muon.orthogonal(x).double())
+    assert (values < 1.25).all()
+    assert (values > 0.6).all() or shape[2] < 2 * shape[1]  # a nearly square one may have singular values near 0
+    zeros = torch.zeros(1, *shape[1:], dtype=dtype)
+    assert torch.equal(muon.orthogonal(zeros), zeros)
+
+
+@pytest.mark.parametrize("power", [0.0, 1.0, 4.0, 30.0])
+@pytest.mark.parametrize("shape", [(2, 8, 12), (3, 17, 40), (1, 1, 7)])
+def test_the_iteration_on_gram_matrices_is_the_one_on_matrices(shape, power):
+    """In fp32, against the textbook's steps in fp64; singular values fall to 10^-power of the largest."""
+    a, b, c = muon.COEFFICIENTS
+    u, _, v = torch.linalg.svd(torch.randn(shape, dtype=torch.float64), full_matrices=False)
+    start = u @ torch.diag_embed(torch.logspace(0, -power, shape[1], dtype=torch.float64).expand(shape[:2])) @ v
+    want = start / torch.linalg.matrix_norm(start, keepdim=True)
+    for _ in range(muon.STEPS):
+        gram = want @ want.mT
+        want = a * want + (b * gram + c * gram @ gram) @ want
+    for dtype, bound in ((torch.float32, 1e-3), (torch.float64, 1e-10)):
+        error = (muon.orthogonal(start.to(dtype)).double() - want).norm() / want.norm()
+        assert error < bound, f"{dtype}: {error:.1e}"
 
 
 def test_muon_takes_few_launches():
-    """Of 24 matrices in four shapes, two of which are one another's transpose: a stack for each of three."""
+    """Of 24 matrices in four shapes, two of which are one another's transpose: a stack for each of three. Three products a step
+    of the iteration; where fp32 takes the gram matrices, of two of the shapes here, four more in all.
+    """
     shapes = [(48, 16), (16, 16), (64, 16), (16, 64)] * 6
     some = [torch.nn.Parameter(torch.randn(shape)) for shape in shapes]
-    counts = []
-    for optimizer in (muon.Muon(some, lr=0.1, weight_decay=0.1), torch.optim.Muon(some, lr=0.1, weight_decay=0.1)):
+    counts, options = [], {"lr": 0.1, "weight_decay": 0.1}
+    ours = [muon.Muon(some, dtype=dtype, **options) for dtype in (torch.bfloat16, torch.float32)]
+    for optimizer in (*ours, torch.optim.Muon(some, **options)):
         for p in some:
             p.grad = torch.randn_like(p)
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as watched:
             optimizer.step()
         products = ("aten::mm", "aten::bmm", "aten::addmm", "aten::baddbmm")
         counts.append(sum(event.count for event in watched.key_averages() if event.key in products))
-    assert counts[0] == 3 * muon.STEPS * 3 and counts[1] >= 24 * muon.STEPS * 3
+    assert counts[:2] == [3 * muon.STEPS * 3, 3 * muon.STEPS * 3 + 2 * 4] and counts[2] >= 24 * muon.STEPS * 3
 
 
 def words(count, step=0, seed=0, first=0):

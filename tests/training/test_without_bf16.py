@@ -4,6 +4,10 @@ asked for is multiplied in fp32 by the ops. oneDNN turned off is such a CPU, on 
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+
 import pytest
 import torch
 
@@ -55,7 +59,23 @@ def test_what_the_processor_has_and_onednn_may_use_decides(monkeypatch, name, ha
     monkeypatch.setenv(name, limit)
     for probe in ("_is_amx_tile_supported", "_is_avx512_bf16_supported", "_is_avx512_supported"):
         monkeypatch.setattr(torch.cpu, probe, lambda probe=probe: probe in has.split(), raising=False)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     assert processor._bf16_instructions.__wrapped__() == found
+
+
+def test_torch_limited_to_avx2_multiplies_as_a_laptop_does():
+    """On any machine. With AMX, torch's attention in bf16 raises there ("pack_vnni2 is only supported when avx512 is")."""
+    code = """
+import torch
+from atat_fast.ops import attention, processor
+qkv = torch.randn(2, 128, 3, 4, 32).bfloat16().requires_grad_()
+attention(qkv).sum().backward()
+print(processor.bf16_products(), bool(qkv.grad.isfinite().all()))
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", code], env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True
+    )
+    assert run.stdout.split() == ["none", "True"], run.stderr
 
 
 def test_products_are_noticed():
