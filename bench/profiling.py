@@ -49,8 +49,8 @@ NAMED = (
     ("masking", re.compile(r"mask_tokens|^part:masking$")),
     ("norm chains", re.compile(r"residual_norm|adaptive_layer_norm|native_layer_norm|NativeLayerNorm")),
     ("rotary", re.compile(r"rotary")),
-    ("attention", re.compile(r"scaled_dot_product|ScaledDotProduct|flash_attn|FlashAttn")),
-    ("activation", re.compile(r"gelu|Gelu|relu|Relu")),
+    ("attention", re.compile(r"scaled_dot_product|ScaledDotProduct|flash_attn|FlashAttn|attention_products")),
+    ("activation", re.compile(r"(?i)gelu|relu")),
     ("embedding", re.compile(r"embedding|Embedding")),
     ("compiled region", re.compile(r"CompiledFunction|CompiledFxGraph|Torch-Compiled|inductor|triton_")),
 )
