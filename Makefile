@@ -25,6 +25,8 @@ install: $(INSTALLED) ## make $(VENV) with torch, the package (editable, csrc/ c
 train: install ## train the demo model, then write its report
 	$(VENV)/bin/torchrun --standalone --nproc-per-node=1 -m atat_fast.train
 
+# Without compiled modules each of some hundred processes would compile the package anew.
+test: export PYTHONDONTWRITEBYTECODE =
 test: install ## run all tests that need no GPU, slow ones too
 	$(VENV)/bin/pytest -m "not gpu" --durations=20
 

@@ -40,6 +40,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and importlib.util.find_spec("trito
     interpreter = importlib.util.module_from_spec(specification)
     specification.loader.exec_module(interpreter)
     interpreter.exact_bf16()
+    interpreter.quick()
 
 
 @pytest.hookimpl(tryfirst=True)
@@ -328,25 +329,38 @@ def refused(capsys: pytest.CaptureFixture[str]) -> Callable[..., str]:
 
 def start_ranks(ranks: int, *command: Any, restarts: int = 0, **more: str) -> subprocess.Popen[str]:
     """torchrun with so many ranks of a command: rank_cases.py and a case's name, or -m and a module."""
-    env = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | more
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-    command = (*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.2", *map(str, command))
-    pipe = subprocess.PIPE
-    return subprocess.Popen(command, env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+    return in_session([*launcher, f"--max-restarts={restarts}", "--monitor-interval=0.2", *command], **more)
+
+
+def in_session(command: Sequence[Any], **more: str) -> subprocess.Popen[str]:
+    """A process in a session of its own, so that it can be ended with all that it starts."""
+    env, pipe = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"} | more, subprocess.PIPE
+    return subprocess.Popen([*map(str, command)], env=env, stdout=pipe, stderr=pipe, text=True, start_new_session=True)
+
+
+def finished(process: subprocess.Popen[str]) -> subprocess.CompletedProcess[str]:
+    """What a started process and those it started say, to their end."""
+    try:
+        out, err = process.communicate(timeout=800)
+    except BaseException:
+        os.killpg(process.pid, signal.SIGKILL)
+        raise
+    return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
 
 @pytest.fixture(scope="session")
 def torchrun() -> Callable[..., subprocess.CompletedProcess[str]]:
     """Runs a case of rank_cases.py on ranks to its end: torchrun(2, "case", *arguments, restarts=0, SETTING="value")."""
+    return lambda ranks, case, *arguments, **options: finished(start_ranks(ranks, CASES, case, *arguments, **options))
 
-    def run(ranks: int, case: str, *arguments: Any, **options: Any) -> subprocess.CompletedProcess[str]:
-        process = start_ranks(ranks, CASES, case, *arguments, **options)
-        try:
-            out, err = process.communicate(timeout=800)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, signal.SIGKILL)
-            raise
-        return subprocess.CompletedProcess(process.args, process.returncode, out, err)
+
+@pytest.fixture(scope="session")
+def forked() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """The same without torchrun, on ranks that one process forks: forked(2, "case", *arguments)."""
+
+    def run(ranks: int, case: str, *arguments: Any) -> subprocess.CompletedProcess[str]:
+        return finished(in_session([sys.executable, CASES.with_name("forked_ranks.py"), ranks, case, *arguments]))
 
     return run
 

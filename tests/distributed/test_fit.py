@@ -268,9 +268,9 @@ def test_devices_are_found_by_key_and_by_the_name_that_drivers_give():
 
 
 @pytest.mark.slow
-def test_two_ranks_hold_and_send_what_the_formulas_say(tmp_path, torchrun):
+def test_two_ranks_hold_and_send_what_the_formulas_say(tmp_path, forked):
     """A step of three passes under ddp and fsdp over gloo: bytes of every kind, and bytes through every collective."""
-    done = torchrun(2, "held_and_sent", tmp_path / "f")
+    done = forked(2, "held_and_sent", tmp_path / "f")
     assert done.returncode == 0, done.stderr[-3000:]
     config = Config(model=ModelConfig(dim=32, layers=4, heads=2, length=16, dropout=0.0), optim=OptimConfig(name="muon"))
     sizes, found, place = sizes_of(config, 67), json.loads((tmp_path / "f").read_text()), Card(24 * GIB, "cpu", 4)

@@ -1,10 +1,15 @@
-"""Makes bf16 exact in Triton's interpreter, which keeps it in uint16 and would cut it off, or reckon with its bits.
+"""Makes bf16 exact in Triton's interpreter, which keeps it in uint16 and would cut it off, or reckon with its bits; and makes it
+quicker.
 
-`exact_bf16()` before the first kernel runs; tests/conftest.py does so under TRITON_INTERPRET=1. Arithmetic is done in fp32 and
-rounded to the nearest bf16, ties to even, as GPUs do; matrix products of bf16 are summed in fp32.
+`exact_bf16()` and `quick()` before the first kernel runs; tests/conftest.py does so under TRITON_INTERPRET=1. Arithmetic is done
+in fp32 and rounded to the nearest bf16, ties to even, as GPUs do; matrix products of bf16 are summed in fp32.
 """
 
 from __future__ import annotations
+
+import functools
+import inspect
+from typing import Any
 
 import numpy as np
 
@@ -65,3 +70,23 @@ def exact_bf16() -> None:
     InterpreterBuilder.create_fp_to_fp = create_fp_to_fp
     InterpreterBuilder.create_dot = create_dot
     InterpreterBuilder.binary_op = binary_op
+
+
+def quick() -> None:
+    """Patch triton.runtime.interpreter: at each call of a function, from kernels too, where it has replaced them already, it
+    looks through all of triton.language for builtins. Here it finds their names once.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    @functools.cache
+    def builtins(package: Any) -> list[str]:
+        return [name for name, member in inspect.getmembers(package) if tl.core.is_builtin(member)]
+
+    def patch_builtin(package, *rest):
+        for name in builtins(package):
+            member = getattr(package, name)
+            if tl.core.is_builtin(member):
+                interpreter._patch_attr(package, name, member, *rest)
+
+    interpreter._patch_builtin = patch_builtin

@@ -1,4 +1,4 @@
-"""What the ranks of a test do; torchrun runs this file once for each: rank_cases.py CASE ARGUMENTS.
+"""What the ranks of a test do. torchrun runs this file once for each, rank_cases.py CASE ARGUMENTS; forked_ranks.py forks them.
 
 Cases that begin with `command` are the train command, with something that goes wrong on one rank.
 """
@@ -454,7 +454,11 @@ def accelerated(file: str) -> None:
     ranks.leave()
 
 
+def find_scripts() -> None:
+    """Modules of bench/ and tests/helpers, folders of scripts, can be imported."""
+    sys.path.extend(str(Path(__file__).resolve().parents[2] / folder) for folder in ("bench", "tests/helpers"))
+
+
 if __name__ == "__main__":
-    for folder in ("bench", "tests/helpers"):  # folders of scripts, not packages
-        sys.path.append(str(Path(__file__).resolve().parents[2] / folder))
+    find_scripts()
     globals()[sys.argv[1]](*sys.argv[2:])

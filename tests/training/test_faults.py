@@ -31,11 +31,11 @@ def said(text):
 
 
 @pytest.fixture(scope="module")
-def stops(tmp_path_factory, small_at, torchrun, arguments):
+def stops(tmp_path_factory, small_at, forked, arguments):
     """The folder of three runs of two ranks: `whole`, which nothing happens to, `poisoned` and `full`."""
     folder = tmp_path_factory.mktemp("stops")
     plans = [(FSDP, "whole"), (DDP, "poisoned"), (FSDP, "full")]
-    done = torchrun(2, "stops", *(json.dumps(arguments(small_at(folder), how | {"run.name": name})) for how, name in plans))
+    done = forked(2, "stops", *(json.dumps(arguments(small_at(folder), how | {"run.name": name})) for how, name in plans))
     assert done.returncode == 0, done.stderr[-4000:]
     assert done.stdout.count("training into") == 3  # rank 0 alone speaks
     return folder / "runs"
@@ -126,13 +126,13 @@ def test_a_rank_that_raises_ends_the_run_with_its_own_traceback(small, arguments
     assert "rank 1 failed, which ends the run" in ours and "rank 0 stops: it lost contact with another rank" in ours
 
 
-def test_ranks_that_differ_are_refused(small, arguments, tmp_path, torchrun, monkeypatch):
+def test_ranks_that_differ_are_refused(small, arguments, tmp_path, forked, monkeypatch):
     for i, name in enumerate(("host0", "host1")):
         (tmp_path / name).mkdir()
         lines = [f'{{"text": "document {n} of host {i} {"word " * 40}"}}\n' for n in range(40)]
         (tmp_path / name / "text.jsonl").write_text("".join(lines))
     monkeypatch.chdir(tmp_path)
-    done = torchrun(2, "refusals", *arguments(small, RUN))
+    done = forked(2, "refusals", *arguments(small, RUN))
     assert done.returncode == 0, done.stderr[-4000:]
     assert not (tmp_path / "runs").exists() and "training into" not in done.stdout
 

@@ -62,8 +62,8 @@ def rows_under(folder):
 
 
 @pytest.fixture(scope="module")
-def legs(tmp_path_factory, small_at, torchrun, trainer, arguments):
-    """All runs of this file, one torchrun for each number of ranks: 20 steps each way, and two runs that 4 ranks began: `handed`
+def legs(tmp_path_factory, small_at, forked, trainer, arguments):
+    """All runs of this file, by a process for each number of ranks: 20 steps each way, and two runs that 4 ranks began: `handed`
     goes on on 2, and `alone` in one process and then on 2.
     """
     folder = tmp_path_factory.mktemp("legs")
@@ -91,7 +91,7 @@ def legs(tmp_path_factory, small_at, torchrun, trainer, arguments):
             job("prompts", PROMPTS | DDP | {"data.corpus": rows_under(folder), "train.micro_batch": 2}),
     ]  # fmt: skip
     for ranks, plan in ((4, of_four), (2, of_two)):
-        done = torchrun(ranks, "runs", json.dumps(plan))
+        done = forked(ranks, "runs", json.dumps(plan))
         assert done.returncode == 0, done.stderr[-6000:]
         if ranks == 4:
             with pytest.raises(Interrupted):
@@ -209,6 +209,6 @@ def test_a_resumed_run_on_as_many_ranks_is_the_uninterrupted_one(legs, numbers, 
     assert all((p == averaged[name]).all() for name, p in DiT.from_pretrained(again / "model").named_parameters())
 
 
-def test_updates_precisions_and_words_between_ranks(tmp_path, torchrun):
-    done = torchrun(2, "parts", tmp_path)
+def test_updates_precisions_and_words_between_ranks(tmp_path, forked):
+    done = forked(2, "parts", tmp_path)
     assert done.returncode == 0, done.stderr[-6000:]

@@ -168,13 +168,13 @@ def test_a_resumed_run_is_the_uninterrupted_one(small, trainer, rows, tmp_path, 
 
 @pytest.mark.slow
 def test_sigterm_to_the_process_saves_and_the_command_resumes(
-    small, rows, losses, until, arguments, tmp_path, python, python_started
+    small, rows, losses, until, arguments, trainer, tmp_path, python, python_started
 ):
     """As a scheduler does it: from a fresh directory, in a process of its own."""
     folder = tmp_path / "runs" / "named"
-    command = arguments("-m", "atat_fast.train", small, {"train.max_steps": 400, "eval.every": 150, "sample.num_samples": 0})
-    whole = python(*command, "--run.name=whole")
-    assert whole.returncode == 0, whole.stderr
+    settings = {"train.max_steps": 200, "eval.every": 75, "sample.num_samples": 0}
+    command = arguments("-m", "atat_fast.train", small, settings)
+    trainer(small, settings, {"run.name": "whole"}).train()
     process = python_started(*command, "--run.name=named")
     until(lambda: rows(folder, "train"), process)
     process.send_signal(signal.SIGTERM)

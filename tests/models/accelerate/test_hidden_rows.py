@@ -182,8 +182,8 @@ def test_an_adapter_on_the_head_is_refused():
 
 
 @pytest.mark.slow
-def test_two_ranks_under_ddp(torchrun, tmp_path):
-    done = torchrun(2, "accelerated", tmp_path / "found.json")
+def test_two_ranks_under_ddp(forked, tmp_path):
+    done = forked(2, "accelerated", tmp_path / "found.json")
     assert done.returncode == 0, done.stderr[-2000:]
     found = json.loads((tmp_path / "found.json").read_text())
     (want, theirs), (got, ours) = found["plain"], found["fast"]
