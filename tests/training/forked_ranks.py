@@ -15,6 +15,7 @@ import traceback
 os.environ |= {"RANK": "0", "TORCHELASTIC_RESTART_COUNT": "0"}
 
 import rank_cases
+from torch.distributed import TCPStore
 
 from atat_fast import cli
 
@@ -32,21 +33,23 @@ def rank(number: int, case: str, arguments: list[str]) -> int:
 
 
 def main(ranks: str, case: str, *arguments: str) -> int:
-    """1 if a rank fails; the others are ended then."""
+    """1 if a rank fails; the others are ended then. As under torchrun, the ranks meet at a store of this process."""
     cli.parse_config(cli.make_parser(), [])  # imports what it needs
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    listening = socket.create_server(("127.0.0.1", 0))
+    port = listening.getsockname()[1]
     os.environ |= {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    os.environ["TORCHELASTIC_USE_AGENT_STORE"] = "True"
     alive = set()
     for number in range(int(ranks)):
         child = os.fork()
         if not child:
+            listening.close()
             status = rank(number, case, list(arguments))
             sys.stdout.flush()
             sys.stderr.flush()
             os._exit(status)
         alive.add(child)
+    store = TCPStore("127.0.0.1", port, is_master=True, wait_for_workers=False, master_listen_fd=listening.detach())
     failed = False
     while alive:
         child, status = os.wait()
@@ -55,6 +58,7 @@ def main(ranks: str, case: str, *arguments: str) -> int:
             failed = True
             for other in alive:
                 os.kill(other, signal.SIGKILL)
+    del store
     return int(failed)
 
 
