@@ -47,13 +47,21 @@ def seconds(call: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - begin
 
 
-def interleaved(calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int) -> dict[str, list[float]]:
-    """Seconds of every call in every round, after one warm-up each. A round makes all calls, so drift affects all alike."""
-    for call in calls.values():
+def interleaved(
+    calls: Mapping[str, Callable[[], object]], device: torch.device, rounds: int, *, in_a_loop: bool = False
+) -> dict[str, list[float]]:
+    """Seconds of every call in every round, after one warm-up each. A round makes all calls, so drift affects all alike.
+
+    in_a_loop: a warm-up before every call, for what runs over and over. After a long call of another kind that leaves threads idle,
+    a short one would wait for them and for its own data.
+    """
+    for call in calls.values() if not in_a_loop else ():
         seconds(call, device)
     taken: dict[str, list[float]] = {name: [] for name in calls}
     for _ in range(rounds):
         for name, call in calls.items():
+            if in_a_loop:
+                seconds(call, device)
             taken[name].append(seconds(call, device))
     return taken
 

@@ -1,10 +1,11 @@
 """The gain of a CPU without bf16 instructions from multiplying in fp32: Muon's step, the head in bf16, a step of the demo.
 
-    python bench/without_bf16.py [--rounds 5] [--out FOLDER]     half a minute; writes bench/results/cpu/without_bf16.json
+    python bench/without_bf16.py [--rounds 5] [--out FOLDER]     a minute; writes bench/results/cpu/without_bf16.json
 
 On a CPU that has such instructions, oneDNN is turned off and torch limited to AVX2 to imitate one without. That shows the
 direction of the gain, not its size, because torch's own bf16 loops are better there. `before` is torch's way: torch.optim.Muon,
-and products of bf16 tensors. Both ways are checked against fp64 before they are timed, and rounds are interleaved.
+and products of bf16 tensors. Both ways are checked against fp64 before they are timed, and rounds are interleaved; each timed call
+follows one of its own kind, as a step follows a step.
 """
 
 from __future__ import annotations
@@ -136,7 +137,7 @@ def main() -> int:
     torch.backends.mkldnn.enabled = False
     rows = []
     for name, calls in (("Muon, the demo's matrices", muon()), ("the head in bf16", head()), ("a step of the demo", demo())):
-        taken = interleaved(calls, CPU, args.rounds)
+        taken = interleaved(calls, CPU, args.rounds, in_a_loop=True)
         ms = {way: [1e3 * s for s in spread(sorted(values))] for way, values in taken.items()}
         ratio = ms["before"][1] / ms["after"][1]
         for way, (low, median, high) in ms.items():
