@@ -52,8 +52,8 @@ def interleaved(
 ) -> dict[str, list[float]]:
     """Seconds of every call in every round, after one warm-up each. A round makes all calls, so drift affects all alike.
 
-    in_a_loop: a warm-up before every call, for what runs over and over. After a long call of another kind that leaves threads idle,
-    a short one would wait for them and for its own data.
+    in_a_loop: a warm-up before every call, for what runs over and over. After a long call of another kind that leaves threads
+    idle, a short one would wait for them and for its own data.
     """
     for call in calls.values() if not in_a_loop else ():
         seconds(call, device)

@@ -4,8 +4,8 @@
 
 On a CPU that has such instructions, oneDNN is turned off and torch limited to AVX2 to imitate one without. That shows the
 direction of the gain, not its size, because torch's own bf16 loops are better there. `before` is torch's way: torch.optim.Muon,
-and products of bf16 tensors. Both ways are checked against fp64 before they are timed, and rounds are interleaved; each timed call
-follows one of its own kind, as a step follows a step.
+and products of bf16 tensors. Both ways are checked against fp64 before they are timed, and rounds are interleaved; each timed
+call follows one of its own kind, as a step follows a step.
 """
 
 from __future__ import annotations

@@ -116,6 +116,15 @@ def test_the_stand_in_does_what_pytest_benchmark_does(plugin, tmp_path, python, 
     assert done.returncode == 0 and "1 passed" in done.stdout, done.stdout
 
 
+def test_rounds_are_interleaved_after_one_warm_up_each_or_one_a_call(load):
+    timing, made = load("timing"), []
+    calls = {name: lambda name=name: made.append(name) for name in "ab"}
+    for in_a_loop, order in ((False, "abababab"), (True, "aabbaabbaabb")):
+        made.clear()
+        taken = timing.interleaved(calls, torch.device("cpu"), 3, in_a_loop=in_a_loop)
+        assert "".join(made) == order and [len(times) for times in taken.values()] == [3, 3]
+
+
 def test_short_runs_are_what_they_say(load):
     short = load("train_short")
     configs = {name: short.settings("tiny", name, 30, 2, "root") for name in short.VARIANTS}
