@@ -1,6 +1,6 @@
 """squared_relu: relu(x)^2 (So et al., Primer, arXiv 2109.08668), with fewer passes over memory than autograd's.
 
-PyTorch's own steps differentiate a power and a ReLU in turn: seven passes over memory, each into new memory. Here are three: two
+PyTorch's own steps differentiate a power and a ReLU in turn: six passes over memory, each into new memory. Here are three: two
 forward, and one for the gradient 2 relu(x) g, which is 0 where relu(x) is.
 """
 

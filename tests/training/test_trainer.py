@@ -172,7 +172,7 @@ def test_sigterm_to_the_process_saves_and_the_command_resumes(
 ):
     """As a scheduler does it: from a fresh directory, in a process of its own."""
     folder = tmp_path / "runs" / "named"
-    settings = {"train.max_steps": 200, "eval.every": 75, "sample.num_samples": 0}
+    settings = {"train.max_steps": 400, "eval.every": 150, "sample.num_samples": 0}
     command = arguments("-m", "atat_fast.train", small, settings)
     trainer(small, settings, {"run.name": "whole"}).train()
     process = python_started(*command, "--run.name=named")

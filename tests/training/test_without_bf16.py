@@ -4,10 +4,6 @@ asked for is multiplied in fp32 by the ops. oneDNN turned off is such a CPU, on 
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 
@@ -63,7 +59,7 @@ def test_what_the_processor_has_and_onednn_may_use_decides(monkeypatch, name, ha
     assert processor._bf16_instructions.__wrapped__() == found
 
 
-def test_torch_limited_to_avx2_multiplies_as_a_laptop_does():
+def test_torch_limited_to_avx2_multiplies_as_a_laptop_does(python):
     """On any machine. With AMX, torch's attention in bf16 raises there ("pack_vnni2 is only supported when avx512 is")."""
     code = """
 import torch
@@ -72,10 +68,8 @@ qkv = torch.randn(2, 128, 3, 4, 32).bfloat16().requires_grad_()
 attention(qkv).sum().backward()
 print(processor.bf16_products(), bool(qkv.grad.isfinite().all()))
 """
-    run = subprocess.run(
-        [sys.executable, "-c", code], env=os.environ | {"ATEN_CPU_CAPABILITY": "avx2"}, capture_output=True, text=True
-    )
-    assert run.stdout.split() == ["none", "True"], run.stderr
+    done = python("-c", code, ATEN_CPU_CAPABILITY="avx2")
+    assert done.stdout.split() == ["none", "True"], done.stderr
 
 
 def test_products_are_noticed():
